@@ -1,0 +1,62 @@
+# Everything below sets itself up: one virtual environment, filled once per extra, refilled when
+# pyproject.toml or constraints.txt changes. GNU make and a POSIX shell are all it needs.
+
+PYTHON ?= python3
+VENV   ?= .venv
+BIN    := $(VENV)/bin
+# More for pip, e.g. PIP_FLAGS="--extra-index-url https://download.pytorch.org/whl/cpu" for torch without CUDA.
+PIP_FLAGS ?=
+JOBS   ?= 2
+# The demo's settings beyond the defaults of `weightlora train`, and where it goes (numbered when that is taken).
+DEMO_FLAGS ?=
+DEMO_OUT   ?= runs/demo
+PYTEST_FLAGS ?=
+
+.DEFAULT_GOAL := help
+.NOTPARALLEL:
+.PHONY: help install demo test lint bench docs clean
+
+help: ## show this list
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+install: $(VENV)/.stamp-test ## make the virtual environment with everything that the tests need
+
+demo: $(VENV)/.stamp-demo ## train WeightLoRA on the embedded task (minutes on two cores)
+	@out="$(DEMO_OUT)"; n=1; \
+	while [ -e "$$out" ]; do n=$$((n + 1)); out="$(DEMO_OUT)-$$n"; done; \
+	set -x; \
+	$(BIN)/weightlora train --task docstrings --model minilm --method weightlora $(DEMO_FLAGS) --out "$$out"
+
+test: $(VENV)/.stamp-test ## run the whole suite, doctests included
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist worksteal $(PYTEST_FLAGS)
+
+lint: $(VENV)/.stamp-dev ## check style, formatting and types
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+bench: $(VENV)/.stamp-test ## run every benchmark
+	@set -e; for script in benchmarks/bench_*.py; do \
+		[ -e "$$script" ] || { echo "no benchmarks/bench_*.py here" >&2; exit 1; }; \
+		echo "+ $$script"; $(BIN)/python "$$script"; \
+	done
+
+docs: $(VENV)/.stamp-dev ## build the documentation into site/
+	$(BIN)/mkdocs build --strict
+
+clean: ## remove what was built; the virtual environment and runs/ stay
+	rm -rf build dist site .pytest_cache .hypothesis .ruff_cache .mypy_cache src/weightlora.egg-info
+	find src tests benchmarks -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# pip is the last file that venv writes, so an interrupted creation is repeated.
+$(BIN)/pip:
+	$(PYTHON) -m venv $(VENV)
+
+# Each extra contains the ones before it, so its stamp stands for theirs too.
+COVERS_demo := demo
+COVERS_test := demo test
+COVERS_dev  := demo test dev
+
+$(VENV)/.stamp-demo $(VENV)/.stamp-test $(VENV)/.stamp-dev: pyproject.toml constraints.txt | $(BIN)/pip
+	$(BIN)/python -m pip install $(PIP_FLAGS) -c constraints.txt -e ".[$(@F:.stamp-%=%)]"
+	@touch $(COVERS_$(@F:.stamp-%=%):%=$(VENV)/.stamp-%)

@@ -1,0 +1,67 @@
+"""Find out where LoRA adapters should go, remove the rest, and prove what that saved.
+
+    import weightlora as wl
+    result = wl.fit(trainer, wl.WeightLoRA(k=10, warmup_steps=100))   # instead of trainer.train()
+    wl.export(result, "out/", profile="portable")
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from weightlora.errors import WeightLoRAError
+    from weightlora.graft import Selection
+    from weightlora.graft.export import export
+    from weightlora.methods import Full, Gradient, LoRA, Random, Top, WeightLoRA, WeightLoRAPlus, method
+    from weightlora.training import FitResult, Tuner, attach, fit
+
+__version__ = "0.1.0"
+
+# Loaded on first use: `import weightlora` costs nothing, and reports are drawn without torch.
+_HOME = {
+    "FitResult": "weightlora.training",
+    "Full": "weightlora.methods",
+    "Gradient": "weightlora.methods",
+    "LoRA": "weightlora.methods",
+    "Random": "weightlora.methods",
+    "Selection": "weightlora.graft",
+    "Top": "weightlora.methods",
+    "Tuner": "weightlora.training",
+    "WeightLoRA": "weightlora.methods",
+    "WeightLoRAError": "weightlora.errors",
+    "WeightLoRAPlus": "weightlora.methods",
+    "attach": "weightlora.training",
+    "export": "weightlora.graft.export",
+    "fit": "weightlora.training",
+    "method": "weightlora.methods",
+}
+
+__all__ = [
+    "FitResult",
+    "Full",
+    "Gradient",
+    "LoRA",
+    "Random",
+    "Selection",
+    "Top",
+    "Tuner",
+    "WeightLoRA",
+    "WeightLoRAError",
+    "WeightLoRAPlus",
+    "attach",
+    "export",
+    "fit",
+    "method",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _HOME:
+        return getattr(importlib.import_module(_HOME[name]), name)
+    raise AttributeError(f"module 'weightlora' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *__all__])

@@ -1,0 +1,43 @@
+"""The formulas of WeightLoRA on tensors and numbers: projection, gate step, growth, budget, importance."""
+
+from __future__ import annotations
+
+from weightlora.core.budget import (
+    Remainder,
+    adapter_params,
+    grown_ranks,
+    k_for_params,
+    parse_params,
+    rank_for_params,
+    resolve_k,
+    total_params,
+)
+from weightlora.core.gates import Shape, gate_step, gradual_k
+from weightlora.core.growth import Grown, Growth, Noise, grow
+from weightlora.core.importance import coverage, credit, gate_gradient, one_shot
+from weightlora.core.projection import Rule, support, top_k
+
+__all__ = [
+    "Grown",
+    "Growth",
+    "Noise",
+    "Remainder",
+    "Rule",
+    "Shape",
+    "adapter_params",
+    "coverage",
+    "credit",
+    "gate_gradient",
+    "gate_step",
+    "gradual_k",
+    "grow",
+    "grown_ranks",
+    "k_for_params",
+    "one_shot",
+    "parse_params",
+    "rank_for_params",
+    "resolve_k",
+    "support",
+    "top_k",
+    "total_params",
+]

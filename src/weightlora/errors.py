@@ -1,0 +1,29 @@
+"""What the user did wrong, said in one line: what was given, what is allowed, what to do next."""
+
+
+class WeightLoRAError(ValueError):
+    """Base of every error a user can cause. The command line prints it without a traceback and exits with 2."""
+
+
+class ScheduleError(WeightLoRAError):
+    """The method cannot run on this model in this many steps."""
+
+
+class AdapterError(WeightLoRAError):
+    """The model has no adapters, the wrong ones, or ones that this operation cannot handle."""
+
+
+class CheckpointError(WeightLoRAError):
+    """A checkpoint, manifest or run directory is damaged, incomplete, or belongs to something else."""
+
+
+class DataError(WeightLoRAError):
+    """A task, data file, column or label is not usable."""
+
+
+class ExportError(WeightLoRAError):
+    """An export cannot be written, or does not reproduce the live model."""
+
+
+class ConfigError(WeightLoRAError):
+    """A setting has a value that is not allowed."""

@@ -1,0 +1,30 @@
+"""PEFT: handles on adapters, the omega vector, surgery, optimizer state, manifest, export. The only room that knows PEFT's inside."""
+
+from weightlora.graft.adapters import Adapter, adapter_name, adapters, parameters
+from weightlora.graft.depth import end_backward_at_lowest
+from weightlora.graft.gates import Gates
+from weightlora.graft.manifest import MANIFEST, STATE, Manifest
+from weightlora.graft.optimizer import Change, remap
+from weightlora.graft.selection import Choice, Selection, select
+from weightlora.graft.surgery import disconnect, fold, grow_adapters, reshape
+
+__all__ = [
+    "MANIFEST",
+    "STATE",
+    "Adapter",
+    "Change",
+    "Choice",
+    "Gates",
+    "Manifest",
+    "Selection",
+    "adapter_name",
+    "adapters",
+    "disconnect",
+    "end_backward_at_lowest",
+    "fold",
+    "grow_adapters",
+    "parameters",
+    "remap",
+    "reshape",
+    "select",
+]

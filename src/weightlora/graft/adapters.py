@@ -1,0 +1,152 @@
+"""Ordered handles on the LoRA adapters of any PEFT model."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+from peft.tuners.lora.layer import LoraLayer
+from torch import Tensor, nn
+
+from weightlora.errors import AdapterError
+
+_BLOCK = re.compile(r"(?:^|\.)(?:layer|layers|h|block|blocks|encoder|decoder)\.(\d+)(?:\.|$)")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Adapter:
+    """One LoRA pair on one linear layer, as data.
+
+    ``name`` is the module's full name in the base model (what a ``LoraConfig`` targets), ``block`` the transformer block it
+    lies in (None outside blocks), ``kind`` the last part of the name, ``scale`` the factor s in ``dW = s * omega * B A``.
+    """
+
+    index: int
+    name: str
+    block: int | None
+    kind: str
+    d_in: int
+    d_out: int
+    rank: int
+    scale: float
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """``(d_in, d_out)``."""
+        return self.d_in, self.d_out
+
+
+def base_of(model: nn.Module) -> nn.Module:
+    """The module in which adapter names are counted: the base model inside a PeftModel, or the model itself."""
+    inner = getattr(getattr(model, "base_model", None), "model", None)
+    return inner if isinstance(inner, nn.Module) and hasattr(model, "peft_config") else model
+
+
+def adapter_name(model: nn.Module, name: str | None = None) -> str:
+    """The adapter to work on: the given one, or the single active one.
+
+    Raises:
+        AdapterError: nothing is injected, several adapters are active, or the name is unknown.
+    """
+    config = getattr(model, "peft_config", None)
+    if not config:
+        raise AdapterError(
+            f"{type(model).__name__} has no LoRA adapters; wrap it first: peft.get_peft_model(model, LoraConfig(...))"
+        )
+    if name is not None:
+        if name not in config:
+            raise AdapterError(f"adapter {name!r} is unknown; the model has {', '.join(map(repr, config))}")
+        return name
+    active = getattr(model, "active_adapters", None)
+    active = list(active() if callable(active) else active or config)
+    if len(active) != 1:
+        raise AdapterError(f"the adapters {active} are active; activate exactly one with model.set_adapter(name)")
+    return str(active[0])
+
+
+def lora_layers(model: nn.Module, name: str) -> Iterator[tuple[str, LoraLayer]]:
+    """Every LoRA layer that holds adapter `name`, in module order, with its full name in the base model."""
+    for path, module in base_of(model).named_modules():
+        if isinstance(module, LoraLayer) and name in module.lora_A:
+            yield path, module
+
+
+def block_of(path: str) -> int | None:
+    """The index of the transformer block in a module path.
+
+    >>> block_of("bert.encoder.layer.3.attention.self.query"), block_of("classifier")
+    (3, None)
+    """
+    found = _BLOCK.search(path)
+    return int(found.group(1)) if found else None
+
+
+def adapters(model: nn.Module, name: str | None = None) -> tuple[Adapter, ...]:
+    """The adapters of a PEFT LoRA model in module order (never parameter, set or dict order).
+
+    Args:
+        model: a ``PeftModel``, or a Transformers model with an injected adapter.
+        name: PEFT's adapter name; default: the active one.
+
+    Raises:
+        AdapterError: the model has none, or one that cannot be gated (DoRA, embedding or convolution adapters, tied factors).
+
+    >>> import torch
+    >>> from peft import LoraConfig, get_peft_model
+    >>> net = torch.nn.Sequential(torch.nn.Linear(4, 3), torch.nn.Linear(3, 2))
+    >>> [a.name for a in adapters(get_peft_model(net, LoraConfig(r=2, target_modules=["0", "1"])))]
+    ['0', '1']
+    """
+    name = adapter_name(model, name)
+    seen: dict[int, str] = {}
+    found = []
+    for path, layer in lora_layers(model, name):
+        A, B = factors(layer, name)
+        _check_supported(path, layer, name)
+        for factor in (A, B):
+            if id(factor) in seen:
+                raise AdapterError(f"{path} shares a factor with {seen[id(factor)]}; untie the adapters first")
+            seen[id(factor)] = path
+        found.append(
+            Adapter(
+                index=len(found),
+                name=path,
+                block=block_of(path),
+                kind=path.rsplit(".", 1)[-1],
+                d_in=A.shape[1],
+                d_out=B.shape[0],
+                rank=A.shape[0],
+                scale=float(layer.scaling[name]),
+            )
+        )
+    if not found:
+        raise AdapterError(f"adapter {name!r} touches no linear layer; check target_modules of its LoraConfig")
+    return tuple(found)
+
+
+def _check_supported(path: str, layer: LoraLayer, name: str) -> None:
+    # A variant of our own (a gate left from before) is fine; DoRA and friends compute something else.
+    variant = layer.lora_variant.get(name)
+    if variant is not None and not getattr(variant, "is_gate", False):
+        raise AdapterError(
+            f"{path} uses the LoRA variant {type(variant).__name__}, which cannot be gated; use plain LoRA"
+        )
+    if layer.lora_bias.get(name):
+        raise AdapterError(f"{path} has lora_bias=True, which cannot be gated; set lora_bias=False")
+    base = layer.get_base_layer()
+    if not isinstance(base, nn.Linear) and not hasattr(base, "in_features"):
+        raise AdapterError(f"{path} is a {type(base).__name__}; only linear layers can be gated, target those")
+
+
+def factors(layer: LoraLayer, name: str) -> tuple[Tensor, Tensor]:
+    """The live parameters ``A (r, d_in)`` and ``B (d_out, r)`` of one layer."""
+    return layer.lora_A[name].weight, layer.lora_B[name].weight
+
+
+def parameters(model: nn.Module, name: str, names: Sequence[str] | None = None) -> dict[str, tuple[Tensor, Tensor]]:
+    """``{module name: (A, B)}`` of the adapters in `names` (default: all), in module order."""
+    wanted = None if names is None else set(names)
+    return {
+        path: factors(layer, name) for path, layer in lora_layers(model, name) if wanted is None or path in wanted
+    }

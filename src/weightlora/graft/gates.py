@@ -1,0 +1,122 @@
+"""The omega vector, outside the module tree, and the LoRA variant that reads it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from peft.tuners.lora.layer import LoraLayer, LoraVariant
+from torch import Tensor, nn
+
+from weightlora.graft.adapters import Adapter, adapters, factors, lora_layers
+from weightlora.ops import AdapterPath, Engine, engine
+
+
+class OmegaVariant(LoraVariant):  # type: ignore[misc]  # PEFT ships no types
+    """``y = base(x) + s * omega_i * B A drop(x)``: puts the gate into every layer kind that honours variants."""
+
+    is_gate = True
+
+    def __init__(self, gates: Gates, index: int, path: AdapterPath) -> None:
+        self.gates, self.index, self.path = gates, index, path
+
+    def supports_lora_conversion(self) -> bool:
+        return False
+
+    def forward(self, module: LoraLayer, active_adapter: str, x: Tensor, result: Tensor, **_: Any) -> Tensor:
+        A, B = factors(module, active_adapter)
+        dropout = module.lora_dropout[active_adapter]
+        p = dropout.p if isinstance(dropout, nn.Dropout) and module.training else 0.0
+        return self.path(x, result, A, B, self.gates.omega[self.index], module.scaling[active_adapter], p)
+
+    def _delta(self, module: LoraLayer, active_adapter: str) -> Tensor:
+        omega = self.gates.omega[self.index].detach()
+        delta: Tensor = module.get_delta_weight(active_adapter)
+        return delta * omega.to(delta)
+
+    def merge_safe(self, module: LoraLayer, active_adapter: str, orig_weight: Tensor) -> Tensor:
+        return orig_weight + self._delta(module, active_adapter).to(orig_weight.dtype)
+
+    def merge_unsafe(self, module: LoraLayer, active_adapter: str, orig_weight: Tensor) -> None:
+        orig_weight.data += self._delta(module, active_adapter).to(orig_weight.dtype)
+
+    def unmerge(self, module: LoraLayer, active_adapter: str, orig_weight: Tensor) -> Tensor:
+        return orig_weight - self._delta(module, active_adapter).to(orig_weight.dtype)
+
+
+class Gates:
+    """One trainable number per adapter, as one vector.
+
+    ``omega: (n,)`` is a leaf tensor, float32, on the device of the first adapter. It is no parameter of any module: nothing
+    shards, flattens, saves or clips it by accident, its gradient is one vector, and a decision costs one top-K.
+
+    While gates are attached, the model's ``state_dict`` shows ``omega_i * B_i`` in place of ``B_i``, so whoever saves the
+    model in the middle of a warm-up writes a plain LoRA adapter that computes what the live model computes.
+
+    >>> from peft import LoraConfig, get_peft_model
+    >>> model = get_peft_model(torch.nn.Sequential(torch.nn.Linear(4, 3)), LoraConfig(r=2, target_modules=["0"]))
+    >>> gates = Gates(model); gates.omega
+    tensor([1.], requires_grad=True)
+    >>> gates.detach()
+    """
+
+    def __init__(
+        self, model: nn.Module, name: str = "default", *, value: float = 1.0, trainable: bool = True,
+        engine_name: Engine = "autograd", dtype: torch.dtype = torch.float32,
+    ) -> None:
+        self.model, self.name = model, name
+        self.adapters: tuple[Adapter, ...] = adapters(model, name)
+        layers = [layer for _, layer in lora_layers(model, name)]
+        device = factors(layers[0], name)[0].device
+        self.omega = torch.full((len(layers),), value, dtype=dtype, device=device, requires_grad=trainable)
+        self._layers: list[LoraLayer] = layers
+        self._hooks = []
+        path = engine(engine_name)
+        for index, layer in enumerate(layers):
+            layer.lora_variant[name] = OmegaVariant(self, index, path)
+            # PEFT would copy x into the adapter's dtype, once per adapter; the path casts inside and q, k, v share one x.
+            layer.cast_input_dtype_enabled = False
+            self._hooks.append(layer.register_state_dict_post_hook(self._fold_into_state(index)))
+
+    def _fold_into_state(self, index: int) -> Any:
+        def hook(_module: nn.Module, state: dict[str, Any], prefix: str, _meta: Any) -> None:
+            key = f"{prefix}lora_B.{self.name}.weight"
+            state[key] = state[key] * self.omega[index].detach().to(state[key])
+
+        return hook
+
+    def __len__(self) -> int:
+        return len(self.adapters)
+
+    def factors(self, index: int) -> tuple[Tensor, Tensor]:
+        """The live parameters ``A (r, d_in)`` and ``B (d_out, r)`` of adapter `index`."""
+        return factors(self._layers[index], self.name)
+
+    def set(self, values: Tensor) -> None:
+        """Overwrite omega in place; its gradient is kept."""
+        with torch.no_grad():
+            self.omega.copy_(values)
+
+    def raw_state(self) -> dict[str, Tensor]:
+        """Omega and the unfolded B of every adapter: what a resume needs and a folded checkpoint does not hold."""
+        state = {"omega": self.omega.detach().clone()}
+        for index, adapter in enumerate(self.adapters):
+            state[f"B.{adapter.name}"] = self.factors(index)[1].detach().clone()
+        return state
+
+    def load_raw_state(self, state: dict[str, Tensor]) -> None:
+        """Put :meth:`raw_state` back."""
+        self.set(state["omega"])
+        with torch.no_grad():
+            for index, adapter in enumerate(self.adapters):
+                self.factors(index)[1].copy_(state[f"B.{adapter.name}"])
+
+    def detach(self) -> None:
+        """Take the gates off: every layer is PEFT's stock layer again and computes with an implicit gate of 1."""
+        for hook in self._hooks:
+            hook.remove()
+        self._hooks = []
+        for layer in self._layers:
+            layer.lora_variant.pop(self.name, None)
+            layer.cast_input_dtype_enabled = True
+

@@ -1,0 +1,192 @@
+"""The result of a selection as data: which adapters live, with which gate, rank and scale, and why."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, fields, replace
+from pathlib import Path
+from typing import Any
+
+from peft import LoraConfig
+
+from weightlora.errors import CheckpointError
+from weightlora.files import write_text
+from weightlora.graft.adapters import Adapter
+from weightlora.graft.surgery import common
+
+SCHEMA_VERSION = 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class Choice:
+    """One adapter as the selection saw it: its gate and score at the seam, and the rank and scale it goes on with."""
+
+    name: str
+    kept: bool
+    omega: float
+    score: float | None
+    rank: int
+    scale: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Selection:
+    """What a method decided, in module order.
+
+    ``choices`` lists all n adapters; :attr:`kept` the survivors. ``step`` is the optimizer step of the seam (0: before
+    training; None: only at the end). ``why`` is one sentence for people.
+
+    >>> s = Selection(method="random", preset="recommended", step=0, why="drawn at random", choices=(
+    ...     Choice(name="a", kept=True, omega=1.0, score=None, rank=4, scale=2.0),
+    ...     Choice(name="b", kept=False, omega=0.0, score=None, rank=4, scale=2.0)))
+    >>> s.names, s.k, s.n
+    (('a',), 1, 2)
+    >>> Selection.from_json(s.to_json()) == s
+    True
+    >>> s.lora_config().target_modules, s.lora_config().lora_alpha
+    (['a'], 8)
+    """
+
+    method: str
+    preset: str
+    step: int | None
+    why: str
+    choices: tuple[Choice, ...]
+    schema_version: int = SCHEMA_VERSION
+
+    @property
+    def kept(self) -> tuple[Choice, ...]:
+        """The survivors, in module order."""
+        return tuple(choice for choice in self.choices if choice.kept)
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Full module names of the survivors."""
+        return tuple(choice.name for choice in self.kept)
+
+    @property
+    def k(self) -> int:
+        """How many adapters live."""
+        return len(self.kept)
+
+    @property
+    def n(self) -> int:
+        """How many there were."""
+        return len(self.choices)
+
+    def with_ranks(self, live: Sequence[Adapter]) -> Selection:
+        """The same selection with the ranks and scales that the live adapters really have."""
+        now = {adapter.name: adapter for adapter in live}
+        return replace(
+            self,
+            choices=tuple(
+                replace(c, rank=now[c.name].rank, scale=now[c.name].scale) if c.name in now else c for c in self.choices
+            ),
+        )
+
+    def lora_config(self, **overrides: Any) -> LoraConfig:
+        """The same placement as a PEFT ``LoraConfig``, for any other trainer (train it from a fresh start there).
+
+        Args:
+            overrides: any field of ``LoraConfig`` (``task_type``, ``lora_dropout``, ``modules_to_save``, ...).
+        """
+        if not self.kept:
+            raise CheckpointError("the selection keeps no adapter, so there is no LoraConfig for it")
+        rank, alpha = common(self.kept)
+        settings: dict[str, Any] = {
+            "r": rank,
+            "lora_alpha": alpha,
+            "target_modules": list(self.names),
+            "rank_pattern": {c.name: c.rank for c in self.kept if c.rank != rank},
+            "alpha_pattern": {c.name: c.scale * c.rank for c in self.kept if not math.isclose(c.scale * c.rank, alpha)},
+        }
+        config = LoraConfig(**{**settings, **overrides})
+        # PEFT keeps a set; a list has an order, which makes files and comparisons deterministic.
+        if isinstance(config.target_modules, set):
+            config.target_modules = list(self.names)
+        return config
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data."""
+        return asdict(self)
+
+    def to_json(self) -> str:
+        """Strict JSON."""
+        return json.dumps(self.to_dict(), indent=1, allow_nan=False)
+
+    def save(self, path: str | Path) -> Path:
+        """Write the JSON atomically."""
+        return write_text(Path(path), self.to_json() + "\n")
+
+    @classmethod
+    def from_dict(cls, data: Any) -> Selection:
+        """Read plain data back.
+
+        Raises:
+            CheckpointError: a key is missing or has the wrong type, or the schema is a newer one.
+        """
+        if not isinstance(data, dict):
+            raise CheckpointError(f"a selection must be a JSON object, not {type(data).__name__}")
+        if data.get("schema_version") != SCHEMA_VERSION:
+            raise CheckpointError(
+                f"selection schema {data.get('schema_version')!r} is not supported; this release reads {SCHEMA_VERSION}"
+            )
+        try:
+            choices = tuple(Choice(**{f.name: c[f.name] for f in fields(Choice)}) for c in data["choices"])
+            selection = cls(**{**{f.name: data[f.name] for f in fields(cls)}, "choices": choices})
+        except (KeyError, TypeError) as error:
+            raise CheckpointError(f"the selection is damaged: {error}; select again or use a backup") from None
+        for choice in choices:
+            if not (isinstance(choice.name, str) and isinstance(choice.rank, int) and choice.rank >= 1):
+                raise CheckpointError(f"the selection is damaged at adapter {choice.name!r}; rank must be 1 or more")
+        return selection
+
+    @classmethod
+    def from_json(cls, text: str) -> Selection:
+        """Read :meth:`to_json` back."""
+        try:
+            return cls.from_dict(json.loads(text))
+        except json.JSONDecodeError as error:
+            raise CheckpointError(f"the selection is not JSON: {error}") from None
+
+    @classmethod
+    def load(cls, path: str | Path) -> Selection:
+        """Read a file that :meth:`save` wrote."""
+        try:
+            return cls.from_json(Path(path).read_text(encoding="utf-8"))
+        except OSError as error:
+            raise CheckpointError(f"cannot read the selection {path}: {error.strerror}") from None
+
+
+def select(
+    live: Sequence[Adapter],
+    kept: Sequence[int],
+    *,
+    omegas: Sequence[float],
+    scores: Sequence[float] | None,
+    method: str,
+    preset: str,
+    step: int | None,
+    why: str,
+) -> Selection:
+    """Put a decision (indices to keep) into a record."""
+    keep = set(kept)
+    return Selection(
+        method=method,
+        preset=preset,
+        step=step,
+        why=why,
+        choices=tuple(
+            Choice(
+                name=a.name,
+                kept=a.index in keep,
+                omega=float(omegas[a.index]),
+                score=None if scores is None else float(scores[a.index]),
+                rank=a.rank,
+                scale=a.scale,
+            )
+            for a in live
+        ),
+    )

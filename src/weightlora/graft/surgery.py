@@ -1,0 +1,185 @@
+"""Structural change on a live PEFT model: disconnect, fold, grow. Shapes change here and nowhere else."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from peft.tuners.lora.layer import LoraLayer
+from torch import Tensor, nn
+
+from weightlora.core import Growth, grow
+from weightlora.errors import AdapterError
+from weightlora.graft.adapters import adapters, base_of, factors, lora_layers
+from weightlora.graft.optimizer import Change
+
+
+def disconnect(model: nn.Module, names: Sequence[str], name: str = "default") -> dict[nn.Parameter, Change]:
+    """Put the base layer back in the place of each adapter in `names`: no module, no gradient, no state, no kernel is left.
+
+    Where the layer holds other adapters too, only this one is taken out of it.
+
+    Args:
+        model: a model with LoRA adapters.
+        names: full module names, as in :class:`Adapter`.
+        name: PEFT's adapter name.
+
+    Returns:
+        ``{parameter: Change.drop}`` for :func:`weightlora.graft.optimizer.remap`.
+
+    Raises:
+        AdapterError: a name carries no such adapter, or the adapter is merged.
+
+    Source: paper, section 3.3 ("disconnect the adapters with omega_i = 0").
+    """
+    layers = dict(lora_layers(model, name))
+    unknown = [path for path in names if path not in layers]
+    if unknown:
+        raise AdapterError(f"no adapter {name!r} on {unknown[0]!r}; the adapters are on {', '.join(layers) or 'nothing'}")
+    merged = [path for path in names if name in layers[path].merged_adapters]
+    if merged:
+        raise AdapterError(f"the adapter on {merged[0]!r} is merged into its base; call model.unmerge_adapter() first")
+    root = base_of(model)
+    dropped: dict[nn.Parameter, Change] = {}
+    for path in names:
+        layer = layers[path]
+        for factor in factors(layer, name):
+            dropped[factor] = Change.drop()  # type: ignore[index]
+        if set(layer.lora_A) == {name}:
+            parent, _, child = path.rpartition(".")
+            setattr(root.get_submodule(parent), child, layer.get_base_layer())
+        else:
+            layer.delete_adapter(name)
+    _sync_config(model, name)
+    return dropped
+
+
+def fold(model: nn.Module, omegas: Mapping[str, float], name: str = "default") -> dict[nn.Parameter, Change]:
+    """``B <- omega B``: the gate becomes part of the plain adapter and the output does not change.
+
+    Returns:
+        How the optimizer state of each B follows: with ``B' = omega B`` gradients divide by omega, so Adam's first moment
+        does too and its second by omega squared, and the trajectory goes on as if the gate were still there.
+
+    Raises:
+        AdapterError: an omega is zero or not finite (disconnect such an adapter instead).
+    """
+    changes: dict[nn.Parameter, Change] = {}
+    for path, layer in lora_layers(model, name):
+        omega = omegas.get(path, 1.0)
+        if omega == 1.0:
+            continue
+        if omega == 0.0 or not torch.isfinite(torch.tensor(omega)):
+            raise AdapterError(f"omega of {path} is {omega}; only a non-zero finite gate can be folded, disconnect it")
+        B = factors(layer, name)[1]
+        with torch.no_grad():
+            B.mul_(omega)
+        changes[B] = Change.scale(1.0 / omega)  # type: ignore[index]
+    return changes
+
+
+def grow_adapters(
+    model: nn.Module,
+    ranks: Mapping[str, int],
+    name: str = "default",
+    *,
+    mode: Growth = "gaussian",
+    generator: torch.Generator,
+    **options: Any,
+) -> dict[nn.Parameter, Change]:
+    """Raise the rank of adapters without changing what they compute: ``s B' A' == s B A``.
+
+    PEFT's scale ``alpha / r`` is held at its value before growth (alpha grows with r), so the paper's "does not change the
+    adapter's value" holds under scaling too. New parameters replace the old ones; no tensor is resized in place.
+
+    Args:
+        model: a model with LoRA adapters.
+        ranks: new rank by full module name; names that are left out keep theirs.
+        name: PEFT's adapter name.
+        mode, generator, options: as :func:`weightlora.core.grow`.
+
+    Returns:
+        How the optimizer state follows, old parameter by old parameter.
+
+    Source: paper, section 3.4, phase 2.
+    """
+    changes: dict[nn.Parameter, Change] = {}
+    for path, layer in lora_layers(model, name):
+        A, B = factors(layer, name)
+        new_rank = ranks.get(path, A.shape[0])
+        if new_rank == A.shape[0]:
+            continue
+        grown = grow(A.detach(), B.detach(), new_rank, mode, generator=generator, **options)
+        new_A, new_B = _set_factors(layer, name, grown.A, grown.B)
+        changes[A] = Change.grow(new_A, dim=0, mix=None if grown.mix is None else grown.mix)  # type: ignore[index]
+        changes[B] = Change.grow(new_B, dim=1, mix=grown.mix)  # type: ignore[index]
+    _sync_config(model, name)
+    return changes
+
+
+def reshape(model: nn.Module, ranks: Mapping[str, int], scales: Mapping[str, float], name: str = "default") -> None:
+    """Give a freshly built model the structure of a finished surgery: only `ranks` live, with these ranks and scales.
+
+    The factors are zero afterwards; load a checkpoint into them. Used when a run is resumed after the seam.
+    """
+    present = [path for path, _ in lora_layers(model, name)]
+    missing = [path for path in ranks if path not in present]
+    if missing:
+        raise AdapterError(
+            f"the checkpoint keeps an adapter on {missing[0]!r}, which this model does not have; it has {len(present)}"
+            " adapters: build the model with the base and the LoraConfig that the run was started with"
+        )
+    disconnect(model, [path for path in present if path not in ranks], name)
+    for path, layer in lora_layers(model, name):
+        A, B = factors(layer, name)
+        rank = ranks[path]
+        if rank != A.shape[0]:
+            _set_factors(layer, name, A.new_zeros(rank, A.shape[1]), B.new_zeros(B.shape[0], rank))
+        layer.scaling[name] = scales[path]
+        layer.lora_alpha[name] = scales[path] * rank
+    _sync_config(model, name)
+
+
+def _set_factors(layer: LoraLayer, name: str, A: Tensor, B: Tensor) -> tuple[nn.Parameter, nn.Parameter]:
+    old_A, old_B = factors(layer, name)
+    new_A, new_B = (nn.Parameter(t, requires_grad=old.requires_grad) for t, old in ((A, old_A), (B, old_B)))
+    rank = A.shape[0]
+    for holder, parameter, size in (
+        (layer.lora_A[name], new_A, {"out_features": rank}),
+        (layer.lora_B[name], new_B, {"in_features": rank}),
+    ):
+        holder.weight = parameter
+        for attribute, value in size.items():
+            setattr(holder, attribute, value)
+    layer.r[name] = rank
+    layer.lora_alpha[name] = layer.scaling[name] * rank
+    return new_A, new_B
+
+
+def _plain(alpha: float) -> float:
+    """An int where alpha is a whole number, as PEFT writes it."""
+    return int(alpha) if float(alpha).is_integer() else alpha
+
+
+def _sync_config(model: nn.Module, name: str) -> None:
+    """Make PEFT's config tell the truth, so that its own ``save_pretrained`` writes a loadable adapter."""
+    live = adapters(model, name)
+    config = model.peft_config[name]
+    rank, alpha = common(live)
+    config.target_modules = {adapter.name for adapter in live}
+    config.exclude_modules = config.layers_to_transform = config.layers_pattern = None
+    config.r, config.lora_alpha, config.use_rslora = rank, alpha, False
+    config.rank_pattern = {a.name: a.rank for a in live if a.rank != rank}
+    config.alpha_pattern = {
+        a.name: _plain(a.scale * a.rank) for a in live if abs(a.scale * a.rank - alpha) > 1e-9 * max(1.0, abs(alpha))
+    }
+    tuner = getattr(model, "base_model", None)
+    if tuner is not None and hasattr(tuner, "targeted_module_names"):
+        tuner.targeted_module_names = [adapter.name for adapter in live]
+
+
+def common(live: Sequence[Any]) -> tuple[int, float]:
+    """The most frequent (rank, alpha); the first such in module order where several are equally frequent."""
+    pairs = [(a.rank, _plain(a.scale * a.rank)) for a in live]
+    return max(pairs, key=pairs.count)

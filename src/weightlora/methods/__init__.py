@@ -1,0 +1,49 @@
+"""Who decides what lives, and why. Methods read gradients and gates; they touch no optimizer and write no file."""
+
+from __future__ import annotations
+
+import difflib
+from typing import Any
+
+from weightlora.errors import ConfigError
+from weightlora.methods.base import GrowthPlan, Method, Policy, StepView
+from weightlora.methods.baselines import Full, Gradient, LoRA, Random, Top
+from weightlora.methods.weightlora import WeightLoRA, WeightLoRAPlus
+
+METHODS: dict[str, type[Method]] = {
+    cls.name: cls for cls in (WeightLoRA, WeightLoRAPlus, LoRA, Full, Random, Top, Gradient)
+}
+
+
+def method(name: str, preset: str = "recommended", **settings: Any) -> Method:
+    """The method called `name` with a preset's values and your own settings on top.
+
+    Raises:
+        ConfigError: unknown name (with the nearest one), preset or setting.
+
+    >>> method("random", k=5, seed=1)
+    Random(preset='recommended', k=5, seed=1)
+    """
+    if name not in METHODS:
+        near = difflib.get_close_matches(name, METHODS, n=1)
+        hint = f"did you mean {near[0]!r}? " if near else ""
+        raise ConfigError(f"method {name!r} is unknown; {hint}the methods are {', '.join(METHODS)}")
+    made: Method = METHODS[name].from_preset(preset, **settings)
+    return made
+
+
+__all__ = [
+    "METHODS",
+    "Full",
+    "Gradient",
+    "GrowthPlan",
+    "LoRA",
+    "Method",
+    "Policy",
+    "Random",
+    "StepView",
+    "Top",
+    "WeightLoRA",
+    "WeightLoRAPlus",
+    "method",
+]

@@ -1,0 +1,153 @@
+"""What WeightLoRA is measured against: all adapters, none, random ones, the deepest, and one-shot gradients."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from weightlora.core import one_shot, support
+from weightlora.errors import ConfigError, ScheduleError
+from weightlora.graft import Adapter, Selection
+from weightlora.methods.base import Method, Policy, StepView, check_k, check_k_value, check_warmup
+
+
+class Fixed(Policy):
+    """A decision that needs no training: made at the start (``seam = 0``), or nothing to decide (``seam = None``)."""
+
+    def __init__(self, adapters: tuple[Adapter, ...], selection: Selection, seam: int | None) -> None:
+        super().__init__(adapters)
+        self.selection, self.seam = selection, seam
+
+    def decide(self, omegas: Sequence[float]) -> Selection:
+        return self.selection
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoRA(Method):
+    """Plain LoRA on every adapter: the reference row. ``y = W x + s B A x``. Source: Hu et al. 2021."""
+
+    name: ClassVar[str] = "lora"
+
+    def begin(self, adapters: tuple[Adapter, ...], max_steps: int) -> Policy:
+        everything = self.choose(adapters, range(len(adapters)), "plain LoRA keeps every adapter", step=None)
+        return Fixed(adapters, everything, None)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Full(Method):
+    """Full fine-tuning: no adapters, every weight trains."""
+
+    name: ClassVar[str] = "full"
+    uses_adapters: ClassVar[bool] = False
+
+    def begin(self, adapters: tuple[Adapter, ...], max_steps: int) -> Policy:
+        raise ScheduleError("full fine-tuning has no adapters to decide on; train the plain model")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Random(Method):
+    """RLoRA, the paper's ablation: K adapters drawn uniformly before training, the rest disconnected.
+
+    Args:
+        k: a count or a share of n.
+        seed: of the method's own generator: the set depends on nothing else.
+
+    Source: paper, section 4.4. Departs from the authors' code, in which some adapters could not be drawn.
+    """
+
+    name: ClassVar[str] = "random"
+
+    k: int | float = 0.25
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_k_value(self.k)
+
+    def begin(self, adapters: tuple[Adapter, ...], max_steps: int) -> Policy:
+        k = check_k(self.k, adapters)
+        order = torch.randperm(len(adapters), generator=torch.Generator().manual_seed(self.seed)).tolist()
+        why = f"{k} of {len(adapters)} drawn uniformly with seed {self.seed}"
+        return Fixed(adapters, self.choose(adapters, order[:k], why, step=0), 0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Top(Method):
+    """The K deepest adapters: cheapest in the backward pass, chosen without looking at the task. A control of ours."""
+
+    name: ClassVar[str] = "top"
+
+    k: int | float = 0.25
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_k_value(self.k)
+
+    def begin(self, adapters: tuple[Adapter, ...], max_steps: int) -> Policy:
+        k, n = check_k(self.k, adapters), len(adapters)
+        return Fixed(adapters, self.choose(adapters, range(n - k, n), f"the {k} deepest of {n}", step=0), 0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Gradient(Method):
+    """K by one-shot gradient dot product: no gate, no training of adapters before the choice. A control of ours.
+
+    For a few steps adapters are held at B = 0 while their gradients add up; then
+    ``score_i = ||sum_t dL/dB_i||_F^2 = |<dL/ddW_i, s B_i A_i>|`` after one unit step from B = 0, and the K largest live.
+
+    Args:
+        k: a count or a share of n.
+        batches: how many optimizer steps to look at. They count as training steps (a head learns in them).
+
+    Source: the scalar product of the paper's Figure 2, read at the first step.
+    """
+
+    name: ClassVar[str] = "gradient"
+
+    k: int | float = 0.25
+    batches: int = 8
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_k_value(self.k)
+        if self.batches < 1:
+            raise ConfigError(f"batches={self.batches} is not allowed; use 1 or more")
+
+    def begin(self, adapters: tuple[Adapter, ...], max_steps: int) -> GradientPolicy:
+        return GradientPolicy(self, adapters, max_steps)
+
+
+class GradientPolicy(Policy):
+    """Sums the gradients of B while nothing moves; see :class:`Gradient`."""
+
+    def __init__(self, method: Gradient, adapters: tuple[Adapter, ...], max_steps: int) -> None:
+        super().__init__(adapters)
+        self.method = method
+        self.k = check_k(method.k, adapters)
+        self.seam = check_warmup(method.batches, max_steps)
+        self.sums: list[Tensor] = [torch.zeros(a.d_out, a.rank) for a in adapters]
+
+    def before_step(self, view: StepView) -> None:
+        self.sums = [
+            total if B.grad is None else total.to(B.device) + B.grad.float()
+            for total, (_, B) in zip(self.sums, view.factors, strict=True)
+        ]
+
+    def held(self) -> Sequence[int]:
+        return range(len(self.adapters))
+
+    def decide(self, omegas: Sequence[float]) -> Selection:
+        scores = torch.stack([one_shot(total / self.method.batches).double().cpu() for total in self.sums])
+        kept = support(scores, self.k, "signed")
+        why = f"the {self.k} largest squared gradients of B, mean of {self.method.batches} batches at B = 0"
+        return self.method.choose(self.adapters, kept, why, step=self.seam, scores=scores.tolist())
+
+    def state(self) -> dict[str, Tensor]:
+        return {f"sum.{i}": total for i, total in enumerate(self.sums)}
+
+    def load_state(self, state: Mapping[str, Tensor]) -> None:
+        self.sums = [state[f"sum.{i}"].clone() for i in range(len(self.adapters))]

@@ -1,0 +1,227 @@
+"""WeightLoRA: a weight per adapter, the K best kept. WeightLoRA+: the kept ones grow into the parameters set free."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal
+
+import torch
+from torch import Tensor
+
+from weightlora.core import (
+    Growth, Rule, coverage, credit, gate_step, gradual_k, grown_ranks, support, total_params,
+)
+from weightlora.errors import ConfigError, ScheduleError
+from weightlora.graft import Adapter, Selection
+from weightlora.methods.base import GrowthPlan, Method, Policy, StepView, check_k, check_k_value, check_warmup
+from weightlora.methods.presets import WEIGHTLORA, WEIGHTLORA_PLUS
+
+Score = Literal["omega", "credit", "coverage"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class WeightLoRA(Method):
+    """Train all n adapters for T steps, keep K, disconnect the rest, train on.
+
+    ``min over omega, A, B of L(W_i + s omega_i B_i A_i)  subject to  ||omega||_0 <= K``
+
+    Args:
+        k: how many adapters live: a count (1..n) or a share of n (0.25).
+        warmup_steps: T in optimizer steps, or a share of the run below 1. None (``official``): gates learn to the end and
+            nothing is disconnected before the adapter is saved.
+        score: what is ranked at T. "omega": the gate (paper). "credit": the first-order loss decrease that an adapter's own
+            updates bought, ``c_i = -sum_t <grad_t, p_(t+1) - p_t>``. "coverage": credit, spread over blocks by
+            ``max sum_blocks sqrt(sum c_i)``.
+        gate_lr: learning rate of omega's SGD; 0 holds every gate at 1.
+        gate_lr_scheduled: multiply ``gate_lr`` by the run's learning-rate schedule.
+        rule: which K gates survive a projection (see :func:`weightlora.core.top_k`).
+        project_every: project omega every so many steps; None: only at T.
+        k_schedule: how many gates a projection leaves, on the way to T.
+        drift: let Adam's momentum and weight decay move adapters whose gate is 0.
+        init_A: "lora" (PEFT's scale) or "official" (sqrt(d_in / r) times larger).
+
+    The defaults are the preset ``recommended``; ``WeightLoRA.from_preset("paper", k=10)`` gives another.
+
+    Raises:
+        ConfigError: a setting has a value that is not allowed.
+
+    Source: paper, section 3.3; the scores "credit" and "coverage" are ours.
+
+    >>> WeightLoRA(k=10, warmup_steps=100).score
+    'credit'
+    >>> WeightLoRA.from_preset("paper", k=10).gate_lr
+    5.0
+    """
+
+    name: ClassVar[str] = "weightlora"
+    presets: ClassVar[Mapping[str, Mapping[str, Any]]] = WEIGHTLORA
+
+    k: int | float = 0.25
+    warmup_steps: int | float | None = 0.15
+    score: Score = "credit"
+    gate_lr: float = 0.0
+    gate_lr_scheduled: bool = False
+    rule: Rule = "signed"
+    project_every: int | None = None
+    k_schedule: Literal["constant", "cubic", "halving"] = "constant"
+    drift: bool = False
+    init_A: Literal["lora", "official"] = "lora"
+    engine: Literal["autograd", "reference"] = "autograd"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.score not in ("omega", "credit", "coverage"):
+            raise ConfigError(f"score {self.score!r} is unknown; use omega, credit or coverage")
+        if self.gate_lr < 0:
+            raise ConfigError(f"gate_lr={self.gate_lr} is negative; use 0 to hold the gates at 1, or a positive rate")
+        if self.project_every is not None and self.project_every < 1:
+            raise ConfigError(f"project_every={self.project_every} is not allowed; use 1 or more, or None for only at T")
+        check_k_value(self.k)
+
+    def begin(self, adapters: tuple[Adapter, ...], max_steps: int) -> WeightLoRAPolicy:
+        return WeightLoRAPolicy(self, adapters, max_steps)
+
+
+@dataclass(frozen=True, kw_only=True)
+class WeightLoRAPlus(WeightLoRA):
+    """WeightLoRA, then the survivors' ranks grow until the parameters of all n adapters are spent again.
+
+    ``[B, 0] [A; N] = B A``: the value is preserved and PEFT's scale held, so the loss does not jump.
+
+    Args:
+        growth: "gaussian" or "qr" (paper, section 3.4).
+        noise: "normal", or the official code's "uniform".
+        orthonormal: with "qr", orthonormalise the new directions (the paper prints them raw).
+        remainder: "drop" keeps one rank for all (servers want that); "top" hands left-over ranks to the best adapters.
+        max_rank: cap on the grown rank (for example 64, a server's limit).
+        seed: of the generator that draws new directions.
+
+    Source: paper, section 3.4.
+    """
+
+    name: ClassVar[str] = "weightlora+"
+    presets: ClassVar[Mapping[str, Mapping[str, Any]]] = WEIGHTLORA_PLUS
+
+    growth: Growth = "gaussian"
+    noise: Literal["normal", "uniform"] = "normal"
+    orthonormal: bool = True
+    remainder: Literal["drop", "top"] = "drop"
+    max_rank: int | None = None
+    seed: int = 0
+
+    def begin(self, adapters: tuple[Adapter, ...], max_steps: int) -> WeightLoRAPolicy:
+        if self.warmup_steps is None:
+            raise ScheduleError("weightlora+ grows at the seam and so needs warmup_steps; give a number or a share")
+        return WeightLoRAPlusPolicy(self, adapters, max_steps)
+
+
+class WeightLoRAPolicy(Policy):
+    """Gates by StoIHT, credit by inner products; see :class:`WeightLoRA`."""
+
+    def __init__(self, method: WeightLoRA, adapters: tuple[Adapter, ...], max_steps: int) -> None:
+        super().__init__(adapters)
+        self.method = method
+        self.k = check_k(method.k, adapters)
+        self.horizon = max_steps if method.warmup_steps is None else check_warmup(method.warmup_steps, max_steps)
+        self.seam = None if method.warmup_steps is None else self.horizon
+        self.trains_gates = method.gate_lr > 0
+        self.gated = self.trains_gates or method.score == "omega"
+        if method.score == "omega" and not self.trains_gates and self.k < len(adapters):
+            raise ScheduleError("score='omega' ranks gates that learn; set gate_lr (the paper's code uses 5.0), or keep k=n")
+        self.engine = method.engine
+        self.credits = torch.zeros(len(adapters), dtype=torch.float64)
+        self._off: list[int] = []
+        self._before: list[tuple[Tensor, Tensor]] = []
+
+    def prepare(self, factors: Sequence[tuple[Tensor, Tensor]]) -> None:
+        if self.method.init_A == "official":
+            with torch.no_grad():
+                for A, _ in factors:
+                    A.mul_((A.shape[1] / A.shape[0]) ** 0.5)
+
+    def before_step(self, view: StepView) -> None:
+        if self.method.score != "omega":
+            self._before = [(A.detach().clone(), B.detach().clone()) for A, B in view.factors]
+
+    def after_step(self, view: StepView) -> None:
+        if self._before:
+            gained = []
+            for (A, B), (old_A, old_B) in zip(view.factors, self._before, strict=True):
+                pairs = [(p.grad, p.detach() - old) for p, old in ((A, old_A), (B, old_B)) if p.grad is not None]
+                gained.append(credit([g for g, _ in pairs], [d for _, d in pairs]) if pairs else A.new_zeros(()))
+            # One stack on the device; the sum lives there too, so a step never waits for the host.
+            self.credits = self.credits.to(gained[0].device) + torch.stack(gained).double()
+            self._before = []
+        if self.trains_gates:
+            self._move_gates(view)
+
+    def _move_gates(self, view: StepView) -> None:
+        method, gates = self.method, view.gates
+        assert gates is not None
+        if gates.omega.grad is None:
+            return
+        last = view.step == self.horizon
+        every = method.project_every
+        project = last if every is None else (view.step % every == 0 or last)
+        k = gradual_k(view.step, self.horizon, len(self.adapters), self.k, method.k_schedule) if project else None
+        lr = method.gate_lr * (view.lr_factor if method.gate_lr_scheduled else 1.0)
+        gates.set(gate_step(gates.omega.detach(), gates.omega.grad, lr, k, method.rule))
+        if (project or method.rule == "positive") and not method.drift:
+            self._off = torch.nonzero(gates.omega.detach() == 0).flatten().tolist()
+
+    def held(self) -> Sequence[int]:
+        return () if self.method.drift else self._off
+
+    def decide(self, omegas: Sequence[float]) -> Selection:
+        method, step = self.method, self.seam
+        if method.score == "omega":
+            alive = [i for i in support(torch.tensor(omegas, dtype=torch.float64), self.k, method.rule) if omegas[i] != 0]
+            if not alive:
+                raise ScheduleError(
+                    f"all {len(omegas)} gates are zero at the end of warm-up; lower gate_lr ({method.gate_lr}) or use rule='signed'"
+                )
+            why = f"the {len(alive)} largest omegas ({method.rule}) after {self.horizon} steps"
+            return method.choose(self.adapters, alive, why, step=step, omegas=omegas)
+        scores = self.credits.tolist()
+        if method.score == "credit":
+            kept = support(self.credits, self.k, "signed")
+            why = f"the {self.k} largest credits (loss decrease bought by an adapter's own updates) in {self.horizon} steps"
+        else:
+            blocks = [-1 if a.block is None else a.block for a in self.adapters]
+            kept = coverage(scores, blocks, self.k)
+            why = f"credit in {self.horizon} steps, spread over blocks: the {self.k} that maximise sum of sqrt per block"
+        return method.choose(self.adapters, kept, why, step=step, omegas=omegas, scores=scores)
+
+    def state(self) -> dict[str, Tensor]:
+        return {"credits": self.credits.cpu(), "off": torch.tensor(self._off, dtype=torch.int64)}
+
+    def load_state(self, state: Mapping[str, Tensor]) -> None:
+        self.credits = state["credits"].clone()
+        self._off = state["off"].tolist()
+
+
+class WeightLoRAPlusPolicy(WeightLoRAPolicy):
+    """The same decision, with growth; see :class:`WeightLoRAPlus`."""
+
+    method: WeightLoRAPlus
+
+    def growth(self, selection: Selection) -> GrowthPlan:
+        method = self.method
+        by_name = {a.name: a for a in self.adapters}
+        kept = [by_name[name] for name in selection.names]
+        importance = [c.omega if c.score is None else c.score for c in selection.kept]
+        ranks = grown_ranks(
+            total_params([a.rank for a in self.adapters], [a.shape for a in self.adapters]),
+            [a.shape for a in kept],
+            [a.rank for a in kept],
+            order=sorted(range(len(kept)), key=lambda i: (-importance[i], i)),
+            remainder=method.remainder,
+            max_rank=method.max_rank,
+        )
+        return GrowthPlan(
+            ranks={a.name: rank for a, rank in zip(kept, ranks, strict=True)},
+            mode=method.growth,
+            generator=torch.Generator().manual_seed(method.seed),
+            options={"noise": method.noise, "orthonormal": method.orthonormal},
+        )

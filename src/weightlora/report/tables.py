@@ -1,0 +1,360 @@
+"""Many runs in one table, one run in a few lines. Numbers come from the records; nothing is measured again."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import statistics
+import textwrap
+from collections import Counter
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from weightlora.errors import ConfigError
+from weightlora.report.layout import layout
+from weightlora.report.units import BYTES, COUNT, FLOPS, MISSING, SECONDS, Scale, Unit, human, ratio
+from weightlora.runs.record import Phase, Record
+
+BASELINE = "lora"
+_BREAK = "~"  # where a heading's word may be broken when columns are side by side
+_SCALES = {
+    "trainable_params": COUNT,
+    "kept_activation_bytes": BYTES,
+    "flops_per_step": FLOPS,
+    "seconds_per_step": SECONDS,
+}
+_TITLES = {
+    "method": "method",
+    "seeds": "seeds",
+    "score": "score",
+    "adapters": "adap~ters alive",
+    "trainable_params": "train~able params",
+    "kept_activation_bytes": "kept activ~ations",
+    "flops_per_step": "FLOPs per step",
+    "seconds_per_step": "time per step",
+    "relative_time": f"time vs {BASELINE}",
+}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Table:
+    """A table with its caption, ready to be shown.
+
+    Args:
+        caption: what all rows have in common.
+        titles: one heading per column; ``~`` marks where a word may be broken.
+        cells: rows of text, each as long as ``titles``.
+        notes: lines that belong below the table, such as the errors of failed runs.
+        rows: the same rows as plain numbers, for machines.
+    """
+
+    caption: str
+    titles: tuple[str, ...]
+    cells: tuple[tuple[str, ...], ...]
+    notes: tuple[str, ...]
+    rows: tuple[dict[str, Any], ...]
+
+    def __post_init__(self) -> None:
+        for row in self.cells:
+            if len(row) != len(self.titles):
+                raise ConfigError(f"a table row has {len(row)} cells, but there are {len(self.titles)} columns")
+
+    def to_markdown(self) -> str:
+        """The table in Markdown: first column to the left, numbers to the right."""
+        bars = ["---"] + ["---:"] * (len(self.titles) - 1)
+        titles = [title.replace(_BREAK, "") for title in self.titles]
+        lines = [_markdown_row(cells) for cells in (titles, bars, *self.cells)]
+        notes = [f"- {_escape(note)}" for note in self.notes]
+        blocks = [_escape(self.caption), "\n".join(lines), "\n".join(notes)]
+        return "\n\n".join(block for block in blocks if block) + "\n"
+
+    def to_text(self, width: int = 100) -> str:
+        """The table for a terminal of ``width`` columns: side by side where it fits, row by row where it does not."""
+        for gap in (2, 1):
+            body = self._grid(gap)
+            if max(len(line) for line in body) <= width:
+                break
+        else:
+            body = self._stacked(width)
+        lines = [*textwrap.wrap(self.caption, max(width, 20)), "", *body]
+        lines += [""] if self.notes else []
+        for note in self.notes:
+            lines += textwrap.wrap(note, max(width, 20), subsequent_indent="  ")
+        return "\n".join(lines) + "\n"
+
+    def _grid(self, gap: int) -> list[str]:
+        """One line per row, under headings that are broken to one word per line."""
+        words = [title.replace(_BREAK, "- ").split() for title in self.titles]
+        depth = max(len(word) for word in words)
+        heads = [tuple((([""] * (depth - len(word))) + word)[line] for word in words) for line in range(depth)]
+        table = [*heads, *self.cells]
+        widths = [max(len(row[column]) for row in table) for column in range(len(self.titles))]
+        lines = [
+            (" " * gap)
+            .join(
+                cell.ljust(size) if column == 0 else cell.rjust(size)
+                for column, (cell, size) in enumerate(zip(row, widths, strict=True))
+            )
+            .rstrip()
+            for row in table
+        ]
+        lines.insert(depth, "-" * (sum(widths) + gap * (len(widths) - 1)))
+        return lines
+
+    def _stacked(self, width: int) -> list[str]:
+        """One line per cell, for narrow terminals."""
+        lines = []
+        titles = [title.replace(_BREAK, "") for title in self.titles[1:]]
+        indent = max(len(title) for title in titles) + 4
+        for row in self.cells:
+            lines += textwrap.wrap(row[0], max(width, 20))
+            lines += [f"  {title}".ljust(indent) + cell for title, cell in zip(titles, row[1:], strict=True)]
+        return lines
+
+    def to_json(self) -> str:
+        """Caption, rows as numbers and notes, as strict JSON; a number that is not finite is ``null``."""
+        rows = [{key: _finite(value) for key, value in row.items()} for row in self.rows]
+        content = {"caption": self.caption, "rows": rows, "notes": list(self.notes)}
+        return json.dumps(content, indent=2, allow_nan=False) + "\n"
+
+
+def _escape(text: str) -> str:
+    return text.replace("|", "\\|").replace("\n", " ")
+
+
+def _markdown_row(cells: Sequence[str]) -> str:
+    return "| " + " | ".join(_escape(cell) for cell in cells) + " |"
+
+
+def _finite(value: Any) -> Any:
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def comparison_table(records: Sequence[Record]) -> Table:
+    """Methods side by side: one row per (method, preset), mean and spread over its seeds.
+
+    The spread is the sample standard deviation, ``sqrt(sum((x - mean)^2) / (m - 1))`` over m finished runs. Costs
+    are those of the final phase, averaged. Runs that failed or did not finish are counted and named below the table,
+    never averaged. Where one (method, preset) was run with several k or r, each of them gets its own row. Times are
+    set against plain LoRA's only if all runs were made on one kind of machine.
+
+    Raises:
+        ConfigError: no records, or records of different tasks, models or metrics, which have no common mean.
+    """
+    if not records:
+        raise ConfigError("there are no records to compare; name one run directory or more")
+    for field in ("task", "model", "metric"):
+        found = sorted({getattr(record, field) for record in records})
+        if len(found) > 1:
+            raise ConfigError(f"a comparison needs runs of one {field}, not of {', '.join(found)}; compare them apart")
+    rows = [_row(label, group) for label, group in _groups(records).items()]
+    finished = [record for record in records if record.status == "ok"]
+    comparable = len({tuple(sorted(record.machine.items())) for record in finished}) <= 1
+    for row in rows:
+        base = _baseline(rows, row["preset"]) if comparable else None
+        row["relative_time"] = _quotient(row["seconds_per_step"], base)
+    presets = {record.preset for record in records}
+    preset = f", preset {presets.pop()}" if len(presets) == 1 else ""
+    units = {key: Unit.fit([row[key] for row in rows], scale) for key, scale in _SCALES.items()}
+    shown: dict[str, str] = {
+        key: f"{title} ({units[key].sign})" if key in units and units[key].sign else title
+        for key, title in _TITLES.items()
+    } | {"score": records[0].metric}
+    return Table(
+        caption=f"{records[0].task}, {records[0].model}{preset}: {records[0].metric}, mean ± spread over seeds",
+        titles=tuple(shown.values()),
+        cells=tuple(tuple(_cell(key, row, units) for key in _TITLES) for row in rows),
+        notes=_notes(records, rows, comparable),
+        rows=tuple(rows),
+    )
+
+
+def _groups(records: Sequence[Record]) -> dict[str, list[Record]]:
+    """Records by the label of their row, in order of first appearance."""
+    one_preset = len({record.preset for record in records}) == 1
+    settings: dict[tuple[str, str], set[tuple[int | None, int | None]]] = {}
+    for record in records:
+        found = settings.setdefault((record.method, record.preset), set())
+        if record.status == "ok":  # a run that failed early may not know its k
+            found.add((record.k, record.r))
+    groups: dict[str, list[Record]] = {}
+    for record in records:
+        label = record.method if one_preset else f"{record.method} ({record.preset})"
+        if len(settings[record.method, record.preset]) > 1:
+            label += f" k={MISSING if record.k is None else record.k} r={MISSING if record.r is None else record.r}"
+        groups.setdefault(label, []).append(record)
+    return groups
+
+
+def _row(label: str, group: Sequence[Record]) -> dict[str, Any]:
+    """One row as numbers."""
+    done = [record for record in group if record.status == "ok"]
+    scores = [record.score for record in done if record.score is not None]
+    alive = [len(record.kept) for record in done]
+    return {
+        "label": label,
+        "method": group[0].method,
+        "preset": group[0].preset,
+        "k": group[0].k if len({record.k for record in group}) == 1 else None,
+        "seeds": sorted(record.seed for record in done),
+        "ok": len(done),
+        "failed": sum(record.status == "failed" for record in group),
+        "total": len(group),
+        "score_mean": _mean(scores),
+        "score_spread": statistics.stdev(scores) if len(scores) > 1 and all(map(math.isfinite, scores)) else None,
+        "adapters_min": min(alive, default=None),
+        "adapters_max": max(alive, default=None),
+        "n_adapters": max((record.n_adapters for record in done), default=None),
+        "trainable_params": _mean([record.trainable_params["final"] for record in done]),
+        "kept_activation_bytes": _final(done, lambda phase: phase.kept_activation_bytes),
+        "flops_per_step": _final(done, lambda phase: phase.flops_per_step),
+        "seconds_per_step": _final(done, lambda phase: phase.seconds_per_step),
+    }
+
+
+def _mean(values: Sequence[float]) -> float | None:
+    """The mean (NaN if one value is: a diverged run is no reason to look better), or None of nothing."""
+    if not values:
+        return None
+    mean = math.fsum(values) / len(values)
+    return int(mean) if all(isinstance(value, int) for value in values) and mean.is_integer() else mean
+
+
+def _final(records: Sequence[Record], number: Callable[[Phase], float | None]) -> float | None:
+    """The mean of a number of the final phases; None unless every run has it."""
+    found = [number(record.final_phase) if record.final_phase else None for record in records]
+    known = [value for value in found if value is not None]
+    return _mean(known) if len(known) == len(found) else None
+
+
+def _baseline(rows: Sequence[dict[str, Any]], preset: str) -> float | None:
+    """Plain LoRA's seconds per step: those of the same preset, else of the first row that has any."""
+    found = [row for row in rows if row["method"] == BASELINE and row["seconds_per_step"]]
+    found.sort(key=lambda row: row["preset"] != preset)  # stable: only the same preset moves to the front
+    seconds: float | None = found[0]["seconds_per_step"] if found else None
+    return seconds
+
+
+def _quotient(value: float | None, base: float | None) -> float | None:
+    return value / base if value is not None and base else None
+
+
+def _cell(key: str, row: dict[str, Any], units: dict[str, Unit]) -> str:
+    """One number, or one word, for people."""
+    words: dict[str, Callable[[dict[str, Any]], str]] = {
+        "method": lambda row: str(row["label"]),
+        "seeds": lambda row: f"{row['ok']}/{row['total']}" + (f", {row['failed']} failed" if row["failed"] else ""),
+        "score": _score_cell,
+        "adapters": _adapters_cell,
+        "relative_time": lambda row: MISSING if row["relative_time"] is None else f"{row['relative_time']:.2f}x",
+    }
+    return words[key](row) if key in words else units[key].cell(row[key])
+
+
+def _score_cell(row: dict[str, Any]) -> str:
+    if row["failed"] == row["total"]:
+        return "failed"
+    if row["score_mean"] is None:
+        return MISSING
+    spread = MISSING if row["score_spread"] is None else f"{row['score_spread']:.4f}"
+    return f"{row['score_mean']:.4f} ± {spread}"
+
+
+def _adapters_cell(row: dict[str, Any]) -> str:
+    if not row["n_adapters"]:
+        return MISSING
+    low, high = row["adapters_min"], row["adapters_max"]
+    return f"{low if low == high else f'{low}-{high}'}/{row['n_adapters']}"
+
+
+def _notes(records: Sequence[Record], rows: Sequence[dict[str, Any]], comparable: bool) -> tuple[str, ...]:
+    """What a reader must know before trusting the table."""
+    notes = []
+    for record in records:
+        run = f"{record.method} ({record.preset}), seed {record.seed}"
+        if record.status == "failed":
+            notes.append(f"failed: {run}: {' '.join((record.error or 'no reason recorded').split())}")
+        elif record.status == "running":
+            notes.append(f"not finished: {run}")
+        elif record.score is None:
+            notes.append(f"no {record.metric} recorded: {run}; the mean is over the others")
+    for row in rows:
+        twice = [str(seed) for seed, times in Counter(row["seeds"]).items() if times > 1]
+        if twice:
+            notes.append(f"{row['label']}: several runs of seed {', '.join(twice)}; the spread is not over seeds alone")
+    phases = [record.final_phase for record in records if record.status == "ok" and record.final_phase]
+    sizes = sorted({phase.micro_batch for phase in phases if phase.micro_batch is not None})
+    if len(sizes) > 1:
+        notes.append(f"kept activations are per micro-batch, and micro-batches differ: {', '.join(map(str, sizes))}")
+    if not comparable:
+        notes.append("the runs come from different kinds of machine: their times are not comparable")
+    return tuple(notes)
+
+
+def run_summary(record: Record) -> str:
+    """One run in a few lines: score, adapters kept, and what each phase cost, before the seam and after it."""
+    lines = [f"{record.method} ({record.preset}) on {record.task}, {record.model}, seed {record.seed}: {record.status}"]
+    if record.error:
+        lines.append(f"  error: {' '.join(record.error.split())}")
+    if record.score is not None:
+        others = ", ".join(f"{key} {value:.4f}" for key, value in record.metrics.items() if key != record.metric)
+        lines.append(f"  {record.metric}: {record.score:.4f}" + (f" ({others})" if others else ""))
+    if record.n_adapters:
+        kept = f"  adapters kept: {len(record.kept)} of {record.n_adapters}: {', '.join(_kept_names(record))}"
+        lines += textwrap.wrap(kept.rstrip(": "), 100, subsequent_indent="    ")
+    if record.why:
+        lines += textwrap.wrap(f"  why: {' '.join(record.why.split())}", 100, subsequent_indent="    ")
+    if record.phases:
+        lines += [""] + [f"  {line}".rstrip() for line in _phase_lines(record.phases)]
+    if len(record.phases) > 1:
+        lines += ["", f"  {_warmup_share(record.phases)}"]
+    return "\n".join(lines) + "\n"
+
+
+def _kept_names(record: Record, most: int = 12) -> list[str]:
+    """The survivors' short names in the record's order: at most ``most`` of them and the count of the others."""
+    short = {place.adapter.name: place.short for place in layout(record.adapters)}
+    names = [short.get(entry.name) or ".".join(entry.name.split(".")[-2:]) for entry in record.kept]
+    return names if len(names) <= most else [*names[:most], f"and {len(names) - most} more"]
+
+
+def _phase_lines(phases: Sequence[Phase]) -> list[str]:
+    """One column per phase and, with two or more, the last one against the first in words."""
+    numbers: list[tuple[str, Callable[[Phase], float | None], Scale]] = [
+        ("trainable parameters", lambda phase: phase.trainable_params, COUNT),
+        ("kept activations", lambda phase: phase.kept_activation_bytes, BYTES),
+        ("FLOPs per step", lambda phase: phase.flops_per_step, FLOPS),
+        ("time per step", lambda phase: phase.seconds_per_step, SECONDS),
+        ("peak memory", lambda phase: phase.peak_memory_bytes, BYTES),
+    ]
+    several = len(phases) > 1
+    table = [["", *(phase.name for phase in phases), "change" if several else ""]]
+    table.append(["steps", *(str(phase.steps) for phase in phases), ""])
+    table.append(["micro-batch", *(_batch(phase) for phase in phases), ""])
+    for name, number, scale in numbers:
+        values = [number(phase) for phase in phases]
+        if any(value is not None for value in values):
+            unit = Unit.fit(values, scale)
+            change = ratio(values[0], values[-1]) if several else ""
+            table.append([name, *(unit.text(value) for value in values), change])
+    widths = [max(len(row[column]) for row in table) for column in range(len(table[0]))]
+    return ["  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]) for row in table]
+
+
+def _batch(phase: Phase) -> str:
+    if phase.micro_batch is None:
+        return MISSING
+    return f"{phase.micro_batch} x {phase.accumulation}" if phase.accumulation else str(phase.micro_batch)
+
+
+def _warmup_share(phases: Sequence[Phase]) -> str:
+    """What the phase before the seam took of the whole, since it is the price of the selection."""
+    first, steps, seconds = phases[0], sum(phase.steps for phase in phases), sum(phase.seconds for phase in phases)
+    text = f"{first.name} took {first.steps} of {steps} steps"
+    if seconds:
+        text += f" and {first.seconds / seconds:.0%} of the time ({human(first.seconds, SECONDS)})"
+    peaks = [phase.kept_activation_bytes for phase in phases if phase.kept_activation_bytes is not None]
+    if first.kept_activation_bytes is not None and first.kept_activation_bytes >= max(peaks):
+        text += f"; it sets the run's peak of {human(first.kept_activation_bytes, BYTES)} kept activations"
+    return text

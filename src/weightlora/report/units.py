@@ -1,0 +1,76 @@
+"""Numbers as people read them: one unit for a whole column, so that its cells compare at a glance."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Iterable
+
+MISSING = "-"
+
+Scale = tuple[tuple[float, float, str], ...]
+"""Units from small to large: the value from which one is used, its factor, its sign."""
+
+BYTES: Scale = ((0, 1, "B"), (2**10, 2**10, "KiB"), (2**20, 2**20, "MiB"), (10 * 2**30, 2**30, "GiB"))
+FLOPS: Scale = ((0, 1e3, "kFLOP"), (1e6, 1e6, "MFLOP"), (1e9, 1e9, "GFLOP"), (10e12, 1e12, "TFLOP"))
+COUNT: Scale = ((0, 1, ""), (1e3, 1e3, "k"), (1e6, 1e6, "M"), (1e9, 1e9, "G"))
+SECONDS: Scale = ((0, 1e-3, "ms"), (1, 1, "s"))
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Unit:
+    """A factor and its sign; `cell` writes a number in it without the sign, `text` with it.
+
+    >>> Unit.fit([1_620_000_000, 477_000_000], BYTES).text(477_000_000)
+    '454.9 MiB'
+    """
+
+    factor: float
+    sign: str
+    digits: int
+
+    @classmethod
+    def fit(cls, values: Iterable[float | None], scale: Scale) -> Unit:
+        """The largest unit of ``scale`` that the largest value reaches and in which the smallest is 0.1 or more.
+
+        All cells show as many decimals as the smallest value needs for about three digits.
+        """
+        known = [value for value in values if value is not None and math.isfinite(value) and value > 0]
+        _, factor, sign = scale[0]
+        for start, larger, name in scale:
+            if known and max(known) >= start and min(known) >= larger / 10:
+                factor, sign = larger, name
+        whole = all(value == int(value) for value in known) and factor == 1
+        least = min(known, default=0) / factor
+        digits = 0 if whole or least >= 1000 else 1 if least >= 10 else 2 if least >= 1 else 3
+        return cls(factor=factor, sign=sign, digits=digits)
+
+    def cell(self, value: float | None) -> str:
+        """``value`` in this unit, or a dash for None."""
+        return MISSING if value is None else f"{value / self.factor:.{self.digits}f}"
+
+    def text(self, value: float | None) -> str:
+        """``value`` with the sign."""
+        return MISSING if value is None else f"{self.cell(value)} {self.sign}".rstrip()
+
+
+def human(value: float | None, scale: Scale) -> str:
+    """``value`` in the unit of ``scale`` that suits it alone.
+
+    >>> human(434.7e9, FLOPS), human(41_234, COUNT), human(None, BYTES)
+    ('434.7 GFLOP', '41.2 k', '-')
+    """
+    return Unit.fit([value], scale).text(value)
+
+
+def ratio(before: float | None, after: float | None) -> str:
+    """``after`` against ``before`` in words: ``3.40x less``.
+
+    >>> ratio(1545.0, 455.0), ratio(1.0, 2.0), ratio(5, 5), ratio(None, 2)
+    ('3.40x less', '2.00x more', 'the same', '-')
+    """
+    if before is None or after is None or before <= 0 or after <= 0:
+        return MISSING
+    if f"{before / after:.2f}" == "1.00":
+        return "the same"
+    return f"{before / after:.2f}x less" if before > after else f"{after / before:.2f}x more"

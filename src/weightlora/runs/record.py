@@ -1,0 +1,373 @@
+"""The record of one run: what was asked, what happened, what it cost. Plain data; imports no torch.
+
+``record.json`` is strict JSON with a stable key order, so that other programs can rely on it. Keys are only ever
+added within one schema version; a reader ignores those it does not know.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.metadata
+import json
+import math
+import os
+import platform
+import sys
+import types
+import typing
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+from weightlora.errors import CheckpointError, ConfigError
+from weightlora.files import write_text
+
+SCHEMA_VERSION = 1
+STATUSES = ("running", "ok", "failed")
+_NAMES = {dict: "an object", list: "a list", str: "text", bool: "true or false", int: "a whole number"}
+_NAMES |= {float: "a number", type(None): "null"}
+PACKAGES = ("weightlora", "torch", "transformers", "peft", "accelerate", "trl")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Kept:
+    """One adapter that lives on after the seam: its module name, its gate omega and its rank.
+
+    >>> Kept(name="layer.0.query", omega=0.7, rank=8).rank
+    8
+    """
+
+    name: str
+    omega: float
+    rank: int
+
+    def __post_init__(self) -> None:
+        _require(self.rank >= 1, f"kept adapter {self.name!r} has rank {self.rank}; a rank is 1 or more")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Phase:
+    """What one phase (a stretch of training in which no tensor changes shape) did and cost.
+
+    Args:
+        name: ``"warmup"``, ``"final"``, ...
+        steps: optimizer steps done.
+        seconds: wall time of those steps.
+        micro_batch: examples in one forward pass.
+        accumulation: forward passes in one optimizer step.
+        kept_activation_bytes: bytes autograd keeps for the backward pass of one micro-batch, parameters excluded.
+        peak_memory_bytes: the device's peak, where the device can tell.
+        flops_per_step: floating point operations of one optimizer step, all its micro-batches together.
+        trainable_params: numbers the optimizer moves.
+    """
+
+    name: str
+    steps: int
+    seconds: float
+    micro_batch: int | None
+    accumulation: int | None
+    kept_activation_bytes: int | None
+    peak_memory_bytes: int | None
+    flops_per_step: int | None
+    trainable_params: int
+
+    def __post_init__(self) -> None:
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            if isinstance(value, (int, float)) and value < 0:
+                raise ConfigError(f"phase {self.name!r}: {field.name} is {value}; it cannot be negative")
+
+    @property
+    def seconds_per_step(self) -> float | None:
+        """Wall time of one optimizer step in seconds; None before the first step."""
+        return self.seconds / self.steps if self.steps else None
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class AdapterScore:
+    """One of the n adapters the run began with, and how it fared.
+
+    Args:
+        name: module name in the model.
+        block: index of its layer, or None outside the stack of layers.
+        kind: what it adapts inside its layer, for example ``"attention.self.query"``.
+        omega: its gate when the selection was made.
+        score: the number the method ranked it by; None where the method ranks nothing.
+        kept: whether it lives on.
+    """
+
+    name: str
+    block: int | None
+    kind: str
+    omega: float
+    score: float | None
+    kept: bool
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Record:
+    """Everything about one run that is worth keeping, as it lies in ``record.json``.
+
+    Args:
+        schema_version: 1.
+        status: ``"running"``, ``"ok"`` or ``"failed"``.
+        method, preset, task, model, seed: what was run. ``k`` and ``r``: adapters to keep and rank, as resolved.
+        n_adapters: adapters at the start; 0 for full fine-tuning.
+        kept: the adapters at the end. ``adapters``: all n of them in module order, or empty.
+        trainable_params: ``{"warmup": int, "final": int}``; both are there once the status is ``"ok"``.
+        metrics: the task's numbers. ``metric``: which of them is the headline.
+        phases: in order of time. ``seam_step``: the step after which the surgery was done; None without one.
+        max_steps: optimizer steps asked for.
+        why: the method's reason for its selection, in words.
+        versions, argv, config, machine: how to run it again, and on what kind of machine it ran.
+        error: one line when the status is ``"failed"``.
+
+    Raises:
+        ConfigError: the fields contradict each other.
+    """
+
+    schema_version: int = SCHEMA_VERSION
+    status: Literal["running", "ok", "failed"]
+    method: str
+    preset: str
+    task: str
+    model: str
+    seed: int
+    k: int | None
+    r: int | None
+    n_adapters: int
+    kept: tuple[Kept, ...]
+    adapters: tuple[AdapterScore, ...]
+    trainable_params: dict[str, int]
+    metrics: dict[str, float]
+    metric: str
+    phases: tuple[Phase, ...]
+    seam_step: int | None
+    max_steps: int | None
+    why: str
+    versions: dict[str, str]
+    argv: tuple[str, ...]
+    config: dict[str, Any]
+    error: str | None
+    machine: dict[str, str | int]
+
+    def __post_init__(self) -> None:
+        known = self.schema_version == SCHEMA_VERSION
+        _require(known, f"schema_version is {self.schema_version}; this release writes {SCHEMA_VERSION}")
+        _require(self.status in STATUSES, f"status is {self.status!r}; allowed are {', '.join(STATUSES)}")
+        _require(self.n_adapters >= 0, f"n_adapters is {self.n_adapters}; it cannot be negative")
+        strange = sorted(set(self.trainable_params) - {"warmup", "final"})
+        _require(not strange, f"trainable_params has the keys {strange}; allowed are 'warmup' and 'final'")
+        _require(
+            self.status != "ok" or len(self.trainable_params) == 2,
+            "trainable_params of a finished run needs both 'warmup' and 'final'",
+        )
+        self._check_adapters()
+
+    def _check_adapters(self) -> None:
+        """Raise ConfigError unless ``kept``, ``adapters`` and ``n_adapters`` tell one story."""
+        kept = [entry.name for entry in self.kept]
+        names = [entry.name for entry in self.adapters]
+        for field, listed in (("kept", kept), ("adapters", names)):
+            twice = sorted({name for name in listed if listed.count(name) > 1})
+            _require(not twice, f"{field} names {twice} more than once")
+        _require(len(kept) <= self.n_adapters, f"{len(kept)} adapters are kept, but n_adapters is {self.n_adapters}")
+        if not names:
+            return
+        _require(len(names) == self.n_adapters, f"adapters lists {len(names)}, but n_adapters is {self.n_adapters}")
+        missing = sorted(set(kept) - set(names))
+        _require(not missing, f"kept names {missing}, which adapters does not list")
+        flagged = {entry.name for entry in self.adapters if entry.kept}
+        _require(
+            self.status != "ok" or flagged == set(kept),
+            f"kept and the kept flags of adapters differ in {sorted(flagged ^ set(kept))}",
+        )
+
+    @property
+    def score(self) -> float | None:
+        """The headline metric, or None when the run did not get that far."""
+        return self.metrics.get(self.metric)
+
+    @property
+    def first_phase(self) -> Phase | None:
+        """The phase before the seam, or the only one."""
+        return self.phases[0] if self.phases else None
+
+    @property
+    def final_phase(self) -> Phase | None:
+        """The phase after the last seam, or the only one."""
+        return self.phases[-1] if self.phases else None
+
+    def to_json(self) -> str:
+        """The record as strict JSON: fields in schema order, free dictionaries sorted, equal records in equal bytes.
+
+        A float that is not finite becomes ``null``, since JSON has no word for it.
+
+        Raises:
+            ConfigError: a value is not plain data, or has not the type that the schema promises.
+        """
+        text = json.dumps(_plain(self, "record"), indent=2, allow_nan=False) + "\n"
+        try:
+            Record.from_json(text)  # what cannot be read must never be written
+        except CheckpointError as error:
+            raise ConfigError(f"this record cannot be stored: {error}") from error
+        return text
+
+    @classmethod
+    def from_json(cls, text: str) -> Record:
+        """The record in ``text``; keys that this release does not know are ignored.
+
+        ``null`` where the schema says float reads as NaN; where it allows None (``score``), as None.
+
+        Raises:
+            CheckpointError: no JSON, another schema version, a key that is missing or of the wrong type.
+
+        >>> Record.from_json('{"schema_version": 7}')
+        Traceback (most recent call last):
+        weightlora.errors.CheckpointError: the record has schema version 7; this release reads 1: update weightlora
+        """
+        try:
+            data = json.loads(text, parse_constant=_refuse_constant)
+        except ValueError as error:
+            raise CheckpointError(f"the record is not strict JSON: {error}") from error
+        if not isinstance(data, dict):
+            raise CheckpointError(f"the record must be a JSON object, not {_kind(data)}")
+        if "schema_version" not in data:
+            raise CheckpointError("the record has no key 'schema_version': this is not a run's record.json")
+        version = data["schema_version"]
+        if type(version) is not int or version != SCHEMA_VERSION:
+            raise CheckpointError(
+                f"the record has schema version {version!r}; this release reads {SCHEMA_VERSION}: update weightlora"
+            )
+        try:
+            record: Record = _decode(cls, data, "")
+        except ConfigError as error:
+            raise CheckpointError(f"the record contradicts itself: {error}") from error
+        return record
+
+    def write(self, path: str | os.PathLike[str]) -> Path:
+        """Store the record at ``path``; a reader sees the old file or the new one, never a part. Returns the path."""
+        return write_text(Path(path), self.to_json())
+
+    @classmethod
+    def read(cls, path: str | os.PathLike[str]) -> Record:
+        """The record stored at ``path``.
+
+        Raises:
+            CheckpointError: no such file, or `from_json`'s reasons, with the path in front.
+        """
+        path = Path(path)
+        try:
+            return cls.from_json(path.read_text(encoding="utf-8"))
+        except OSError as error:
+            raise CheckpointError(f"{path}: no record can be read here ({error.strerror})") from error
+        except ValueError as error:
+            raise CheckpointError(f"{path}: {error}") from error
+
+
+def collect_versions() -> dict[str, str]:
+    """Versions of Python and of the packages a result depends on; looked up without importing them.
+
+    >>> "python" in collect_versions()
+    True
+    """
+    versions = {"python": platform.python_version()}
+    for package in PACKAGES:
+        try:
+            versions[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            continue  # an optional package, or a source tree that was not installed
+    return versions
+
+
+def machine() -> dict[str, str | int]:
+    """The kind of machine: processor architecture, cores this process may use, operating system. No names, no paths.
+
+    >>> sorted(machine())
+    ['architecture', 'cores', 'system']
+    """
+    cores = len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
+    return {"architecture": platform.machine(), "cores": cores, "system": platform.system()}
+
+
+def _require(condition: bool, message: str) -> None:
+    if not condition:
+        raise ConfigError(message)
+
+
+def _refuse_constant(name: str) -> float:
+    raise ValueError(f"{name} is not JSON")
+
+
+def _plain(value: Any, where: str) -> Any:
+    """``value`` as what `json` writes, or ConfigError naming the place that is not plain data."""
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        fields = dataclasses.fields(value)
+        return {field.name: _plain(getattr(value, field.name), f"{where}.{field.name}") for field in fields}
+    if isinstance(value, Mapping):
+        for key in value:
+            _require(isinstance(key, str), f"{where} has the key {key!r}; JSON keys are text")
+        return {key: _plain(value[key], f"{where}.{key}") for key in sorted(value)}
+    if isinstance(value, (list, tuple)):
+        return [_plain(item, f"{where}[{index}]") for index, item in enumerate(value)]
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    allowed = value is None or isinstance(value, (str, bool, int))
+    _require(allowed, f"{where} is a {type(value).__name__}; a record holds text, numbers, lists and dictionaries only")
+    return value
+
+
+def _decode(hint: Any, value: Any, where: str) -> Any:
+    """``value`` (from JSON) as the type ``hint`` says, or CheckpointError naming ``where``."""
+    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if dataclasses.is_dataclass(hint):
+        return _decode_object(hint, _expect(dict, value, where), where)
+    if origin in (tuple, dict):
+        return _decode_items(origin, arguments, value, where)
+    if origin in (types.UnionType, typing.Union):
+        fitting = [argument for argument in arguments if argument is type(value)]
+        return _decode(fitting[0] if fitting else arguments[0], value, where)
+    if origin is Literal and value not in arguments:
+        raise CheckpointError(f"key '{where}' is {value!r}; allowed are {', '.join(arguments)}")
+    if hint is float:
+        return _decode_float(value, where)
+    return value if hint is Any or origin is Literal else _expect(hint, value, where)
+
+
+def _decode_items(origin: type, arguments: tuple[Any, ...], value: Any, where: str) -> Any:
+    """A tuple from a JSON list, or a dictionary from a JSON object."""
+    if origin is tuple:
+        items = _expect(list, value, where)
+        return tuple(_decode(arguments[0], item, f"{where}[{index}]") for index, item in enumerate(items))
+    return {key: _decode(arguments[1], item, f"{where}.{key}") for key, item in _expect(dict, value, where).items()}
+
+
+def _decode_object(hint: Any, data: dict[str, Any], where: str) -> Any:
+    """The dataclass ``hint`` from a JSON object; unknown keys are ignored."""
+    hints = typing.get_type_hints(hint)
+    dot = f"{where}." if where else ""
+    for name in hints:
+        if name not in data:
+            raise CheckpointError(f"the record has no key '{dot}{name}'")
+    return hint(**{name: _decode(kind, data[name], f"{dot}{name}") for name, kind in hints.items()})
+
+
+def _decode_float(value: Any, where: str) -> float:
+    if value is None:
+        return math.nan
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise CheckpointError(f"key '{where}' must be a number, not {_kind(value)}")
+    try:
+        return float(value)
+    except OverflowError as error:
+        raise CheckpointError(f"key '{where}' is a whole number too large for a float") from error
+
+
+def _expect(kind: type, value: Any, where: str) -> Any:
+    if type(value) is not kind:
+        raise CheckpointError(f"key '{where}' must be {_NAMES[kind]}, not {_kind(value)}")
+    return value
+
+
+def _kind(value: Any) -> str:
+    return _NAMES[type(value)]

@@ -1,0 +1,17 @@
+"""Data in, batches and metric out; models to fine-tune. Importing this registers the mean-pooled BERT with Transformers."""
+
+from weightlora.tasks.base import TASKS, Task, load_task, tokenize
+from weightlora.tasks.models import MODELS, LoadedModel, load_model
+from weightlora.tasks.pooling import MeanPooledBertConfig, MeanPooledBertForSequenceClassification
+
+__all__ = [
+    "MODELS",
+    "TASKS",
+    "LoadedModel",
+    "MeanPooledBertConfig",
+    "MeanPooledBertForSequenceClassification",
+    "Task",
+    "load_model",
+    "load_task",
+    "tokenize",
+]

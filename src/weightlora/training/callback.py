@@ -1,0 +1,107 @@
+"""The driver as a Transformers callback: forwards events, stops at the seam, stores what a resume needs."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Literal
+
+from torch import Tensor
+from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from weightlora.graft import Manifest
+from weightlora.training.driver import Driver
+
+Stage = Literal["warmup", "final"]
+
+
+class SeamCallback(TrainerCallback):
+    """Added last, so that it sees what the trainer's own flow decided (log, evaluate, save) in the same event.
+
+    Args:
+        trainer: whose ``log`` takes the gates.
+        driver: the run's decisions.
+        restored: tensors of the checkpoint that this stage resumes from, if it is one of warm-up.
+        log_omegas: "summary" (how many live, extremes) or "all" (one entry per adapter).
+        data: what else the manifest must hold.
+    """
+
+    def __init__(
+        self, trainer: Trainer, driver: Driver, *, restored: tuple[dict[str, Tensor], int] | None,
+        log_omegas: Literal["summary", "all"], data: dict[str, Any],
+    ) -> None:
+        self.trainer, self.driver, self.restored = trainer, driver, restored
+        self.log_omegas, self.data = log_omegas, data
+        self.stage: Stage = "final" if driver.selection is not None else "warmup"
+        self._at_epoch_end = False
+
+    def manifest(self, step: int) -> Manifest:
+        """Structure and progress as they are now."""
+        driver = self.driver
+        return Manifest(
+            stage=self.stage,
+            step=step,
+            adapter=driver.name,
+            adapters=Manifest.describe(driver.adapters),
+            method=driver.method.to_dict(),
+            selection=driver.selection,
+            data=self.data,
+        )
+
+    def _lr_factor(self) -> float:
+        scheduler = self.trainer.lr_scheduler
+        base = scheduler.base_lrs[0] if getattr(scheduler, "base_lrs", None) else self.trainer.args.learning_rate
+        return float(self.trainer.optimizer.param_groups[0]["lr"]) / base if base else 0.0
+
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        # The trainer has loaded its checkpoint by now: B is there in its folded form, so the raw state goes on top.
+        if self.restored is not None:
+            self.driver.load_state(*self.restored)
+
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self.driver.before_step(self._lr_factor())
+
+    def on_optimizer_step(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self.driver.after_step(self._lr_factor())
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        if control.should_log and self.stage == "warmup" and self.driver.gates is not None:
+            self._log_omegas()
+        if self.stage == "warmup" and state.global_step == self.driver.seam:
+            # At the end of an epoch the trainer may still evaluate; stopping after that keeps its random state in order.
+            if state.epoch is not None and float(state.epoch).is_integer():
+                self._at_epoch_end = True
+            else:
+                control.should_save = control.should_training_stop = True
+        if control.should_save:
+            self._store(args, state)
+
+    def on_epoch_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        if self._at_epoch_end:
+            control.should_save = control.should_training_stop = True
+        elif control.should_training_stop and self.stage == "warmup" and state.global_step == self.driver.seam:
+            # The loop was left in the middle of an epoch: what the flow callback planned for its end is not due.
+            control.should_log = control.should_evaluate = control.should_save = False
+        if control.should_save:
+            self._store(args, state)
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        # save_strategy="best" decides after on_step_end; everything else was stored before the trainer wrote its files.
+        if state.is_world_process_zero and not (self._folder(args, state) / "weightlora.json").is_file():
+            self._store(args, state)
+
+    def _folder(self, args: TrainingArguments, state: TrainerState) -> Path:
+        return Path(args.output_dir) / f"checkpoint-{state.global_step}"
+
+    def _store(self, args: TrainingArguments, state: TrainerState) -> None:
+        if state.is_world_process_zero:
+            tensors = self.driver.state() if self.stage == "warmup" else {}
+            self.manifest(state.global_step).write(self._folder(args, state), tensors)
+
+    def _log_omegas(self) -> None:
+        omegas = self.driver.omegas()
+        logs = {
+            "omega/alive": float(sum(omega != 0 for omega in omegas)), "omega/max": max(omegas), "omega/min": min(omegas),
+        }
+        if self.log_omegas == "all":
+            logs |= {f"omega/{a.name}": omega for a, omega in zip(self.driver.adapters, omegas, strict=True)}
+        self.trainer.log(logs)

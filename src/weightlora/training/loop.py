@@ -1,0 +1,115 @@
+"""WeightLoRA in a loop of your own: one object, one call per optimizer step."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from weightlora.errors import ScheduleError
+from weightlora.graft import Selection
+from weightlora.methods import Method
+from weightlora.training.driver import Driver
+
+
+class Tuner:
+    """Made by :func:`attach`. Call :meth:`step` after ``optimizer.step()`` and before ``optimizer.zero_grad()``.
+
+    ``tuner.selection`` is None during warm-up and the :class:`~weightlora.graft.Selection` afterwards.
+    """
+
+    def __init__(self, driver: Driver, optimizer: torch.optim.Optimizer) -> None:
+        self._driver, self._optimizer = driver, optimizer
+        self._peak = [group.get("initial_lr", group["lr"]) for group in optimizer.param_groups]
+        self._armed = False
+        # Withholding a gradient must come after clipping and before the optimizer looks: this hook is that moment.
+        self._hook = optimizer.register_step_pre_hook(self._before)
+        driver.start()
+        if driver.seam == 0:
+            driver.operate(optimizer)
+
+    def _lr_factor(self) -> float:
+        group, peak = self._optimizer.param_groups[0], self._peak[0]
+        return float(group["lr"]) / float(group.get("initial_lr", peak)) if group.get("initial_lr", peak) else 0.0
+
+    def _before(self, *_: Any) -> None:
+        self._armed = True
+        self._driver.before_step(self._lr_factor())
+
+    def step(self) -> Selection | None:
+        """Count one optimizer step; the seam happens inside the call that reaches it.
+
+        Returns:
+            The selection in the call that made it, else None.
+
+        Raises:
+            ScheduleError: ``optimizer.step()`` was not called since the last ``tuner.step()``.
+        """
+        if not self._armed:
+            raise ScheduleError("tuner.step() counts optimizer steps; call it once after each optimizer.step()")
+        self._armed = False
+        self._driver.after_step(self._lr_factor())
+        if self._driver.selection is None and self._driver.step == self._driver.seam:
+            return self._driver.operate(self._optimizer)
+        return None
+
+    @property
+    def selection(self) -> Selection | None:
+        """What was kept; None while warm-up runs."""
+        return self._driver.selection
+
+    @property
+    def omegas(self) -> dict[str, float]:
+        """The gates now, by module name (after the seam: what was folded in)."""
+        if self.selection is not None:
+            return {choice.name: choice.omega for choice in self.selection.choices}
+        return dict(zip((a.name for a in self._driver.adapters), self._driver.omegas(), strict=True))
+
+    def finish(self) -> Selection:
+        """End of training: select now if the method never did, and leave a plain PEFT model."""
+        self._hook.remove()
+        return self.selection or self._driver.operate(self._optimizer)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Progress and tensors, to store beside your own checkpoint during warm-up."""
+        return {"step": self._driver.step, "tensors": self._driver.state()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Put :meth:`state_dict` back, after model and optimizer were loaded."""
+        self._driver.load_state(state["tensors"], state["step"])
+
+
+def attach(
+    model: nn.Module, method: Method, optimizer: torch.optim.Optimizer, *, max_steps: int | None = None
+) -> Tuner:
+    """Put a method on a model and the optimizer that trains it.
+
+    Args:
+        model: a model with LoRA adapters (``peft.get_peft_model``).
+        method: for example ``WeightLoRA(k=10, warmup_steps=100)``.
+        optimizer: holds the adapters' parameters; at the seam it is changed in place.
+        max_steps: optimizer steps of the whole run; needed only where the method counts in shares of it.
+
+    Returns:
+        A :class:`Tuner`.
+
+    Raises:
+        AdapterError, ScheduleError: the method cannot run; nothing was changed.
+
+    >>> import weightlora as wl
+    >>> from peft import LoraConfig, get_peft_model
+    >>> net = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.Tanh(), torch.nn.Linear(8, 1))
+    >>> model = get_peft_model(net, LoraConfig(r=2, target_modules=["0", "2"]))
+    >>> optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    >>> tuner = wl.attach(model, wl.WeightLoRA(k=1, warmup_steps=3), optimizer)
+    >>> for _ in range(5):
+    ...     model(torch.randn(16, 4)).pow(2).mean().backward()
+    ...     optimizer.step(); selection = tuner.step(); optimizer.zero_grad()
+    >>> tuner.selection.k
+    1
+    """
+    share = isinstance(getattr(method, "warmup_steps", None), float)
+    if share and max_steps is None:
+        raise ScheduleError("warmup_steps is a share of the run; give attach(..., max_steps=N), or a number of steps")
+    return Tuner(Driver(model, method, max_steps if max_steps is not None else 2**31), optimizer)

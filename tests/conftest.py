@@ -1,0 +1,23 @@
+"""Shared fixtures: where the real data lies, quiet libraries, one thread per test process."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("HF_DATASETS_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+@pytest.fixture(scope="session")
+def data_dir() -> Path:
+    """The folder of real benchmark data (``sst2/train.jsonl``, ...), or a loud skip."""
+    folder = Path(os.environ.get("WEIGHTLORA_DATA", ROOT.parent / "shared" / "data"))
+    if not folder.is_dir():
+        pytest.skip(f"NO BENCHMARK DATA: {folder} does not exist; set WEIGHTLORA_DATA to a folder of JSONL tasks")
+    return folder
