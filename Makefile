@@ -46,7 +46,7 @@ docs: $(VENV)/.stamp-dev ## build the documentation into site/
 
 clean: ## remove what was built; the virtual environment and runs/ stay
 	rm -rf build dist site .pytest_cache .hypothesis .ruff_cache .mypy_cache src/weightlora.egg-info
-	find src tests benchmarks -name __pycache__ -type d -prune -exec rm -rf {} +
+	find src tests $(wildcard benchmarks) -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # pip is the last file that venv writes, so an interrupted creation is repeated.
 $(BIN)/pip:

@@ -1,6 +1,6 @@
 """PEFT: handles on adapters, the omega vector, surgery, optimizer state, manifest, export. The only room that knows PEFT's inside."""
 
-from weightlora.graft.adapters import Adapter, adapter_name, adapters, parameters
+from weightlora.graft.adapters import Adapter, adapter_name, adapters, block_of, parameters
 from weightlora.graft.depth import end_backward_at_lowest
 from weightlora.graft.gates import Gates
 from weightlora.graft.manifest import MANIFEST, STATE, Manifest
@@ -19,6 +19,7 @@ __all__ = [
     "Selection",
     "adapter_name",
     "adapters",
+    "block_of",
     "disconnect",
     "end_backward_at_lowest",
     "fold",

@@ -62,8 +62,12 @@ class Manifest:
         """Write tensors, then the manifest, each atomically: a manifest that can be read has its tensors beside it."""
         with new_file(folder / STATE) as temporary:
             save_file({key: value.detach().cpu().contiguous() for key, value in tensors.items()}, temporary)
+        write_text(folder / MANIFEST, self.to_json())
+
+    def to_json(self) -> str:
+        """Strict JSON, selection included."""
         data = {**asdict(self), "selection": None if self.selection is None else self.selection.to_dict()}
-        write_text(folder / MANIFEST, json.dumps(data, indent=1, allow_nan=False) + "\n")
+        return json.dumps(data, indent=1, allow_nan=False) + "\n"
 
     @classmethod
     def read(cls, folder: Path) -> tuple[Manifest, dict[str, Tensor]]:

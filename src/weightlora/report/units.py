@@ -33,7 +33,7 @@ class Unit:
     def fit(cls, values: Iterable[float | None], scale: Scale) -> Unit:
         """The largest unit of ``scale`` that the largest value reaches and in which the smallest is 0.1 or more.
 
-        All cells show as many decimals as the smallest value needs for about three digits.
+        All cells show as many decimals as the smallest value needs for three digits, and at least one.
         """
         known = [value for value in values if value is not None and math.isfinite(value) and value > 0]
         _, factor, sign = scale[0]
@@ -41,8 +41,8 @@ class Unit:
             if known and max(known) >= start and min(known) >= larger / 10:
                 factor, sign = larger, name
         whole = all(value == int(value) for value in known) and factor == 1
-        least = min(known, default=0) / factor
-        digits = 0 if whole or least >= 1000 else 1 if least >= 10 else 2 if least >= 1 else 3
+        least = min(known, default=factor) / factor
+        digits = 0 if whole else max(1, 2 - math.floor(math.log10(least)))
         return cls(factor=factor, sign=sign, digits=digits)
 
     def cell(self, value: float | None) -> str:

@@ -1,4 +1,4 @@
-"""Data in, batches and metric out; models to fine-tune. Importing this registers the mean-pooled BERT with Transformers."""
+"""Data in, batches and metric out, and models to fine-tune; importing it makes Transformers know mean-pooled BERT."""
 
 from weightlora.tasks.base import TASKS, Task, load_task, tokenize
 from weightlora.tasks.models import MODELS, LoadedModel, load_model

@@ -49,9 +49,13 @@ class Task:
 
     def __post_init__(self) -> None:
         if len(self.text_columns) not in (1, 2):
-            raise DataError(f"task {self.name!r} names {len(self.text_columns)} text columns; give one, or two for pairs")
+            raise DataError(
+                f"task {self.name!r} names {len(self.text_columns)} text columns; give one, or two for pairs"
+            )
         if self.labels is not None and len(self.labels) < 2:
-            raise DataError(f"task {self.name!r} has {len(self.labels)} class; give two or more, or None for regression")
+            raise DataError(
+                f"task {self.name!r} has {len(self.labels)} class; give two or more, or None for regression"
+            )
         for split, rows in (("training", self.train), ("validation", self.validation)):
             if not len(rows):
                 raise DataError(f"task {self.name!r} has no {split} rows; give at least one")
@@ -71,7 +75,7 @@ class Task:
         return self.labels is None
 
 
-def load_task(
+def load_task(  # noqa: PLR0913 - one argument per user setting
     name: str,
     *,
     data_dir: Path | None = None,
@@ -100,8 +104,8 @@ def load_task(
         regression: whether that label is a number to predict.
         max_train_samples: keep so many random training rows, in random order.
         max_eval_samples: keep so many random validation rows, in random order.
-        holdout: ignore the validation rows and hold out this part of the training rows instead, stratified by class:
-            the honest place to tune a learning rate.
+        holdout: leave the validation rows unread and hold out this part of the training rows instead, stratified by
+            class: the honest place to tune a learning rate.
         seed: of every random choice here; the global random states are neither read nor changed.
 
     Returns:
@@ -121,46 +125,109 @@ def load_task(
         raise DataError(f"unknown task {name!r}; {hint}the tasks are {', '.join(TASKS)}")
     _check_numbers(max_train_samples=max_train_samples, max_eval_samples=max_eval_samples, holdout=holdout, seed=seed)
     if name == "files":
-        if train_file is None:
-            raise ConfigError("task 'files' needs train_file, the path of a JSONL or CSV file; pass it")
-        columns = _text_columns(text_column, pair_column, label_column)
-        train, validation, labels = load_files(
-            train_file,
-            validation_file if holdout is None else None,
-            text_columns=columns,
-            label_column=label_column,
-            regression=regression,
-        )
-        metric, compute = ("pearson", metrics.regression) if regression else ("accuracy", metrics.accuracy_and_macro_f1)
+        source = _files(train_file, validation_file, text_column, pair_column, label_column, regression)
     else:
         own = {"train_file": train_file, "validation_file": validation_file, "text_column": text_column}
-        own |= {"pair_column": pair_column, "regression": regression or None}
-        if given := [option for option, value in own.items() if value is not None]:
+        given = [option for option, value in own.items() if value is not None]
+        given += ["pair_column"] * (pair_column is not None) + ["regression"] * regression
+        if given:
             raise ConfigError(f"{given[0]} belongs to task 'files', not to {name!r}; drop it, or use task 'files'")
-        label_column = "label"
-        if name == "docstrings":
-            train, validation, labels = load_docstrings()
-            columns, metric, compute = ("text",), "accuracy", metrics.accuracy_and_macro_f1
-        else:
-            spec = GLUE[name]
-            train, validation = load_glue(name, data_dir, validation=holdout is None)
-            columns, labels, metric, compute = spec.columns, spec.labels, spec.metric, spec.compute
+        source = _docstrings() if name == "docstrings" else _glue(name, data_dir, validation=holdout is None)
+    train, validation = source.train, source.validation
     if holdout is not None or validation is None:
-        fraction = DEFAULT_HOLDOUT if holdout is None else holdout
-        train, validation = hold_out(train, fraction, seed=seed, stratify=labels is not None)
-        if not len(validation):
-            problem = f"holding out {fraction:g} of {len(train)} training rows leaves no validation row"
-            raise DataError(f"task {name!r}: {problem}; hold out more, or add rows")
+        train, validation = _hold_out(name, train, holdout, seed=seed, stratify=source.labels is not None)
     return Task(
         name=name,
-        train=_dataset(subset(train, max_train_samples, seed=seed, stream="train"), label_column, labels is None),
-        validation=_dataset(subset(validation, max_eval_samples, seed=seed, stream="eval"), label_column, labels is None),
+        train=source.dataset(subset(train, max_train_samples, seed=seed, stream="train")),
+        validation=source.dataset(subset(validation, max_eval_samples, seed=seed, stream="eval")),
+        text_columns=source.text_columns,
+        label_column=source.label_column,
+        labels=source.labels,
+        metric=source.metric,
+        compute_metrics=source.compute,
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Source:
+    """What every kind of task is read into, before rows are chosen."""
+
+    train: Examples
+    validation: Examples | None
+    text_columns: tuple[str, ...]
+    label_column: str = "label"
+    labels: tuple[str, ...] | None
+    metric: str
+    compute: metrics.Metric
+
+    def dataset(self, examples: Examples) -> Dataset:
+        label = Value("float64" if self.labels is None else "int64")
+        features = Features({name: Value("string") for name in examples.texts} | {self.label_column: label})
+        return Dataset.from_dict({**examples.texts, self.label_column: examples.labels}, features=features)
+
+
+def _files(
+    train_file: Path | None,
+    validation_file: Path | None,
+    text_column: str | None,
+    pair_column: str | None,
+    label_column: str,
+    regression: bool,
+) -> _Source:
+    if train_file is None:
+        raise ConfigError("task 'files' needs train_file, the path of a JSONL or CSV file; pass it")
+    columns = ("text" if text_column is None else text_column,) + (() if pair_column is None else (pair_column,))
+    every = (*columns, label_column)
+    if len(set(every)) < len(every):
+        raise ConfigError(f"the columns {', '.join(map(repr, every))} are not all different; name each column once")
+    train, validation, labels = load_files(
+        train_file, validation_file, text_columns=columns, label_column=label_column, regression=regression
+    )
+    return _Source(
+        train=train,
+        validation=validation,
         text_columns=columns,
         label_column=label_column,
         labels=labels,
-        metric=metric,
-        compute_metrics=compute,
+        metric="pearson" if regression else "accuracy",
+        compute=metrics.regression if regression else metrics.accuracy_and_macro_f1,
     )
+
+
+def _docstrings() -> _Source:
+    train, validation, labels = load_docstrings()
+    return _Source(
+        train=train,
+        validation=validation,
+        text_columns=("text",),
+        labels=labels,
+        metric="accuracy",
+        compute=metrics.accuracy_and_macro_f1,
+    )
+
+
+def _glue(name: str, data_dir: Path | None, *, validation: bool) -> _Source:
+    spec = GLUE[name]
+    train, judge = load_glue(name, data_dir, validation=validation)
+    return _Source(
+        train=train,
+        validation=judge,
+        text_columns=spec.columns,
+        labels=spec.labels,
+        metric=spec.metric,
+        compute=spec.compute,
+    )
+
+
+def _hold_out(
+    name: str, train: Examples, holdout: float | None, *, seed: int, stratify: bool
+) -> tuple[Examples, Examples]:
+    fraction = DEFAULT_HOLDOUT if holdout is None else holdout
+    rest, held = hold_out(train, fraction, seed=seed, stratify=stratify)
+    if not len(held) or not len(rest):
+        problem = f"holding out {fraction:g} of {len(train)} training rows leaves one side empty"
+        raise DataError(f"task {name!r}: {problem}; change holdout, or add rows")
+    return rest, held
 
 
 def tokenize(task: Task, tokenizer: PreTrainedTokenizerBase, max_length: int = 128) -> tuple[Dataset, Dataset]:
@@ -205,17 +272,3 @@ def _check_numbers(
         raise ConfigError(f"holdout={holdout:g} is not between 0 and 1; give a part of the training rows such as 0.1")
     if seed < 0:
         raise ConfigError(f"seed={seed} is negative; give 0 or more")
-
-
-def _text_columns(text_column: str | None, pair_column: str | None, label_column: str) -> tuple[str, ...]:
-    columns = ("text" if text_column is None else text_column,) + (() if pair_column is None else (pair_column,))
-    every = (*columns, label_column)
-    if len(set(every)) < len(every):
-        raise ConfigError(f"the columns {', '.join(map(repr, every))} are not all different; name each column once")
-    return columns
-
-
-def _dataset(examples: Examples, label_column: str, is_regression: bool) -> Dataset:
-    label = Value("float64" if is_regression else "int64")
-    features = Features({name: Value("string") for name in examples.texts} | {label_column: label})
-    return Dataset.from_dict({**examples.texts, label_column: examples.labels}, features=features)

@@ -77,7 +77,7 @@ def load_docstrings(root: Path | None = None) -> tuple[Examples, Examples, tuple
     texts: tuple[list[str], list[str]] = ([], [])
     labels: tuple[list[int], list[int]] = ([], [])
     for qualified, text, label in _collect(folder):
-        side = int(zlib.crc32(qualified.encode()) % 100 < VALIDATION_PERCENT)
+        side = int(_hash(qualified) % 100 < VALIDATION_PERCENT)
         texts[side].append(text)
         labels[side].append(label)
     missing = [name for number, name in enumerate(names) if not all(number in side for side in labels)]
@@ -92,7 +92,7 @@ def load_docstrings(root: Path | None = None) -> tuple[Examples, Examples, tuple
 
 @functools.cache
 def _collect(folder: Path) -> tuple[tuple[str, str, int], ...]:
-    """Every (qualified name, text, topic number), in the order of paths and then of lines."""
+    """Every (qualified name, text, topic number), in the order of their hashes, so that topics are well mixed."""
     found: dict[str, tuple[str, str, int]] = {}
     for label, modules in enumerate(TOPICS.values()):
         for module in modules.split():
@@ -101,7 +101,11 @@ def _collect(folder: Path) -> tuple[tuple[str, str, int], ...]:
                     text = clean(docstring)
                     if len(text) >= MIN_CHARACTERS:
                         found.setdefault(text, (qualified, text, label))
-    return tuple(found.values())
+    return tuple(sorted(found.values(), key=lambda row: (_hash(row[0]), *row)))
+
+
+def _hash(qualified: str) -> int:
+    return zlib.crc32(qualified.encode())
 
 
 def _sources(folder: Path, module: str) -> list[Path]:

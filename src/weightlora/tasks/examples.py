@@ -37,8 +37,7 @@ class Examples:
         {'t': ['c', 'a']}
         """
         texts = {name: [column[row] for row in rows] for name, column in self.texts.items()}
-        labels = [self.labels[row] for row in rows]
-        return Examples(texts=texts, labels=labels)  # type: ignore[arg-type]
+        return Examples(texts=texts, labels=[self.labels[row] for row in rows])
 
 
 def shuffled(count: int, *, seed: int, stream: str) -> list[int]:

@@ -225,19 +225,19 @@ def load_files(
     tables = [read_table(path) for path in (train_file, validation_file) if path is not None]
     texts = [{name: read_texts(table, name, _remedy(name, text_columns)) for name in text_columns} for table in tables]
     remedy = "name the label's column with label_column"
-    labels: list[list[float]] | list[list[int]]
+    labels: list[list[int] | list[float]]
     classes: tuple[str, ...] | None = None
     if regression:
-        labels = [read_targets(table, label_column, remedy) for table in tables]
+        labels = [*(read_targets(table, label_column, remedy) for table in tables)]
     else:
         names = [read_classes(table, label_column, remedy) for table in tables]
         classes = sort_classes(set(names[0]))
         if len(classes) < 2:
             problem = f"all training labels are {classes[0]!r}; a classification task needs at least two classes"
             raise DataError(f"{train_file}: column {label_column!r}: {problem}, check label_column")
-        labels = [_encode(table, column, classes) for table, column in zip(tables, names, strict=True)]
-    parts = [Examples(texts=text, labels=label) for text, label in zip(texts, labels, strict=True)]
-    return parts[0], parts[1] if len(parts) > 1 else None, classes
+        labels = [*(_encode(table, column, classes) for table, column in zip(tables, names, strict=True))]
+    train, *rest = (Examples(texts=text, labels=label) for text, label in zip(texts, labels, strict=True))
+    return train, rest[0] if rest else None, classes
 
 
 def _remedy(column: str, text_columns: tuple[str, ...]) -> str:

@@ -54,9 +54,7 @@ GLUE: dict[str, GlueSpec] = {
         compute=metrics.accuracy_matched,
         validation="validation_matched",
     ),
-    "qnli": GlueSpec(
-        columns=("question", "sentence"), labels=ENTAILMENT, metric="accuracy", compute=metrics.accuracy
-    ),
+    "qnli": GlueSpec(columns=("question", "sentence"), labels=ENTAILMENT, metric="accuracy", compute=metrics.accuracy),
     "rte": GlueSpec(columns=PAIR, labels=ENTAILMENT, metric="accuracy", compute=metrics.accuracy),
 }
 
@@ -109,7 +107,7 @@ def _label_numbers(table: Table, names: tuple[str, ...], remedy: str) -> list[in
     for row, value in enumerate(table.column("label", remedy)):
         if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value < len(names):
             allowed = ", ".join(f"{number} = {name}" for number, name in enumerate(names))
-            raise table.error(row, f"the label {value!r} is not one of {allowed}; use the number, not an unlabelled set")
+            raise table.error(row, f"the label {value!r} is not one of {allowed}; use a labelled split, with numbers")
         numbers.append(value)
     return numbers
 

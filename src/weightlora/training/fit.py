@@ -64,6 +64,7 @@ def fit(
     micro_batch: tuple[int | None, int | None] = (None, None),
     measure: bool = True,
     log_omegas: Literal["summary", "all"] = "summary",
+    select_only: bool = False,
 ) -> FitResult:
     """Train with a method, instead of ``trainer.train()``.
 
@@ -79,6 +80,7 @@ def fit(
             effective batch, and with it the number of steps, stays what the trainer's arguments say. None: leave it.
         measure: count kept activation bytes and FLOPs of one micro-batch per phase (one extra forward and backward each).
         log_omegas: how much of omega goes to the trainer's log during warm-up.
+        select_only: stop at the seam, with the survivors chosen and nothing trained further.
 
     Returns:
         A :class:`FitResult`; ``trainer.model`` is a plain PEFT model with the survivors only.
@@ -92,7 +94,7 @@ def fit(
     _check_trainer(trainer)
     if not method.uses_adapters:
         return _train_plain(trainer, method, resume, measure)
-    return _Fit(trainer, method, resume, micro_batch, measure, log_omegas).run()
+    return _Fit(trainer, method, resume, micro_batch, measure, log_omegas).run(select_only)
 
 
 class _Fit:
@@ -123,7 +125,7 @@ class _Fit:
                 self.restored = tensors, self.manifest.step
             checkpoint.discard_after(self.output_dir, self.manifest.step)
 
-    def run(self) -> FitResult:
+    def run(self, select_only: bool) -> FitResult:
         resumed_final = self.manifest is not None and self.manifest.stage == "final"
         if resumed_final:
             self._rebuild()
@@ -141,7 +143,7 @@ class _Fit:
                 self._set_batch(1)
                 self.start = self._seam(callback)
             self._set_batch(1 if self.driver.seam is not None else 0)
-            output = self._train("final", callback)
+            output = {} if select_only and self.driver.selection else self._train("final", callback)
         if self.driver.selection is None:
             self.driver.operate(self._torch_optimizer())
         return FitResult(

@@ -1,0 +1,5 @@
+"""``python -m weightlora``, for ``torchrun -m weightlora`` and friends."""
+
+from weightlora.cli.main import main
+
+raise SystemExit(main())

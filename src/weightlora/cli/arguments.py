@@ -1,0 +1,174 @@
+"""Flags of the commands: our own by hand, those of ``transformers.TrainingArguments`` under their own names."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from weightlora.errors import ConfigError
+
+# Flags that set a field of RunConfig of the same name.
+TASK_FLAGS: tuple[tuple[str, dict[str, Any]], ...] = (
+    ("--task", {"help": "a GLUE task, docstrings (embedded, the default), or files (your own)"}),
+    ("--data-dir", {"help": "folder with TASK/train.jsonl and TASK/validation.jsonl; default: the hub"}),
+    ("--train-file", {"help": "CSV or JSONL with your training rows (task files)"}),
+    ("--validation-file", {"help": "CSV or JSONL with your validation rows; default: a tenth of the training rows"}),
+    ("--text-column", {"help": "column with the text (default: text)"}),
+    ("--pair-column", {"help": "column with a second text"}),
+    ("--label-column", {"help": "column with the label (default: label)"}),
+    ("--regression", {"action": "store_true", "help": "the label is a number to predict"}),
+    ("--max-train-samples", {"type": int, "metavar": "N", "help": "train on N random rows"}),
+    ("--max-eval-samples", {"type": int, "metavar": "N", "help": "judge by N random rows"}),
+    ("--holdout", {"type": float, "metavar": "SHARE", "help": "judge by this share of the training rows instead"}),
+    ("--max-length", {"type": int, "metavar": "N", "help": "tokens per example (default: 128)"}),
+)
+MODEL_FLAGS: tuple[tuple[str, dict[str, Any]], ...] = (
+    ("--model", {"help": "minilm (default), a small shape such as bert-tiny-shape, a hub name, or a folder"}),
+    ("--targets", {"help": "all-linear (default), attention, or endings of module names, comma-separated"}),
+    ("--r", {"type": int, "help": "rank of every adapter (default: 8)"}),
+    ("--alpha", {"type": float, "help": "LoRA alpha (default: 32)"}),
+    ("--dropout", {"type": float, "help": "LoRA dropout (default: 0.05)"}),
+    ("--seed", {"type": int, "help": "of everything random (default: 0)"}),
+    ("--micro-batch", {"type": int, "metavar": "N", "help": "examples per forward pass until the seam; the effective batch is held"}),
+    ("--final-micro-batch", {"type": int, "metavar": "N", "help": "examples per forward pass after the seam"}),
+)
+# Flags that set a field of the method, where it has it.
+METHOD_FLAGS: tuple[tuple[str, dict[str, Any]], ...] = (
+    ("--k", {"metavar": "K", "help": "adapters to keep: a count, or a share such as 0.25 (default: 0.25)"}),
+    ("--warmup-steps", {"metavar": "T", "help": "steps before the rest is disconnected, or a share of the run (default: 0.15)"}),
+    ("--score", {"help": "what is ranked: omega, credit or coverage"}),
+    ("--gate-lr", {"type": float, "help": "learning rate of omega"}),
+    ("--growth", {"help": "gaussian or qr (weightlora+)"}),
+    ("--max-rank", {"type": int, "help": "cap on grown ranks (weightlora+)"}),
+)
+
+
+def dashed(words: Sequence[str]) -> list[str]:
+    """``--max_steps`` and ``--max-steps`` are one flag.
+
+    >>> dashed(["--data_dir", "my_data", "--k=3"])
+    ['--data-dir', 'my_data', '--k=3']
+    """
+    flags = [word.partition("=") if word.startswith("--") else ("", "", word) for word in words]
+    return [name.replace("_", "-") + equals + value for name, equals, value in flags]
+
+
+def add_flags(parser: Any, flags: Sequence[tuple[str, dict[str, Any]]]) -> None:
+    """Add flags whose absence leaves no trace in the namespace, so that defaults live in one place only."""
+    for flag, options in flags:
+        parser.add_argument(flag, default=argparse.SUPPRESS, **options)
+
+
+def add_run_flags(parser: argparse.ArgumentParser) -> None:
+    """Everything that defines a run."""
+    add_flags(parser.add_argument_group("task"), TASK_FLAGS)
+    add_flags(parser.add_argument_group("model and adapters"), MODEL_FLAGS)
+    add_flags(
+        parser.add_argument_group("training"),
+        (("--lr-warmup-steps", {"type": float, "metavar": "N", "help": "warm-up of the learning rate, steps or a share (default: 0.06)"}),),
+    )
+    group = parser.add_argument_group("method")
+    add_flags(group, (("--preset", {"help": "recommended (default), paper or official"}), *METHOD_FLAGS))
+    parser.epilog = (
+        (parser.epilog or "")
+        + "\nRECIPE.yaml holds flags as YAML (task: sst2); the command line has the last word."
+        "\nevery flag of transformers.TrainingArguments works too, under its own name: --learning_rate 3e-4,"
+        "\n--max-steps 200, --per_device_train_batch_size 8, --bf16, --gradient_checkpointing, --report_to tensorboard, ...;"
+        "\nonly its warmup_steps is called --lr-warmup-steps here, because --warmup-steps is the method's T"
+    )
+
+
+def read_recipe(path: str) -> list[str]:
+    """A YAML mapping of flags as command-line words.
+
+    Raises:
+        ConfigError: no such file, no YAML, or no mapping of flags to plain values.
+    """
+    import yaml
+
+    try:
+        data = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(f"cannot read the recipe {path}: {error.strerror}") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(f"the recipe {path} is not YAML: {str(error).splitlines()[0]}") from None
+    if not isinstance(data, dict):
+        raise ConfigError(f"the recipe {path} must map flags to values, such as `task: sst2`")
+    words: list[str] = []
+    for key, value in data.items():
+        flag = "--" + str(key).replace("_", "-")
+        if value is True:
+            words.append(flag)
+        elif isinstance(value, list):
+            words += [flag, ",".join(map(str, value))]
+        elif isinstance(value, dict):
+            words += [flag, json.dumps(value)]
+        elif value is not False and value is not None:
+            words += [flag, str(value)]
+    return words
+
+
+def number(text: str, what: str) -> int | float:
+    """A count or a share.
+
+    >>> number("9", "k"), number("0.25", "k")
+    (9, 0.25)
+    """
+    try:
+        return int(text)
+    except ValueError:
+        try:
+            return float(text)
+        except ValueError:
+            raise ConfigError(f"{what}={text!r} is no number; use a count or a share such as 0.25") from None
+
+
+def whole(text: str, what: str) -> int:
+    """A whole number of 0 or more."""
+    if not text.strip().isdecimal():
+        raise ConfigError(f"{what}={text!r} is no whole number; use for example 0,1,2")
+    return int(text)
+
+
+def training_flags(words: Sequence[str], parser: argparse.ArgumentParser) -> dict[str, Any]:
+    """The fields of ``TrainingArguments`` that were named on the command line; anything else is a usage error."""
+    from transformers import HfArgumentParser, TrainingArguments
+
+    known = HfArgumentParser(TrainingArguments, add_help=False, allow_abbrev=False)
+    known.error = parser.error  # type: ignore[method-assign]  # one usage line: ours
+    for action in known._actions:
+        action.default = argparse.SUPPRESS
+    found, rest = known.parse_known_args(list(words))
+    if rest:
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    return vars(found)
+
+
+def run_config(parsed: argparse.Namespace, rest: Sequence[str], parser: argparse.ArgumentParser, method: str) -> Any:
+    """The RunConfig that the flags describe."""
+    from dataclasses import fields
+
+    from weightlora.methods import METHODS
+    from weightlora.runs.config import RunConfig
+
+    given = vars(parsed)
+    values = {f.name: given[f.name] for f in fields(RunConfig) if f.name in given and f.name not in ("method", "settings")}
+    settings: dict[str, Any] = {}
+    for flag, _ in METHOD_FLAGS:
+        key = flag[2:].replace("-", "_")
+        if key in given:
+            settings[key] = given[key]
+    for key in ("k", "warmup_steps"):
+        if key in settings:
+            settings[key] = number(settings[key], key)
+    if method in METHODS:
+        own = {f.name for f in fields(METHODS[method])}
+        # `--k 9` in a script over all methods must not stop the ones that have no K.
+        settings = {key: value for key, value in settings.items() if key in own or key != "k"}
+    training = training_flags(rest, parser)
+    if "lr_warmup_steps" in given:
+        training["warmup_steps"] = given["lr_warmup_steps"]
+    return RunConfig(**values, method=method, settings=settings, training=training)

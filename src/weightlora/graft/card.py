@@ -1,0 +1,123 @@
+"""The README.md of an export: what it is, what was kept and why, how to load it."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from weightlora.graft.selection import Selection
+
+_HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
+
+_ABOUT = {
+    "native": "A LoRA adapter for PEFT. Gates are folded into B; each adapter has the rank and scale it was trained with.",
+    "portable": (
+        "A LoRA adapter for PEFT, vLLM, SGLang and llama.cpp: one rank, `lora_alpha` equal to it, every scale folded into B,"
+        " and zero adapters where a server fuses q, k and v or gate and up."
+    ),
+    "dense": (
+        "A LoRA adapter for PEFT and for servers that expect an adapter in every layer: as the profile `portable`, with zero"
+        " adapters at the same places of all other layers."
+    ),
+    "merged": "A plain Transformers model: the adapter is added into its weights.",
+}
+
+
+def code(text: str) -> str:
+    """`text` as a Markdown code span that stays one, also inside a table, whatever it holds.
+
+    >>> code("a|b"), code("x`y")
+    ('`a\\\\|b`', '`` x`y ``')
+    """
+    flat = " ".join(text.split()).replace("|", "\\|")
+    longest = max((len(run) for run in re.findall("`+", flat)), default=0)
+    fence = "`" * (longest + 1)
+    return f"{fence} {flat} {fence}" if longest else f"{fence}{flat}{fence}"
+
+
+def model_card(
+    *,
+    profile: str,
+    base: str | None,
+    model_class: type,
+    adapters: Sequence[tuple[str, int, float]],
+    heads: Sequence[str],
+    selection: Selection | None,
+    notes: Sequence[str],
+    verified: str,
+) -> str:
+    """The text of README.md.
+
+    Args:
+        profile: the export profile.
+        base: the base model's hub name or folder, if known.
+        model_class: its class.
+        adapters: ``(name, rank, scale)`` of each live adapter, before any padding.
+        heads: modules that were trained as a whole.
+        selection: what the method decided, if known.
+        notes: the export's own notes.
+        verified: one sentence on the verification.
+    """
+    lines = [*_front_matter(profile, base), f"# WeightLoRA export, profile {profile}", "", _ABOUT[profile], ""]
+    lines += [f"Base model: {code(base) if base else 'not recorded'} (class {code(model_class.__name__)}). {verified}", ""]
+    lines += [f"- {note}" for note in notes] + ([""] if notes else [])
+    lines += ["## How to load", "", "```python", *_load(profile, base, model_class, bool(heads)), "```", ""]
+    lines += ["## What was kept", ""]
+    if selection is not None:
+        why = " ".join(selection.why.split())
+        lines += [
+            f"Method {code(selection.method)}, preset {code(selection.preset)}: {selection.k} of {selection.n} adapters.",
+            *([f"Why: {code(why)}"] if why else []),
+            "The whole record is in `selection.json`.",
+            "",
+        ]
+    omegas = {} if selection is None else {choice.name: choice.omega for choice in selection.choices}
+    lines += _table(adapters, omegas)
+    if heads:
+        lines += ["", f"Trained as a whole: {', '.join(map(code, heads))}."]
+    return "\n".join(lines) + "\n"
+
+
+def _front_matter(profile: str, base: str | None) -> list[str]:
+    """YAML that hubs read. A folder on somebody's disk is no base model to link to."""
+    linkable = base is not None and _HUB_NAME.fullmatch(base) and not Path(base).exists()
+    library = "transformers" if profile == "merged" else "peft"
+    return [
+        "---",
+        f"library_name: {library}",
+        *([f"base_model: {json.dumps(base)}"] if linkable else []),
+        "tags:",
+        *(["- lora"] if profile != "merged" else []),
+        "- weightlora",
+        "---",
+        "",
+    ]
+
+
+def _load(profile: str, base: str | None, model_class: type, heads: bool) -> list[str]:
+    home = "transformers" if model_class.__module__.startswith("transformers.") else model_class.__module__
+    name = model_class.__name__
+    if profile == "merged":
+        return [f"from {home} import {name}", "", f'model = {name}.from_pretrained("this folder")']
+    separate = heads and profile != "native"
+    return [
+        "from peft import PeftModel",
+        *(["from safetensors.torch import load_file"] if separate else []),
+        f"from {home} import {name}",
+        "",
+        f"base = {name}.from_pretrained({json.dumps(base or 'the base model')})",
+        *(['base.load_state_dict(load_file("this folder/head.safetensors"), strict=False)'] if separate else []),
+        'model = PeftModel.from_pretrained(base, "this folder")',
+    ]
+
+
+def _table(adapters: Sequence[tuple[str, int, float]], omegas: Mapping[str, float]) -> list[str]:
+    if not adapters:
+        return ["No adapters: the whole model was trained."]
+    rows = [
+        f"| {code(name)} | {rank} | {scale:.6g} | {format(omegas[name], '.4g') if name in omegas else '-'} |"
+        for name, rank, scale in adapters
+    ]
+    return ["| adapter | rank | scale | omega |", "|---|---|---|---|", *rows]

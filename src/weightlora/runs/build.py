@@ -1,0 +1,189 @@
+"""From a run's configuration to the live parts: task, model with adapters, trainer."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import peft
+import torch
+from datasets import Dataset
+from torch import nn
+from transformers import DataCollatorWithPadding, PreTrainedModel, Trainer, TrainerCallback, TrainingArguments
+
+from weightlora.errors import AdapterError, ConfigError
+from weightlora.graft import adapters
+from weightlora.methods import Method
+from weightlora.runs.config import RunConfig
+from weightlora.tasks import LoadedModel, Task, load_model, load_task, tokenize
+
+# Where the arguments of a run differ from Transformers' defaults.
+TRAINING_DEFAULTS: dict[str, Any] = {
+    "num_train_epochs": 3.0,
+    "per_device_train_batch_size": 16,
+    "per_device_eval_batch_size": 64,
+    "learning_rate": 1e-3,
+    "warmup_steps": 0.06,
+    "lr_scheduler_type": "linear",
+    "logging_steps": 10,
+    "save_strategy": "steps",
+    "save_steps": 100,
+    "save_total_limit": 2,
+    "eval_strategy": "no",
+    "report_to": "none",
+    "disable_tqdm": True,
+}
+FULL_LEARNING_RATE = 5e-5  # every weight moves: the adapters' rate would destroy the model
+
+
+@dataclass(frozen=True, kw_only=True)
+class Parts:
+    """Everything a run needs, built and checked; nothing is written yet."""
+
+    task: Task
+    loaded: LoadedModel
+    model: nn.Module
+    method: Method
+    train: Dataset
+    validation: Dataset
+    max_steps: int
+
+    def collator(self) -> DataCollatorWithPadding:
+        """Pads to the longest of a batch."""
+        return DataCollatorWithPadding(self.loaded.tokenizer)
+
+
+def read_task(config: RunConfig) -> Task:
+    """The task a configuration names."""
+    path = {key: None if (value := getattr(config, key)) is None else Path(value) for key in ("data_dir", "train_file", "validation_file")}
+    return load_task(
+        config.task,
+        **path,
+        text_column=config.text_column,
+        pair_column=config.pair_column,
+        label_column=config.label_column,
+        regression=config.regression,
+        max_train_samples=config.max_train_samples,
+        max_eval_samples=config.max_eval_samples,
+        holdout=config.holdout,
+        # The same rows for every seed: seeds vary the model and the order, not the task.
+        seed=0,
+    )
+
+
+def base_model(config: RunConfig, task: Task) -> LoadedModel:
+    """The base with its new head, drawn from the run's seed."""
+    return load_model(
+        config.model, num_labels=task.num_labels, labels=task.labels, regression=task.is_regression, seed=config.seed
+    )
+
+
+def targets(patterns: str, loaded: LoadedModel) -> list[str]:
+    """Full module names that "all-linear", "attention" or comma-separated name endings stand for.
+
+    Raises:
+        AdapterError: an ending matches no linear layer; the message lists the kinds there are.
+    """
+    if patterns == "all-linear":
+        return list(loaded.linear_targets)
+    endings = loaded.attention_targets if patterns == "attention" else tuple(p.strip() for p in patterns.split(","))
+    for ending in endings:
+        if not any(name == ending or name.endswith(f".{ending}") for name in loaded.linear_targets):
+            kinds = sorted({name.rsplit(".", 1)[-1] for name in loaded.linear_targets})
+            raise AdapterError(
+                f"no linear layer ends in {ending!r}; use all-linear, attention, or endings such as {', '.join(kinds)}"
+            )
+    return [n for n in loaded.linear_targets if any(n == e or n.endswith(f".{e}") for e in endings)]
+
+
+def with_adapters(config: RunConfig, loaded: LoadedModel) -> peft.PeftModel:
+    """A PEFT model with one adapter on each target; heads train and are saved. Drawn from the run's seed."""
+    from transformers import set_seed
+
+    set_seed(config.seed)
+    alpha = int(config.alpha) if float(config.alpha).is_integer() else config.alpha
+    lora = peft.LoraConfig(
+        task_type="SEQ_CLS",
+        r=config.r,
+        lora_alpha=alpha,
+        lora_dropout=config.dropout,
+        target_modules=targets(config.targets, loaded),
+        modules_to_save=list(loaded.heads),
+    )
+    return peft.get_peft_model(loaded.model, lora)
+
+
+def build(config: RunConfig) -> Parts:
+    """Load and check everything a run needs, without writing anything.
+
+    Raises:
+        WeightLoRAError: whatever is wrong with task, data, model, targets, method or schedule.
+    """
+    task = read_task(config)
+    loaded = base_model(config, task)
+    chosen = config.make_method()
+    model: PreTrainedModel | peft.PeftModel = loaded.model
+    if chosen.uses_adapters:
+        model = with_adapters(config, loaded)
+    train, validation = tokenize(task, loaded.tokenizer, config.max_length)
+    steps = _steps(training_arguments(config, Path("unused"), len(train))
+    if chosen.uses_adapters:
+        chosen.begin(adapters(model), steps)
+    return Parts(
+        task=task, loaded=loaded, model=model, method=chosen, train=train, validation=validation, max_steps=steps
+    )
+
+
+def training_arguments(config: RunConfig, output_dir: Path) -> TrainingArguments:
+    """The trainer's arguments: our defaults, the user's on top.
+
+    Raises:
+        ConfigError: an argument that Transformers refuses, or one that the run decides itself.
+    """
+    owned = {"output_dir", "seed", "data_seed"} & set(config.training)
+    if owned:
+        raise ConfigError(f"{sorted(owned)[0]} is set by the run itself; use --out and --seed")
+    values = {**TRAINING_DEFAULTS, "seed": config.seed, "output_dir": str(output_dir)}
+    values["dataloader_pin_memory"] = torch.cuda.is_available()
+    if config.method == "full":
+        values["learning_rate"] = FULL_LEARNING_RATE
+    values |= config.training
+    effective = values["per_device_train_batch_size"] * values.get("gradient_accumulation_steps", 1)
+    if config.micro_batch is not None:
+        if config.micro_batch < 1 or effective % config.micro_batch:
+            raise ConfigError(f"micro_batch={config.micro_batch} does not divide the effective batch of {effective}")
+        values["per_device_train_batch_size"] = config.micro_batch
+        values["gradient_accumulation_steps"] = effective // config.micro_batch
+    if config.final_micro_batch is not None and (config.final_micro_batch < 1 or effective % config.final_micro_batch):
+        raise ConfigError(f"final_micro_batch={config.final_micro_batch} does not divide the effective batch of {effective}")
+    try:
+        return TrainingArguments(**values)
+    except (TypeError, ValueError, ImportError) as error:
+        raise ConfigError(f"the training arguments are not accepted: {str(error).strip().splitlines()[0]}") from None
+
+
+def _steps(args: TrainingArguments, rows: int) -> int:
+    """Optimizer steps, as the trainer counts them."""
+    if args.max_steps > 0:
+        return int(args.max_steps)
+    batches = math.ceil(rows / args.train_batch_size)
+    return math.ceil(math.ceil(batches / args.gradient_accumulation_steps) * args.num_train_epochs)
+
+
+def make_trainer(parts: Parts, config: RunConfig, folder: Path, callbacks: list[TrainerCallback]) -> Trainer:
+    """A stock trainer over the parts; its checkpoints go to ``folder/checkpoints``."""
+    from transformers import PrinterCallback
+
+    trainer = Trainer(
+        model=parts.model,
+        args=training_arguments(config, folder / "checkpoints"),
+        train_dataset=parts.train,
+        eval_dataset=parts.validation,
+        data_collator=parts.collator(),
+        compute_metrics=parts.task.compute_metrics,
+        callbacks=callbacks,
+    )
+    trainer.remove_callback(PrinterCallback)
+    return trainer

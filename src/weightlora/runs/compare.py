@@ -1,0 +1,120 @@
+"""Methods against each other: equal task, model, steps and seeds; learning rates tuned equally on held-out training rows."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from weightlora.errors import ConfigError, WeightLoRAError
+from weightlora.methods import METHODS
+from weightlora.runs.config import CONFIG, RunConfig
+from weightlora.runs.record import Record
+from weightlora.runs.run import RECORD, finished, resume, train
+
+log = logging.getLogger("weightlora")
+
+TUNE_HOLDOUT = 0.1
+TUNE_SEED = 0
+
+
+def parse_method(text: str) -> tuple[str, str]:
+    """"name" or "name:preset".
+
+    >>> parse_method("weightlora:paper")
+    ('weightlora', 'paper')
+    """
+    name, _, preset = text.partition(":")
+    if name not in METHODS:
+        raise ConfigError(f"method {name!r} is unknown; the methods are {', '.join(METHODS)}")
+    return name, preset or "recommended"
+
+
+def compare(
+    config: RunConfig,
+    methods: Sequence[str],
+    seeds: Sequence[int],
+    folder: Path,
+    *,
+    tune: Sequence[float] = (),
+    say: Callable[[str], None] = log.info,
+) -> list[Record]:
+    """Run every method with every seed, one after the other; what is finished already is not run again.
+
+    Args:
+        config: what all runs share.
+        methods: "name" or "name:preset".
+        seeds: one run per method and seed.
+        folder: runs go to ``folder/<method>-<preset>/seed-<s>``, tuning runs to ``folder/tune/...``.
+        tune: learning rates. Each method is first trained once with each of them on nine tenths of the *training* rows and judged on
+            the other tenth; its best rate is used for its runs. Validation rows play no part in that.
+        say: takes a line of progress.
+
+    Returns:
+        The records of all runs, failed ones included: a failure is recorded and the others go on.
+
+    Raises:
+        WeightLoRAError: settings that cannot work, before the first run.
+    """
+    plan = []
+    for text in methods:
+        name, preset = parse_method(text)
+        plan.append((name, preset, _for_method(config, name, preset)))
+    records = []
+    for number, (name, preset, base) in enumerate(plan):
+        label = f"{name}-{preset}"
+        chosen = base
+        if tune:
+            rate = best_rate(base, tune, folder / "tune" / label, say)
+            chosen = replace(base, training={**base.training, "learning_rate": rate})
+        for seed in seeds:
+            say(f"[{number + 1}/{len(plan)}] {label}, seed {seed}")
+            records.append(_once(replace(chosen, seed=seed), folder / label / f"seed-{seed}"))
+            outcome = records[-1]
+            say(f"    {outcome.error}" if outcome.status != "ok" else f"    {outcome.metric} {outcome.score:.4f}")
+    return records
+
+
+def best_rate(config: RunConfig, rates: Sequence[float], folder: Path, say: Callable[[str], None]) -> float:
+    """The learning rate with the best score on a held-out tenth of the training rows; the lower rate on a tie.
+
+    Raises:
+        ConfigError: every rate failed.
+    """
+    results: list[tuple[float, float]] = []
+    for rate in sorted(rates):
+        trial = replace(
+            config, seed=TUNE_SEED, holdout=TUNE_HOLDOUT, training={**config.training, "learning_rate": rate}
+        )
+        record = _once(trial, folder / f"lr-{rate:g}")
+        if record.status == "ok" and record.score is not None and record.score == record.score:
+            results.append((record.score, rate))
+        say(f"    tuning {config.method}: rate {rate:g} gives {record.score if record.status == 'ok' else record.error}")
+    if not results:
+        raise ConfigError(f"no learning rate of {sorted(rates)} worked for {config.method}; see {folder}")
+    best = max(score for score, _ in results)
+    return next(rate for score, rate in results if score == best)
+
+
+def _for_method(config: RunConfig, name: str, preset: str) -> RunConfig:
+    """The shared settings, less those that this method does not have (``k`` for plain LoRA, say)."""
+    from dataclasses import fields
+
+    own = {f.name for f in fields(METHODS[name])}
+    settings = {key: value for key, value in config.settings.items() if key in own}
+    return replace(config, method=name, preset=preset, settings=settings)
+
+
+def _once(config: RunConfig, folder: Path) -> Record:
+    """Run, resume, or read what is there, if it is the same run."""
+    if (folder / CONFIG).is_file():
+        if RunConfig.load(folder).to_dict() != config.to_dict():
+            raise ConfigError(f"{folder} holds a run with other settings; choose another --out, or remove it")
+        if finished(folder):
+            return Record.read(folder / RECORD)
+        return resume(folder)
+    try:
+        return train(config, folder)
+    except WeightLoRAError as error:
+        raise type(error)(f"{config.method}: {error}") from None

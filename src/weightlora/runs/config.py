@@ -1,0 +1,114 @@
+"""Everything that defines one run, as plain data: what `train` parses, what `resume` reads back."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass, field, fields, replace
+from pathlib import Path
+from typing import Any
+
+from weightlora.errors import CheckpointError, ConfigError
+from weightlora.files import write_text
+from weightlora.methods import METHODS, Method, method
+
+CONFIG = "config.json"
+SCHEMA_VERSION = 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunConfig:
+    """One run: task, model, adapters, method, seed, and whatever of ``transformers.TrainingArguments`` was set.
+
+    Args:
+        task, data_dir, train_file, validation_file, text_column, pair_column, label_column, regression, max_train_samples,
+            max_eval_samples, holdout: as :func:`weightlora.tasks.load_task`.
+        max_length: tokens per example.
+        model: as :func:`weightlora.tasks.load_model`.
+        targets: "all-linear", "attention", or endings of module names, comma-separated.
+        r, alpha, dropout: of every adapter.
+        method, preset, settings: as :func:`weightlora.methods.method`.
+        seed: of everything random.
+        micro_batch, final_micro_batch: examples in one forward pass before and after the seam; None: the batch size.
+        training: fields of ``TrainingArguments``, under their own names.
+
+    Raises:
+        ConfigError: a value that is not allowed.
+    """
+
+    task: str = "docstrings"
+    data_dir: str | None = None
+    train_file: str | None = None
+    validation_file: str | None = None
+    text_column: str | None = None
+    pair_column: str | None = None
+    label_column: str = "label"
+    regression: bool = False
+    max_train_samples: int | None = None
+    max_eval_samples: int | None = None
+    holdout: float | None = None
+    max_length: int = 128
+    model: str = "minilm"
+    targets: str = "all-linear"
+    r: int = 8
+    alpha: float = 32
+    dropout: float = 0.05
+    method: str = "weightlora"
+    preset: str = "recommended"
+    settings: dict[str, Any] = field(default_factory=dict)
+    seed: int = 0
+    micro_batch: int | None = None
+    final_micro_batch: int | None = None
+    training: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        for name in ("r", "max_length"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"{name}={getattr(self, name)} is not allowed; use 1 or more")
+        if not 0 <= self.dropout < 1:
+            raise ConfigError(f"dropout={self.dropout} is not allowed; use 0 or more and less than 1")
+        if self.alpha <= 0:
+            raise ConfigError(f"alpha={self.alpha} is not allowed; use a positive number (the paper uses 32)")
+        if not 0 <= self.seed < 2**32:
+            raise ConfigError(f"seed={self.seed} is not allowed; use 0 or more, below 2^32")
+        self.make_method()
+
+    def make_method(self) -> Method:
+        """The method with this run's settings; one that draws (``random``, growth) gets the run's seed unless it has its own."""
+        kind = METHODS.get(self.method)
+        own = {f.name for f in fields(kind)} if kind else set()
+        seeded = {"seed": self.seed} if "seed" in own else {}
+        return method(self.method, self.preset, **{**seeded, **self.settings})
+
+    def with_settings(self, **changes: Any) -> RunConfig:
+        """A copy with other values."""
+        return replace(self, **changes)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data."""
+        return {"schema_version": SCHEMA_VERSION, **asdict(self)}
+
+    def save(self, folder: Path) -> Path:
+        """Write ``config.json``."""
+        return write_text(folder / CONFIG, json.dumps(self.to_dict(), indent=1, allow_nan=False) + "\n")
+
+    @classmethod
+    def load(cls, folder: Path) -> RunConfig:
+        """Read ``config.json`` of a run directory.
+
+        Raises:
+            CheckpointError: it is missing or damaged.
+        """
+        path = folder / CONFIG
+        try:
+            data = json.loads(path.read_text(encoding="utf-8"))
+        except OSError:
+            raise CheckpointError(f"{folder} is not a run directory: it has no {CONFIG}; start a run with `train`") from None
+        except ValueError as error:
+            raise CheckpointError(f"{path} is damaged: {error}") from None
+        known = {f.name for f in fields(cls)}
+        if not isinstance(data, dict) or data.pop("schema_version", None) != SCHEMA_VERSION or set(data) - known:
+            raise CheckpointError(f"{path} is not a run configuration of this release (schema {SCHEMA_VERSION})")
+        try:
+            return cls(**data)
+        except TypeError as error:
+            raise CheckpointError(f"{path} is damaged: {error}") from None

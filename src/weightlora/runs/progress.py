@@ -1,0 +1,62 @@
+"""Progress of a run: a bar on a terminal, plain lines elsewhere."""
+
+from __future__ import annotations
+
+import sys
+import time
+from typing import Any, TextIO
+
+from tqdm import tqdm
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+
+class Progress(TrainerCallback):
+    """One bar over both phases; in a log file, a line now and then (at most about thirty a run).
+
+    Args:
+        title: stands before the bar.
+        stream: where to write; default: standard error.
+    """
+
+    def __init__(self, title: str, stream: TextIO | None = None) -> None:
+        self.title, self.stream = title, stream or sys.stderr
+        self.bar: tqdm[Any] | None = None
+        self.last: dict[str, float] = {}
+        self.began = time.monotonic()
+        self.first_step = 0
+
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        if self.bar is None and self.stream.isatty():
+            self.bar = tqdm(
+                total=state.max_steps, initial=state.global_step, desc=self.title, unit="step", file=self.stream, dynamic_ncols=True
+            )
+            self.first_step = state.global_step
+        elif self.bar is None and self.first_step == 0:
+            self.first_step = state.global_step
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        if self.bar is not None:
+            self.bar.update(state.global_step - self.bar.n)
+        elif state.global_step % max(1, state.max_steps // 30) == 0 or state.global_step == state.max_steps:
+            done = state.global_step - self.first_step
+            left = (time.monotonic() - self.began) / max(done, 1) * (state.max_steps - state.global_step)
+            loss = f"  loss {self.last['loss']:.4f}" if "loss" in self.last else ""
+            self.say(f"{self.title}: step {state.global_step}/{state.max_steps}{loss}  about {left:.0f} s left")
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **_: Any) -> None:
+        self.last |= {key: value for key, value in (logs or {}).items() if key in ("loss", "omega/alive")}
+        if self.bar is not None and self.last:
+            self.bar.set_postfix({key: f"{value:.4g}" for key, value in self.last.items()})
+
+    def say(self, line: str) -> None:
+        """One line, above the bar if there is one."""
+        if self.bar is not None:
+            self.bar.write(line, file=self.stream)
+        else:
+            print(line, file=self.stream, flush=True)
+
+    def close(self) -> None:
+        """Leave the terminal tidy."""
+        if self.bar is not None:
+            self.bar.close()
+            self.bar = None

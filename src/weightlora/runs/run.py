@@ -1,0 +1,277 @@
+"""One run's life: build, train, evaluate, export, record. Everything lies in one directory, and a killed run goes on from it."""
+
+from __future__ import annotations
+
+import logging
+import math
+import shutil
+import sys
+import traceback
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import torch
+from transformers import Trainer, set_seed
+
+from weightlora.errors import CheckpointError, ConfigError, WeightLoRAError
+from weightlora.files import new_folder, write_text
+from weightlora.graft import MANIFEST, Manifest, Selection, adapters, block_of
+from weightlora.graft.export import export
+from weightlora.runs.build import Parts, build, make_trainer
+from weightlora.runs.config import CONFIG, RunConfig
+from weightlora.runs.progress import Progress
+from weightlora.runs.record import AdapterScore, Kept, Phase, Record, collect_versions, machine
+from weightlora.training import FitResult, fit
+
+log = logging.getLogger("weightlora")
+
+RECORD = "record.json"
+ADAPTER = "adapter"
+MODEL = "model"
+SELECTION = "selection.json"
+ERROR = "error.txt"
+PICTURE = "selection.png"
+
+
+def train(
+    config: RunConfig, folder: Path, *, overwrite: bool = False, argv: Sequence[str] = (), quiet: bool = False
+) -> Record:
+    """Start a run in `folder`.
+
+    Returns:
+        Its record; ``status`` is "failed" where training itself failed (``error.txt`` then holds the whole story).
+
+    Raises:
+        WeightLoRAError: the settings cannot work, or the folder is taken. Nothing was written.
+    """
+    _check_folder(folder, overwrite)
+    parts = build(config)
+    if overwrite and folder.exists():
+        shutil.rmtree(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    config.save(folder)
+    return _live(parts, config, folder, resume=False, argv=argv, quiet=quiet)
+
+
+def resume(folder: Path, *, argv: Sequence[str] = (), quiet: bool = False) -> Record:
+    """Go on with a run that was interrupted, from its latest whole checkpoint, to the same final adapter.
+
+    Raises:
+        CheckpointError: no run directory, or the run is finished (then its record is there to read).
+    """
+    config = RunConfig.load(folder)
+    if finished(folder):
+        raise CheckpointError(f"{folder} holds a finished run; there is nothing to resume (see {folder / RECORD})")
+    return _live(build(config), config, folder, resume=True, argv=argv, quiet=quiet)
+
+
+def finished(folder: Path) -> bool:
+    """Whether a run in `folder` ended well."""
+    return (folder / RECORD).is_file() and Record.read(folder / RECORD).status == "ok"
+
+
+def select(config: RunConfig, folder: Path, *, overwrite: bool = False, quiet: bool = False) -> Selection:
+    """Run only until the selection is made; write ``selection.json`` and a ``LoraConfig`` for any other trainer.
+
+    Raises:
+        WeightLoRAError: as :func:`train`.
+    """
+    _check_folder(folder, overwrite)
+    parts = build(config)
+    if not parts.method.uses_adapters:
+        raise WeightLoRAError(f"method {config.method!r} selects nothing; use weightlora, random, top or gradient")
+    with new_folder(folder) as temporary:
+        progress = _progress(config, quiet)
+        trainer = make_trainer(parts, config, temporary, progress)
+        result = fit(trainer, parts.method, micro_batch=_micro_batches(config), measure=False, select_only=True)
+        assert result.selection is not None
+        result.selection.save(temporary / SELECTION)
+        result.selection.lora_config(
+            task_type="SEQ_CLS", lora_dropout=config.dropout, modules_to_save=list(parts.loaded.heads)
+        ).save_pretrained(temporary)
+        config.save(temporary)
+        shutil.rmtree(temporary / "checkpoints", ignore_errors=True)
+        _close(progress)
+    return result.selection
+
+
+def _check_folder(folder: Path, overwrite: bool) -> None:
+    if overwrite or not folder.exists():
+        return
+    if not folder.is_dir():
+        raise CheckpointError(f"{folder} is a file; give --out a folder")
+    if not any(folder.iterdir()):
+        return
+    if finished(folder):
+        raise CheckpointError(f"{folder} already holds a finished run; choose another --out, or --overwrite it")
+    if (folder / CONFIG).is_file():
+        raise CheckpointError(f"{folder} holds an unfinished run; go on with `weightlora resume {folder}`, or --overwrite it")
+    raise CheckpointError(f"{folder} is not empty and holds no run; choose another --out")
+
+
+def _progress(config: RunConfig, quiet: bool) -> list[Any]:
+    return [] if quiet else [Progress(f"{config.method} on {config.task}")]
+
+
+def _close(progress: list[Any]) -> None:
+    for bar in progress:
+        bar.close()
+
+
+def _micro_batches(config: RunConfig) -> tuple[int | None, int | None]:
+    return config.micro_batch, config.final_micro_batch
+
+
+class _Recording:
+    """Keeps ``record.json`` true while a run lives: "running" on entry; on an exception "failed", with its traceback beside it."""
+
+    def __init__(self, record: Record, folder: Path) -> None:
+        self.record, self.folder = record, folder
+
+    def __enter__(self) -> _Recording:
+        (self.folder / ERROR).unlink(missing_ok=True)
+        self.record.write(self.folder / RECORD)
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> bool:
+        if error is None:
+            self.record.write(self.folder / RECORD)
+            return False
+        if not isinstance(error, Exception) or isinstance(error, WeightLoRAError):
+            return False  # interrupted, or a user's mistake: the run stays "running" and can be resumed
+        line = (str(error).strip() or kind.__name__ if kind else "").splitlines()[0]
+        self.record = replace(self.record, status="failed", error=f"{type(error).__name__}: {line}")
+        self.record.write(self.folder / RECORD)
+        write_text(self.folder / ERROR, "".join(traceback.format_exception(kind, error, trace)))
+        return True
+
+
+def _live(parts: Parts, config: RunConfig, folder: Path, *, resume: bool, argv: Sequence[str], quiet: bool) -> Record:
+    progress = _progress(config, quiet)
+    with _Recording(_first_record(parts, config, argv), folder) as recording:
+        trainer = make_trainer(parts, config, folder, progress)
+        # From here on every random number follows from the seed, whatever was drawn while loading.
+        set_seed(config.seed)
+        described = Manifest.describe(adapters(parts.model)) if parts.method.uses_adapters else ()
+        result = fit(
+            trainer,
+            parts.method,
+            resume=resume,
+            micro_batch=_micro_batches(config),
+            log_omegas="all",
+        )
+        metrics = _evaluate(trainer)
+        _write_result(result, trainer, folder, config, described)
+        recording.record = _last_record(recording.record, parts, result, metrics)
+    _close(progress)
+    if recording.record.status == "ok":
+        _draw(recording.record, folder)
+    return recording.record
+
+
+def _evaluate(trainer: Trainer) -> dict[str, float]:
+    metrics = trainer.evaluate()
+    plain = {key.removeprefix("eval_"): float(value) for key, value in metrics.items() if isinstance(value, int | float)}
+    speed = ("runtime", "samples_per_second", "steps_per_second", "epoch", "model_preparation_time")
+    return {key: value for key, value in plain.items() if key not in speed}
+
+
+def _write_result(
+    result: FitResult, trainer: Trainer, folder: Path, config: RunConfig, described: tuple[tuple[str, int, int, int], ...]
+) -> None:
+    if result.selection is None:
+        with new_folder(folder / MODEL) as temporary:
+            result.model.save_pretrained(temporary)
+        return
+    batch = next(iter(trainer.get_eval_dataloader()))
+    sample = {key: value for key, value in trainer._prepare_inputs(batch).items() if key != "labels"}
+    export(result, folder / ADAPTER, "native", sample=sample, overwrite=True)
+    result.selection.save(folder / SELECTION)
+    manifest = Manifest(
+        stage="final",
+        step=trainer.state.global_step,
+        adapter="default",
+        adapters=described,
+        method=result.method.to_dict(),
+        selection=result.selection,
+        data={"phases": [vars(phase) for phase in result.phases], "log": _omega_log(result)},
+    )
+    write_text(folder / MANIFEST, manifest.to_json())
+
+
+def _omega_log(result: FitResult) -> list[dict[str, Any]]:
+    """The loss and omega entries of the trainer's log, for whoever draws them later."""
+    return [
+        {key: value for key, value in entry.items() if not isinstance(value, float) or math.isfinite(value)}
+        for entry in result.log_history
+    ]
+
+
+def _first_record(parts: Parts, config: RunConfig, argv: Sequence[str]) -> Record:
+    live = adapters(parts.model) if parts.method.uses_adapters else ()
+    return Record(
+        status="running",
+        method=config.method,
+        preset=config.preset,
+        task=config.task,
+        model=config.model,
+        seed=config.seed,
+        k=None,
+        r=config.r if live else None,
+        n_adapters=len(live),
+        kept=(),
+        adapters=(),
+        trainable_params={},
+        metrics={},
+        metric=parts.task.metric,
+        phases=(),
+        seam_step=None,
+        max_steps=parts.max_steps,
+        why="",
+        versions=collect_versions(),
+        argv=tuple(argv) or tuple(sys.argv),
+        config=config.to_dict(),
+        error=None,
+        machine={**machine(), "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"},
+    )
+
+
+def _last_record(record: Record, parts: Parts, result: FitResult, metrics: dict[str, float]) -> Record:
+    selection = result.selection
+    phases = tuple(Phase(**vars(phase)) for phase in result.phases)
+    return replace(
+        record,
+        status="ok",
+        k=None if selection is None else selection.k,
+        kept=() if selection is None else tuple(Kept(name=c.name, omega=c.omega, rank=c.rank) for c in selection.kept),
+        adapters=() if selection is None else _scores(selection),
+        trainable_params={"warmup": phases[0].trainable_params, "final": phases[-1].trainable_params},
+        metrics=metrics,
+        phases=phases,
+        seam_step=result.seam_step,
+        why="every weight trains" if selection is None else selection.why,
+    )
+
+
+def _scores(selection: Selection) -> tuple[AdapterScore, ...]:
+    return tuple(
+        AdapterScore(
+            name=c.name, block=block_of(c.name), kind=c.name.rsplit(".", 1)[-1], omega=c.omega, score=c.score, kept=c.kept
+        )
+        for c in selection.choices
+    )
+
+
+def _draw(record: Record, folder: Path) -> None:
+    """The picture of the selection, where there is something to show and matplotlib to draw it."""
+    if not record.adapters:
+        return
+    from weightlora.report import selection_map
+
+    try:
+        selection_map(record, folder / PICTURE)
+    except ConfigError as error:
+        log.warning("no picture: %s", error)

