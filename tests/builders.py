@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -44,8 +45,12 @@ FAMILIES = tuple(QKV)
 
 
 def base(family: str, layers: int = 2, *, width: int = 16, dropout: float = 0.1, seed: int = 0) -> PreTrainedModel:
-    """A randomly initialised classifier of two classes; the same `seed` gives the same weights."""
-    sizes = {"vocab_size": VOCABULARY, "hidden_size": width, "num_hidden_layers": layers, "num_attention_heads": 2}
+    """A randomly initialised classifier of two classes; the same `seed` gives the same weights.
+
+    The weights are ten times larger than by default, so that what an adapter does can be seen in the logits.
+    """
+    sizes = {"vocab_size": VOCABULARY, "hidden_size": width, "num_hidden_layers": layers, "num_attention_heads": 2,
+             "initializer_range": 0.2}  # fmt: skip
     drops = {"hidden_dropout_prob": dropout, "attention_probs_dropout_prob": dropout}
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -73,7 +78,7 @@ def base(family: str, layers: int = 2, *, width: int = 16, dropout: float = 0.1,
                 vocab_size=VOCABULARY, d_model=width, encoder_layers=layers, decoder_layers=layers, dropout=dropout,
                 encoder_attention_heads=2, decoder_attention_heads=2, encoder_ffn_dim=2 * width,
                 decoder_ffn_dim=2 * width, max_position_embeddings=32, num_labels=2, pad_token_id=0, bos_token_id=1,
-                eos_token_id=2, decoder_start_token_id=2, forced_eos_token_id=None,
+                eos_token_id=2, init_std=0.2, decoder_start_token_id=2, forced_eos_token_id=None,
             )
         )  # fmt: skip
 
@@ -97,10 +102,10 @@ def lora(
 
 def warm(model: nn.Module, scale: float = 0.5, seed: int = 5) -> nn.Module:
     """Give every B a value, as training would: at B = 0 many a fault computes the right thing."""
-    generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if "lora_B" in name:
+                generator = torch.Generator().manual_seed(seed + zlib.crc32(name.encode()))
                 noise = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
                 parameter.copy_(scale * noise)
     return model

@@ -53,13 +53,13 @@ ROOMS: dict[str, Room] = {
     "ops": Room(packages=names("torch triton")),
     "graft": Room(rooms=names("core ops files"), packages=names("torch peft transformers safetensors")),
     "methods": Room(rooms=names("core graft"), packages=names("torch")),
-    "training": Room(rooms=names("methods graft files"), packages=names("torch transformers accelerate")),
+    "training": Room(rooms=names("methods graft files"), packages=names("torch numpy transformers accelerate")),
     "tasks": Room(
         rooms=names("files"), packages=names(f"torch numpy datasets transformers sklearn scipy safetensors {MODELS}")
     ),
     "runs": Room(
         rooms=names(f"{INNER} files"),
-        packages=names(f"torch numpy datasets transformers accelerate safetensors yaml {MODELS}"),
+        packages=names(f"torch numpy datasets transformers accelerate safetensors yaml tqdm {MODELS}"),
         public=names("peft"),
     ),
     "runs.record": Room(rooms=names("files")),

@@ -1,8 +1,8 @@
 """Find out where LoRA adapters should go, remove the rest, and prove what that saved.
 
-    import weightlora as wl
-    result = wl.fit(trainer, wl.WeightLoRA(k=10, warmup_steps=100))   # instead of trainer.train()
-    wl.export(result, "out/", profile="portable")
+import weightlora as wl
+result = wl.fit(trainer, wl.WeightLoRA(k=10, warmup_steps=100))   # instead of trainer.train()
+wl.export(result, "out/", profile="portable")
 """
 
 from __future__ import annotations

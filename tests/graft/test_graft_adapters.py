@@ -7,9 +7,9 @@ import itertools
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model, inject_adapter_in_model
+from tests.builders import ALL_LINEAR, FAMILIES, QKV, base, lora
 from torch import nn
 
-from tests.builders import ALL_LINEAR, FAMILIES, QKV, base, lora
 from weightlora.errors import AdapterError
 from weightlora.graft import adapters, parameters
 
@@ -77,11 +77,18 @@ def test_patterns_and_rslora_show_in_rank_and_scale() -> None:
 
 
 def test_a_model_with_an_injected_adapter() -> None:
-    settings = LoraConfig(r=2, target_modules=["query"])
-    model = inject_adapter_in_model(settings, base("bert"))
-    model.peft_config = {"default": settings}
+    model = base("bert")
+    model.add_adapter(LoraConfig(r=2, target_modules=["query"]))
     wrapped = get_peft_model(base("bert"), LoraConfig(r=2, target_modules=["query"]))
     assert adapters(model) == adapters(wrapped)
+    assert len(adapters(model)) == 2
+
+
+def test_a_plain_module_with_an_injected_adapter() -> None:
+    net = inject_adapter_in_model(
+        LoraConfig(r=2, target_modules=["1"]), nn.Sequential(nn.Linear(4, 3), nn.Linear(3, 2))
+    )
+    assert [(a.name, a.shape) for a in adapters(net)] == [("1", (3, 2))]
 
 
 def test_several_adapters_are_told_apart_by_name() -> None:
@@ -107,7 +114,7 @@ def test_refuses_an_unknown_name() -> None:
 
 
 def test_refuses_several_active_adapters() -> None:
-    model = lora()
+    model = lora(task_type=None)
     model.add_adapter("second", LoraConfig(r=2, target_modules=["value"]))
     model.base_model.set_adapter(["default", "second"])
     refused(model, r"the adapters \['default', 'second'\] are active; activate exactly one")
@@ -133,7 +140,7 @@ def test_refuses_an_embedding_alone() -> None:
 
 def test_refuses_tied_factors() -> None:
     model = lora()
-    first, second = parameters(model, "default")
+    first, second, *_ = parameters(model, "default")
     get = model.base_model.model.get_submodule
     get(second).lora_A["default"].weight = get(first).lora_A["default"].weight
     refused(model, f"{second} shares a factor with {first}; untie the adapters first")

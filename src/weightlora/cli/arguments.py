@@ -32,13 +32,19 @@ MODEL_FLAGS: tuple[tuple[str, dict[str, Any]], ...] = (
     ("--alpha", {"type": float, "help": "LoRA alpha (default: 32)"}),
     ("--dropout", {"type": float, "help": "LoRA dropout (default: 0.05)"}),
     ("--seed", {"type": int, "help": "of everything random (default: 0)"}),
-    ("--micro-batch", {"type": int, "metavar": "N", "help": "examples per forward pass until the seam; the effective batch is held"}),
+    (
+        "--micro-batch",
+        {"type": int, "metavar": "N", "help": "examples per forward pass until the seam; the effective batch is held"},
+    ),
     ("--final-micro-batch", {"type": int, "metavar": "N", "help": "examples per forward pass after the seam"}),
 )
 # Flags that set a field of the method, where it has it.
 METHOD_FLAGS: tuple[tuple[str, dict[str, Any]], ...] = (
     ("--k", {"metavar": "K", "help": "adapters to keep: a count, or a share such as 0.25 (default: 0.25)"}),
-    ("--warmup-steps", {"metavar": "T", "help": "steps before the rest is disconnected, or a share of the run (default: 0.15)"}),
+    (
+        "--warmup-steps",
+        {"metavar": "T", "help": "steps before the rest is disconnected, or a share of the run (default: 0.15)"},
+    ),
     ("--score", {"help": "what is ranked: omega, credit or coverage"}),
     ("--gate-lr", {"type": float, "help": "learning rate of omega"}),
     ("--growth", {"help": "gaussian or qr (weightlora+)"}),
@@ -68,13 +74,21 @@ def add_run_flags(parser: argparse.ArgumentParser) -> None:
     add_flags(parser.add_argument_group("model and adapters"), MODEL_FLAGS)
     add_flags(
         parser.add_argument_group("training"),
-        (("--lr-warmup-steps", {"type": float, "metavar": "N", "help": "warm-up of the learning rate, steps or a share (default: 0.06)"}),),
+        (
+            (
+                "--lr-warmup-steps",
+                {
+                    "type": float,
+                    "metavar": "N",
+                    "help": "warm-up of the learning rate, steps or a share (default: 0.06)",
+                },
+            ),
+        ),
     )
     group = parser.add_argument_group("method")
     add_flags(group, (("--preset", {"help": "recommended (default), paper or official"}), *METHOD_FLAGS))
     parser.epilog = (
-        (parser.epilog or "")
-        + "\nRECIPE.yaml holds flags as YAML (task: sst2); the command line has the last word."
+        (parser.epilog or "") + "\nRECIPE.yaml holds flags as YAML (task: sst2); the command line has the last word."
         "\nevery flag of transformers.TrainingArguments works too, under its own name: --learning_rate 3e-4,"
         "\n--max-steps 200, --per_device_train_batch_size 8, --bf16, --gradient_checkpointing, --report_to tensorboard, ...;"
         "\nonly its warmup_steps is called --lr-warmup-steps here, because --warmup-steps is the method's T"
@@ -155,7 +169,9 @@ def run_config(parsed: argparse.Namespace, rest: Sequence[str], parser: argparse
     from weightlora.runs.config import RunConfig
 
     given = vars(parsed)
-    values = {f.name: given[f.name] for f in fields(RunConfig) if f.name in given and f.name not in ("method", "settings")}
+    values = {
+        f.name: given[f.name] for f in fields(RunConfig) if f.name in given and f.name not in ("method", "settings")
+    }
     settings: dict[str, Any] = {}
     for flag, _ in METHOD_FLAGS:
         key = flag[2:].replace("-", "_")

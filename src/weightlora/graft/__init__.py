@@ -1,6 +1,6 @@
 """PEFT: handles on adapters, the omega vector, surgery, optimizer state, manifest, export. The only room that knows PEFT's inside."""
 
-from weightlora.graft.adapters import Adapter, adapter_name, adapters, block_of, parameters
+from weightlora.graft.adapters import Adapter, adapter_name, adapters, block_of, has_adapters, parameters
 from weightlora.graft.depth import end_backward_at_lowest
 from weightlora.graft.gates import Gates
 from weightlora.graft.manifest import MANIFEST, STATE, Manifest
@@ -24,6 +24,7 @@ __all__ = [
     "end_backward_at_lowest",
     "fold",
     "grow_adapters",
+    "has_adapters",
     "parameters",
     "remap",
     "reshape",

@@ -43,6 +43,11 @@ def base_of(model: nn.Module) -> nn.Module:
     return inner if isinstance(inner, nn.Module) and hasattr(model, "peft_config") else model
 
 
+def has_adapters(model: nn.Module) -> bool:
+    """Whether PEFT adapters of any kind are on the model."""
+    return bool(getattr(model, "peft_config", None))
+
+
 def adapter_name(model: nn.Module, name: str | None = None) -> str:
     """The adapter to work on: the given one, or the single active one.
 
@@ -147,6 +152,4 @@ def factors(layer: LoraLayer, name: str) -> tuple[Tensor, Tensor]:
 def parameters(model: nn.Module, name: str, names: Sequence[str] | None = None) -> dict[str, tuple[Tensor, Tensor]]:
     """``{module name: (A, B)}`` of the adapters in `names` (default: all), in module order."""
     wanted = None if names is None else set(names)
-    return {
-        path: factors(layer, name) for path, layer in lora_layers(model, name) if wanted is None or path in wanted
-    }
+    return {path: factors(layer, name) for path, layer in lora_layers(model, name) if wanted is None or path in wanted}

@@ -12,14 +12,14 @@ from weightlora.graft.selection import Selection
 _HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
 
 _ABOUT = {
-    "native": "A LoRA adapter for PEFT. Gates are folded into B; each adapter has the rank and scale it was trained with.",
+    "native": "A LoRA adapter for PEFT. Gates are folded into B; every adapter has the rank and scale of its training.",
     "portable": (
-        "A LoRA adapter for PEFT, vLLM, SGLang and llama.cpp: one rank, `lora_alpha` equal to it, every scale folded into B,"
-        " and zero adapters where a server fuses q, k and v or gate and up."
+        "A LoRA adapter for PEFT, vLLM, SGLang and llama.cpp: one rank, `lora_alpha` equal to it, every scale folded"
+        " into B, and zero adapters where a server fuses q, k and v or gate and up."
     ),
     "dense": (
-        "A LoRA adapter for PEFT and for servers that expect an adapter in every layer: as the profile `portable`, with zero"
-        " adapters at the same places of all other layers."
+        "A LoRA adapter for PEFT and for servers that expect an adapter in every layer: as the profile `portable`, with"
+        " zero adapters at the same places of all other layers."
     ),
     "merged": "A plain Transformers model: the adapter is added into its weights.",
 }
@@ -61,14 +61,16 @@ def model_card(
         verified: one sentence on the verification.
     """
     lines = [*_front_matter(profile, base), f"# WeightLoRA export, profile {profile}", "", _ABOUT[profile], ""]
-    lines += [f"Base model: {code(base) if base else 'not recorded'} (class {code(model_class.__name__)}). {verified}", ""]
+    known = code(base) if base else "not recorded"
+    lines += [f"Base model: {known} (class {code(model_class.__name__)}). {verified}", ""]
     lines += [f"- {note}" for note in notes] + ([""] if notes else [])
     lines += ["## How to load", "", "```python", *_load(profile, base, model_class, bool(heads)), "```", ""]
     lines += ["## What was kept", ""]
     if selection is not None:
         why = " ".join(selection.why.split())
         lines += [
-            f"Method {code(selection.method)}, preset {code(selection.preset)}: {selection.k} of {selection.n} adapters.",
+            f"{selection.k} of {selection.n} adapters, by method {code(selection.method)},"
+            f" preset {code(selection.preset)}.",
             *([f"Why: {code(why)}"] if why else []),
             "The whole record is in `selection.json`.",
             "",
@@ -82,7 +84,7 @@ def model_card(
 
 def _front_matter(profile: str, base: str | None) -> list[str]:
     """YAML that hubs read. A folder on somebody's disk is no base model to link to."""
-    linkable = base is not None and _HUB_NAME.fullmatch(base) and not Path(base).exists()
+    linkable = base is not None and bool(_HUB_NAME.fullmatch(base)) and not Path(base).exists()
     library = "transformers" if profile == "merged" else "peft"
     return [
         "---",

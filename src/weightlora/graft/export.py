@@ -1,59 +1,32 @@
-"""Hand over the result: stock PEFT adapters, server-ready ones, or a merged model, each reloaded before it is called done."""
+"""Hand over the result as stock PEFT, server-ready or merged weights, each reloaded before it is called done."""
 
 from __future__ import annotations
 
-import copy
 import json
-import math
 import os
-import re
+import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Protocol, get_args
 
+import peft
 import torch
-from peft import LoraConfig
-from peft.tuners.lora.layer import LoraLayer
-from peft.utils.other import AuxiliaryTrainingWrapper, ModulesToSaveWrapper
-from safetensors.torch import save_file
+import transformers
 from torch import Tensor, nn
-from transformers import PreTrainedModel
 
 from weightlora.errors import ConfigError, ExportError
-from weightlora.files import new_folder
-from weightlora.graft.adapters import adapter_name, adapters, base_of, factors, lora_layers
+from weightlora.files import new_folder, write_text
+from weightlora.graft.adapters import base_of
 from weightlora.graft.card import model_card
+from weightlora.graft.profiles import Live, merge, read, write_adapter
 from weightlora.graft.selection import Selection
-from weightlora.graft.verify import (
-    HEAD,
-    PREFIX,
-    WEIGHTS,
-    compare,
-    isolated,
-    logits,
-    plain_base,
-    reload_adapter,
-    reload_merged,
-    sample_logits,
-)
+from weightlora.graft.verify import compare, logits, plain_base, reload_adapter, sample_logits, save_and_reload
 
 Profile = Literal["native", "portable", "dense", "merged"]
 PROFILES: tuple[str, ...] = get_args(Profile)
-
-RECORD, HEAD_NAMES = "export.json", "head.json"
+RECORD = "export.json"
 SCHEMA_VERSION = 1
-# What vLLM's --max-lora-rank may be.
-VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
-# Linear layers of one parent that servers fuse into one, so that they want adapters on all of them or on none.
-FUSED = (
-    frozenset({"q_proj", "k_proj", "v_proj"}),
-    frozenset({"query", "key", "value"}),
-    frozenset({"query_proj", "key_proj", "value_proj"}),
-    frozenset({"gate_proj", "up_proj"}),
-)
-# Initial values that leave the base model's weights as they were; PEFT's others move a part of them into the adapter.
-_HARMLESS_INIT = ("gaussian", "eva", "orthogonal")
 
 
 class Fitted(Protocol):
@@ -81,41 +54,6 @@ class Export:
     notes: tuple[str, ...] = ()
 
 
-@dataclass(frozen=True)
-class _Pair:
-    """One adapter to write: A (r, d_in) and omega B (d_out, r) on the CPU, and s."""
-
-    A: Tensor
-    B: Tensor
-    scale: float
-
-    @property
-    def rank(self) -> int:
-        return int(self.A.shape[0])
-
-    @property
-    def alpha(self) -> float:
-        """PEFT's alpha: a whole number where it is one but for rounding, so that files read as people wrote them."""
-        value = self.scale * self.rank
-        return round(value) if math.isclose(value, round(value), rel_tol=1e-12) else value
-
-
-@dataclass(frozen=True)
-class _Live:
-    """The live model, read: its base, PEFT's config, its non-zero adapters in module order, its trained heads."""
-
-    root: nn.Module
-    config: LoraConfig | None
-    pairs: dict[str, _Pair]
-    heads: dict[str, nn.Module]
-    left_out: int = 0
-
-    @property
-    def base(self) -> str | None:
-        name = getattr(self.config, "base_model_name_or_path", None) or self.root.__dict__.get("name_or_path")
-        return str(name) if name else None
-
-
 def export(
     result: Fitted | nn.Module,
     out: str | Path,
@@ -126,16 +64,15 @@ def export(
     base: nn.Module | None = None,
     overwrite: bool = False,
 ) -> Export:
-    """Write the adapter (or the merged model) to a folder, reload it from there with stock software, and compare the logits.
+    """Write the adapter (or merged model) to a folder, reload it from there with stock software, compare the logits.
 
     The folder appears only when it is whole and verified. The live model is not changed, and may be in the middle of a
     warm-up: gates are folded into B, and adapters whose gate is zero are left out.
 
     - ``native``: stock PEFT with the ranks and scales as trained, and trained heads inside.
-    - ``portable`` (vLLM, SGLang, llama.cpp): one rank r with ``lora_alpha == r``, every scale folded into B, no patterns, no
-      ``modules_to_save``, a list of full names as targets, and zero adapters that complete q/k/v and gate/up wherever one of
-      them is live. vLLM and llama.cpp go by the names of the tensors; SGLang reads the last part of each listed name. A trained head cannot
-      travel; it goes to ``head.safetensors``.
+    - ``portable`` (vLLM, SGLang, llama.cpp): one rank r with ``lora_alpha == r``, every scale folded into B, no
+      patterns, no ``modules_to_save``, a list of full names as targets, and zero adapters that complete q/k/v and
+      gate/up wherever one of them is live. A trained head cannot travel; it goes to ``head.safetensors``.
     - ``dense``: portable, with zero adapters at the same places of all other blocks.
     - ``merged``: a plain Transformers model with the deltas added into its weights, heads included.
 
@@ -166,27 +103,100 @@ def export(
     if profile not in PROFILES:
         raise ConfigError(f"export profile {profile!r} is unknown; use one of {', '.join(PROFILES)}")
     if base is not None and profile != "merged":
-        raise ConfigError(f"base= is the model to merge into, profile {profile!r} merges nothing; leave it out or use 'merged'")
+        raise ConfigError(f"base= is a model to merge into, but profile {profile!r} merges nothing; use 'merged'")
     model, selection = (result, None) if isinstance(result, nn.Module) else (result.model, result.selection)
     path = _free_folder(out, overwrite)
-    live = _read(model, adapter, profile)
+    live = read(model, adapter, whole=profile == "merged", stock=profile != "merged" or base is not None)
     sample, truth = sample_logits(live.root, sample)
+    if base is not None:
+        truth = _on(base, live, sample)
+    rank, plain = None, live.root
     try:
         with new_folder(path) as folder:
             if profile == "merged":
-                rank, notes, again = _write_merged(live, folder, base, sample)
-                if base is not None:
-                    truth, again = again
+                plain, notes = merge(live, base)
+                again = logits(save_and_reload(plain, folder), sample)
             else:
-                rank, notes = _write_adapter(live, folder, profile)
-                reloaded, said = reload_adapter(plain_base(live.root), folder)
-                notes = (*notes, *(f"stock PEFT warned on loading it: {text}" for text in said))
-                again = (truth, logits(reloaded, sample))
-            difference, tolerance = compare(truth, again[1] if isinstance(again, tuple) else again, live.root)
+                rank, notes = write_adapter(live, folder, profile)
+                again, said = _reloaded(live.root, folder, sample)
+                notes = (*notes, *(f"stock PEFT warned while loading it: {text}" for text in said))
+            difference, tolerance = compare(truth, again, plain)
             done = Export(
                 path=path, profile=profile, max_difference=difference, tolerance=tolerance, rank=rank, notes=notes
             )
-            _write_papers(live, folder, done, selection)
+            _write_papers(folder, done, live, selection)
     except OSError as error:
-        raise ExportError(f"cannot write the export to {path}: {error.strerror or error}; use another folder") from error
+        reason = error.strerror or str(error)
+        raise ExportError(f"cannot write the export to {path}: {reason}; use another folder") from error
     return done
+
+
+def _reloaded(root: nn.Module, folder: Path, sample: Mapping[str, Any]) -> tuple[Tensor, tuple[str, ...]]:
+    """Logits of the adapter in `folder` on a plain copy of `root`, and what PEFT warned of."""
+    model, said = reload_adapter(plain_base(root), folder)
+    return logits(model, sample), said
+
+
+def _on(base: nn.Module, live: Live, sample: Mapping[str, Any]) -> Tensor:
+    """What a model merged into another base must compute: that base with the adapter on it."""
+    if live.config is None:
+        raise ExportError("the model has no adapters, so there is nothing to merge into base=; leave it out")
+    merge(live, base)  # refuses a base of another structure, in words
+    with tempfile.TemporaryDirectory() as folder:
+        write_adapter(live, Path(folder), "native")
+        return _reloaded(base_of(base), Path(folder), sample)[0]
+
+
+def _free_folder(out: str | Path, overwrite: bool) -> Path:
+    """`out` as an absolute path, if an export may take its place: new, empty, or an earlier export and nothing else."""
+    path = Path(os.path.abspath(Path(out).expanduser()))
+    if path.exists() and not path.is_dir():
+        raise ExportError(f"{path} is a file; give a folder")
+    held = {entry.name for entry in path.iterdir()} if path.exists() else set()
+    if not held or overwrite:
+        return path
+    try:
+        record = json.loads((path / RECORD).read_text(encoding="utf-8"))
+        ours = {RECORD, *record["files"]}
+    except (OSError, ValueError, TypeError, KeyError):
+        raise ExportError(
+            f"{path} is not empty and holds no earlier export; give a new folder, or pass overwrite=True to replace it"
+        ) from None
+    if held - ours:
+        raise ExportError(
+            f"{path} holds an earlier export and {sorted(held - ours)[0]!r}, which would be lost; give a new folder, or"
+            " pass overwrite=True to replace it"
+        )
+    return path
+
+
+def _write_papers(folder: Path, done: Export, live: Live, selection: Selection | None) -> None:
+    """``selection.json``, ``README.md``, and the record of the export, which also marks the folder as one."""
+    if selection is not None:
+        selection.save(folder / "selection.json")
+    verified = (
+        "Reloaded from this folder before it was handed over:"
+        f" the largest difference of logits was {done.max_difference:.3g} (tolerance {done.tolerance:.3g})."
+    )
+    card = model_card(
+        profile=done.profile,
+        base=live.base_name,
+        model_class=type(live.root),
+        adapters=[(path, pair.rank, pair.scale) for path, pair in live.pairs.items()],
+        heads=tuple(live.heads),
+        selection=selection,
+        notes=done.notes,
+        verified=verified,
+    )
+    write_text(folder / "README.md", card)
+    record = {
+        "schema_version": SCHEMA_VERSION,
+        "profile": done.profile,
+        "rank": done.rank,
+        "max_difference": done.max_difference,
+        "tolerance": done.tolerance,
+        "notes": done.notes,
+        "versions": {"torch": torch.__version__, "transformers": transformers.__version__, "peft": peft.__version__},
+        "files": sorted(entry.name for entry in folder.iterdir()),
+    }
+    write_text(folder / RECORD, json.dumps(record, indent=1, allow_nan=False) + "\n")

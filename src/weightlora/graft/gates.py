@@ -61,8 +61,14 @@ class Gates:
     """
 
     def __init__(
-        self, model: nn.Module, name: str = "default", *, value: float = 1.0, trainable: bool = True,
-        engine_name: Engine = "autograd", dtype: torch.dtype = torch.float32,
+        self,
+        model: nn.Module,
+        name: str = "default",
+        *,
+        value: float = 1.0,
+        trainable: bool = True,
+        engine_name: Engine = "autograd",
+        dtype: torch.dtype = torch.float32,
     ) -> None:
         self.model, self.name = model, name
         self.adapters: tuple[Adapter, ...] = adapters(model, name)
@@ -119,4 +125,3 @@ class Gates:
         for layer in self._layers:
             layer.lora_variant.pop(self.name, None)
             layer.cast_input_dtype_enabled = True
-

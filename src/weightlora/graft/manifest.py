@@ -94,7 +94,9 @@ class Manifest:
             )
             return manifest, load_file(folder / STATE)
         except OSError as error:
-            raise CheckpointError(f"{folder}: not a whole checkpoint, {Path(error.filename or STATE).name} is missing") from None
+            raise CheckpointError(
+                f"{folder}: not a whole checkpoint, {Path(error.filename or STATE).name} is missing"
+            ) from None
         except SafetensorError as error:
             raise CheckpointError(f"{folder / STATE} is damaged: {error}") from None
         except (KeyError, TypeError, ValueError) as error:

@@ -9,7 +9,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-_MOMENTS = {"exp_avg": 1, "exp_avg_sq": 2, "max_exp_avg_sq": 2, "momentum_buffer": 1}
+# Adam's and AMSGrad's, RMSprop's, Adagrad's, SGD's.
+_MOMENTS = {"exp_avg": 1, "exp_avg_sq": 2, "max_exp_avg_sq": 2, "square_avg": 2, "sum": 2, "momentum_buffer": 1}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,7 +43,8 @@ def remap(optimizer: torch.optim.Optimizer, changes: Mapping[nn.Parameter, Chang
     """Carry an optimizer over a surgery, in place: groups keep their order and settings, survivors keep their state.
 
     - dropped: out of its group, its state freed;
-    - rescaled by ``c``: first moments times ``c``, second times ``c^2`` (the chain rule), so Adam's next step is unchanged in effect;
+    - rescaled, gradients times ``c``: first moments times ``c``, second times ``c^2`` (the chain rule), so Adam's next step is
+      as long as it would have been, in units of the rescaled parameter;
     - grown: old rows keep their moments (through QR: first moments by the chain rule, second as for independent entries); new rows
       start with first moment 0 and, as second moment, the mean of the old rows'. Zeros there would meet an old step counter
       and make a first step of ``(1 - b1) / sqrt(1 - b2)``, about 3.2 learning rates, rising to more than 6;

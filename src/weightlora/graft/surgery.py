@@ -36,7 +36,9 @@ def disconnect(model: nn.Module, names: Sequence[str], name: str = "default") ->
     layers = dict(lora_layers(model, name))
     unknown = [path for path in names if path not in layers]
     if unknown:
-        raise AdapterError(f"no adapter {name!r} on {unknown[0]!r}; the adapters are on {', '.join(layers) or 'nothing'}")
+        raise AdapterError(
+            f"no adapter {name!r} on {unknown[0]!r}; the adapters are on {', '.join(layers) or 'nothing'}"
+        )
     merged = [path for path in names if name in layers[path].merged_adapters]
     if merged:
         raise AdapterError(f"the adapter on {merged[0]!r} is merged into its base; call model.unmerge_adapter() first")
@@ -50,6 +52,8 @@ def disconnect(model: nn.Module, names: Sequence[str], name: str = "default") ->
             parent, _, child = path.rpartition(".")
             setattr(root.get_submodule(parent), child, layer.get_base_layer())
         else:
+            # Deleting an active adapter makes PEFT activate another one in its place, which would change the output.
+            layer.set_adapter([other for other in layer.active_adapters if other != name])
             layer.delete_adapter(name)
     _sync_config(model, name)
     return dropped
@@ -60,7 +64,8 @@ def fold(model: nn.Module, omegas: Mapping[str, float], name: str = "default") -
 
     Returns:
         How the optimizer state of each B follows: with ``B' = omega B`` gradients divide by omega, so Adam's first moment
-        does too and its second by omega squared, and the trajectory goes on as if the gate were still there.
+        does too and its second by omega squared. Adam's next step on B' is then as long as one on B would have been, which
+        is ``1 / |omega|`` of what it was for the product; only a learning rate of ``|omega| lr`` would equal the gated run.
 
     Raises:
         AdapterError: an omega is zero or not finite (disconnect such an adapter instead).

@@ -1,4 +1,4 @@
-"""Reload an export as its user will, and compare its logits with the live model's. Nothing here changes the live model."""
+"""Reload an export as its user will, and compare logits. Nothing here changes the live model."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from transformers import PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
 from weightlora.errors import ExportError
-from weightlora.graft.adapters import lora_layers
+from weightlora.graft.adapters import base_of, lora_layers
 
 log = logging.getLogger(__name__)
 
@@ -31,8 +31,8 @@ WEIGHTS = "adapter_model.safetensors"
 HEAD = "head.safetensors"
 PREFIX = "base_model.model."
 
-# Largest difference of logits, as a fraction of max(1, largest logit), by the coarsest dtype in the computation. The same
-# numbers multiplied in another order differ by a few units in the last place of each layer, and those add up over layers.
+# Largest difference of logits, as a fraction of max(1, largest logit), by the coarsest dtype in the computation. The
+# same numbers multiplied in another order differ by a few units in the last place, and those add up over layers.
 TOLERANCE: Mapping[torch.dtype, float] = MappingProxyType(
     {torch.float64: 1e-10, torch.float32: 1e-5, torch.float16: 1e-2, torch.bfloat16: 5e-2}
 )
@@ -47,8 +47,8 @@ _TRACES = ("peft_config", "active_adapter", "_hf_peft_config_loaded")
 def plain_base(root: nn.Module) -> nn.Module:
     """The model without its adapters: a copy of the structure over the same storage, so it costs no memory.
 
-    Every LoRA layer is its base layer and every trained head the untrained original. Parameters are new objects, so that
-    freezing or replacing them leaves `root` alone; the originals of heads are real copies, because a head is loaded into them.
+    Every LoRA layer is its base layer and every trained head the untrained original. Parameters are new objects, so
+    that freezing or replacing them leaves `root` alone; the originals of heads are copies, a head is loaded into them.
 
     Args:
         root: the base model inside a PeftModel (adapters still on it), or any model.
@@ -83,11 +83,11 @@ def device_of(model: nn.Module) -> torch.device:
 
 @contextlib.contextmanager
 def isolated(model: nn.Module) -> Iterator[list[warnings.WarningMessage]]:
-    """Give random state back, keep third-party bars and reports off the terminal, and collect warnings instead of showing them."""
+    """Give random state back, keep third-party bars and reports off the terminal, and collect the warnings."""
     devices = sorted({p.device.index for p in model.parameters() if p.device.type == "cuda"})
     verbosity, bars = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
-    transformers_logging.set_verbosity_error()
-    transformers_logging.disable_progress_bar()
+    transformers_logging.set_verbosity_error()  # type: ignore[no-untyped-call]
+    transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     try:
         with torch.random.fork_rng(devices=devices), warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
@@ -95,7 +95,7 @@ def isolated(model: nn.Module) -> Iterator[list[warnings.WarningMessage]]:
     finally:
         transformers_logging.set_verbosity(verbosity)
         if bars:
-            transformers_logging.enable_progress_bar()
+            transformers_logging.enable_progress_bar()  # type: ignore[no-untyped-call]
 
 
 def spoken(caught: list[warnings.WarningMessage]) -> tuple[str, ...]:
@@ -106,7 +106,7 @@ def spoken(caught: list[warnings.WarningMessage]) -> tuple[str, ...]:
 def make_sample(model: nn.Module) -> dict[str, Tensor]:
     """Random token ids that any text model takes: 8 x 16, always the same.
 
-    Special tokens are left out and each row ends with the end-of-sequence token, once: some classifiers (BART) pool there.
+    Special tokens are left out and each row ends with the end-of-sequence token: some classifiers (BART) pool there.
     Without a padding token there is one row, because decoder classifiers refuse more.
 
     Raises:
@@ -114,8 +114,8 @@ def make_sample(model: nn.Module) -> dict[str, Tensor]:
     """
     if not isinstance(model, PreTrainedModel) or model.main_input_name != "input_ids":
         raise ExportError(
-            f"{type(model).__name__} does not read token ids, so no batch can be made up to verify the export; pass sample="
-            "a batch (dict of tensors)"
+            f"{type(model).__name__} does not read token ids, so no batch can be made up to verify the export; pass"
+            " sample=a batch of your data (dict of tensors)"
         )
     text = model.config.get_text_config()
     special = {_first(getattr(text, f"{kind}_token_id", None)) for kind in ("pad", "bos", "eos")}
@@ -184,12 +184,12 @@ def sample_logits(model: nn.Module, sample: Mapping[str, Any] | None) -> tuple[M
     else:
         live = logits(model, sample)
     if live.isnan().any():
-        raise ExportError("the live model's logits on the sample are not numbers (NaN), so there is nothing to compare with")
+        raise ExportError("the live model's logits on the sample are NaN, so there is nothing to compare with")
     return sample, live
 
 
 def reload_adapter(plain: nn.Module, folder: Path) -> tuple[nn.Module, tuple[str, ...]]:
-    """Open `folder` with stock PEFT on a plain base, after a separately saved head; returns the model and what PEFT warned of.
+    """Open `folder` with stock PEFT on a plain base (a separate head first); returns the model and PEFT's warnings.
 
     Raises:
         ExportError: the modules that PEFT put adapters on are not those in the file.
@@ -207,27 +207,27 @@ def reload_adapter(plain: nn.Module, folder: Path) -> tuple[nn.Module, tuple[str
     loaded = {path for path, _ in lora_layers(model, "default")}
     if written != loaded:
         odd = sorted(written ^ loaded)[0]
-        raise ExportError(
-            f"stock PEFT reads the export differently: {odd!r} is {'not loaded' if odd in written else 'loaded though not written'}"
-        )
-    return model.base_model.model, spoken(caught)
+        fate = "not loaded" if odd in written else "loaded though not written"
+        raise ExportError(f"stock PEFT reads the export differently: {odd!r} is {fate}")
+    return base_of(model), spoken(caught)
 
 
-def reload_merged(plain: PreTrainedModel, folder: Path) -> PreTrainedModel:
-    """Open `folder` with plain Transformers, in the class and attention implementation of `plain`.
+def save_and_reload(plain: PreTrainedModel, folder: Path) -> PreTrainedModel:
+    """Write and open `folder` with plain Transformers, in the class and attention implementation of `plain`.
 
     Raises:
         ExportError: weights are missing from the folder, or are left over.
     """
     with isolated(plain):
-        model, info = type(plain).from_pretrained(
+        plain.save_pretrained(folder)
+        loaded: Any = type(plain).from_pretrained(
             folder, output_loading_info=True, attn_implementation=plain.config._attn_implementation
         )
+    model, info = loaded
     for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
         if info[kind]:
             raise ExportError(f"the merged model has {kind.replace('_', ' ')}: {sorted(map(str, info[kind]))[0]}")
-    loaded: PreTrainedModel = model.to(device_of(plain))
-    return loaded
+    return model.to(device_of(plain))  # type: ignore[no-any-return]
 
 
 def compare(live: Tensor, again: Tensor, model: nn.Module) -> tuple[float, float]:
@@ -241,7 +241,8 @@ def compare(live: Tensor, again: Tensor, model: nn.Module) -> tuple[float, float
     finite = live[live.isfinite()].double()
     tolerance *= max(1.0, float(finite.abs().max()) if finite.numel() else 1.0)
     if live.shape != again.shape:
-        raise ExportError(f"the reloaded export gives logits of shape {tuple(again.shape)}, the live model {tuple(live.shape)}")
+        shapes = tuple(again.shape), tuple(live.shape)
+        raise ExportError(f"the reloaded export gives logits of shape {shapes[0]}, the live model {shapes[1]}")
     same = live == again.to(live.device)  # also where both are infinite, as masked logits are
     gap = (live.double() - again.to(live.device).double()).abs().masked_fill(same, 0.0)
     difference = float(gap.max()) if gap.numel() else 0.0

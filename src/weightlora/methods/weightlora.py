@@ -10,7 +10,15 @@ import torch
 from torch import Tensor
 
 from weightlora.core import (
-    Growth, Rule, coverage, credit, gate_step, gradual_k, grown_ranks, support, total_params,
+    Growth,
+    Rule,
+    coverage,
+    credit,
+    gate_step,
+    gradual_k,
+    grown_ranks,
+    support,
+    total_params,
 )
 from weightlora.errors import ConfigError, ScheduleError
 from weightlora.graft import Adapter, Selection
@@ -76,7 +84,9 @@ class WeightLoRA(Method):
         if self.gate_lr < 0:
             raise ConfigError(f"gate_lr={self.gate_lr} is negative; use 0 to hold the gates at 1, or a positive rate")
         if self.project_every is not None and self.project_every < 1:
-            raise ConfigError(f"project_every={self.project_every} is not allowed; use 1 or more, or None for only at T")
+            raise ConfigError(
+                f"project_every={self.project_every} is not allowed; use 1 or more, or None for only at T"
+            )
         check_k_value(self.k)
 
     def begin(self, adapters: tuple[Adapter, ...], max_steps: int) -> WeightLoRAPolicy:
@@ -128,7 +138,9 @@ class WeightLoRAPolicy(Policy):
         self.trains_gates = method.gate_lr > 0
         self.gated = self.trains_gates or method.score == "omega"
         if method.score == "omega" and not self.trains_gates and self.k < len(adapters):
-            raise ScheduleError("score='omega' ranks gates that learn; set gate_lr (the paper's code uses 5.0), or keep k=n")
+            raise ScheduleError(
+                "score='omega' ranks gates that learn; set gate_lr (the paper's code uses 5.0), or keep k=n"
+            )
         self.engine = method.engine
         self.credits = torch.zeros(len(adapters), dtype=torch.float64)
         self._off: list[int] = []
@@ -176,7 +188,9 @@ class WeightLoRAPolicy(Policy):
     def decide(self, omegas: Sequence[float]) -> Selection:
         method, step = self.method, self.seam
         if method.score == "omega":
-            alive = [i for i in support(torch.tensor(omegas, dtype=torch.float64), self.k, method.rule) if omegas[i] != 0]
+            alive = [
+                i for i in support(torch.tensor(omegas, dtype=torch.float64), self.k, method.rule) if omegas[i] != 0
+            ]
             if not alive:
                 raise ScheduleError(
                     f"all {len(omegas)} gates are zero at the end of warm-up; lower gate_lr ({method.gate_lr}) or use rule='signed'"
@@ -190,7 +204,9 @@ class WeightLoRAPolicy(Policy):
         else:
             blocks = [-1 if a.block is None else a.block for a in self.adapters]
             kept = coverage(scores, blocks, self.k)
-            why = f"credit in {self.horizon} steps, spread over blocks: the {self.k} that maximise sum of sqrt per block"
+            why = (
+                f"credit in {self.horizon} steps, spread over blocks: the {self.k} that maximise sum of sqrt per block"
+            )
         return method.choose(self.adapters, kept, why, step=step, omegas=omegas, scores=scores)
 
     def state(self) -> dict[str, Tensor]:

@@ -57,7 +57,10 @@ class Parts:
 
 def read_task(config: RunConfig) -> Task:
     """The task a configuration names."""
-    path = {key: None if (value := getattr(config, key)) is None else Path(value) for key in ("data_dir", "train_file", "validation_file")}
+    path = {
+        key: None if (value := getattr(config, key)) is None else Path(value)
+        for key in ("data_dir", "train_file", "validation_file")
+    }
     return load_task(
         config.task,
         **path,
@@ -128,7 +131,7 @@ def build(config: RunConfig) -> Parts:
     if chosen.uses_adapters:
         model = with_adapters(config, loaded)
     train, validation = tokenize(task, loaded.tokenizer, config.max_length)
-    steps = _steps(training_arguments(config, Path("unused"), len(train))
+    steps = _steps(training_arguments(config, Path("unused")), len(train))
     if chosen.uses_adapters:
         chosen.begin(adapters(model), steps)
     return Parts(
@@ -157,7 +160,9 @@ def training_arguments(config: RunConfig, output_dir: Path) -> TrainingArguments
         values["per_device_train_batch_size"] = config.micro_batch
         values["gradient_accumulation_steps"] = effective // config.micro_batch
     if config.final_micro_batch is not None and (config.final_micro_batch < 1 or effective % config.final_micro_batch):
-        raise ConfigError(f"final_micro_batch={config.final_micro_batch} does not divide the effective batch of {effective}")
+        raise ConfigError(
+            f"final_micro_batch={config.final_micro_batch} does not divide the effective batch of {effective}"
+        )
     try:
         return TrainingArguments(**values)
     except (TypeError, ValueError, ImportError) as error:

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from weightlora.errors import ConfigError, WeightLoRAError
 from weightlora.methods import METHODS
+from weightlora.runs.build import training_arguments
 from weightlora.runs.config import CONFIG, RunConfig
 from weightlora.runs.record import Record
 from weightlora.runs.run import RECORD, finished, resume, train
@@ -20,7 +21,7 @@ TUNE_SEED = 0
 
 
 def parse_method(text: str) -> tuple[str, str]:
-    """"name" or "name:preset".
+    """ "name" or "name:preset".
 
     >>> parse_method("weightlora:paper")
     ('weightlora', 'paper')
@@ -47,8 +48,9 @@ def compare(
         methods: "name" or "name:preset".
         seeds: one run per method and seed.
         folder: runs go to ``folder/<method>-<preset>/seed-<s>``, tuning runs to ``folder/tune/...``.
-        tune: learning rates. Each method is first trained once with each of them on nine tenths of the *training* rows and judged on
-            the other tenth; its best rate is used for its runs. Validation rows play no part in that.
+        tune: multiples of the learning rate (of each method's own default: full fine-tuning starts lower). Each method is first
+            trained once with each on nine tenths of the *training* rows and judged on the other tenth; its best rate is used for
+            its runs. Validation rows play no part in that.
         say: takes a line of progress.
 
     Returns:
@@ -66,7 +68,8 @@ def compare(
         label = f"{name}-{preset}"
         chosen = base
         if tune:
-            rate = best_rate(base, tune, folder / "tune" / label, say)
+            default = training_arguments(base, folder).learning_rate
+            rate = best_rate(base, [default * factor for factor in tune], folder / "tune" / label, say)
             chosen = replace(base, training={**base.training, "learning_rate": rate})
         for seed in seeds:
             say(f"[{number + 1}/{len(plan)}] {label}, seed {seed}")
@@ -83,14 +86,16 @@ def best_rate(config: RunConfig, rates: Sequence[float], folder: Path, say: Call
         ConfigError: every rate failed.
     """
     results: list[tuple[float, float]] = []
-    for rate in sorted(rates):
+    for rate in sorted(float(f"{rate:.6g}") for rate in rates):
         trial = replace(
             config, seed=TUNE_SEED, holdout=TUNE_HOLDOUT, training={**config.training, "learning_rate": rate}
         )
         record = _once(trial, folder / f"lr-{rate:g}")
         if record.status == "ok" and record.score is not None and record.score == record.score:
             results.append((record.score, rate))
-        say(f"    tuning {config.method}: rate {rate:g} gives {record.score if record.status == 'ok' else record.error}")
+        say(
+            f"    tuning {config.method}: rate {rate:g} gives {record.score if record.status == 'ok' else record.error}"
+        )
     if not results:
         raise ConfigError(f"no learning rate of {sorted(rates)} worked for {config.method}; see {folder}")
     best = max(score for score, _ in results)

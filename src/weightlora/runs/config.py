@@ -102,7 +102,9 @@ class RunConfig:
         try:
             data = json.loads(path.read_text(encoding="utf-8"))
         except OSError:
-            raise CheckpointError(f"{folder} is not a run directory: it has no {CONFIG}; start a run with `train`") from None
+            raise CheckpointError(
+                f"{folder} is not a run directory: it has no {CONFIG}; start a run with `train`"
+            ) from None
         except ValueError as error:
             raise CheckpointError(f"{path} is damaged: {error}") from None
         known = {f.name for f in fields(cls)}

@@ -28,7 +28,12 @@ class Progress(TrainerCallback):
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         if self.bar is None and self.stream.isatty():
             self.bar = tqdm(
-                total=state.max_steps, initial=state.global_step, desc=self.title, unit="step", file=self.stream, dynamic_ncols=True
+                total=state.max_steps,
+                initial=state.global_step,
+                desc=self.title,
+                unit="step",
+                file=self.stream,
+                dynamic_ncols=True,
             )
             self.first_step = state.global_step
         elif self.bar is None and self.first_step == 0:

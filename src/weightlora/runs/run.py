@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from transformers import Trainer, set_seed
 
-from weightlora.errors import CheckpointError, ConfigError, WeightLoRAError
+from weightlora.errors import CheckpointError, WeightLoRAError
 from weightlora.files import new_folder, write_text
 from weightlora.graft import MANIFEST, Manifest, Selection, adapters, block_of
 from weightlora.graft.export import export
@@ -108,7 +108,9 @@ def _check_folder(folder: Path, overwrite: bool) -> None:
     if finished(folder):
         raise CheckpointError(f"{folder} already holds a finished run; choose another --out, or --overwrite it")
     if (folder / CONFIG).is_file():
-        raise CheckpointError(f"{folder} holds an unfinished run; go on with `weightlora resume {folder}`, or --overwrite it")
+        raise CheckpointError(
+            f"{folder} holds an unfinished run; go on with `weightlora resume {folder}`, or --overwrite it"
+        )
     raise CheckpointError(f"{folder} is not empty and holds no run; choose another --out")
 
 
@@ -136,7 +138,9 @@ class _Recording:
         self.record.write(self.folder / RECORD)
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> bool:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> bool:
         if error is None:
             self.record.write(self.folder / RECORD)
             return False
@@ -167,20 +171,24 @@ def _live(parts: Parts, config: RunConfig, folder: Path, *, resume: bool, argv: 
         _write_result(result, trainer, folder, config, described)
         recording.record = _last_record(recording.record, parts, result, metrics)
     _close(progress)
-    if recording.record.status == "ok":
-        _draw(recording.record, folder)
     return recording.record
 
 
 def _evaluate(trainer: Trainer) -> dict[str, float]:
     metrics = trainer.evaluate()
-    plain = {key.removeprefix("eval_"): float(value) for key, value in metrics.items() if isinstance(value, int | float)}
+    plain = {
+        key.removeprefix("eval_"): float(value) for key, value in metrics.items() if isinstance(value, int | float)
+    }
     speed = ("runtime", "samples_per_second", "steps_per_second", "epoch", "model_preparation_time")
     return {key: value for key, value in plain.items() if key not in speed}
 
 
 def _write_result(
-    result: FitResult, trainer: Trainer, folder: Path, config: RunConfig, described: tuple[tuple[str, int, int, int], ...]
+    result: FitResult,
+    trainer: Trainer,
+    folder: Path,
+    config: RunConfig,
+    described: tuple[tuple[str, int, int, int], ...],
 ) -> None:
     if result.selection is None:
         with new_folder(folder / MODEL) as temporary:
@@ -259,19 +267,12 @@ def _last_record(record: Record, parts: Parts, result: FitResult, metrics: dict[
 def _scores(selection: Selection) -> tuple[AdapterScore, ...]:
     return tuple(
         AdapterScore(
-            name=c.name, block=block_of(c.name), kind=c.name.rsplit(".", 1)[-1], omega=c.omega, score=c.score, kept=c.kept
+            name=c.name,
+            block=block_of(c.name),
+            kind=c.name.rsplit(".", 1)[-1],
+            omega=c.omega,
+            score=c.score,
+            kept=c.kept,
         )
         for c in selection.choices
     )
-
-
-def _draw(record: Record, folder: Path) -> None:
-    """The picture of the selection, where there is something to show and matplotlib to draw it."""
-    if not record.adapters:
-        return
-    from weightlora.report import selection_map
-
-    try:
-        selection_map(record, folder / PICTURE)
-    except ConfigError as error:
-        log.warning("no picture: %s", error)

@@ -26,8 +26,13 @@ class SeamCallback(TrainerCallback):
     """
 
     def __init__(
-        self, trainer: Trainer, driver: Driver, *, restored: tuple[dict[str, Tensor], int] | None,
-        log_omegas: Literal["summary", "all"], data: dict[str, Any],
+        self,
+        trainer: Trainer,
+        driver: Driver,
+        *,
+        restored: tuple[dict[str, Tensor], int] | None,
+        log_omegas: Literal["summary", "all"],
+        data: dict[str, Any],
     ) -> None:
         self.trainer, self.driver, self.restored = trainer, driver, restored
         self.log_omegas, self.data = log_omegas, data
@@ -100,7 +105,9 @@ class SeamCallback(TrainerCallback):
     def _log_omegas(self) -> None:
         omegas = self.driver.omegas()
         logs = {
-            "omega/alive": float(sum(omega != 0 for omega in omegas)), "omega/max": max(omegas), "omega/min": min(omegas),
+            "omega/alive": float(sum(omega != 0 for omega in omegas)),
+            "omega/max": max(omegas),
+            "omega/min": min(omegas),
         }
         if self.log_omegas == "all":
             logs |= {f"omega/{a.name}": omega for a, omega in zip(self.driver.adapters, omegas, strict=True)}

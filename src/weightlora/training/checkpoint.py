@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import PeftModel
+from transformers import PreTrainedModel, Trainer, TrainerState
 
 from weightlora.errors import CheckpointError
 from weightlora.files import new_folder, write_text
@@ -19,14 +19,14 @@ TRAINER_STATE = "trainer_state.json"
 _NAME = re.compile(r"^(checkpoint|seam)-(\d+)$")
 
 
-def whole(folder: Path) -> int | None:
+def whole(folder: Path, *, manifest: bool = True) -> int | None:
     """The step of a checkpoint that can be resumed from, or None.
 
     The trainer writes its state file after everything else of a checkpoint, so a checkpoint with a readable state file and
-    a readable manifest has all its files.
+    a readable manifest has all its files. ``manifest=False``: a method without adapters writes none.
     """
     found = _NAME.match(folder.name)
-    if not found or not (folder / MANIFEST).is_file():
+    if not found or (manifest and not (folder / MANIFEST).is_file()):
         return None
     try:
         state = json.loads((folder / TRAINER_STATE).read_text(encoding="utf-8"))
@@ -36,17 +36,17 @@ def whole(folder: Path) -> int | None:
     return step if isinstance(state, dict) and state.get("global_step") == step else None
 
 
-def latest(output_dir: Path) -> Path | None:
+def latest(output_dir: Path, *, manifest: bool = True) -> Path | None:
     """The furthest whole checkpoint; at equal step the one after the seam."""
     ranked = [
         (step, folder.name.startswith("seam"), folder)
         for folder in (output_dir.iterdir() if output_dir.is_dir() else ())
-        if (step := whole(folder)) is not None
+        if (step := whole(folder, manifest=manifest)) is not None
     ]
     return max(ranked)[2] if ranked else None
 
 
-def resolve(resume: bool | str | Path, output_dir: Path) -> Path | None:
+def resolve(resume: bool | str | Path, output_dir: Path, *, manifest: bool = True) -> Path | None:
     """The checkpoint that ``fit(resume=...)`` means: a folder, the latest whole one (True; None if there is none), or nothing.
 
     Raises:
@@ -54,14 +54,25 @@ def resolve(resume: bool | str | Path, output_dir: Path) -> Path | None:
     """
     if resume is False:
         return None
-    best = latest(output_dir)
+    best = latest(output_dir, manifest=manifest)
     if resume is True:
         return best
     folder = Path(resume)
-    if whole(folder) is None:
+    if whole(folder, manifest=manifest) is None:
         instead = f"; {best} is whole" if best else ""
         raise CheckpointError(f"{folder} is not a whole checkpoint of a WeightLoRA run{instead}")
     return folder
+
+
+def train_on(trainer: Trainer, start: Path | None, max_steps: int) -> dict[str, float]:
+    """``trainer.train`` from `start`; at the end of the run nothing is left but to load, or the trainer would do a step too many."""
+    if start is None or (whole(start, manifest=False) or 0) < max_steps:
+        return dict(trainer.train(resume_from_checkpoint=None if start is None else str(start)).metrics)
+    trainer._load_from_checkpoint(str(start))
+    trainer.state = TrainerState.load_from_json(str(start / TRAINER_STATE))
+    if trainer.args.load_best_model_at_end and trainer.state.best_model_checkpoint is not None:
+        trainer._load_best_model()
+    return {}
 
 
 def discard_after(output_dir: Path, step: int) -> None:
@@ -75,7 +86,7 @@ def discard_after(output_dir: Path, step: int) -> None:
 def write_seam(
     source: Path,
     target: Path,
-    model: PeftModel,
+    model: PreTrainedModel,
     optimizer: torch.optim.Optimizer,
     manifest: Manifest,
     train_batch_size: int,

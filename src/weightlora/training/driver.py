@@ -114,7 +114,10 @@ class Driver:
                 remap(optimizer, grown)
         removed = end_backward_at_lowest(self.model) if len(kept) < len(self.adapters) else 0
         if removed:
-            log.info("gradients of the embeddings' output are off again (%d hooks): nothing below the lowest adapter needs them", removed)
+            log.info(
+                "gradients of the embeddings' output are off again (%d hooks): nothing below the lowest adapter needs them",
+                removed,
+            )
         self.selection = selection.with_ranks(adapters(self.model, self.name))
         self._factors = tuple(parameters(self.model, self.name).values())
         log.info("kept %d of %d adapters: %s", selection.k, selection.n, selection.why)

@@ -12,12 +12,11 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from peft import PeftModel
 from torch import nn
 from transformers import Trainer
 
 from weightlora.errors import AdapterError, CheckpointError, ConfigError, ScheduleError
-from weightlora.graft import Manifest, Selection, adapters, end_backward_at_lowest, reshape
+from weightlora.graft import Manifest, Selection, end_backward_at_lowest, has_adapters, reshape
 from weightlora.methods import Method
 from weightlora.training import checkpoint
 from weightlora.training.callback import SeamCallback
@@ -101,8 +100,13 @@ class _Fit:
     """The state of one call of :func:`fit`."""
 
     def __init__(
-        self, trainer: Trainer, method: Method, resume: bool | str | Path, micro_batch: tuple[int | None, int | None],
-        measure: bool, log_omegas: Literal["summary", "all"],
+        self,
+        trainer: Trainer,
+        method: Method,
+        resume: bool | str | Path,
+        micro_batch: tuple[int | None, int | None],
+        measure: bool,
+        log_omegas: Literal["summary", "all"],
     ) -> None:
         self.trainer, self.method, self.measure, self.log_omegas = trainer, method, measure, log_omegas
         self.output_dir = Path(trainer.args.output_dir)
@@ -162,7 +166,10 @@ class _Fit:
         assert self.manifest is not None and self.manifest.selection is not None
         driver, selection = self.driver, self.manifest.selection
         reshape(
-            driver.model, {c.name: c.rank for c in selection.kept}, {c.name: c.scale for c in selection.kept}, driver.name
+            driver.model,
+            {c.name: c.rank for c in selection.kept},
+            {c.name: c.scale for c in selection.kept},
+            driver.name,
         )
         if selection.k < selection.n:
             end_backward_at_lowest(driver.model)
@@ -172,7 +179,10 @@ class _Fit:
     @contextlib.contextmanager
     def _callback(self) -> Iterator[SeamCallback]:
         callback = SeamCallback(
-            self.trainer, self.driver, restored=self.restored, log_omegas=self.log_omegas,
+            self.trainer,
+            self.driver,
+            restored=self.restored,
+            log_omegas=self.log_omegas,
             data={"phases": [vars(phase) for phase in self.phases]},
         )
         self.trainer.add_callback(callback)
@@ -190,7 +200,9 @@ class _Fit:
         peak = _PeakMemory()
         began = time.perf_counter()
         with _warmup_arguments(trainer) if stage == "warmup" else contextlib.nullcontext():
-            output = trainer.train(resume_from_checkpoint=None if self.start is None else str(self.start))
+            metrics = checkpoint.train_on(trainer, self.start, self.max_steps)
+        if self.restored is not None and self.driver.step < self.restored[1]:  # there was no step left to train
+            self.driver.load_state(*self.restored)
         callback.restored = self.restored = None
         accumulation = trainer.args.gradient_accumulation_steps
         self.phases = [p for p in self.phases if p.name != stage] + [
@@ -200,7 +212,8 @@ class _Fit:
                 seconds=round(time.perf_counter() - began, 3),
                 micro_batch=trainer.args.per_device_train_batch_size,
                 accumulation=accumulation,
-                trainable_params=trainable + (len(self.driver.adapters) if self.driver.policy.trains_gates and stage == "warmup" else 0),
+                trainable_params=trainable
+                + (len(self.driver.adapters) if self.driver.policy.trains_gates and stage == "warmup" else 0),
                 kept_activation_bytes=None if cost is None else cost.kept_activation_bytes,
                 flops_per_step=None if cost is None else cost.flops * accumulation,
                 peak_memory_bytes=peak.bytes(),
@@ -208,7 +221,7 @@ class _Fit:
         ]
         callback.data = {"phases": [vars(phase) for phase in self.phases]}
         log.debug("%s: steps %d to %d", stage, first, trainer.state.global_step)
-        return dict(output.metrics)
+        return metrics
 
     def _load_end_of_warmup(self) -> None:
         """A run that died between the last step of warm-up and the seam: load, and train no further step."""
@@ -238,7 +251,12 @@ class _Fit:
         callback.stage = "final"
         source = self.output_dir / f"checkpoint-{step}"
         target = checkpoint.write_seam(
-            source, self.output_dir / f"seam-{step}", trainer.model, optimizer, callback.manifest(step), trainer._train_batch_size
+            source,
+            self.output_dir / f"seam-{step}",
+            trainer.model,
+            optimizer,
+            callback.manifest(step),
+            trainer._train_batch_size,
         )
         if trainer.args.save_strategy == "no":
             shutil.rmtree(source)
@@ -302,7 +320,9 @@ def _split_batch(trainer: Trainer, micro_batch: int | None) -> tuple[int, int] |
     effective = args.per_device_train_batch_size * args.gradient_accumulation_steps
     if micro_batch < 1 or effective % micro_batch:
         fits = [size for size in range(1, effective + 1) if effective % size == 0]
-        raise ConfigError(f"a micro-batch of {micro_batch} does not divide the effective batch of {effective}; use one of {fits}")
+        raise ConfigError(
+            f"a micro-batch of {micro_batch} does not divide the effective batch of {effective}; use one of {fits}"
+        )
     return micro_batch, effective // micro_batch
 
 
@@ -333,7 +353,10 @@ def _no_reentrant_checkpointing(trainer: Trainer) -> None:
     for key in ("activation_checkpointing_kwargs", "gradient_checkpointing_kwargs"):
         settings = getattr(args, key, None)
         if isinstance(settings, dict) and settings.get("use_reentrant"):
-            log.info("%s: use_reentrant is False after the seam, so that the backward pass can end at the lowest adapter", key)
+            log.info(
+                "%s: use_reentrant is False after the seam, so that the backward pass can end at the lowest adapter",
+                key,
+            )
             setattr(args, key, {**settings, "use_reentrant": False})
 
 
@@ -350,18 +373,13 @@ class _PeakMemory:
 
 def _train_plain(trainer: Trainer, method: Method, resume: bool | str | Path, measure: bool) -> FitResult:
     """A method without adapters (full fine-tuning): the trainer as it is, measured."""
-    if isinstance(trainer.model, PeftModel):
+    if has_adapters(trainer.model):
         raise AdapterError(f"method {method.name!r} trains the plain model; give the trainer a model without adapters")
-    last = None
-    if resume is not False:
-        from transformers.trainer_utils import get_last_checkpoint
-
-        found = get_last_checkpoint(trainer.args.output_dir) if resume is True and Path(trainer.args.output_dir).is_dir() else resume
-        last = None if found in (None, True) else str(found)
+    start = checkpoint.resolve(resume, Path(trainer.args.output_dir), manifest=False)
     steps = planned_steps(trainer)
     cost = measure_step(trainer) if measure else None
     peak, began = _PeakMemory(), time.perf_counter()
-    output = trainer.train(resume_from_checkpoint=last)
+    metrics = checkpoint.train_on(trainer, start, steps)
     accumulation = trainer.args.gradient_accumulation_steps
     phase = PhaseResult(
         name="final",
@@ -375,8 +393,14 @@ def _train_plain(trainer: Trainer, method: Method, resume: bool | str | Path, me
         peak_memory_bytes=peak.bytes(),
     )
     return FitResult(
-        model=trainer.model, method=method, selection=None, phases=(phase,), metrics=dict(output.metrics),
-        max_steps=steps, seam_step=None, log_history=tuple(trainer.state.log_history),
+        model=trainer.model,
+        method=method,
+        selection=None,
+        phases=(phase,),
+        metrics=metrics,
+        max_steps=steps,
+        seam_step=None,
+        log_history=tuple(trainer.state.log_history),
     )
 
 

@@ -1,0 +1,133 @@
+"""What each command does: flags to a configuration, a call, and a few lines about what came of it."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import sys
+from pathlib import Path
+from typing import Any
+
+from weightlora.cli import arguments
+from weightlora.errors import ConfigError
+
+
+def _write_json(target: str | None, text: str) -> None:
+    if target == "-":
+        print(text)
+    elif target is not None:
+        from weightlora.files import write_text
+
+        write_text(Path(target), text if text.endswith("\n") else text + "\n")
+
+
+def _report(record: Any, folder: Path, target: str | None) -> int:
+    """Print what a run came to; 1 if it failed."""
+    from weightlora.runs.run import ADAPTER, ERROR, MODEL
+
+    _write_json(target, record.to_json())
+    if record.status != "ok":
+        print(f"weightlora: the run failed: {record.error} (see {folder / ERROR})", file=sys.stderr)
+        return 1
+    from weightlora.report import run_summary
+
+    if record.adapters:
+        _draw(record, folder)
+    if target != "-":
+        print(run_summary(record))
+        what, where = ("adapter", ADAPTER) if record.n_adapters else ("model", MODEL)
+        print(f"{what}: {folder / where}")
+    return 0
+
+
+def _draw(record: Any, folder: Path) -> None:
+    """The picture of the selection, where matplotlib is there to draw it."""
+    from weightlora.report import selection_map
+    from weightlora.runs.run import PICTURE
+
+    try:
+        selection_map(record, folder / PICTURE)
+    except ConfigError as error:
+        logging.getLogger("weightlora").warning("no picture: %s", error)
+
+
+def train(parsed: argparse.Namespace, rest: list[str], parser: argparse.ArgumentParser) -> int:
+    from weightlora.runs import run
+
+    config = arguments.run_config(parsed, rest, parser, getattr(parsed, "method", "weightlora"))
+    record = run.train(config, Path(parsed.out), overwrite=parsed.overwrite, argv=_argv())
+    return _report(record, Path(parsed.out), parsed.json)
+
+
+def resume(parsed: argparse.Namespace, rest: list[str], parser: argparse.ArgumentParser) -> int:
+    from weightlora.runs import run
+
+    return _report(run.resume(Path(parsed.run), argv=_argv()), Path(parsed.run), parsed.json)
+
+
+def select(parsed: argparse.Namespace, rest: list[str], parser: argparse.ArgumentParser) -> int:
+    from weightlora.runs import run
+
+    config = arguments.run_config(parsed, rest, parser, getattr(parsed, "method", "weightlora"))
+    selection = run.select(config, Path(parsed.out), overwrite=parsed.overwrite)
+    _write_json(parsed.json, selection.to_json())
+    if parsed.json != "-":
+        print(f"kept {selection.k} of {selection.n} adapters: {selection.why}")
+        print(*(f"  {choice.name}" for choice in selection.kept), sep="\n")
+        print(f"selection: {Path(parsed.out) / run.SELECTION}\nLoraConfig: {Path(parsed.out) / 'adapter_config.json'}")
+    return 0
+
+
+def compare(parsed: argparse.Namespace, rest: list[str], parser: argparse.ArgumentParser) -> int:
+    from weightlora.files import write_text
+    from weightlora.methods import METHODS
+    from weightlora.report import comparison_table
+    from weightlora.runs import compare as comparing
+
+    asked = getattr(parsed, "methods", "all")
+    methods = list(METHODS) if asked == "all" else [name.strip() for name in asked.split(",")]
+    seeds = [arguments.whole(text, "seeds") for text in getattr(parsed, "seeds", "0,1,2").split(",")]
+    rates = [float(arguments.number(text, "tune")) for text in getattr(parsed, "tune", "").split(",") if text]
+    folder = Path(parsed.out)
+    # The method with the most settings: each method takes those it has.
+    config = arguments.run_config(parsed, rest, parser, "weightlora+")
+    records = comparing.compare(config, methods, seeds, folder, tune=rates, say=_say)
+    table = comparison_table(records)
+    write_text(folder / "compare.md", table.to_markdown())
+    write_text(folder / "compare.json", table.to_json())
+    _write_json(parsed.json, table.to_json())
+    if parsed.json != "-":
+        print(table.to_text())
+    return 0 if all(record.status == "ok" for record in records) else 1
+
+
+def export(parsed: argparse.Namespace, rest: list[str], parser: argparse.ArgumentParser) -> int:
+    from weightlora.runs.serve import export_run
+
+    out = Path(parsed.out) if parsed.out else Path(parsed.run) / parsed.profile
+    done = export_run(Path(parsed.run), out, parsed.profile, overwrite=parsed.overwrite)
+    facts = {
+        "path": str(done.path),
+        "profile": done.profile,
+        "max_difference": done.max_difference,
+        "tolerance": done.tolerance,
+        "rank": done.rank,
+        "notes": list(done.notes),
+    }
+    _write_json(parsed.json, json.dumps(facts, indent=1))
+    if parsed.json != "-":
+        print(f"{done.profile} export: {done.path}")
+        print(
+            f"reloaded and compared: largest logit difference {done.max_difference:.2g} (allowed {done.tolerance:.2g})"
+        )
+        print(*done.notes, sep="\n")
+    return 0
+
+
+def _say(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
+
+
+def _argv() -> tuple[str, ...]:
+    return ("weightlora", *sys.argv[1:])
