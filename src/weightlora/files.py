@@ -60,6 +60,23 @@ def new_folder(path: Path) -> Iterator[Path]:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
+def sweep(folder: Path, *names: str) -> None:
+    """Remove what killed processes left half-written: the temporary files and folders of `names` (which may be patterns).
+
+    >>> folder = Path(tempfile.mkdtemp())
+    >>> _ = (folder / ".a.txt.k3_x9qwe").write_text("ha"), (folder / ".a.mine").write_text("not a temporary name")
+    >>> sweep(folder, "a.txt", "a")
+    >>> [path.name for path in folder.iterdir()]
+    ['.a.mine']
+    """
+    for pattern in (f".{name}{old}.{'[a-z0-9_]' * 8}" for name in names for old in ("", ".old")):
+        for left in folder.glob(pattern):
+            if left.is_dir():
+                shutil.rmtree(left)
+            else:
+                left.unlink()
+
+
 def _umask() -> int:
     current = os.umask(0)
     os.umask(current)

@@ -808,6 +808,9 @@ def test_the_papers_say_what_was_kept_and_how_to_load(tmp_path: Path) -> None:
     assert record["max_difference"] == done.max_difference
     assert sorted([*record["files"], "export.json"]) == sorted(p.name for p in (tmp_path / "out").iterdir())
     assert config_of(tmp_path / "out")["base_model_name_or_path"] == "somebody/bert-base"
+    (tmp_path / "probe").write_text("")
+    usual = (tmp_path / "probe").stat().st_mode
+    assert all(path.stat().st_mode == usual for path in (tmp_path / "out").iterdir())
 
 
 def test_code_spans_cannot_be_broken_out_of() -> None:

@@ -200,3 +200,6 @@ def _write_papers(folder: Path, done: Export, live: Live, selection: Selection |
         "files": sorted(entry.name for entry in folder.iterdir()),
     }
     write_text(folder / RECORD, json.dumps(record, indent=1, allow_nan=False) + "\n")
+    # safetensors lets only the owner read its files; a server often is somebody else.
+    for entry in folder.iterdir():
+        entry.chmod((folder / RECORD).stat().st_mode)

@@ -96,8 +96,7 @@ class Method(ABC):
     preset: str = "recommended"
 
     def __post_init__(self) -> None:
-        if self.preset not in PRESETS:
-            raise ConfigError(f"preset {self.preset!r} is unknown; use one of {', '.join(PRESETS)}")
+        check_choice("preset", self.preset, PRESETS)
 
     @classmethod
     def from_preset(cls, preset: str, **overrides: Any) -> Any:
@@ -106,8 +105,7 @@ class Method(ABC):
         Raises:
             ConfigError: unknown preset, or a field that the method does not have.
         """
-        if preset not in PRESETS:
-            raise ConfigError(f"preset {preset!r} is unknown; use one of {', '.join(PRESETS)}")
+        check_choice("preset", preset, PRESETS)
         known = {f.name for f in fields(cls)}
         unknown = sorted(set(overrides) - known)
         if unknown:
@@ -151,6 +149,18 @@ class Method(ABC):
         )
 
 
+def check_choice(name: str, value: str, allowed: tuple[str, ...]) -> None:
+    """Refuse a word that the setting `name` does not know.
+
+    >>> check_choice("rule", "best", ("signed", "positive"))
+    Traceback (most recent call last):
+    ...
+    weightlora.errors.ConfigError: rule 'best' is unknown; use one of signed, positive
+    """
+    if value not in allowed:
+        raise ConfigError(f"{name} {value!r} is unknown; use one of {', '.join(allowed)}")
+
+
 def check_k_value(k: int | float) -> None:
     """Refuse a ``k`` that no model could satisfy.
 
@@ -172,8 +182,8 @@ def check_k(k: int | float, live: Sequence[Adapter]) -> int:
         raise ScheduleError(str(error)) from None
 
 
-def check_warmup(steps: int | float, max_steps: int) -> int:
-    """A warm-up length T in optimizer steps; a fraction means a share of the run.
+def check_warmup(steps: int | float, max_steps: int, name: str = "warmup_steps") -> int:
+    """A warm-up length T in optimizer steps; a fraction means a share of the run. `name` is the setting's, for messages.
 
     Raises:
         ScheduleError: T is not inside the run.
@@ -183,14 +193,14 @@ def check_warmup(steps: int | float, max_steps: int) -> int:
     """
     if isinstance(steps, bool) or not isinstance(steps, int | float) or steps <= 0:
         raise ScheduleError(
-            f"warmup_steps={steps!r} is not allowed; use a number of steps (1 or more) or a share below 1"
+            f"{name}={steps!r} is not allowed; use a number of steps (1 or more) or a share below 1"
         )
     count = max(1, round(steps * max_steps)) if isinstance(steps, float) and steps < 1 else int(steps)
     if count != steps and not (isinstance(steps, float) and steps < 1):
-        raise ScheduleError(f"warmup_steps={steps!r} is neither a whole number of steps nor a share below 1")
+        raise ScheduleError(f"{name}={steps!r} is neither a whole number of steps nor a share below 1")
     if count >= max_steps:
         raise ScheduleError(
-            f"warmup_steps={steps} needs more than the {max_steps} optimizer steps of this run;"
+            f"{name}={steps} needs more than the {max_steps} optimizer steps of this run;"
             f" use at most {max_steps - 1}, a share such as 0.1, or train longer"
         )
     return count

@@ -128,7 +128,7 @@ class GradientPolicy(Policy):
         super().__init__(adapters)
         self.method = method
         self.k = check_k(method.k, adapters)
-        self.seam = check_warmup(method.batches, max_steps)
+        self.seam = check_warmup(method.batches, max_steps, "batches")
         self.sums: list[Tensor] = [torch.zeros(a.d_out, a.rank) for a in adapters]
 
     def before_step(self, view: StepView) -> None:

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, get_args
 
 import torch
 from torch import Tensor
 
 from weightlora.core import (
     Growth,
+    Noise,
+    Remainder,
     Rule,
+    Shape,
     coverage,
     credit,
     gate_step,
@@ -22,7 +26,16 @@ from weightlora.core import (
 )
 from weightlora.errors import ConfigError, ScheduleError
 from weightlora.graft import Adapter, Selection
-from weightlora.methods.base import GrowthPlan, Method, Policy, StepView, check_k, check_k_value, check_warmup
+from weightlora.methods.base import (
+    GrowthPlan,
+    Method,
+    Policy,
+    StepView,
+    check_choice,
+    check_k,
+    check_k_value,
+    check_warmup,
+)
 from weightlora.methods.presets import WEIGHTLORA, WEIGHTLORA_PLUS
 
 Score = Literal["omega", "credit", "coverage"]
@@ -44,7 +57,7 @@ class WeightLoRA(Method):
         gate_lr: learning rate of omega's SGD; 0 holds every gate at 1.
         gate_lr_scheduled: multiply ``gate_lr`` by the run's learning-rate schedule.
         rule: which K gates survive a projection (see :func:`weightlora.core.top_k`).
-        project_every: project omega every so many steps; None: only at T.
+        project_every: project omega every so many steps; None: only at T, and there only if omega is the score.
         k_schedule: how many gates a projection leaves, on the way to T.
         drift: let Adam's momentum and weight decay move adapters whose gate is 0.
         init_A: "lora" (PEFT's scale) or "official" (sqrt(d_in / r) times larger).
@@ -72,17 +85,20 @@ class WeightLoRA(Method):
     gate_lr_scheduled: bool = False
     rule: Rule = "signed"
     project_every: int | None = None
-    k_schedule: Literal["constant", "cubic", "halving"] = "constant"
+    k_schedule: Shape = "constant"
     drift: bool = False
     init_A: Literal["lora", "official"] = "lora"
     engine: Literal["autograd", "reference"] = "autograd"
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.score not in ("omega", "credit", "coverage"):
-            raise ConfigError(f"score {self.score!r} is unknown; use omega, credit or coverage")
-        if self.gate_lr < 0:
-            raise ConfigError(f"gate_lr={self.gate_lr} is negative; use 0 to hold the gates at 1, or a positive rate")
+        check_choice("score", self.score, get_args(Score))
+        check_choice("rule", self.rule, get_args(Rule))
+        check_choice("k_schedule", self.k_schedule, get_args(Shape))
+        check_choice("init_A", self.init_A, ("lora", "official"))
+        check_choice("engine", self.engine, ("autograd", "reference"))
+        if not 0 <= self.gate_lr < math.inf:
+            raise ConfigError(f"gate_lr={self.gate_lr} is not usable; use 0 to hold the gates at 1, or a positive rate")
         if self.project_every is not None and self.project_every < 1:
             raise ConfigError(
                 f"project_every={self.project_every} is not allowed; use 1 or more, or None for only at T"
@@ -114,11 +130,19 @@ class WeightLoRAPlus(WeightLoRA):
     presets: ClassVar[Mapping[str, Mapping[str, Any]]] = WEIGHTLORA_PLUS
 
     growth: Growth = "gaussian"
-    noise: Literal["normal", "uniform"] = "normal"
+    noise: Noise = "normal"
     orthonormal: bool = True
-    remainder: Literal["drop", "top"] = "drop"
+    remainder: Remainder = "drop"
     max_rank: int | None = None
     seed: int = 0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_choice("growth", self.growth, get_args(Growth))
+        check_choice("noise", self.noise, get_args(Noise))
+        check_choice("remainder", self.remainder, get_args(Remainder))
+        if self.max_rank is not None and self.max_rank < 1:
+            raise ConfigError(f"max_rank={self.max_rank} is not allowed; use 1 or more, or None for no cap")
 
     def begin(self, adapters: tuple[Adapter, ...], max_steps: int) -> WeightLoRAPolicy:
         if self.warmup_steps is None:
@@ -175,7 +199,8 @@ class WeightLoRAPolicy(Policy):
             return
         last = view.step == self.horizon
         every = method.project_every
-        project = last if every is None else (view.step % every == 0 or last)
+        # At T the score decides: where that is not omega, a projection must not have decided before it.
+        project = (last and method.score == "omega") if every is None else (view.step % every == 0 or last)
         k = gradual_k(view.step, self.horizon, len(self.adapters), self.k, method.k_schedule) if project else None
         lr = method.gate_lr * (view.lr_factor if method.gate_lr_scheduled else 1.0)
         gates.set(gate_step(gates.omega.detach(), gates.omega.grad, lr, k, method.rule))
@@ -187,27 +212,28 @@ class WeightLoRAPolicy(Policy):
 
     def decide(self, omegas: Sequence[float]) -> Selection:
         method, step = self.method, self.seam
+        # An adapter whose gate is 0 contributes nothing and cannot be folded: it is no candidate, whatever its score.
+        alive = [i for i, omega in enumerate(omegas) if omega != 0]
         if method.score == "omega":
-            alive = [
-                i for i in support(torch.tensor(omegas, dtype=torch.float64), self.k, method.rule) if omegas[i] != 0
-            ]
-            if not alive:
-                raise ScheduleError(
-                    f"all {len(omegas)} gates are zero at the end of warm-up; lower gate_lr ({method.gate_lr}) or use rule='signed'"
-                )
+            best = support(torch.tensor(omegas, dtype=torch.float64), self.k, method.rule)
+            alive = [i for i in best if omegas[i] != 0]
+        if not alive:
+            raise ScheduleError(
+                f"all {len(omegas)} gates are zero at the end of warm-up;"
+                f" lower gate_lr ({method.gate_lr}) or use rule='signed'"
+            )
+        if method.score == "omega":
             why = f"the {len(alive)} largest omegas ({method.rule}) after {self.horizon} steps"
             return method.choose(self.adapters, alive, why, step=step, omegas=omegas)
-        scores = self.credits.tolist()
+        scores, k = self.credits.tolist(), min(self.k, len(alive))
         if method.score == "credit":
-            kept = support(self.credits, self.k, "signed")
-            why = f"the {self.k} largest credits (loss decrease bought by an adapter's own updates) in {self.horizon} steps"
+            kept = support(self.credits[alive], k, "signed")
+            why = f"the {k} largest credits (loss decrease bought by an adapter's own updates) in {self.horizon} steps"
         else:
             blocks = [-1 if a.block is None else a.block for a in self.adapters]
-            kept = coverage(scores, blocks, self.k)
-            why = (
-                f"credit in {self.horizon} steps, spread over blocks: the {self.k} that maximise sum of sqrt per block"
-            )
-        return method.choose(self.adapters, kept, why, step=step, omegas=omegas, scores=scores)
+            kept = coverage([scores[i] for i in alive], [blocks[i] for i in alive], k)
+            why = f"credit in {self.horizon} steps, spread over blocks: the {k} that maximise sum of sqrt per block"
+        return method.choose(self.adapters, [alive[i] for i in kept], why, step=step, omegas=omegas, scores=scores)
 
     def state(self) -> dict[str, Tensor]:
         return {"credits": self.credits.cpu(), "off": torch.tensor(self._off, dtype=torch.int64)}

@@ -1,22 +1,109 @@
-"""The adapter path with its backward written out: keeps the input and the rank-r product, and the gate is free."""
+"""The adapter path with its backward written out: one shared input, one rank-r product, and the gate is free."""
 
 from __future__ import annotations
 
-from typing import Any
+import contextlib
+import threading
+import weakref
+from typing import Any, Protocol
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from weightlora.ops.dropout import draw_seed, drop_, dropped
 
-def _compute_dtype(x: Tensor, A: Tensor) -> torch.dtype:
+
+class Products(Protocol):
+    """The four products of the adapter path that touch something as large as the input or the output.
+
+    ``p`` and ``seed`` say which entries of the input are dropped; survivors are not scaled up.
+    """
+
+    def down(self, x: Tensor, A: Tensor, dtype: torch.dtype, p: float, seed: int) -> Tensor:
+        """``drop(x) A^T``: (tokens, d) and (r, d) to (tokens, r) in `dtype`."""
+        ...
+
+    def add_(self, out: Tensor, h: Tensor, left: Tensor) -> None:
+        """``out += h left^T`` in place: (tokens, d_out), (tokens, r), (d_out, r)."""
+        ...
+
+    def outer(self, u: Tensor, x: Tensor, p: float, seed: int) -> Tensor:
+        """``u^T drop(x)``: (tokens, r) and (tokens, d) to (r, d) in u's dtype."""
+        ...
+
+    def spread(self, u: Tensor, A: Tensor, p: float, seed: int) -> Tensor:
+        """``drop(u A)``: (tokens, r) and (r, d) to (tokens, d) in u's dtype."""
+        ...
+
+
+class TorchProducts:
+    """The four products by torch's own kernels, on any device."""
+
+    def down(self, x: Tensor, A: Tensor, dtype: torch.dtype, p: float, seed: int) -> Tensor:
+        return dropped(x, dtype, p, seed) @ A.to(dtype).T
+
+    def add_(self, out: Tensor, h: Tensor, left: Tensor) -> None:
+        if out.dtype == h.dtype:
+            torch.addmm(out, h, left.T, out=out)
+        else:
+            # The sum is rounded once, as PEFT's is: a bfloat16 output and a float32 update meet in float32.
+            out.add_(h @ left.T)
+
+    def outer(self, u: Tensor, x: Tensor, p: float, seed: int) -> Tensor:
+        return u.T @ dropped(x, u.dtype, p, seed)
+
+    def spread(self, u: Tensor, A: Tensor, p: float, seed: int) -> Tensor:
+        grad = u @ A.to(u.dtype)
+        return drop_(grad, p, seed) if p > 0.0 else grad
+
+
+TORCH = TorchProducts()
+
+
+def compute_dtype(x: Tensor, A: Tensor) -> torch.dtype:
     """The dtype PEFT would multiply in: autocast's where it is on, else the adapter's own."""
     device = x.device.type
     return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else A.dtype
 
 
-class _AdapterPath(torch.autograd.Function):
-    """``y = result + s w (drop(x) A^T) B^T`` for 2-D ``x`` and ``result``; ``mask`` is the kept entries, or None."""
+class _SharedCast(threading.local):
+    """Hands q, k and v the same narrow copy of their common input, so that autograd keeps one copy and not three.
+
+    Holds weak references only: the copy lives as long as autograd keeps it.
+    """
+
+    last: tuple[weakref.ref[Tensor], int, weakref.ref[Tensor]] | None = None
+
+    def __call__(self, x: Tensor, dtype: torch.dtype) -> Tensor:
+        if self.last is not None:
+            source, version, copy = self.last[0](), self.last[1], self.last[2]()
+            if source is x and version == x._version and copy is not None and copy.dtype == dtype:
+                return copy
+        copy = x.detach().to(dtype)
+        self.last = (weakref.ref(x), x._version, weakref.ref(copy))
+        return copy
+
+
+_shared_cast = _SharedCast()
+
+
+def _flat(t: Tensor) -> Tensor:
+    return t.reshape(-1, t.shape[-1])
+
+
+def _full_precision(t: Tensor) -> contextlib.AbstractContextManager[Any]:
+    """Every dtype is chosen here by hand; an autocast region must not choose again."""
+    device = t.device.type
+    return torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else contextlib.nullcontext()
+
+
+class AdapterFunction(torch.autograd.Function):
+    """``y = result + s w (drop(x) A^T) B^T`` and its gradients.
+
+    Keeps ``x`` in its own dtype (or autocast's, where that is narrower), ``h``, and a seed. ``1 / (1 - p)`` is part of s.
+    """
 
     @staticmethod
     def forward(
@@ -27,74 +114,119 @@ class _AdapterPath(torch.autograd.Function):
         B: Tensor,
         gate: Tensor | None,
         scale: float,
-        mask: Tensor | None,
-        keep: float,
+        dropout: float,
+        in_place: bool,
+        products: Products,
     ) -> Tensor:
-        dtype = _compute_dtype(x, A)
-        dropped = x.to(dtype)
-        if mask is not None:
-            dropped = dropped * mask * (1.0 / keep)
-        h = dropped @ A.to(dtype).T
-        # The gate multiplies the small factor, so no extra pass over the output and no host synchronisation.
-        left = B.to(dtype) * scale if gate is None else (B * (scale * gate.to(B.device))).to(dtype)
-        ctx.save_for_backward(x, A, B, gate, h, mask)
-        ctx.scale, ctx.keep, ctx.dtype = scale, keep, dtype
-        if result.dtype == dtype:
-            return torch.addmm(result, h, left.T)
-        return result + h @ left.T
+        dtype = compute_dtype(x, A)
+        scale = scale / (1.0 - dropout) if dropout < 1.0 else 0.0
+        seed = draw_seed() if dropout > 0.0 else None
+        with _full_precision(x):
+            kept = _shared_cast(x, dtype) if dtype.itemsize < x.dtype.itemsize else x
+            h = products.down(_flat(kept), A, dtype, dropout, 0 if seed is None else int(seed))
+            # The gate multiplies the small factor: no extra pass over the output, no host synchronisation.
+            left = B.to(dtype) * scale if gate is None else (B * (scale * gate.to(B.device))).to(dtype)
+            # A detached alias is neither an input nor a view to autograd: the base layer's own backward is left as it was,
+            # and whoever did save this output is told by its version counter.
+            out = result.detach() if in_place else result.clone(memory_format=torch.contiguous_format)
+            products.add_(out.view(-1, out.shape[-1]), h, left)
+        need = ctx.needs_input_grad
+        ctx.save_for_backward(
+            kept if need[2] else None, A, B, gate, h if need[3] or need[4] else None, seed
+        )
+        ctx.scale, ctx.dropout, ctx.dtype, ctx.products = scale, dropout, dtype, products
+        ctx.shape, ctx.x_dtype = x.shape, x.dtype
+        return out
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
-        x, A, B, gate, h, mask = ctx.saved_tensors
-        dtype, scale = ctx.dtype, ctx.scale
-        need_x, need_result, need_A, need_B, need_gate = ctx.needs_input_grad[:5]
-        grad = g.to(dtype)
-        exact = torch.promote_types(dtype, torch.float32)
-        strength = scale if gate is None else (scale * gate.to(B.device)).to(exact)
-        grad_x = grad_A = grad_B = grad_gate = None
-        gB = grad @ B.to(dtype)
+        with _full_precision(g):
+            return _gradients(ctx, g)
+
+
+def _gradients(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
+    x, A, B, gate, h, seed = ctx.saved_tensors
+    dtype, scale, products, p = ctx.dtype, ctx.scale, ctx.products, ctx.dropout
+    seed = 0 if seed is None else int(seed)
+    need_x, need_result, need_A, need_B, need_gate = ctx.needs_input_grad[:5]
+    grad = _flat(g).to(dtype)
+    exact = torch.promote_types(dtype, torch.float32)
+    strength = scale if gate is None else (scale * gate.to(B.device)).to(exact)
+    grad_x = grad_A = grad_B = grad_gate = None
+    if need_B:
+        # This way round the long side is the contiguous one.
+        grad_B = (products.outer(h, grad, 0.0, 0) * strength).T.to(B.dtype, memory_format=torch.contiguous_format)
+    if need_A or need_x or need_gate:
+        gB = products.down(grad, B.T, dtype, 0.0, 0)
         if need_gate:
             grad_gate = (scale * (gB.to(exact) * h.to(exact)).sum()).to(device=gate.device, dtype=gate.dtype)
-        if need_B:
-            grad_B = ((grad.T @ h) * strength).to(B.dtype)
         if need_A or need_x:
             gh = (gB * strength).to(dtype)
             if need_A:
-                dropped = x.to(dtype)
-                if mask is not None:
-                    dropped = dropped * mask * (1.0 / ctx.keep)
-                grad_A = (gh.T @ dropped).to(A.dtype)
+                grad_A = products.outer(gh, _flat(x), p, seed).to(A.dtype)
             if need_x:
-                grad_x = gh @ A.to(dtype)
-                if mask is not None:
-                    grad_x = grad_x * mask * (1.0 / ctx.keep)
-                grad_x = grad_x.to(x.dtype)
-        return grad_x, (g if need_result else None), grad_A, grad_B, grad_gate, None, None, None
+                grad_x = products.spread(gh, A, p, seed).to(ctx.x_dtype).view(ctx.shape)
+    return grad_x, (g if need_result else None), grad_A, grad_B, grad_gate, None, None, None, None
+
+
+def _may_overwrite(x: Tensor, result: Tensor) -> bool:
+    """Whether `result` is an operation's fresh output: not a leaf, not the input passed through, nothing exotic."""
+    return (
+        result.grad_fn is not None
+        and type(result) is Tensor
+        and result.is_contiguous()
+        and result.data_ptr() != x.data_ptr()
+    )
+
+
+def _composed(
+    x: Tensor, result: Tensor, A: Tensor, B: Tensor, gate: Tensor | None, scale: float, dropout: float
+) -> Tensor:
+    """The same formula for a compiler, which fuses it and chooses what to keep by itself."""
+    dtype = compute_dtype(x, A)
+    h = F.linear(F.dropout(x, dropout, training=dropout > 0.0).to(dtype), A.to(dtype))
+    left = B * scale if gate is None else B * (scale * gate.to(device=B.device, dtype=B.dtype))
+    return (result + F.linear(h, left.to(dtype))).to(result.dtype)
 
 
 def adapter_path(
-    x: Tensor, result: Tensor, A: Tensor, B: Tensor, gate: Tensor | None, scale: float, dropout: float = 0.0
+    x: Tensor,
+    result: Tensor,
+    A: Tensor,
+    B: Tensor,
+    gate: Tensor | None,
+    scale: float,
+    dropout: float = 0.0,
+    *,
+    products: Products = TORCH,
 ) -> Tensor:
-    """Add one gated LoRA update to a linear layer's output, keeping only ``x`` and ``h = drop(x) A^T`` for backward.
+    """Add one gated LoRA update to a linear layer's output, keeping only ``x``, ``h = drop(x) A^T`` and a seed for backward.
 
     With upstream gradient ``g`` and ``gB = g B``:
     ``dB = s w g^T h``, ``dA = s w gB^T drop(x)``, ``dx = s w gB A``, ``dw = s sum(gB * h)``.
     Each product is needed for plain LoRA already, so the gate costs nothing, and its gradient is right at ``w = 0`` too.
 
-    Arguments, result: as :func:`weightlora.ops.reference.adapter_path`; ``dropout`` draws its own mask (one byte an entry).
-    The input is kept in its own dtype: float32 adapters on a bfloat16 base keep no float32 copy.
+    Arguments, result: as :func:`weightlora.ops.reference.adapter_path`, and
 
-    Source: paper, equation (3); the backward is ours. Departs from PEFT's forward in rounding only (``addmm``).
+    - the output has result's dtype;
+    - ``result`` is taken over: where it is the output of an operation in the autograd graph (as a base layer's is), the
+      update is added into its memory, and it must not be read again. Leaves are left alone;
+    - ``dropout`` is drawn from a seed, twice (see :mod:`weightlora.ops.dropout`), independently for every call;
+    - ``x`` is kept in its own dtype, so float32 adapters on a bfloat16 base keep no float32 copy, and q, k and v share it;
+      under autocast a wider ``x`` is kept as one cast copy, shared too;
+    - inside ``torch.compile`` the formula is handed to the compiler, with torch's own dropout.
+
+    Source: paper, equation (3); the backward is ours. Departs from PEFT's forward in rounding and in the random stream of
+    dropout; supports first derivatives only.
 
     >>> import torch
     >>> x, W = torch.ones(1, 3), torch.zeros(1, 2)
     >>> adapter_path(x, W, torch.ones(1, 3), torch.ones(2, 1), torch.tensor(0.5), 2.0)
     tensor([[3., 3.]])
     """
-    mask = torch.empty_like(x, dtype=torch.bool).bernoulli_(1.0 - dropout) if dropout > 0.0 else None
-    flat_x = x.reshape(-1, x.shape[-1])
-    flat_result = result.reshape(-1, result.shape[-1])
-    flat_mask = None if mask is None else mask.reshape(flat_x.shape)
-    out = _AdapterPath.apply(flat_x, flat_result, A, B, gate, scale, flat_mask, 1.0 - dropout)
-    return out.reshape(result.shape)  # type: ignore[no-any-return]
+    if torch.compiler.is_compiling():
+        return _composed(x, result, A, B, gate, scale, dropout)
+    in_place = _may_overwrite(x, result)
+    out: Tensor = AdapterFunction.apply(x, result, A, B, gate, scale, dropout, in_place, products)
+    return out

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
@@ -66,6 +67,9 @@ class RunConfig:
                 raise ConfigError(f"{name}={getattr(self, name)} is not allowed; use 1 or more")
         if not 0 <= self.dropout < 1:
             raise ConfigError(f"dropout={self.dropout} is not allowed; use 0 or more and less than 1")
+        for name, value in {"alpha": self.alpha, **self.settings, **self.training}.items():
+            if isinstance(value, float) and not math.isfinite(value):
+                raise ConfigError(f"{name}={value} is not a finite number; use one")
         if self.alpha <= 0:
             raise ConfigError(f"alpha={self.alpha} is not allowed; use a positive number (the paper uses 32)")
         if not 0 <= self.seed < 2**32:
@@ -87,9 +91,9 @@ class RunConfig:
         """Plain data."""
         return {"schema_version": SCHEMA_VERSION, **asdict(self)}
 
-    def save(self, folder: Path) -> Path:
+    def save(self, folder: Path, name: str = CONFIG) -> Path:
         """Write ``config.json``."""
-        return write_text(folder / CONFIG, json.dumps(self.to_dict(), indent=1, allow_nan=False) + "\n")
+        return write_text(folder / name, json.dumps(self.to_dict(), indent=1, allow_nan=False) + "\n")
 
     @classmethod
     def load(cls, folder: Path) -> RunConfig:

@@ -17,7 +17,7 @@ import torch
 from transformers import Trainer, set_seed
 
 from weightlora.errors import CheckpointError, WeightLoRAError
-from weightlora.files import new_folder, write_text
+from weightlora.files import new_folder, sweep, write_text
 from weightlora.graft import MANIFEST, Manifest, Selection, adapters, block_of
 from weightlora.graft.export import export
 from weightlora.runs.build import Parts, build, make_trainer
@@ -34,6 +34,9 @@ MODEL = "model"
 SELECTION = "selection.json"
 ERROR = "error.txt"
 PICTURE = "selection.png"
+SELECT = "select.json"
+# What a run writes under a temporary name first.
+WRITTEN = (CONFIG, RECORD, ADAPTER, MODEL, SELECTION, MANIFEST, ERROR, PICTURE)
 
 
 def train(
@@ -52,8 +55,13 @@ def train(
     if overwrite and folder.exists():
         shutil.rmtree(folder)
     folder.mkdir(parents=True, exist_ok=True)
+    sweep(folder, *WRITTEN)
     config.save(folder)
-    return _live(parts, config, folder, resume=False, argv=argv, quiet=quiet)
+    try:
+        return _live(parts, config, folder, resume=False, argv=argv, quiet=quiet)
+    except WeightLoRAError:
+        shutil.rmtree(folder)  # it could not start
+        raise
 
 
 def resume(folder: Path, *, argv: Sequence[str] = (), quiet: bool = False) -> Record:
@@ -65,7 +73,10 @@ def resume(folder: Path, *, argv: Sequence[str] = (), quiet: bool = False) -> Re
     config = RunConfig.load(folder)
     if finished(folder):
         raise CheckpointError(f"{folder} holds a finished run; there is nothing to resume (see {folder / RECORD})")
-    return _live(build(config), config, folder, resume=True, argv=argv, quiet=quiet)
+    parts = build(config)
+    sweep(folder, *WRITTEN)
+    sweep(folder / "checkpoints", "seam-*")
+    return _live(parts, config, folder, resume=True, argv=argv, quiet=quiet)
 
 
 def finished(folder: Path) -> bool:
@@ -92,19 +103,24 @@ def select(config: RunConfig, folder: Path, *, overwrite: bool = False, quiet: b
         result.selection.lora_config(
             task_type="SEQ_CLS", lora_dropout=config.dropout, modules_to_save=list(parts.loaded.heads)
         ).save_pretrained(temporary)
-        config.save(temporary)
+        config.save(temporary, SELECT)  # not as a run's own file: there is no run to resume
         shutil.rmtree(temporary / "checkpoints", ignore_errors=True)
         _close(progress)
     return result.selection
 
 
 def _check_folder(folder: Path, overwrite: bool) -> None:
-    if overwrite or not folder.exists():
+    if not folder.exists():
         return
     if not folder.is_dir():
         raise CheckpointError(f"{folder} is a file; give --out a folder")
-    if not any(folder.iterdir()):
+    if all(entry.name.startswith(".") for entry in folder.iterdir()):
         return
+    ours = (folder / CONFIG).is_file() or (folder / SELECT).is_file()
+    if overwrite and ours:
+        return
+    if (folder / SELECT).is_file():
+        raise CheckpointError(f"{folder} already holds a selection; choose another --out, or --overwrite it")
     if finished(folder):
         raise CheckpointError(f"{folder} already holds a finished run; choose another --out, or --overwrite it")
     if (folder / CONFIG).is_file():
@@ -128,12 +144,19 @@ def _micro_batches(config: RunConfig) -> tuple[int | None, int | None]:
 
 
 class _Recording:
-    """Keeps ``record.json`` true while a run lives: "running" on entry; on an exception "failed", with its traceback beside it."""
+    """Keeps ``record.json`` true while a run lives: "running" on entry; on an exception "failed", with its traceback beside it.
+
+    A mistake of the user's that shows before the first step leaves the folder as it was.
+    """
 
     def __init__(self, record: Record, folder: Path) -> None:
         self.record, self.folder = record, folder
+        self.trainer: Trainer | None = None
+        self.before: dict[Path, str] = {}
 
     def __enter__(self) -> _Recording:
+        paths = (self.folder / RECORD, self.folder / ERROR)
+        self.before = {path: path.read_text(encoding="utf-8") for path in paths if path.is_file()}
         (self.folder / ERROR).unlink(missing_ok=True)
         self.record.write(self.folder / RECORD)
         return self
@@ -144,8 +167,13 @@ class _Recording:
         if error is None:
             self.record.write(self.folder / RECORD)
             return False
-        if not isinstance(error, Exception) or isinstance(error, WeightLoRAError):
-            return False  # interrupted, or a user's mistake: the run stays "running" and can be resumed
+        if not isinstance(error, Exception):
+            return False  # interrupted: the run stays "running" and can be resumed
+        if isinstance(error, WeightLoRAError) and (self.trainer is None or not self.trainer.state.global_step):
+            (self.folder / RECORD).unlink()
+            for path, text in self.before.items():
+                write_text(path, text)
+            return False
         line = (str(error).strip() or kind.__name__ if kind else "").splitlines()[0]
         self.record = replace(self.record, status="failed", error=f"{type(error).__name__}: {line}")
         self.record.write(self.folder / RECORD)
@@ -156,7 +184,7 @@ class _Recording:
 def _live(parts: Parts, config: RunConfig, folder: Path, *, resume: bool, argv: Sequence[str], quiet: bool) -> Record:
     progress = _progress(config, quiet)
     with _Recording(_first_record(parts, config, argv), folder) as recording:
-        trainer = make_trainer(parts, config, folder, progress)
+        trainer = recording.trainer = make_trainer(parts, config, folder, progress)
         # From here on every random number follows from the seed, whatever was drawn while loading.
         set_seed(config.seed)
         described = Manifest.describe(adapters(parts.model)) if parts.method.uses_adapters else ()

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 from typing import Any, Literal
 
 from torch import Tensor
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer_utils import SaveStrategy
 
 from weightlora.graft import Manifest
 from weightlora.training.driver import Driver
@@ -38,6 +40,14 @@ class SeamCallback(TrainerCallback):
         self.log_omegas, self.data = log_omegas, data
         self.stage: Stage = "final" if driver.selection is not None else "warmup"
         self._at_epoch_end = False
+        self._stored: int | None = None  # the step whose checkpoint has our files
+        # When the current phase began in this process, and the seconds that earlier processes spent in it.
+        self.began: float | None = None
+        self.spent = 0.0
+
+    def seconds(self) -> float:
+        """Seconds of the current phase so far, over all processes of the run."""
+        return round(self.spent + (0.0 if self.began is None else time.perf_counter() - self.began), 3)
 
     def manifest(self, step: int) -> Manifest:
         """Structure and progress as they are now."""
@@ -49,7 +59,7 @@ class SeamCallback(TrainerCallback):
             adapters=Manifest.describe(driver.adapters),
             method=driver.method.to_dict(),
             selection=driver.selection,
-            data=self.data,
+            data={**self.data, "seconds": self.seconds()},
         )
 
     def _lr_factor(self) -> float:
@@ -71,18 +81,20 @@ class SeamCallback(TrainerCallback):
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         if control.should_log and self.stage == "warmup" and self.driver.gates is not None:
             self._log_omegas()
+            control.should_log = True  # logging took the mark off; the trainer's own entry (loss, learning rate) is still due
         if self.stage == "warmup" and state.global_step == self.driver.seam:
             # At the end of an epoch the trainer may still evaluate; stopping after that keeps its random state in order.
             if state.epoch is not None and float(state.epoch).is_integer():
                 self._at_epoch_end = True
             else:
-                control.should_save = control.should_training_stop = True
+                self._stop(args, control)
         if control.should_save:
             self._store(args, state)
 
     def on_epoch_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         if self._at_epoch_end:
-            control.should_save = control.should_training_stop = True
+            self._at_epoch_end = False
+            self._stop(args, control)
         elif control.should_training_stop and self.stage == "warmup" and state.global_step == self.driver.seam:
             # The loop was left in the middle of an epoch: what the flow callback planned for its end is not due.
             control.should_log = control.should_evaluate = control.should_save = False
@@ -91,13 +103,24 @@ class SeamCallback(TrainerCallback):
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         # save_strategy="best" decides after on_step_end; everything else was stored before the trainer wrote its files.
-        if state.is_world_process_zero and not (self._folder(args, state) / "weightlora.json").is_file():
+        if self._stored != state.global_step:
             self._store(args, state)
+        if self.stage == "warmup" and state.global_step == self.driver.seam:
+            # With save_total_limit=1 the trainer would end by deleting this checkpoint in favour of an earlier, better one.
+            state.best_model_checkpoint = None
+
+    @staticmethod
+    def _stop(args: TrainingArguments, control: TrainerControl) -> None:
+        control.should_save = control.should_training_stop = True
+        if args.save_strategy == SaveStrategy.BEST:
+            # The trainer would think again about saving, after an evaluation in this very step. `fit` puts "best" back.
+            args.save_strategy = SaveStrategy.STEPS
 
     def _folder(self, args: TrainingArguments, state: TrainerState) -> Path:
         return Path(args.output_dir) / f"checkpoint-{state.global_step}"
 
     def _store(self, args: TrainingArguments, state: TrainerState) -> None:
+        self._stored = state.global_step
         if state.is_world_process_zero:
             tensors = self.driver.state() if self.stage == "warmup" else {}
             self.manifest(state.global_step).write(self._folder(args, state), tensors)

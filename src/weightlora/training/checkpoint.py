@@ -64,9 +64,9 @@ def resolve(resume: bool | str | Path, output_dir: Path, *, manifest: bool = Tru
     return folder
 
 
-def train_on(trainer: Trainer, start: Path | None, max_steps: int) -> dict[str, float]:
-    """``trainer.train`` from `start`; at the end of the run nothing is left but to load, or the trainer would do a step too many."""
-    if start is None or (whole(start, manifest=False) or 0) < max_steps:
+def train_on(trainer: Trainer, start: Path | None, until: int) -> dict[str, float]:
+    """``trainer.train`` from `start`; if that is at step `until` already, only load: the trainer would do a step too many."""
+    if start is None or (whole(start, manifest=False) or 0) < until:
         return dict(trainer.train(resume_from_checkpoint=None if start is None else str(start)).metrics)
     trainer._load_from_checkpoint(str(start))
     trainer.state = TrainerState.load_from_json(str(start / TRAINER_STATE))

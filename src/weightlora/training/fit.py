@@ -21,14 +21,14 @@ from weightlora.methods import Method
 from weightlora.training import checkpoint
 from weightlora.training.callback import SeamCallback
 from weightlora.training.driver import Driver
-from weightlora.training.measure import StepCost, isolated_rng, step_cost
+from weightlora.training.measure import PeakMemory, StepCost, isolated_rng, step_cost
 
 log = logging.getLogger("weightlora")
 
 
 @dataclass(frozen=True, kw_only=True)
 class PhaseResult:
-    """One phase as it ran. ``seconds`` counts this process only, so a resumed phase is shorter than the whole."""
+    """One phase as it ran. ``seconds`` does not count work that was lost because a process died before a checkpoint."""
 
     name: Literal["warmup", "final"]
     steps: int
@@ -76,7 +76,8 @@ def fit(
         resume: True goes on from the latest whole checkpoint in ``output_dir`` (from the start if there is none); a path from
             that one.
         micro_batch: examples per device and forward pass (before, after the seam). Accumulation changes with it so that the
-            effective batch, and with it the number of steps, stays what the trainer's arguments say. None: leave it.
+            effective batch, and with it the number of steps, stays what the trainer's arguments say; the gradient is then the
+            mean over that batch. None: leave it.
         measure: count kept activation bytes and FLOPs of one micro-batch per phase (one extra forward and backward each).
         log_omegas: how much of omega goes to the trainer's log during warm-up.
         select_only: stop at the seam, with the survivors chosen and nothing trained further.
@@ -118,6 +119,7 @@ class _Fit:
         self.start = checkpoint.resolve(resume, self.output_dir)
         self.manifest: Manifest | None = None
         self.restored: tuple[dict[str, torch.Tensor], int] | None = None
+        self.spent = 0.0  # seconds of the current phase in earlier processes
         if self.start is not None:
             self.manifest, tensors = Manifest.read(self.start)
             self.manifest.check_same_model(self.driver.adapters)
@@ -125,12 +127,16 @@ class _Fit:
                 raise CheckpointError(
                     f"{self.start} was made with {self.manifest.method}, not {method.to_dict()}; resume with the same method"
                 )
+            self.spent = float(self.manifest.data.get("seconds", 0.0))
             if self.manifest.stage == "warmup":
                 self.restored = tensors, self.manifest.step
-            checkpoint.discard_after(self.output_dir, self.manifest.step)
+        if resume is not False:
+            checkpoint.discard_after(self.output_dir, 0 if self.manifest is None else self.manifest.step)
 
     def run(self, select_only: bool) -> FitResult:
         resumed_final = self.manifest is not None and self.manifest.stage == "final"
+        if any(split is not None for split in self.batches):
+            _average_micro_batches(self.trainer)
         if resumed_final:
             self._rebuild()
         else:
@@ -139,15 +145,14 @@ class _Fit:
                 self.driver.operate(self._torch_optimizer())
         with self._callback() as callback:
             if not resumed_final and self.driver.seam:
-                if self.restored is not None and self.restored[1] == self.driver.seam:
-                    self._load_end_of_warmup()
-                else:
-                    self._set_batch(0)
-                    self._train("warmup", callback)
+                self._set_batch(0)
+                self._train("warmup", callback)
                 self._set_batch(1)
                 self.start = self._seam(callback)
             self._set_batch(1 if self.driver.seam is not None else 0)
-            output = {} if select_only and self.driver.selection else self._train("final", callback)
+            if self.driver.selection is not None and self.driver.selection.k < self.driver.selection.n:
+                _no_reentrant_checkpointing(self.trainer)
+            metrics = {} if select_only and self.driver.selection else self._train("final", callback)
         if self.driver.selection is None:
             self.driver.operate(self._torch_optimizer())
         return FitResult(
@@ -155,7 +160,7 @@ class _Fit:
             method=self.method,
             selection=self.driver.selection,
             phases=tuple(self.phases),
-            metrics=dict(output),
+            metrics=metrics,
             max_steps=self.max_steps,
             seam_step=self.driver.seam,
             log_history=tuple(self.trainer.state.log_history),
@@ -195,46 +200,34 @@ class _Fit:
         """One call of the trainer; the phase's cost is counted on its first micro-batch before it starts."""
         trainer = self.trainer
         cost = measure_step(trainer) if self.measure else None
-        first = self.driver.step if self.restored is None else max(self.driver.step, self.restored[1])
+        if self.driver.gates is not None:
+            self.driver.gates.omega.grad = None  # what measuring left there
         trainable = sum(p.numel() for p in trainer.model.parameters() if p.requires_grad)
-        peak = _PeakMemory()
-        began = time.perf_counter()
+        peak = PeakMemory()
+        callback.spent, callback.began = self.spent, time.perf_counter()
+        until = self.driver.seam if stage == "warmup" and self.driver.seam else self.max_steps
         with _warmup_arguments(trainer) if stage == "warmup" else contextlib.nullcontext():
-            metrics = checkpoint.train_on(trainer, self.start, self.max_steps)
-        if self.restored is not None and self.driver.step < self.restored[1]:  # there was no step left to train
+            metrics = checkpoint.train_on(trainer, self.start, until)
+        if self.restored is not None and self.driver.step < self.restored[1]:
+            # The last process died after the last step of this phase: there was nothing to train, only to load.
             self.driver.load_state(*self.restored)
+            self._load_optimizer()
         callback.restored = self.restored = None
-        accumulation = trainer.args.gradient_accumulation_steps
-        self.phases = [p for p in self.phases if p.name != stage] + [
-            PhaseResult(
-                name=stage,
-                steps=trainer.state.global_step - (self.driver.seam or 0 if stage == "final" else 0),
-                seconds=round(time.perf_counter() - began, 3),
-                micro_batch=trainer.args.per_device_train_batch_size,
-                accumulation=accumulation,
-                trainable_params=trainable
-                + (len(self.driver.adapters) if self.driver.policy.trains_gates and stage == "warmup" else 0),
-                kept_activation_bytes=None if cost is None else cost.kept_activation_bytes,
-                flops_per_step=None if cost is None else cost.flops * accumulation,
-                peak_memory_bytes=peak.bytes(),
-            )
-        ]
+        steps = trainer.state.global_step - (self.driver.seam or 0 if stage == "final" else 0)
+        gates = len(self.driver.adapters) if self.driver.policy.trains_gates and stage == "warmup" else 0
+        done = _phase_result(trainer, stage, steps, callback.seconds(), trainable + gates, cost, peak)
+        self.phases = [p for p in self.phases if p.name != stage] + [done]
         callback.data = {"phases": [vars(phase) for phase in self.phases]}
-        log.debug("%s: steps %d to %d", stage, first, trainer.state.global_step)
+        callback.spent, callback.began, self.spent = 0.0, None, 0.0
         return metrics
 
-    def _load_end_of_warmup(self) -> None:
-        """A run that died between the last step of warm-up and the seam: load, and train no further step."""
-        assert self.start is not None and self.restored is not None and self.manifest is not None
-        trainer = self.trainer
-        trainer._load_from_checkpoint(str(self.start))
-        trainer.create_optimizer()
+    def _load_optimizer(self) -> None:
+        """The optimizer's state of the checkpoint, as the trainer loads it when it goes on training."""
+        assert self.start is not None
+        self.trainer.create_optimizer()
         optimizer = self._torch_optimizer()
         assert optimizer is not None
         optimizer.load_state_dict(torch.load(self.start / "optimizer.pt", map_location="cpu", weights_only=True))
-        self.driver.load_state(*self.restored)
-        self.phases = [PhaseResult(**phase) for phase in self.manifest.data.get("phases", [])]
-        self.restored = None
 
     def _seam(self, callback: SeamCallback) -> Path:
         """Surgery on the live model, then a checkpoint of the new structure for the trainer to go on from."""
@@ -250,6 +243,8 @@ class _Fit:
         driver.operate(optimizer)
         callback.stage = "final"
         source = self.output_dir / f"checkpoint-{step}"
+        if self.start is not None and checkpoint.whole(self.start) == step:
+            source = self.start  # resumed at the very end of warm-up, perhaps from another place
         target = checkpoint.write_seam(
             source,
             self.output_dir / f"seam-{step}",
@@ -258,7 +253,7 @@ class _Fit:
             callback.manifest(step),
             trainer._train_batch_size,
         )
-        if trainer.args.save_strategy == "no":
+        if trainer.args.save_strategy == "no" and source.parent == self.output_dir:
             shutil.rmtree(source)
         if self.own_optimizer:
             # The trainer builds a new one over the survivors and loads the remapped state into it, as it would in a new process.
@@ -271,7 +266,6 @@ class _Fit:
         else:
             trainer.optimizer = optimizer
         trainer.model_wrapped = trainer.model
-        _no_reentrant_checkpointing(trainer)
         return target
 
     def _torch_optimizer(self) -> torch.optim.Optimizer | None:
@@ -326,6 +320,26 @@ def _split_batch(trainer: Trainer, micro_batch: int | None) -> tuple[int, int] |
     return micro_batch, effective // micro_batch
 
 
+def _average_micro_batches(trainer: Trainer) -> None:
+    """Make the gradient the mean over the effective batch, however it is split.
+
+    Many models take ``num_items_in_batch`` and ignore it (BERT's classifier does). The trainer then adds micro-batches up
+    instead of averaging them, and a change of micro-batch at the seam would change the size of every gradient.
+    """
+    if not trainer.model_accepts_loss_kwargs or trainer.compute_loss_func is not None:
+        return
+    losses = []
+    for count in (1, 2):
+        with isolated_rng(), torch.no_grad():
+            batch = next(iter(trainer.get_train_dataloader()), None)
+            if batch is None:
+                return
+            inputs = trainer._prepare_inputs(batch)
+            losses.append(trainer.compute_loss(trainer.model, inputs, num_items_in_batch=torch.tensor(count)))
+    if torch.equal(*losses):
+        trainer.model_accepts_loss_kwargs = False
+
+
 def _check_trainer(trainer: Trainer) -> None:
     if trainer.is_deepspeed_enabled or trainer.is_fsdp_enabled:
         raise ConfigError("DeepSpeed and FSDP are not supported yet; run on one process or with plain DDP")
@@ -339,12 +353,12 @@ def _check_trainer(trainer: Trainer) -> None:
 def _warmup_arguments(trainer: Trainer) -> Iterator[None]:
     """Arguments that must differ until T: the whole state is saved at T, and no earlier model is loaded back there."""
     args = trainer.args
-    before = args.load_best_model_at_end, args.save_only_model
+    before = args.load_best_model_at_end, args.save_only_model, args.save_strategy
     args.load_best_model_at_end = args.save_only_model = False
     try:
         yield
     finally:
-        args.load_best_model_at_end, args.save_only_model = before
+        args.load_best_model_at_end, args.save_only_model, args.save_strategy = before
 
 
 def _no_reentrant_checkpointing(trainer: Trainer) -> None:
@@ -360,15 +374,27 @@ def _no_reentrant_checkpointing(trainer: Trainer) -> None:
             setattr(args, key, {**settings, "use_reentrant": False})
 
 
-class _PeakMemory:
-    """Peak bytes on the CUDA device since creation; None elsewhere, where no allocator keeps count."""
-
-    def __init__(self) -> None:
-        if torch.cuda.is_available():
-            torch.cuda.reset_peak_memory_stats()
-
-    def bytes(self) -> int | None:
-        return int(torch.cuda.max_memory_allocated()) if torch.cuda.is_available() else None
+def _phase_result(
+    trainer: Trainer,
+    name: Literal["warmup", "final"],
+    steps: int,
+    seconds: float,
+    trainable: int,
+    cost: StepCost | None,
+    peak: PeakMemory,
+) -> PhaseResult:
+    accumulation = trainer.args.gradient_accumulation_steps
+    return PhaseResult(
+        name=name,
+        steps=steps,
+        seconds=seconds,
+        micro_batch=trainer.args.per_device_train_batch_size,
+        accumulation=accumulation,
+        trainable_params=trainable,
+        kept_activation_bytes=None if cost is None else cost.kept_activation_bytes,
+        flops_per_step=None if cost is None else cost.flops * accumulation,
+        peak_memory_bytes=peak.bytes(),
+    )
 
 
 def _train_plain(trainer: Trainer, method: Method, resume: bool | str | Path, measure: bool) -> FitResult:
@@ -378,20 +404,11 @@ def _train_plain(trainer: Trainer, method: Method, resume: bool | str | Path, me
     start = checkpoint.resolve(resume, Path(trainer.args.output_dir), manifest=False)
     steps = planned_steps(trainer)
     cost = measure_step(trainer) if measure else None
-    peak, began = _PeakMemory(), time.perf_counter()
+    peak, began = PeakMemory(), time.perf_counter()
     metrics = checkpoint.train_on(trainer, start, steps)
-    accumulation = trainer.args.gradient_accumulation_steps
-    phase = PhaseResult(
-        name="final",
-        steps=trainer.state.global_step,
-        seconds=round(time.perf_counter() - began, 3),
-        micro_batch=trainer.args.per_device_train_batch_size,
-        accumulation=accumulation,
-        trainable_params=sum(p.numel() for p in trainer.model.parameters() if p.requires_grad),
-        kept_activation_bytes=None if cost is None else cost.kept_activation_bytes,
-        flops_per_step=None if cost is None else cost.flops * accumulation,
-        peak_memory_bytes=peak.bytes(),
-    )
+    seconds = round(time.perf_counter() - began, 3)
+    trainable = sum(p.numel() for p in trainer.model.parameters() if p.requires_grad)
+    phase = _phase_result(trainer, "final", trainer.state.global_step, seconds, trainable, cost, peak)
     return FitResult(
         model=trainer.model,
         method=method,

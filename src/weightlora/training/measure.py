@@ -22,6 +22,17 @@ class StepCost:
     flops: int
 
 
+class PeakMemory:
+    """Peak bytes on the CUDA device since creation; None elsewhere, where no allocator keeps count."""
+
+    def __init__(self) -> None:
+        if torch.cuda.is_available():
+            torch.cuda.reset_peak_memory_stats()
+
+    def bytes(self) -> int | None:
+        return int(torch.cuda.max_memory_allocated()) if torch.cuda.is_available() else None
+
+
 @contextlib.contextmanager
 def isolated_rng() -> Iterator[None]:
     """Give back the state of Python's, NumPy's and torch's global generators on exit."""

@@ -1,0 +1,101 @@
+"""The lean adapter path on plain LoRA layers, without gates: put on and taken off, and nothing else changes."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from peft.tuners.lora.layer import Linear, LoraLayer, LoraVariant
+from torch import Tensor, nn
+
+from weightlora.graft.adapters import adapter_name, factors, lora_layers
+from weightlora.ops import AdapterPath, Engine, engine
+
+
+class LeanVariant(LoraVariant):  # type: ignore[misc]  # PEFT ships no types
+    """``y = base(x) + s B A drop(x)``, as stock LoRA, by one of our engines."""
+
+    is_gate = True  # one of ours: a gate may take its place
+
+    def __init__(self, path: AdapterPath) -> None:
+        self.path = path
+
+    def forward(self, module: LoraLayer, active_adapter: str, x: Tensor, result: Tensor, **_: Any) -> Tensor:
+        A, B = factors(module, active_adapter)
+        dropout = module.lora_dropout[active_adapter]
+        p = dropout.p if isinstance(dropout, nn.Dropout) and module.training else 0.0
+        return self.path(x, result, A, B, None, module.scaling[active_adapter], p)
+
+    def merge_safe(self, module: LoraLayer, active_adapter: str, orig_weight: Tensor) -> Tensor:
+        delta: Tensor = module.get_delta_weight(active_adapter)
+        return orig_weight + delta.to(orig_weight.dtype)
+
+    def merge_unsafe(self, module: LoraLayer, active_adapter: str, orig_weight: Tensor) -> None:
+        orig_weight.data += module.get_delta_weight(active_adapter)
+
+    def unmerge(self, module: LoraLayer, active_adapter: str, orig_weight: Tensor) -> Tensor:
+        delta: Tensor = module.get_delta_weight(active_adapter)
+        return orig_weight - delta.to(orig_weight.dtype)
+
+
+def _is_plain(layer: LoraLayer, name: str) -> bool:
+    """Stock LoRA on something linear, in a layer kind whose forward asks for variants (AWQ, AQLM, EETQ, ... do not)."""
+    asks = isinstance(layer, Linear) or type(layer).resolve_lora_variant is not LoraLayer.resolve_lora_variant
+    variant = layer.lora_variant.get(name)
+    return asks and not layer.lora_bias.get(name) and (variant is None or isinstance(variant, LeanVariant))
+
+
+def _cast_outside(layer: LoraLayer) -> bool:
+    """Whether PEFT must go on casting x before the forward: another adapter of the layer is not ours."""
+    return not all(getattr(layer.lora_variant.get(name), "is_gate", False) for name in layer.lora_A)
+
+
+def fast_path(model: nn.Module, name: str | None = None, engine_name: Engine = "auto") -> int:
+    """Compute every plain LoRA adapter by our path: same result, fewer bytes kept and fewer passes over the output.
+
+    For ungated training: a LoRA baseline, and what is left after the seam. Parameters, state dict, saving, merging and
+    switching adapters are those of the stock layers. Gates may be attached afterwards; they take this variant's place.
+
+    Args:
+        model: a model with LoRA adapters.
+        name: PEFT's adapter name; default: the active one.
+        engine_name: as in :func:`weightlora.ops.engine`.
+
+    Returns:
+        How many adapters now take the path. Layers that compute something else (DoRA, a bias in B, gates) are left alone.
+
+    Raises:
+        AdapterError: there are no adapters, or none called `name`.
+        ConfigError: the engine cannot run here.
+
+    >>> import torch
+    >>> from peft import LoraConfig, get_peft_model
+    >>> model = get_peft_model(torch.nn.Sequential(torch.nn.Linear(4, 3)), LoraConfig(r=2, target_modules=["0"]))
+    >>> fast_path(model, engine_name="autograd"), stock_path(model)
+    (1, 1)
+    """
+    name = adapter_name(model, name)
+    path = engine(engine_name)
+    changed = 0
+    for _, layer in lora_layers(model, name):
+        if _is_plain(layer, name):
+            layer.lora_variant[name] = LeanVariant(path)
+            # PEFT would copy x into the adapter's dtype, once per adapter; the path casts inside and q, k, v share one x.
+            layer.cast_input_dtype_enabled = _cast_outside(layer)
+            changed += 1
+    return changed
+
+
+def stock_path(model: nn.Module, name: str | None = None) -> int:
+    """Undo :func:`fast_path`: PEFT's own forward computes again. Gates stay on.
+
+    Returns:
+        How many adapters were changed back.
+    """
+    name = adapter_name(model, name)
+    changed = 0
+    for _, layer in lora_layers(model, name):
+        if isinstance(layer.lora_variant.get(name), LeanVariant):
+            del layer.lora_variant[name]
+            layer.cast_input_dtype_enabled = _cast_outside(layer)
+            changed += 1
+    return changed

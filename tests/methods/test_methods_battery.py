@@ -1,0 +1,242 @@
+"""What every method must do, run on a real model in a real loop."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+import torch
+from tests.builders import adapter_state, base, batch, batches, logits, lora, max_difference
+from torch import Tensor, nn
+
+from weightlora.errors import ConfigError, ScheduleError
+from weightlora.graft import Selection, adapters
+from weightlora.methods import METHODS, LoRA, Method, Random, Top, WeightLoRA, WeightLoRAPlus, method
+from weightlora.training import Tuner, attach
+
+N, K, STEPS = 6, 2, 9
+SHORT = {"weightlora": {"warmup_steps": 4}, "weightlora+": {"warmup_steps": 4}, "gradient": {"batches": 3}}
+CASES = [(name, preset) for name in METHODS if name != "full" for preset in ("recommended", "paper", "official")]
+every_case = pytest.mark.parametrize(("name", "preset"), CASES, ids=["-".join(c) for c in CASES])
+
+
+def build(name: str, preset: str, **settings: Any) -> Method:
+    chosen: dict[str, Any] = {**({} if name == "lora" else {"k": K}), **SHORT.get(name, {}), **settings}
+    if (name, preset) == ("weightlora", "official"):
+        chosen.pop("warmup_steps")
+    if (name, preset) == ("weightlora+", "official"):
+        chosen["project_every"] = 2
+    return method(name, preset, **chosen)
+
+
+@dataclass
+class Loop:
+    """A plain training loop with dropout, momentum and decay."""
+
+    model: nn.Module
+    optimizer: torch.optim.Optimizer
+    tuner: Tuner
+    done: int = 0
+
+    @classmethod
+    def start(cls, made: Method, model: nn.Module | None = None, lr: float = 1e-2) -> Loop:
+        model = lora() if model is None else model
+        optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=lr, weight_decay=0.1)
+        model.train()
+        return cls(model, optimizer, attach(model, made, optimizer, max_steps=STEPS))
+
+    def run(self, until: int, each: Callable[[int], None] | None = None) -> Loop:
+        stream = batches()
+        for step in range(1, until + 1):
+            inputs = next(stream)
+            if step <= self.done:
+                continue
+            torch.manual_seed(step)
+            self.model(**inputs).loss.backward()
+            self.optimizer.step()
+            self.tuner.step()
+            self.optimizer.zero_grad()
+            self.done = step
+            if each is not None:
+                each(step)
+        return self
+
+
+@every_case
+def test_starts_as_the_base_model(name: str, preset: str) -> None:
+    loop = Loop.start(build(name, preset))
+    assert torch.equal(logits(loop.model, batch()), logits(base("bert"), batch()))
+
+
+@every_case
+def test_keeps_exactly_k_and_ends_as_plain_peft(name: str, preset: str) -> None:
+    loop = Loop.start(build(name, preset))
+    before = adapters(loop.model, "default") if loop.tuner.selection is None else None
+    loop.run(STEPS)
+    selection = loop.tuner.finish()
+    k = N if name == "lora" else K
+    assert (selection.k, selection.n) == (k, N)
+    assert (selection.method, selection.preset) == (name, preset)
+    if before is not None:
+        assert [c.name for c in selection.choices] == [a.name for a in before]
+    live = adapters(loop.model)
+    assert selection.names == tuple(a.name for a in live)
+    assert [(c.rank, c.scale) for c in selection.kept] == [(a.rank, a.scale) for a in live]
+    assert all(not getattr(m, "lora_variant", None) for m in loop.model.modules())
+    assert Selection.from_json(selection.to_json()) == selection
+    assert selection.why
+
+
+@every_case
+def test_deterministic(name: str, preset: str) -> None:
+    loops = [Loop.start(build(name, preset)).run(STEPS) for _ in range(2)]
+    selections = [loop.tuner.finish() for loop in loops]
+    assert selections[0] == selections[1]
+    assert max_difference(*(adapter_state(loop.model) for loop in loops)) == 0.0
+
+
+LATE = [case for case in CASES if case[0] in ("weightlora", "weightlora+", "gradient", "lora")]  # decide while training
+
+
+@pytest.mark.parametrize(("name", "preset"), LATE, ids=["-".join(c) for c in LATE])
+@pytest.mark.parametrize("cut", [1, 2])
+def test_state_round_trip_in_mid_warm_up(name: str, preset: str, cut: int) -> None:
+    whole = Loop.start(build(name, preset)).run(STEPS)
+    first = Loop.start(build(name, preset)).run(cut)
+    assert first.tuner.selection is None
+    weights, moments, progress = first.model.state_dict(), first.optimizer.state_dict(), first.tuner.state_dict()
+    second = Loop.start(build(name, preset), lora(seed=0))
+    second.model.load_state_dict(weights)
+    second.optimizer.load_state_dict(moments)
+    second.tuner.load_state_dict(progress)
+    second.done = cut
+    second.run(STEPS)
+    assert second.tuner.finish() == whole.tuner.finish()
+    assert max_difference(adapter_state(second.model), adapter_state(whole.model)) == 0.0
+
+
+@every_case
+def test_settings_are_plain_data(name: str, preset: str) -> None:
+    made = build(name, preset)
+    data = json.loads(json.dumps(made.to_dict()))
+    assert data.pop("name") == name
+    assert METHODS[name](**data) == made
+
+
+@pytest.mark.parametrize("name", ["weightlora", "weightlora+", "random", "top", "gradient"])
+@pytest.mark.parametrize(("k", "count"), [(1, 1), (N, N), (0.5, 3), (1.0, N), (0.01, 1)])
+def test_k_as_count_and_share(name: str, k: int | float, count: int) -> None:
+    assert Loop.start(build(name, "recommended", k=k)).run(STEPS).tuner.finish().k == count
+
+
+def test_lora_is_untouched_training() -> None:
+    plain = lora()
+    optimizer = torch.optim.AdamW([p for p in plain.parameters() if p.requires_grad], lr=1e-2, weight_decay=0.1)
+    plain.train()
+    for step, inputs in zip(range(1, STEPS + 1), batches(), strict=False):
+        torch.manual_seed(step)
+        plain(**inputs).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    for same in (LoRA(), WeightLoRA(k=1.0, warmup_steps=4), Random(k=N), Top(k=N)):
+        assert max_difference(adapter_state(Loop.start(same).run(STEPS).model), adapter_state(plain)) == 0.0
+
+
+def refused(kind: type[Exception], message: str, make: Callable[[], Any]) -> None:
+    with pytest.raises(kind, match=message) as caught:
+        make()
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["weightlora", "weightlora+", "random", "top", "gradient"])
+@pytest.mark.parametrize("k", [0, -1, 0.0, 1.5, True, "3", float("nan")])
+def test_k_that_no_model_satisfies(name: str, k: Any) -> None:
+    refused(ConfigError, "k=.* is not allowed; use a count of adapters", lambda: method(name, k=k))
+
+
+@pytest.mark.parametrize("name", ["weightlora", "weightlora+", "random", "top", "gradient"])
+def test_k_above_n(name: str) -> None:
+    message = r"k=7 asks for more adapters than the 6 the model has; use 1\.\.6 or a fraction"
+    refused(ScheduleError, message, lambda: Loop.start(build(name, "recommended", k=7)))
+
+
+@pytest.mark.parametrize(
+    ("warmup", "message"),
+    [
+        (9, "warmup_steps=9 needs more than the 9 optimizer steps of this run; use at most 8, a share such as 0.1"),
+        (50, "warmup_steps=50 needs more than the 9 optimizer steps"),
+        (0.99, "warmup_steps=0.99 needs more than the 9 optimizer steps"),
+        (0, "warmup_steps=0 is not allowed; use a number of steps"),
+        (-3, "warmup_steps=-3 is not allowed"),
+        (0.0, "warmup_steps=0.0 is not allowed"),
+        (True, "warmup_steps=True is not allowed"),
+        (2.5, "warmup_steps=2.5 is neither a whole number of steps nor a share below 1"),
+    ],
+)
+@pytest.mark.parametrize("name", ["weightlora", "weightlora+"])
+def test_warm_up_that_does_not_fit(name: str, warmup: Any, message: str) -> None:
+    refused(ScheduleError, message, lambda: Loop.start(method(name, k=K, warmup_steps=warmup)))
+
+
+def test_schedules_that_cannot_run() -> None:
+    start = Loop.start
+    refused(ScheduleError, "batches=9 needs more than the 9 opt", lambda: start(method("gradient", k=1, batches=9)))
+    refused(ScheduleError, "batches=2.5 is neither a", lambda: start(method("gradient", k=1, batches=2.5)))
+    refused(
+        ScheduleError, "score='omega' ranks gates that learn; set gate_lr", lambda: start(WeightLoRA(score="omega"))
+    )
+    refused(ScheduleError, r"weightlora\+ grows at the seam", lambda: start(WeightLoRAPlus(warmup_steps=None)))
+    refused(ScheduleError, "full fine-tuning has no adapters to decide on", lambda: start(method("full")))
+    start(WeightLoRA(k=N, score="omega", warmup_steps=2))  # nothing to rank: gates held at 1 are allowed
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"score": "luck"}, "score 'luck' is unknown; use one of omega, credit, coverage"),
+        ({"rule": "best"}, "rule 'best' is unknown; use one of signed, positive, magnitude"),
+        ({"k_schedule": "fast"}, "k_schedule 'fast' is unknown; use one of constant, cubic, halving"),
+        ({"init_A": "zero"}, "init_A 'zero' is unknown; use one of lora, official"),
+        ({"engine": "cuda"}, "engine 'cuda' is unknown; use one of autograd, reference"),
+        ({"gate_lr": -1.0}, "gate_lr=-1.0 is not usable"),
+        ({"gate_lr": float("nan")}, "gate_lr=nan is not usable"),
+        ({"project_every": 0}, "project_every=0 is not allowed; use 1 or more, or None for only at T"),
+        ({"growth": "svd"}, "growth 'svd' is unknown; use one of gaussian, qr"),
+        ({"noise": "pink"}, "noise 'pink' is unknown; use one of normal, uniform"),
+        ({"remainder": "keep"}, "remainder 'keep' is unknown; use one of drop, top"),
+        ({"max_rank": 0}, "max_rank=0 is not allowed"),
+        ({"preset": "best"}, "preset 'best' is unknown; use one of recommended, paper, official"),
+    ],
+)
+def test_settings_are_checked_when_they_are_made(settings: dict[str, Any], message: str) -> None:
+    refused(ConfigError, message, lambda: WeightLoRAPlus(**settings))
+
+
+def test_names_presets_and_settings_are_checked() -> None:
+    refused(
+        ConfigError,
+        r"method 'weightlora\+\+' is unknown; did you mean 'weightlora\+'\?",
+        lambda: method("weightlora++"),
+    )
+    refused(ConfigError, "method 'x' is unknown; the methods are weightlora, weightlora.*gradient", lambda: method("x"))
+    refused(
+        ConfigError, "preset 'best' is unknown; use one of recommended, paper, official", lambda: method("top", "best")
+    )
+    refused(ConfigError, "random has no setting 'rank'; it has k, seed", lambda: method("random", rank=3))
+    refused(ConfigError, "lora has no setting 'k'; it has none", lambda: method("lora", k=3))
+    assert set(METHODS) == {"weightlora", "weightlora+", "lora", "full", "random", "top", "gradient"}
+
+
+def test_a_refused_method_changes_nothing() -> None:
+    model = lora()
+    state: dict[str, Tensor] = {k: v.clone() for k, v in model.state_dict().items()}
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad])
+    for wrong in (method("top", k=99), WeightLoRA.from_preset("official", k=99), method("weightlora", warmup_steps=99)):
+        with pytest.raises(ScheduleError):
+            attach(model, wrong, optimizer, max_steps=STEPS)
+    assert max_difference(dict(model.state_dict()), state) == 0.0
+    assert all(not getattr(m, "lora_variant", None) for m in model.modules())
+    assert not optimizer._optimizer_step_pre_hooks

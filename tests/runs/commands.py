@@ -1,0 +1,54 @@
+"""The command line called from tests, and small copies of the benchmark data that it can read fast."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from weightlora.cli.main import main
+
+TRAIN_ROWS, EVAL_ROWS = 120, 40
+TASKS = ("sst2", "mrpc", "stsb")
+TINY = ("--model", "bert-tiny-shape", "--max-length", "24", "--per-device-train-batch-size", "8")
+
+
+def weightlora(*words: object) -> int:
+    """Run one command in this process; returns its exit code."""
+    try:
+        return main([str(word) for word in words])
+    except SystemExit as stop:
+        return int(stop.code or 0)
+
+
+def copy_data(source: Path, folder: Path, tasks: Sequence[str] = TASKS) -> Path:
+    """The first rows of some tasks: real text, small files."""
+    for task in tasks:
+        (folder / task).mkdir(parents=True)
+        for split, count in (("train", TRAIN_ROWS), ("validation", EVAL_ROWS)):
+            with (source / task / f"{split}.jsonl").open(encoding="utf-8") as lines:
+                write_rows(folder / task / f"{split}.jsonl", [json.loads(line) for line in islice(lines, count)])
+    return folder
+
+
+def write_rows(path: Path, rows: Sequence[Mapping[str, Any]]) -> Path:
+    """One JSON object per line."""
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return path
+
+
+def read_rows(path: Path) -> list[dict[str, Any]]:
+    """One JSON object per line."""
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def read(path: Path) -> Any:
+    """A JSON file."""
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def tree(folder: Path) -> dict[str, bytes | None]:
+    """Every path below a folder, with the bytes of the files: equal trees mean that nothing was written."""
+    return {str(p.relative_to(folder)): p.read_bytes() if p.is_file() else None for p in sorted(folder.rglob("*"))}

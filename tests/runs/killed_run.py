@@ -1,0 +1,132 @@
+"""Run commands in forked children that are killed at a chosen event; a script, to be started with one thread.
+
+An event is something that is about to happen to the file system below the run directory, or a step that the optimizer
+has done. Importing the libraries takes seconds and a fork nothing, so that many points of a run can be tried, each with
+a real SIGKILL in a process of its own. Standard input: one job as JSON per line; standard output: one answer per line.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import json
+import os
+import signal
+import sys
+import traceback
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NoReturn
+
+CHANGES = frozenset(
+    ("open", "os.rename", "os.remove", "os.mkdir", "os.rmdir", "os.chmod", "shutil.copyfile", "shutil.rmtree")
+)
+
+
+@dataclass
+class Events:
+    """Notes what a process does below `folder`, and kills it at the `number`-th event whose label starts with `kind`.
+
+    With a `delay` (seconds) it dies that much later, in the middle of whatever it does then.
+    """
+
+    folder: str
+    log: Path
+    kind: str
+    number: int
+    delay: float
+    labels: list[str] = field(default_factory=list)
+
+    def watch(self) -> None:
+        from torch.optim.optimizer import register_optimizer_step_post_hook
+
+        register_optimizer_step_post_hook(lambda *_: self.happened("step"))
+        sys.addaudithook(self.audit)
+
+    def audit(self, event: str, args: tuple[Any, ...]) -> None:
+        if event in CHANGES and isinstance(args[0], str | os.PathLike):
+            # shutil.copyfile: the second path is the one that changes.
+            path = str(args[1 if event == "shutil.copyfile" else 0])
+            if path.startswith(self.folder) and (event != "open" or writes(*args[1:])):
+                self.happened(f"{event} {path[len(self.folder) + 1 :]}")
+
+    def happened(self, label: str) -> None:
+        self.labels.append(label)
+        if label.startswith(self.kind) and sum(known.startswith(self.kind) for known in self.labels) == self.number:
+            self.save()
+            if not self.delay:
+                os.kill(os.getpid(), signal.SIGKILL)
+            # The default action of SIGALRM ends a process as abruptly, wherever it is by then.
+            signal.setitimer(signal.ITIMER_REAL, self.delay)
+
+    def save(self) -> None:
+        self.log.write_text(json.dumps(self.labels), encoding="utf-8")
+
+
+def writes(mode: str | None, flags: int) -> bool:
+    """Whether ``open`` was asked to change a file."""
+    return bool(flags & (os.O_WRONLY | os.O_RDWR)) or any(letter in (mode or "") for letter in "wax+")
+
+
+def child(words: list[str], events: Events, output: Path) -> NoReturn:
+    """What a forked process does: one command, its output in a file."""
+    from weightlora.cli.main import main
+
+    code = 70
+    with output.open("a") as stream, contextlib.redirect_stdout(stream), contextlib.redirect_stderr(stream):
+        events.watch()
+        try:
+            code = main(words)
+        except BaseException:
+            traceback.print_exc()
+        finally:
+            stream.flush()
+            events.save()
+            os._exit(code)
+
+
+def run(words: list[str], folder: str, log: Path, kill: list[Any]) -> dict[str, Any]:
+    """Fork, run, and tell how it ended: ``signal`` or ``code``, and the events until then."""
+    pid = os.fork()
+    if pid == 0:
+        child(words, Events(folder, log, *kill), log.with_suffix(".txt"))
+    _, status = os.waitpid(pid, 0)
+    killed = os.WIFSIGNALED(status)
+    return {
+        "signal": os.WTERMSIG(status) if killed else None,
+        "code": None if killed else os.WEXITSTATUS(status),
+        "events": json.loads(log.read_text(encoding="utf-8")),
+    }
+
+
+def life(job: dict[str, Any]) -> dict[str, Any]:
+    """Train, be killed, resume, be killed, ..., and at last resume to the end."""
+    folder: str = job["out"]
+    log = Path(folder + ".events")
+    words: list[str] = job["train"]
+    tries = []
+    for kill in [*job["kills"], ["nothing", 0, 0.0]]:
+        tries.append(run(words, folder, log, kill))
+        if tries[-1]["code"] is not None:
+            break
+        # Before the configuration is whole there is nothing to resume, and the same command starts again.
+        words = ["resume", folder] if (Path(folder) / "config.json").is_file() else job["train"]
+    return {"tries": tries, "output": log.with_suffix(".txt").read_text()}
+
+
+def main() -> None:
+    import torch
+
+    import weightlora.graft.export
+    import weightlora.report
+    import weightlora.runs.run  # noqa: F401
+
+    torch.set_num_threads(1)
+    gc.collect()
+    gc.freeze()
+    for line in sys.stdin:
+        print(json.dumps(life(json.loads(line))), flush=True)  # noqa: T201
+
+
+if __name__ == "__main__":
+    main()

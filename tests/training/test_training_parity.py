@@ -1,0 +1,208 @@
+"""A run that the method does not change is the stock trainer's run, to the bit."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tests.builders import FAMILIES, Spy, adapter_state, examples, lora, max_difference, trainer, warm
+from torch import Tensor, nn
+from transformers import Trainer
+
+from weightlora.methods import LoRA, Method, Random, WeightLoRA
+from weightlora.training import fit
+
+# 32 examples in batches of 4 are eight steps an epoch: a seam inside the first, at its end, and in the second.
+SEAMS = pytest.mark.parametrize("seam", [1, 5, 8, 11])
+
+
+def stock(out: Path, model: nn.Module | None = None, **arguments: Any) -> Trainer:
+    made = trainer(out, model, **arguments)
+    made.train()
+    return made
+
+
+def fitted(
+    out: Path, method: Method, model: nn.Module | None = None, micro: Any = (None, None), **arguments: Any
+) -> Trainer:
+    made = trainer(out, model, **arguments)
+    fit(made, method, micro_batch=micro)
+    return made
+
+
+def everything(seam: int = 5, **settings: Any) -> WeightLoRA:
+    """A seam at which nothing is decided away."""
+    return WeightLoRA(k=1.0, warmup_steps=seam, **settings)
+
+
+def gap(a: Trainer, b: Trainer) -> float:
+    return max_difference(adapter_state(a.model), adapter_state(b.model))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_lora_is_stock_training(family: str, tmp_path: Path) -> None:
+    plain = stock(tmp_path / "a", lora(family))
+    assert gap(plain, fitted(tmp_path / "b", LoRA(), lora(family))) == 0.0
+    start = trainer(tmp_path / "c", lora(family))
+    assert gap(plain, start) > 1e-3  # something was learnt
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_all_gates_held_at_one_are_stock_lora(family: str, tmp_path: Path) -> None:
+    method = everything(score="omega", engine="reference")
+    plain, gated = stock(tmp_path / "a", lora(family)), fitted(tmp_path / "b", method, lora(family))
+    assert gap(plain, gated) == 0.0
+
+
+@SEAMS
+@pytest.mark.parametrize("score", ["credit", "coverage"])
+def test_a_seam_that_changes_nothing(seam: int, score: str, tmp_path: Path) -> None:
+    method = everything(seam, score=score)
+    assert gap(stock(tmp_path / "a"), fitted(tmp_path / "b", method)) == 0.0
+
+
+@SEAMS
+@pytest.mark.parametrize("strategy", ["epoch", "steps"])
+def test_with_evaluation(seam: int, strategy: str, tmp_path: Path) -> None:
+    arguments: dict[str, Any] = {"eval_strategy": strategy, "eval_steps": 4}
+    plain, ours = stock(tmp_path / "a", **arguments), fitted(tmp_path / "b", everything(seam), **arguments)
+    assert gap(plain, ours) == 0.0
+    logs = [[x for x in t.state.log_history if "eval_loss" in x] for t in (plain, ours)]
+    assert [(x["step"], x["eval_loss"]) for x in logs[1]] == [(x["step"], x["eval_loss"]) for x in logs[0]]
+
+
+@pytest.mark.parametrize("accumulation", [2, 3])
+@pytest.mark.parametrize("seam", [2, 4])
+def test_with_accumulation(accumulation: int, seam: int, tmp_path: Path) -> None:
+    arguments: dict[str, Any] = {"gradient_accumulation_steps": accumulation, "steps": 6}
+    assert gap(stock(tmp_path / "a", **arguments), fitted(tmp_path / "b", everything(seam), **arguments)) == 0.0
+
+
+def test_by_epochs_and_with_an_uneven_end(tmp_path: Path) -> None:
+    arguments: dict[str, Any] = {"steps": -1, "num_train_epochs": 3, "count": 18}
+    plain, ours = stock(tmp_path / "a", **arguments), fitted(tmp_path / "b", everything(0.4), **arguments)
+    assert plain.state.global_step == ours.state.global_step == 15
+    assert gap(plain, ours) == 0.0
+
+
+@pytest.mark.parametrize("scheduler", ["cosine", "constant", "constant_with_warmup"])
+def test_with_other_schedules(scheduler: str, tmp_path: Path) -> None:
+    arguments: dict[str, Any] = {"lr_scheduler_type": scheduler, "warmup_steps": 6, "max_grad_norm": 0.1}
+    assert gap(stock(tmp_path / "a", **arguments), fitted(tmp_path / "b", everything(), **arguments)) == 0.0
+
+
+@pytest.mark.parametrize("optim", ["adamw_torch_fused", "sgd", "adagrad", "adafactor", "rmsprop"])
+def test_with_other_optimizers(optim: str, tmp_path: Path) -> None:
+    assert gap(stock(tmp_path / "a", optim=optim), fitted(tmp_path / "b", everything(), optim=optim)) == 0.0
+
+
+def own_optimizer(model: nn.Module, schedule: bool) -> tuple[Any, Any]:
+    groups = [
+        {"params": [p for n, p in model.named_parameters() if p.requires_grad and "lora_" not in n], "lr": 3e-2},
+        {"params": [p for n, p in model.named_parameters() if p.requires_grad and "lora_" in n]},
+    ]
+    optimizer = torch.optim.SGD(groups, lr=1e-2, momentum=0.9)
+    return optimizer, torch.optim.lr_scheduler.StepLR(optimizer, 3, 0.7) if schedule else None
+
+
+@pytest.mark.parametrize("schedule", [False, True])
+def test_with_the_users_own_optimizer(schedule: bool, tmp_path: Path) -> None:
+    made = []
+    for name, run in (("a", Trainer.train), ("b", lambda t: fit(t, everything()))):
+        model = lora()
+        optimizers = own_optimizer(model, schedule)
+        each = trainer(tmp_path / name, model, optimizers=optimizers)
+        each.add_callback(spy := Spy())
+        run(each)  # type: ignore[operator]
+        made.append((each, spy.rates))
+        assert getattr(each.optimizer, "optimizer", each.optimizer) is optimizers[0]
+    assert gap(made[0][0], made[1][0]) == 0.0
+    assert made[0][1] == made[1][1]
+
+
+def test_gates_through_the_fast_engine_differ_by_rounding(tmp_path: Path) -> None:
+    """The same sums in another order (``addmm``). In float64 that is 1e-16 a product, and twelve steps of Adam keep it
+    small: where a gradient is not itself rounding noise, its normalised step moves by as much as the gradient does.
+    """
+
+    def model() -> nn.Module:
+        return warm(lora(dropout=0.0).double())
+
+    plain = stock(tmp_path / "a", model())
+    ours = fitted(tmp_path / "b", everything(score="omega", engine="autograd"), model())
+    assert gap(plain, ours) < 1e-9
+
+
+Micro = tuple[int | None, int | None]
+
+
+@pytest.mark.parametrize("micro", [(2, 8), (8, 4), (1, None), (None, 2)])
+@pytest.mark.parametrize("seam", [3, 4, 5])
+def test_the_micro_batch_may_change_at_the_seam(micro: Micro, seam: int, tmp_path: Path) -> None:
+    arguments: dict[str, Any] = {"per_device_train_batch_size": 8, "steps": 8}
+
+    def model() -> nn.Module:
+        return lora(dropout=0.0).double()
+
+    plain = stock(tmp_path / "a", model(), **arguments)
+    ours = fitted(tmp_path / "b", everything(seam), model(), micro, **arguments)
+    assert plain.state.global_step == ours.state.global_step == 8
+    # The mean over a batch becomes a mean of means: float64 rounding, and eight steps of Adam.
+    assert gap(plain, ours) < 1e-9
+
+
+def test_micro_batches_with_accumulation_keep_the_effective_batch(tmp_path: Path) -> None:
+    made = trainer(tmp_path, gradient_accumulation_steps=2, steps=6)
+    result = fit(made, everything(2), micro_batch=(2, 8))
+    assert [(p.micro_batch, p.accumulation, p.steps) for p in result.phases] == [(2, 4, 2), (8, 1, 4)]
+
+
+class Eyes:
+    """Notes what the model is trained on, batch by batch."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.seen: list[Tensor] = []
+        model.register_forward_pre_hook(self.look, with_kwargs=True)
+
+    def look(self, module: nn.Module, _args: Any, kwargs: Any) -> None:
+        if module.training:
+            self.seen.append(kwargs["input_ids"].clone())
+
+
+@pytest.mark.parametrize("method", [WeightLoRA(k=2, warmup_steps=5), WeightLoRA(k=2, warmup_steps=8), Random(k=2)])
+def test_schedule_and_data_order_run_on(method: Method, tmp_path: Path) -> None:
+    notes: list[tuple[dict[int, float], list[Tensor]]] = []
+    runs: list[Callable[[Trainer], Any]] = [Trainer.train, lambda t: fit(t, method, measure=False)]
+    for index, run in enumerate(runs):
+        model = lora()
+        eyes, spy = Eyes(model), Spy()
+        made = trainer(tmp_path / str(index), model, steps=20, lr_scheduler_type="cosine", warmup_steps=6)
+        made.add_callback(spy)
+        run(made)
+        notes.append((spy.rates, eyes.seen))
+    assert notes[0][0] == notes[1][0]
+    assert sorted(notes[0][0]) == list(range(1, 21))
+    assert len(set(notes[0][0].values())) > 10
+    assert torch.equal(torch.stack(notes[0][1]), torch.stack(notes[1][1]))
+
+
+def test_measuring_leaves_no_trace(tmp_path: Path) -> None:
+    """Also where B is not zero at the start, and so the gates have gradients."""
+    paper = WeightLoRA.from_preset("paper", k=2, warmup_steps=5)
+    made = []
+    for measure in (False, True):
+        each = trainer(tmp_path / str(measure), warm(lora()))
+        result = fit(each, paper, measure=measure)
+        assert all((phase.flops_per_step is None) != measure for phase in result.phases)
+        made.append((each, result))
+    assert made[0][1].selection == made[1][1].selection
+    assert gap(made[0][0], made[1][0]) == 0.0
+
+
+def test_two_runs_are_the_same_run(tmp_path: Path) -> None:
+    method = WeightLoRA.from_preset("official", k=2)
+    runs = [fitted(tmp_path / name, method, data=examples(24)) for name in "ab"]
+    assert gap(*runs) == 0.0
