@@ -43,7 +43,7 @@ def write_text(path: Path, text: str) -> Path:
 
 @contextlib.contextmanager
 def new_folder(path: Path) -> Iterator[Path]:
-    """Yield a temporary folder beside `path`; on success it takes the place of `path` (an old one goes), else it is removed."""
+    """Yield a temporary folder beside `path`; on success it takes the place of `path`, on failure it is removed."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
     try:
@@ -61,7 +61,7 @@ def new_folder(path: Path) -> Iterator[Path]:
 
 
 def sweep(folder: Path, *names: str) -> None:
-    """Remove what killed processes left half-written: the temporary files and folders of `names` (which may be patterns).
+    """Remove what killed processes left half-written: temporary files and folders of `names` (patterns allowed).
 
     >>> folder = Path(tempfile.mkdtemp())
     >>> _ = (folder / ".a.txt.k3_x9qwe").write_text("ha"), (folder / ".a.mine").write_text("not a temporary name")

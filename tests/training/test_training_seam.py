@@ -11,13 +11,14 @@ import torch
 from peft import get_peft_model
 from tests.builders import FAMILIES, Spy, adapter_state, base, lora, max_difference, trainer, warm
 from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
 from transformers import Trainer, TrainerCallback
 
 from weightlora.errors import AdapterError, ConfigError, ScheduleError, WeightLoRAError
 from weightlora.graft import adapters
 from weightlora.methods import Full, LoRA, Method, Random, Top, WeightLoRA, WeightLoRAPlus, method
 from weightlora.training import fit
-from weightlora.training.fit import measure_step
+from weightlora.training.trainer import measure_step
 
 PAPER = WeightLoRA.from_preset("paper", k=2, warmup_steps=5)
 
@@ -207,6 +208,24 @@ def test_gradient_checkpointing_ends_where_it_must(made: Method, kind: str, tmp_
     assert max_difference(adapter_state(again), adapter_state(plain.model)) == 0.0
 
 
+@pytest.mark.parametrize("kind", CHECKPOINTING)
+def test_the_cost_measured_is_that_of_the_step_that_runs(kind: str, tmp_path: Path) -> None:
+    """Counted again in the run itself: the FLOPs of forward, recomputation and backward of one step of each phase."""
+    made = WeightLoRA(k=1, warmup_steps=3)
+    counted: dict[int, int] = {}
+
+    class Counting(Trainer):
+        def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
+            with FlopCounterMode(display=False) as counter:
+                loss = super().training_step(*args, **kwargs)
+            counted[self.state.global_step + 1] = counter.get_total_flops()
+            return loss
+
+    result = fit(trainer(tmp_path, lora(layers=4), steps=5, cls=Counting, **CHECKPOINTING[kind]), made)
+    assert [p.flops_per_step for p in result.phases] == [counted[3], counted[5]]
+    assert counted[5] < counted[3]
+
+
 # refused before the first step
 
 
@@ -302,8 +321,9 @@ def test_something_else_ends_the_second_phase(tmp_path: Path) -> None:
 
 
 def test_select_only_stops_at_the_seam(tmp_path: Path) -> None:
-    whole, short = trainer(tmp_path / "a"), trainer(tmp_path / "b")
-    wanted, result = fit(whole, PAPER), fit(short, PAPER, select_only=True)
+    wanted = fit(trainer(tmp_path / "a"), PAPER)
+    short = trainer(tmp_path / "b")
+    result = fit(short, PAPER, select_only=True)
     assert result.selection == wanted.selection
     assert short.state.global_step == 5
     assert [p.name for p in result.phases] == ["warmup"]
@@ -311,8 +331,9 @@ def test_select_only_stops_at_the_seam(tmp_path: Path) -> None:
 
 
 def test_full_fine_tuning_is_the_trainers_own(tmp_path: Path) -> None:
-    plain, ours = (trainer(tmp_path / name, base("bert")) for name in "ab")
+    plain = trainer(tmp_path / "a", base("bert"))
     plain.train()
+    ours = trainer(tmp_path / "b", base("bert"))
     result = fit(ours, Full())
     states = [{k: v for k, v in t.model.state_dict().items() if v.is_floating_point()} for t in (plain, ours)]
     assert max_difference(*states) == 0.0

@@ -1,4 +1,4 @@
-"""PEFT: handles on adapters, the omega vector, surgery, optimizer state, manifest, export. The only room that knows PEFT's inside."""
+"""PEFT: handles, the omega vector, surgery, optimizer state, manifest, export. No other room knows PEFT's inside."""
 
 from weightlora.graft.adapters import Adapter, adapter_name, adapters, block_of, has_adapters, parameters
 from weightlora.graft.depth import end_backward_at_lowest

@@ -18,8 +18,9 @@ _BLOCK = re.compile(r"(?:^|\.)(?:layer|layers|h|block|blocks|encoder|decoder)\.(
 class Adapter:
     """One LoRA pair on one linear layer, as data.
 
-    ``name`` is the module's full name in the base model (what a ``LoraConfig`` targets), ``block`` the transformer block it
-    lies in (None outside blocks), ``kind`` the last part of the name, ``scale`` the factor s in ``dW = s * omega * B A``.
+    ``name`` is the module's full name in the base model (what a ``LoraConfig`` targets), ``block`` the transformer
+    block it lies in (None outside blocks), ``kind`` the last part of the name, ``scale`` the factor s in ``dW = s *
+    omega * B A``.
     """
 
     index: int
@@ -95,7 +96,8 @@ def adapters(model: nn.Module, name: str | None = None) -> tuple[Adapter, ...]:
         name: PEFT's adapter name; default: the active one.
 
     Raises:
-        AdapterError: the model has none, or one that cannot be gated (DoRA, embedding or convolution adapters, tied factors).
+        AdapterError: the model has none, or one that cannot be gated (DoRA, embedding or convolution adapters, tied
+            factors).
 
     >>> import torch
     >>> from peft import LoraConfig, get_peft_model

@@ -11,15 +11,16 @@ _HOOK_NAMES = ("make_inputs_require_grad", "make_inputs_require_grads")
 
 
 def _stay_off() -> None:
-    """Stands in for ``enable_input_require_grads`` after the seam: with non-reentrant checkpointing nothing needs it."""
+    """Stands in for ``enable_input_require_grads``, which nothing needs once checkpointing is non-reentrant."""
 
 
 def end_backward_at_lowest(model: nn.Module) -> int:
     """Undo ``enable_input_require_grads`` and keep it off.
 
-    Gradient checkpointing (TRL's default) makes the embeddings' output require a gradient, which pulls the backward pass, and
-    all that it keeps, down to the input. Once only a few adapters live, nothing below the lowest one needs either. Every such
-    hook is removed, also those whose handles a second call had overwritten, and later calls do nothing.
+    Gradient checkpointing (TRL's default) makes the embeddings' output require a gradient, which pulls the backward
+    pass, and all that it keeps, down to the input. Once only a few adapters live, nothing below the lowest one needs
+    either. Every such hook is removed, also those whose handles a second call had overwritten, and later calls do
+    nothing.
 
     Args:
         model: the model after surgery.

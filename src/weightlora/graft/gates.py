@@ -47,11 +47,11 @@ class OmegaVariant(LoraVariant):  # type: ignore[misc]  # PEFT ships no types
 class Gates:
     """One trainable number per adapter, as one vector.
 
-    ``omega: (n,)`` is a leaf tensor, float32, on the device of the first adapter. It is no parameter of any module: nothing
-    shards, flattens, saves or clips it by accident, its gradient is one vector, and a decision costs one top-K.
+    ``omega: (n,)`` is a leaf tensor, float32, on the device of the first adapter. It is no parameter of any module:
+    nothing shards, flattens, saves or clips it by accident, its gradient is one vector, and a decision costs one top-K.
 
-    While gates are attached, the model's ``state_dict`` shows ``omega_i * B_i`` in place of ``B_i``, so whoever saves the
-    model in the middle of a warm-up writes a plain LoRA adapter that computes what the live model computes.
+    While gates are attached, the model's ``state_dict`` shows ``omega_i * B_i`` in place of ``B_i``, so whoever saves
+    the model in the middle of a warm-up writes a plain LoRA adapter that computes what the live model computes.
 
     >>> from peft import LoraConfig, get_peft_model
     >>> model = get_peft_model(torch.nn.Sequential(torch.nn.Linear(4, 3)), LoraConfig(r=2, target_modules=["0"]))
@@ -80,7 +80,7 @@ class Gates:
         path = engine(engine_name)
         for index, layer in enumerate(layers):
             layer.lora_variant[name] = OmegaVariant(self, index, path)
-            # PEFT would copy x into the adapter's dtype, once per adapter; the path casts inside and q, k, v share one x.
+            # PEFT would copy x into the adapter's dtype for each adapter; the path casts inside and q, k, v share x.
             layer.cast_input_dtype_enabled = False
             self._hooks.append(layer.register_state_dict_post_hook(self._fold_into_state(index)))
 

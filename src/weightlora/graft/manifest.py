@@ -28,8 +28,9 @@ Stage = Literal["warmup", "final"]
 class Manifest:
     """Structure and progress of one checkpoint.
 
-    ``stage`` is "warmup" (gates on, all n adapters present) or "final" (stock LoRA on the survivors). ``adapters`` are the n
-    adapters that the run started with; ``method`` the method's own settings; ``data`` whatever the trainer's side must know.
+    ``stage`` is "warmup" (gates on, all n adapters present) or "final" (stock LoRA on the survivors). ``adapters`` are
+    the n adapters that the run started with; ``method`` the method's own settings; ``data`` whatever the trainer's
+    side must know.
     """
 
     stage: Stage
@@ -47,7 +48,7 @@ class Manifest:
         return tuple((a.name, a.d_in, a.d_out, a.rank) for a in live)
 
     def check_same_model(self, live: Sequence[Adapter]) -> None:
-        """Raise CheckpointError, naming the first difference, unless the model has the adapters the run started with."""
+        """Raise CheckpointError, naming the first difference, unless the model has the run's adapters."""
         here = self.describe(live)
         if here == self.adapters:
             return
@@ -81,7 +82,8 @@ class Manifest:
             data = json.loads(path.read_text(encoding="utf-8"))
             if data["schema_version"] != SCHEMA_VERSION:
                 raise CheckpointError(
-                    f"{path}: manifest schema {data['schema_version']} is not supported; this release reads {SCHEMA_VERSION}"
+                    f"{path}: manifest schema {data['schema_version']} is not supported;"
+                    f" this release reads {SCHEMA_VERSION}"
                 )
             manifest = cls(
                 stage=_stage(data["stage"]),

@@ -43,12 +43,12 @@ def remap(optimizer: torch.optim.Optimizer, changes: Mapping[nn.Parameter, Chang
     """Carry an optimizer over a surgery, in place: groups keep their order and settings, survivors keep their state.
 
     - dropped: out of its group, its state freed;
-    - rescaled, gradients times ``c``: first moments times ``c``, second times ``c^2`` (the chain rule), so Adam's next step is
-      as long as it would have been, in units of the rescaled parameter;
-    - grown: old rows keep their moments (through QR: first moments by the chain rule, second as for independent entries); new rows
-      start with first moment 0 and, as second moment, the mean of the old rows'. Zeros there would meet an old step counter
-      and make a first step of ``(1 - b1) / sqrt(1 - b2)``, about 3.2 learning rates, rising to more than 6;
-      a prior of the old size makes it about 0.1, rising to 1.
+    - rescaled, gradients times ``c``: first moments times ``c``, second times ``c^2`` (the chain rule), so Adam's next
+      step is as long as it would have been, in units of the rescaled parameter;
+    - grown: old rows keep their moments (through QR: first moments by the chain rule, second as for independent
+      entries); new rows start with first moment 0 and, as second moment, the mean of the old rows'. Zeros there would
+      meet an old step counter and make a first step of ``(1 - b1) / sqrt(1 - b2)``, about 3.2 learning rates, rising
+      to more than 6; a prior of the old size makes it about 0.1, rising to 1.
 
     State of other names or shapes (factored, quantised) cannot be carried and starts afresh for the grown parameter.
 
@@ -90,7 +90,8 @@ def _carry(key: str, value: Any, old: nn.Parameter, change: Change) -> Any:
 
 
 def _mix(moment: Tensor, change: Change, order: int) -> Tensor:
-    """Moments of the factors after QR. With ``A = R^T Q^T`` and ``B' = B R^T``: ``dL/dQ^T = R dL/dA``, ``dL/dB' = dL/dB R^-1``."""
+    """Moments of the factors after QR. With ``A = R^T Q^T`` and ``B' = B R^T``: ``dL/dQ^T = R dL/dA``, ``dL/dB' =
+    dL/dB R^-1``."""
     assert change.mix is not None
     R = change.mix.to(moment)
     if change.dim == 0:

@@ -16,7 +16,7 @@ from weightlora.graft.optimizer import Change
 
 
 def disconnect(model: nn.Module, names: Sequence[str], name: str = "default") -> dict[nn.Parameter, Change]:
-    """Put the base layer back in the place of each adapter in `names`: no module, no gradient, no state, no kernel is left.
+    """Put the base layer back in the place of each adapter in `names`: no module, gradient, state or kernel is left.
 
     Where the layer holds other adapters too, only this one is taken out of it.
 
@@ -63,9 +63,10 @@ def fold(model: nn.Module, omegas: Mapping[str, float], name: str = "default") -
     """``B <- omega B``: the gate becomes part of the plain adapter and the output does not change.
 
     Returns:
-        How the optimizer state of each B follows: with ``B' = omega B`` gradients divide by omega, so Adam's first moment
-        does too and its second by omega squared. Adam's next step on B' is then as long as one on B would have been, which
-        is ``1 / |omega|`` of what it was for the product; only a learning rate of ``|omega| lr`` would equal the gated run.
+        How the optimizer state of each B follows: with ``B' = omega B`` gradients divide by omega, so Adam's first
+        moment does too and its second by omega squared. Adam's next step on B' is then as long as one on B would have
+        been, which is ``1 / |omega|`` of what it was for the product; only a learning rate of ``|omega| lr`` would
+        equal the gated run.
 
     Raises:
         AdapterError: an omega is zero or not finite (disconnect such an adapter instead).
@@ -95,8 +96,8 @@ def grow_adapters(
 ) -> dict[nn.Parameter, Change]:
     """Raise the rank of adapters without changing what they compute: ``s B' A' == s B A``.
 
-    PEFT's scale ``alpha / r`` is held at its value before growth (alpha grows with r), so the paper's "does not change the
-    adapter's value" holds under scaling too. New parameters replace the old ones; no tensor is resized in place.
+    PEFT's scale ``alpha / r`` is held at its value before growth (alpha grows with r), so the paper's "does not change
+    the adapter's value" holds under scaling too. New parameters replace the old ones; no tensor is resized in place.
 
     Args:
         model: a model with LoRA adapters.

@@ -21,8 +21,8 @@ PRESETS = ("recommended", "paper", "official")
 class StepView:
     """What a policy may look at in one optimizer step. Gradients are there; nothing may be kept beyond the call.
 
-    ``step`` counts from 1; ``lr_factor`` is the schedule's current learning rate over its peak; ``factors`` are the live
-    ``(A, B)`` of every adapter in module order; ``gates`` is None for a method without gates.
+    ``step`` counts from 1; ``lr_factor`` is the schedule's current learning rate over its peak; ``factors`` are the
+    live ``(A, B)`` of every adapter in module order; ``gates`` is None for a method without gates.
     """
 
     step: int
@@ -33,7 +33,7 @@ class StepView:
 
 @dataclass(frozen=True, kw_only=True)
 class GrowthPlan:
-    """How the survivors grow at the seam: new ranks by module name, and the arguments of :func:`weightlora.core.grow`."""
+    """How the survivors grow at the seam: new ranks by module name, and arguments of :func:`weightlora.core.grow`."""
 
     ranks: Mapping[str, int]
     mode: Any
@@ -44,8 +44,8 @@ class GrowthPlan:
 class Policy(ABC):
     """The decisions of one run. Abstract methods are overridden, nothing else is.
 
-    ``seam`` is the optimizer step after which surgery happens: 0 before training, None never (then :meth:`decide` is asked
-    once, at the end). ``gated`` says whether the run needs the omega vector.
+    ``seam`` is the optimizer step after which surgery happens: 0 before training, None never (then :meth:`decide` is
+    asked once, at the end). ``gated`` says whether the run needs the omega vector.
     """
 
     seam: int | None = None
@@ -183,7 +183,7 @@ def check_k(k: int | float, live: Sequence[Adapter]) -> int:
 
 
 def check_warmup(steps: int | float, max_steps: int, name: str = "warmup_steps") -> int:
-    """A warm-up length T in optimizer steps; a fraction means a share of the run. `name` is the setting's, for messages.
+    """A warm-up length T in optimizer steps; a fraction means a share of the run. `name` is for messages.
 
     Raises:
         ScheduleError: T is not inside the run.

@@ -97,7 +97,8 @@ class Gradient(Method):
     """K by one-shot gradient dot product: no gate, no training of adapters before the choice. A control of ours.
 
     For a few steps adapters are held at B = 0 while their gradients add up; then
-    ``score_i = ||sum_t dL/dB_i||_F^2 = |<dL/ddW_i, s B_i A_i>|`` after one unit step from B = 0, and the K largest live.
+    ``score_i = ||sum_t dL/dB_i||_F^2 = |<dL/ddW_i, s B_i A_i>|`` after one unit step from B = 0, and the K largest
+    live.
 
     Args:
         k: a count or a share of n.

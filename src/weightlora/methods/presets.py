@@ -1,7 +1,8 @@
 """Where each preset's values come from, line by line.
 
-``recommended`` is the class's own defaults: what our evidence supports today. ``paper`` is the paper's text. ``official`` is
-the authors' released code, its known defects named. Values that a source leaves open are ours and say so.
+``recommended`` is the class's own defaults: what our evidence supports today. ``paper`` is the paper's text.
+``official`` is the authors' released code, its known defects named. Values that a source leaves open are ours and say
+so.
 """
 
 from __future__ import annotations
@@ -31,8 +32,9 @@ OFFICIAL: Mapping[str, Any] = {
     "warmup_steps": None,  # the code has no T: gates learn to the end, zeroed ones may come back
     "drift": True,  # zero gradients are not None there: momentum and decay go on moving A and B
     "init_A": "official",  # kaiming on a (d_in, r) tensor takes fan-in r: sqrt(d_in / r) times LoRA's scale
-    # Not reproduced, because they are defects of the program and not of the method: the dense update in every forward, gates
-    # inside the joint gradient clipping, projected gates turned into float32, adapters that are computed though switched off.
+    # Not reproduced, because they are defects of the program and not of the method: the dense update in every forward,
+    # gates inside the joint gradient clipping, projected gates turned into float32, adapters that are computed though
+    # switched off.
 }
 
 WEIGHTLORA: Mapping[str, Mapping[str, Any]] = {"recommended": {}, "paper": PAPER, "official": OFFICIAL}
@@ -53,6 +55,7 @@ WEIGHTLORA_PLUS: Mapping[str, Mapping[str, Any]] = {
         "growth": "qr",  # "smart"
         "noise": "uniform",  # rand_like: U(0, 1), nearly collinear directions
         "orthonormal": False,
-        # Departs: the code doubles ranks at each event and before it selects; here growth is one step, at the last event.
+        # Departs: the code doubles ranks at each event and before it selects; here growth is one step, at the last
+        # event.
     },
 }

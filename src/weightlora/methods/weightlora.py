@@ -49,11 +49,11 @@ class WeightLoRA(Method):
 
     Args:
         k: how many adapters live: a count (1..n) or a share of n (0.25).
-        warmup_steps: T in optimizer steps, or a share of the run below 1. None (``official``): gates learn to the end and
-            nothing is disconnected before the adapter is saved.
-        score: what is ranked at T. "omega": the gate (paper). "credit": the first-order loss decrease that an adapter's own
-            updates bought, ``c_i = -sum_t <grad_t, p_(t+1) - p_t>``. "coverage": credit, spread over blocks by
-            ``max sum_blocks sqrt(sum c_i)``.
+        warmup_steps: T in optimizer steps, or a share of the run below 1. None (``official``): gates learn to the end
+            and nothing is disconnected before the adapter is saved.
+        score: what is ranked at T. "omega": the gate (paper). "credit": the first-order loss decrease that an
+            adapter's own updates bought, ``c_i = -sum_t <grad_t, p_(t+1) - p_t>``. "coverage": credit, spread over
+            blocks by ``max sum_blocks sqrt(sum c_i)``.
         gate_lr: learning rate of omega's SGD; 0 holds every gate at 1.
         gate_lr_scheduled: multiply ``gate_lr`` by the run's learning-rate schedule.
         rule: which K gates survive a projection (see :func:`weightlora.core.top_k`).

@@ -81,7 +81,9 @@ class SeamCallback(TrainerCallback):
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         if control.should_log and self.stage == "warmup" and self.driver.gates is not None:
             self._log_omegas()
-            control.should_log = True  # logging took the mark off; the trainer's own entry (loss, learning rate) is still due
+            control.should_log = (
+                True  # logging took the mark off; the trainer's own entry (loss, learning rate) is still due
+            )
         if self.stage == "warmup" and state.global_step == self.driver.seam:
             # At the end of an epoch the trainer may still evaluate; stopping after that keeps its random state in order.
             if state.epoch is not None and float(state.epoch).is_integer():

@@ -15,13 +15,22 @@ import torch
 from torch import nn
 from transformers import Trainer
 
-from weightlora.errors import AdapterError, CheckpointError, ConfigError, ScheduleError
+from weightlora.errors import AdapterError, CheckpointError, ScheduleError
 from weightlora.graft import Manifest, Selection, end_backward_at_lowest, has_adapters, reshape
 from weightlora.methods import Method
 from weightlora.training import checkpoint
 from weightlora.training.callback import SeamCallback
 from weightlora.training.driver import Driver
-from weightlora.training.measure import PeakMemory, StepCost, isolated_rng, step_cost
+from weightlora.training.measure import PeakMemory, StepCost
+from weightlora.training.trainer import (
+    average_micro_batches,
+    check_trainer,
+    measure_step,
+    no_reentrant_checkpointing,
+    planned_steps,
+    split_batch,
+    warmup_arguments,
+)
 
 log = logging.getLogger("weightlora")
 
@@ -91,7 +100,7 @@ def fit(
     Source: paper, section 3.3 (T steps, then disconnect; "the batch size can be increased"). Departs from it in resuming
     through a checkpoint, which is what makes a killed run continue to the same adapter.
     """
-    _check_trainer(trainer)
+    check_trainer(trainer)
     if not method.uses_adapters:
         return _train_plain(trainer, method, resume, measure)
     return _Fit(trainer, method, resume, micro_batch, measure, log_omegas).run(select_only)
@@ -111,7 +120,7 @@ class _Fit:
     ) -> None:
         self.trainer, self.method, self.measure, self.log_omegas = trainer, method, measure, log_omegas
         self.output_dir = Path(trainer.args.output_dir)
-        self.batches = [_split_batch(trainer, size) for size in micro_batch]
+        self.batches = [split_batch(trainer, size) for size in micro_batch]
         self.max_steps = planned_steps(trainer)
         self.driver = Driver(trainer.model, method, self.max_steps)
         self.own_optimizer = trainer.optimizer is None
@@ -136,7 +145,7 @@ class _Fit:
     def run(self, select_only: bool) -> FitResult:
         resumed_final = self.manifest is not None and self.manifest.stage == "final"
         if any(split is not None for split in self.batches):
-            _average_micro_batches(self.trainer)
+            average_micro_batches(self.trainer)
         if resumed_final:
             self._rebuild()
         else:
@@ -151,7 +160,7 @@ class _Fit:
                 self.start = self._seam(callback)
             self._set_batch(1 if self.driver.seam is not None else 0)
             if self.driver.selection is not None and self.driver.selection.k < self.driver.selection.n:
-                _no_reentrant_checkpointing(self.trainer)
+                no_reentrant_checkpointing(self.trainer)
             metrics = {} if select_only and self.driver.selection else self._train("final", callback)
         if self.driver.selection is None:
             self.driver.operate(self._torch_optimizer())
@@ -206,7 +215,7 @@ class _Fit:
         peak = PeakMemory()
         callback.spent, callback.began = self.spent, time.perf_counter()
         until = self.driver.seam if stage == "warmup" and self.driver.seam else self.max_steps
-        with _warmup_arguments(trainer) if stage == "warmup" else contextlib.nullcontext():
+        with warmup_arguments(trainer) if stage == "warmup" else contextlib.nullcontext():
             metrics = checkpoint.train_on(trainer, self.start, until)
         if self.restored is not None and self.driver.step < self.restored[1]:
             # The last process died after the last step of this phase: there was nothing to train, only to load.
@@ -280,100 +289,6 @@ class _Fit:
             self.trainer._train_batch_size = args.train_batch_size
 
 
-def planned_steps(trainer: Trainer) -> int:
-    """Optimizer steps of the whole run, as the trainer will count them."""
-    args = trainer.args
-    if args.max_steps > 0:
-        return int(args.max_steps)
-    with isolated_rng():
-        return int(trainer.set_initial_training_values(args, trainer.get_train_dataloader())[-1])
-
-
-def measure_step(trainer: Trainer) -> StepCost | None:
-    """Count the cost of the first micro-batch, with random state and gradients given back; None where there is no batch."""
-    with isolated_rng():
-        batch = next(iter(trainer.get_train_dataloader()), None)
-        if batch is None:
-            return None
-        trainer.model.train()
-        inputs = trainer._prepare_inputs(batch)
-
-        def loss() -> torch.Tensor:
-            # accelerate wraps autocast around the model only inside train(); measured here, it must be on as well.
-            with trainer.accelerator.autocast(), trainer.compute_loss_context_manager():
-                return trainer.compute_loss(trainer.model, dict(inputs))
-
-        return step_cost(trainer.model, loss)
-
-
-def _split_batch(trainer: Trainer, micro_batch: int | None) -> tuple[int, int] | None:
-    """(micro-batch, accumulation) with the trainer's effective batch, or a ConfigError."""
-    if micro_batch is None:
-        return None
-    args = trainer.args
-    effective = args.per_device_train_batch_size * args.gradient_accumulation_steps
-    if micro_batch < 1 or effective % micro_batch:
-        fits = [size for size in range(1, effective + 1) if effective % size == 0]
-        raise ConfigError(
-            f"a micro-batch of {micro_batch} does not divide the effective batch of {effective}; use one of {fits}"
-        )
-    return micro_batch, effective // micro_batch
-
-
-def _average_micro_batches(trainer: Trainer) -> None:
-    """Make the gradient the mean over the effective batch, however it is split.
-
-    Many models take ``num_items_in_batch`` and ignore it (BERT's classifier does). The trainer then adds micro-batches up
-    instead of averaging them, and a change of micro-batch at the seam would change the size of every gradient.
-    """
-    if not trainer.model_accepts_loss_kwargs or trainer.compute_loss_func is not None:
-        return
-    losses = []
-    for count in (1, 2):
-        with isolated_rng(), torch.no_grad():
-            batch = next(iter(trainer.get_train_dataloader()), None)
-            if batch is None:
-                return
-            inputs = trainer._prepare_inputs(batch)
-            losses.append(trainer.compute_loss(trainer.model, inputs, num_items_in_batch=torch.tensor(count)))
-    if torch.equal(*losses):
-        trainer.model_accepts_loss_kwargs = False
-
-
-def _check_trainer(trainer: Trainer) -> None:
-    if trainer.is_deepspeed_enabled or trainer.is_fsdp_enabled:
-        raise ConfigError("DeepSpeed and FSDP are not supported yet; run on one process or with plain DDP")
-    if trainer.model_init is not None:
-        raise ConfigError("model_init rebuilds the model inside train(); give the trainer a finished model instead")
-    if trainer.train_dataset is None:
-        raise ConfigError("the trainer has no train_dataset; give it one")
-
-
-@contextlib.contextmanager
-def _warmup_arguments(trainer: Trainer) -> Iterator[None]:
-    """Arguments that must differ until T: the whole state is saved at T, and no earlier model is loaded back there."""
-    args = trainer.args
-    before = args.load_best_model_at_end, args.save_only_model, args.save_strategy
-    args.load_best_model_at_end = args.save_only_model = False
-    try:
-        yield
-    finally:
-        args.load_best_model_at_end, args.save_only_model, args.save_strategy = before
-
-
-def _no_reentrant_checkpointing(trainer: Trainer) -> None:
-    """Reentrant checkpointing gives no gradient to a block whose input needs none, which is the lowest live block now."""
-    args = trainer.args
-    for key in ("activation_checkpointing_kwargs", "gradient_checkpointing_kwargs"):
-        settings = getattr(args, key, None)
-        if isinstance(settings, dict) and settings.get("use_reentrant"):
-            log.info(
-                "%s: use_reentrant is False after the seam, so that the backward pass can end at the lowest adapter",
-                key,
-            )
-            setattr(args, key, {**settings, "use_reentrant": False})
-
-
 def _phase_result(
     trainer: Trainer,
     name: Literal["warmup", "final"],
@@ -421,4 +336,4 @@ def _train_plain(trainer: Trainer, method: Method, resume: bool | str | Path, me
     )
 
 
-__all__ = ["FitResult", "PhaseResult", "fit", "measure_step", "planned_steps"]
+__all__ = ["FitResult", "PhaseResult", "fit"]

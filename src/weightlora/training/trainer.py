@@ -1,0 +1,124 @@
+"""What ``fit`` asks of a trainer: how long it runs, how it splits batches, what a step costs, which arguments must change."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+from collections.abc import Iterator
+
+import torch
+from transformers import Trainer
+
+from weightlora.errors import ConfigError
+from weightlora.training.measure import StepCost, isolated_rng, step_cost
+
+log = logging.getLogger("weightlora")
+
+
+def planned_steps(trainer: Trainer) -> int:
+    """Optimizer steps of the whole run, as the trainer will count them."""
+    args = trainer.args
+    if args.max_steps > 0:
+        return int(args.max_steps)
+    with isolated_rng():
+        return int(trainer.set_initial_training_values(args, trainer.get_train_dataloader())[-1])
+
+
+def measure_step(trainer: Trainer) -> StepCost | None:
+    """Count the cost of the first micro-batch, with random state and gradients given back; None where there is no batch."""
+    with isolated_rng():
+        batch = next(iter(trainer.get_train_dataloader()), None)
+        if batch is None:
+            return None
+        trainer.model.train()
+        _checkpoint_as_in_training(trainer)
+        inputs = trainer._prepare_inputs(batch)
+
+        def loss() -> torch.Tensor:
+            # accelerate wraps autocast around the model only inside train(); measured here, it must be on as well.
+            with trainer.accelerator.autocast(), trainer.compute_loss_context_manager():
+                return trainer.compute_loss(trainer.model, dict(inputs))
+
+        return step_cost(trainer.model, loss)
+
+
+def _checkpoint_as_in_training(trainer: Trainer) -> None:
+    """Switch gradient checkpointing on with the arguments of now, as ``train`` will: what is measured is what runs."""
+    args, model = trainer.args, trainer.model
+    if not getattr(args, "activation_checkpointing", args.gradient_checkpointing):
+        return
+    settings = dict(getattr(args, "activation_checkpointing_kwargs", None) or args.gradient_checkpointing_kwargs or {})
+    layers = {key: settings.pop(key) for key in ("every_n_layers", "offload") if key in settings}
+    enable = getattr(model, "activation_checkpointing_enable", None)
+    if enable is None:  # the name of older releases
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=settings or None)
+    else:
+        enable(activation_checkpointing_kwargs=settings or None, **layers)
+
+
+def split_batch(trainer: Trainer, micro_batch: int | None) -> tuple[int, int] | None:
+    """(micro-batch, accumulation) with the trainer's effective batch, or a ConfigError."""
+    if micro_batch is None:
+        return None
+    args = trainer.args
+    effective = args.per_device_train_batch_size * args.gradient_accumulation_steps
+    if micro_batch < 1 or effective % micro_batch:
+        fits = [size for size in range(1, effective + 1) if effective % size == 0]
+        raise ConfigError(
+            f"a micro-batch of {micro_batch} does not divide the effective batch of {effective}; use one of {fits}"
+        )
+    return micro_batch, effective // micro_batch
+
+
+def average_micro_batches(trainer: Trainer) -> None:
+    """Make the gradient the mean over the effective batch, however it is split.
+
+    Many models take ``num_items_in_batch`` and ignore it (BERT's classifier does). The trainer then adds micro-batches up
+    instead of averaging them, and a change of micro-batch at the seam would change the size of every gradient.
+    """
+    if not trainer.model_accepts_loss_kwargs or trainer.compute_loss_func is not None:
+        return
+    losses = []
+    for count in (1, 2):
+        with isolated_rng(), torch.no_grad():
+            batch = next(iter(trainer.get_train_dataloader()), None)
+            if batch is None:
+                return
+            inputs = trainer._prepare_inputs(batch)
+            losses.append(trainer.compute_loss(trainer.model, inputs, num_items_in_batch=torch.tensor(count)))
+    if torch.equal(*losses):
+        trainer.model_accepts_loss_kwargs = False
+
+
+def check_trainer(trainer: Trainer) -> None:
+    if trainer.is_deepspeed_enabled or trainer.is_fsdp_enabled:
+        raise ConfigError("DeepSpeed and FSDP are not supported yet; run on one process or with plain DDP")
+    if trainer.model_init is not None:
+        raise ConfigError("model_init rebuilds the model inside train(); give the trainer a finished model instead")
+    if trainer.train_dataset is None:
+        raise ConfigError("the trainer has no train_dataset; give it one")
+
+
+@contextlib.contextmanager
+def warmup_arguments(trainer: Trainer) -> Iterator[None]:
+    """Arguments that must differ until T: the whole state is saved at T, and no earlier model is loaded back there."""
+    args = trainer.args
+    before = args.load_best_model_at_end, args.save_only_model, args.save_strategy
+    args.load_best_model_at_end = args.save_only_model = False
+    try:
+        yield
+    finally:
+        args.load_best_model_at_end, args.save_only_model, args.save_strategy = before
+
+
+def no_reentrant_checkpointing(trainer: Trainer) -> None:
+    """Reentrant checkpointing gives no gradient to a block whose input needs none, which is the lowest live block now."""
+    args = trainer.args
+    for key in ("activation_checkpointing_kwargs", "gradient_checkpointing_kwargs"):
+        settings = getattr(args, key, None)
+        if isinstance(settings, dict) and settings.get("use_reentrant"):
+            log.info(
+                "%s: use_reentrant is False after the seam, so that the backward pass can end at the lowest adapter",
+                key,
+            )
+            setattr(args, key, {**settings, "use_reentrant": False})
