@@ -3,7 +3,7 @@
     python benchmarks/adapter_path.py --shape deberta-v3-base --dropout 0.05
     python benchmarks/adapter_path.py --shape llama-3-8b --device cuda --seconds 120
 
-Every row runs on the same model and the same batch. Counted figures (bytes, FLOPs) are exact and the same on any machine.
+Every row runs on the same model and batch. Counted figures (bytes, FLOPs) are exact and the same on any machine.
 Times are medians of rounds in which every row takes its turn, and are given as a ratio to stock PEFT in the same run.
 """
 
@@ -11,15 +11,19 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import hashlib
 import json
 import os
 import platform
 import random
+import re
+import shlex
 import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -31,19 +35,21 @@ from peft import LoraConfig, get_peft_model
 from peft.tuners.lora.layer import LoraLayer, LoraVariant
 from torch import Tensor, nn
 
-from weightlora.graft import Gates, disconnect, end_backward_at_lowest
+import weightlora
+from weightlora.graft import Gates
 from weightlora.graft.adapters import adapters, factors, lora_layers
 from weightlora.graft.fast import fast_path, stock_path
+from weightlora.ops import why_no_triton
 from weightlora.training.measure import StepCost, isolated_rng, step_cost
 
 QKV_BERT = ("query", "key", "value")
-ALL_BERT = (*QKV_BERT, "attention.output.dense", "intermediate.dense", r"\d+.output.dense")
+ALL_BERT = (*QKV_BERT, r"attention\.output\.dense", r"intermediate\.dense", r"\d+\.output\.dense")
 ALL_LLAMA = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Shape:
-    """A model by its config (random weights), what is adapted, and the batch."""
+    """A model by its config (random weights), what is adapted, the batch, and what survives after the seam."""
 
     model: str
     config: str
@@ -51,17 +57,17 @@ class Shape:
     targets: tuple[str, ...]
     batch: int
     length: int
+    named: str
     dtype: torch.dtype = torch.float32
-    dropout: float = 0.0
-    named: str = ""
-    options: dict[str, Any] = field(default_factory=dict)
+    k_random: int = 5
+    k_deepest: int = 5
 
 
-# Vocabularies of the encoders are cut to 1,000 rows: an embedding table is only looked up, and costs neither kept bytes nor
-# FLOPs. The language models' logits do cost; llama-3-8b has its real vocabulary.
+# Vocabularies of the encoders are cut to 1,000 rows: an embedding table is only looked up, and costs neither kept bytes
+# nor FLOPs. The language models' logits do cost; llama-3-8b has its real vocabulary.
 _DEBERTA = {"vocab_size": 1000, "hidden_size": 768, "num_hidden_layers": 12, "num_attention_heads": 12,
-            "intermediate_size": 3072, "relative_attention": True, "position_buckets": 256, "pos_att_type": ["p2c", "c2p"],
-            "share_att_key": True, "norm_rel_ebd": "layer_norm", "max_relative_positions": -1,
+            "intermediate_size": 3072, "relative_attention": True, "position_buckets": 256,
+            "pos_att_type": ["p2c", "c2p"], "share_att_key": True, "norm_rel_ebd": "layer_norm", "max_relative_positions": -1,
             "position_biased_input": False, "type_vocab_size": 0, "max_position_embeddings": 512,
             "hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}  # fmt: skip
 SHAPES: dict[str, Shape] = {
@@ -88,7 +94,7 @@ SHAPES: dict[str, Shape] = {
         model="LlamaForCausalLM", config="LlamaConfig", batch=1, length=2048, dtype=torch.bfloat16, targets=ALL_LLAMA,
         sizes={"vocab_size": 128256, "hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32,
                "num_attention_heads": 32, "num_key_value_heads": 8, "max_position_embeddings": 8192,
-               "rope_theta": 500000.0},
+               "rope_theta": 500000.0}, k_random=100, k_deepest=56,
         named=r"layers\.(2[4-9]|3[01])\.(self_attn\.[qv]_proj|mlp\.down_proj)",
     ),
     "llama-512": Shape(
@@ -107,7 +113,9 @@ SHAPES: dict[str, Shape] = {
 
 
 class DenseVariant(LoraVariant):  # type: ignore[misc]
-    """The published code's forward, re-created: the dense update is built, weighted and multiplied with x, gate 0 or not."""
+    """The published code's forward, re-created: the dense update is built and multiplied with x, gate 0 or not."""
+
+    is_gate = True
 
     def __init__(self, device: torch.device) -> None:
         self.gate = torch.ones((), device=device, requires_grad=True)
@@ -119,22 +127,341 @@ class DenseVariant(LoraVariant):  # type: ignore[misc]
 
 
 def build(shape: Shape, device: str, seed: int) -> tuple[nn.Module, dict[str, Tensor]]:
-    """The model in training mode, frozen, with random weights, and one batch."""
+    """The frozen model in training mode, with random weights, and one batch."""
     torch.manual_seed(seed)
     config = getattr(transformers, shape.config)(**shape.sizes)
-    with torch.device(device):
-        default = torch.get_default_dtype()
-        torch.set_default_dtype(shape.dtype)
-        try:
+    config.use_cache = False
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(shape.dtype)
+    try:
+        with torch.device(device):
             model = getattr(transformers, shape.model)(config)
-        finally:
-            torch.set_default_dtype(default)
-    ids = torch.randint(4, shape.sizes["vocab_size"], (shape.batch, shape.length), generator=torch.Generator().manual_seed(seed))
+    finally:
+        torch.set_default_dtype(before)
+    generator = torch.Generator().manual_seed(seed)
+    ids = torch.randint(4, shape.sizes["vocab_size"], (shape.batch, shape.length), generator=generator)
     labels = torch.arange(shape.batch) % 2 if shape.model.endswith("Classification") else ids
-    batch = {"input_ids": ids.to(device), "attention_mask": torch.ones_like(ids).to(device), "labels": labels.to(device)}
-    model.config.use_cache = False
-    return model.train().requires_grad_(False), batch
+    batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": labels}
+    return model.train().requires_grad_(False), {key: value.to(device) for key, value in batch.items()}
 
 
-def target_pattern(shape: Shape) -> str:
-    return r".*\.(?:%s)" % "|".join(t.replace(".", r"\.").replace(r"\d+\.", r"\d+\.") for t in shape.targets)
+class Bench:
+    """One model, one batch; each row is a context in which the model computes that row's way."""
+
+    def __init__(self, shape: Shape, args: argparse.Namespace) -> None:
+        model, self.batch = build(shape, args.device, args.seed)
+        pattern = rf".*\.(?:{'|'.join(shape.targets)})"
+        config = LoraConfig(r=args.rank, lora_alpha=4 * args.rank, lora_dropout=args.dropout, target_modules=pattern)
+        self.model = get_peft_model(model, config, autocast_adapter_dtype=args.adapter_dtype == "float32")
+        self.root, self.shape, self.args = model, shape, args
+        self.layers = dict(lora_layers(self.model, "default"))
+        with torch.no_grad():  # B = 0 is a special case of the gradients; a benchmark should not sit on it
+            for layer in self.layers.values():
+                factors(layer, "default")[1].normal_(std=0.02)
+        names = [adapter.name for adapter in adapters(self.model)]
+        self.random = random.Random(args.seed).sample(names, min(args.k_random or shape.k_random, len(names)))
+        self.deepest = names[-min(args.k_deepest or shape.k_deepest, len(names)) :]
+        self.named = [name for name in names if re.search(args.names or shape.named, name)]
+        self.engine = args.engine
+
+    def rows(self) -> dict[str, Callable[[], contextlib.AbstractContextManager[None]]]:
+        return {
+            "bare": self.bare,
+            "stock": lambda: self.stock(self.layers),
+            "ours": lambda: self.ours(self.layers),
+            "ours-gated": self.gated,
+            "dense": self.dense,
+            f"ours-random-{len(self.random)}": lambda: self.ours(self.random),
+            f"ours-deepest-{len(self.deepest)}": lambda: self.ours(self.deepest),
+            f"ours-named-{len(self.named)}": lambda: self.ours(self.named),
+            f"stock-deepest-{len(self.deepest)}": lambda: self.stock(self.deepest),
+            "full": self.full,
+        }
+
+    def loss(self) -> Tensor:
+        device = self.args.device.split(":")[0]
+        with torch.autocast(device, torch.bfloat16, enabled=self.args.autocast):
+            return self.model(**self.batch).loss  # type: ignore[no-any-return]
+
+    def step(self) -> None:
+        """Forward and backward; gradients are dropped again."""
+        self.loss().backward()
+        for parameter in self.model.parameters():
+            parameter.grad = None
+
+    @contextlib.contextmanager
+    def stock(self, live: Sequence[str] | dict[str, LoraLayer]) -> Iterator[None]:
+        """Only `live` is there; the others' base layers stand in their places, as after disconnecting."""
+        wanted = set(live)
+        for path, layer in self.layers.items():
+            parent, _, child = path.rpartition(".")
+            setattr(self.root.get_submodule(parent), child, layer if path in wanted else layer.get_base_layer())
+        try:
+            yield
+        finally:
+            for path, layer in self.layers.items():
+                parent, _, child = path.rpartition(".")
+                setattr(self.root.get_submodule(parent), child, layer)
+
+    @contextlib.contextmanager
+    def ours(self, live: Sequence[str] | dict[str, LoraLayer]) -> Iterator[None]:
+        with self.stock(live):
+            changed = fast_path(self.model, engine_name=self.engine)
+            assert changed == len(live)
+            try:
+                yield
+            finally:
+                stock_path(self.model)
+
+    @contextlib.contextmanager
+    def gated(self) -> Iterator[None]:
+        gates = Gates(self.model, engine_name=self.engine)
+        try:
+            yield
+        finally:
+            gates.detach()
+
+    @contextlib.contextmanager
+    def dense(self) -> Iterator[None]:
+        for layer in self.layers.values():
+            layer.lora_variant["default"] = DenseVariant(factors(layer, "default")[0].device)
+        try:
+            yield
+        finally:
+            for layer in self.layers.values():
+                del layer.lora_variant["default"]
+
+    @contextlib.contextmanager
+    def bare(self) -> Iterator[None]:
+        """No adapter; the gradient goes down to the embeddings' output and stops there."""
+        hook = self.root.get_input_embeddings().register_forward_hook(lambda _m, _i, out: out.requires_grad_())
+        with self.stock(()):
+            try:
+                yield
+            finally:
+                hook.remove()
+
+    @contextlib.contextmanager
+    def full(self) -> Iterator[None]:
+        with self.stock(()):
+            self.root.requires_grad_(True)
+            try:
+                yield
+            finally:
+                self.root.requires_grad_(False)
+
+
+def floor_bytes(bench: Bench) -> int:
+    """What no adapter path that trains every adapter can go below, counted in one forward of the bare base.
+
+    The union, each storage once, of what the bare base keeps and one copy of each distinct adapter input in the base's
+    own dtype; and h = x A^T, (tokens, r), of every adapter call.
+    """
+    known = {t.untyped_storage().data_ptr() for t in (*bench.model.parameters(), *bench.model.buffers())}
+    storages: dict[int, int] = {}
+    alive: list[Tensor] = []
+    inputs: dict[tuple[int, int], int] = {}
+    products = 0
+
+    def pack(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in known:
+            storages[storage.data_ptr()] = storage.nbytes()
+            alive.append(tensor.detach())
+        return tensor
+
+    def watch(layer: LoraLayer) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
+        A = factors(layer, "default")[0]
+
+        def hook(_module: nn.Module, given: tuple[Tensor, ...]) -> None:
+            nonlocal products
+            x = given[0].detach()
+            alive.append(x)
+            inputs[x.untyped_storage().data_ptr(), x.storage_offset()] = x.numel() * bench.shape.dtype.itemsize
+            products += x.numel() // x.shape[-1] * A.shape[0] * A.element_size()
+
+        return hook
+
+    hooks = [layer.get_base_layer().register_forward_pre_hook(watch(layer)) for layer in bench.layers.values()]
+    try:
+        with isolated_rng(), bench.bare(), torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+            loss = bench.loss()
+    finally:
+        for hook in hooks:
+            hook.remove()
+    del loss
+    extra = sum(size for (storage, _), size in inputs.items() if storage not in storages and storage not in known)
+    return sum(storages.values()) + extra + products
+
+
+def count(bench: Bench, names: Sequence[str]) -> dict[str, StepCost]:
+    """Kept bytes and FLOPs of each row."""
+    costs = {}
+    for name in names:
+        with bench.rows()[name]():
+            costs[name] = step_cost(bench.model, bench.loss)
+    return costs
+
+
+def clock(bench: Bench, names: Sequence[str], seconds: float) -> dict[str, list[float]]:
+    """Seconds per step, a list per row: all rows take turns, in an order that changes, until `seconds` are over."""
+    cuda = bench.args.device.startswith("cuda")
+    times: dict[str, list[float]] = {name: [] for name in names}
+    order, stop = random.Random(0), time.perf_counter() + seconds
+    rounds = 0
+    # The first round warms up and is not recorded; three recorded rounds at least.
+    while rounds < 4 or time.perf_counter() < stop:
+        for name in order.sample(list(names), len(names)):
+            with bench.rows()[name]():
+                if cuda:
+                    torch.cuda.synchronize()
+                start = time.perf_counter()
+                bench.step()
+                if cuda:
+                    torch.cuda.synchronize()
+                if rounds:
+                    times[name].append(time.perf_counter() - start)
+        rounds += 1
+    return times
+
+
+def on_cuda(bench: Bench, names: Sequence[str]) -> dict[str, dict[str, int]]:
+    """Peak memory and the number of kernels of one step, a dict per row; nothing without CUDA."""
+    if not bench.args.device.startswith("cuda"):
+        return {}
+    found = {}
+    for name in names:
+        with bench.rows()[name]():
+            bench.step()
+            torch.cuda.synchronize()
+            torch.cuda.reset_peak_memory_stats()
+            bench.step()
+            torch.cuda.synchronize()
+            peak = torch.cuda.max_memory_allocated()
+            with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+                bench.step()
+                torch.cuda.synchronize()
+            kernels = sum(1 for event in profile.events() if event.device_type == torch.autograd.DeviceType.CUDA)
+            found[name] = {"peak_memory_bytes": peak, "kernels": kernels}
+    return found
+
+
+def provenance(args: argparse.Namespace) -> dict[str, Any]:
+    """What is needed to run it again and to judge the figures."""
+    source = Path(weightlora.__file__).parent
+    digest = hashlib.sha256()
+    for file in sorted((*source.glob("ops/*.py"), *source.glob("graft/*.py"), Path(__file__))):
+        digest.update(file.read_bytes())
+    packages = {module.__name__: module.__version__ for module in (torch, transformers, peft, weightlora)}
+    if why_no_triton() is None:
+        packages["triton"] = version("triton")
+    cuda = args.device.startswith("cuda")
+    return {
+        "command": shlex.join(["python", f"benchmarks/{Path(sys.argv[0]).name}", *sys.argv[1:]]),
+        "versions": {"python": platform.python_version(), **packages},
+        "machine": torch.cuda.get_device_name() if cuda else f"{platform.machine()}, {os.cpu_count()} cores",
+        "threads": torch.get_num_threads(),
+        "seed": args.seed,
+        "code_sha256": digest.hexdigest(),
+    }
+
+
+def table(bench: Bench, names: Sequence[str], seconds: float) -> dict[str, dict[str, Any]]:
+    """Everything measured, a dict per row."""
+    costs = count(bench, names)
+    rows: dict[str, dict[str, Any]] = {
+        name: {"kept_activation_bytes": c.kept_activation_bytes, "flops": c.flops} for name, c in costs.items()
+    }
+    for name, more in on_cuda(bench, names).items():
+        rows[name] |= more
+    if seconds > 0:
+        times = clock(bench, names, seconds)
+        tokens = bench.batch["input_ids"].numel()
+        for name, own in times.items():
+            median = statistics.median(own)
+            rows[name] |= {"seconds_median": median, "tokens_per_second": tokens / median, "rounds": len(own)}
+            for base in ("stock", "bare", "dense"):
+                if base in times:
+                    ratios = [theirs / mine for theirs, mine in zip(times[base], own, strict=True)]
+                    rows[name][f"times_faster_than_{base}"] = statistics.median(ratios)
+    return rows
+
+
+def show(name: str, row: dict[str, Any]) -> None:
+    line = f"{name:20} {row['kept_activation_bytes'] / 2**20:9.1f} MiB {row['flops'] / 1e9:9.1f} GFLOP"
+    if "seconds_median" in row:
+        line += f" {row['seconds_median']:8.3f} s"
+    if "times_faster_than_stock" in row:
+        line += f"  {row['times_faster_than_stock']:5.2f}x of stock"
+    if "peak_memory_bytes" in row:
+        line += f"  peak {row['peak_memory_bytes'] / 2**30:6.2f} GiB, {row['kernels']} kernels"
+    print(line, flush=True)
+
+
+def write(path: Path, content: dict[str, Any]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text(json.dumps(content, indent=1) + "\n")
+    os.replace(temporary, path)
+
+
+def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--shape", choices=sorted(SHAPES), default="minilm")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--engine", default="auto", help="of our rows: auto, autograd, triton or reference")
+    parser.add_argument("--dropout", type=float, default=0.0, help="of the adapters; the model's own is 0")
+    parser.add_argument("--rank", type=int, default=8)
+    parser.add_argument(
+        "--adapter-dtype", choices=["float32", "base"], default="float32", help="PEFT's default: float32"
+    )
+    parser.add_argument("--autocast", action="store_true", help="run the forward under bfloat16 autocast")
+    parser.add_argument("--batch", type=int, help="default: the shape's")
+    parser.add_argument("--length", type=int, help="tokens of a row; default: the shape's")
+    parser.add_argument("--layers", type=int, help="fewer layers than the shape has, for a machine that cannot hold it")
+    parser.add_argument("--k-random", type=int, help="survivors chosen at random")
+    parser.add_argument("--k-deepest", type=int, help="survivors in the highest layers")
+    parser.add_argument("--names", help="regular expression: survivors by name")
+    parser.add_argument("--only", nargs="+", metavar="ROW", help="rows, by the start of their names")
+    parser.add_argument("--seconds", type=float, default=0.0, help="time for the clock; 0: count only")
+    parser.add_argument("--threads", type=int, help="CPU threads")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--out", type=Path, help="default: benchmarks/results/adapter-path-SHAPE-DEVICE-....json")
+    return parser.parse_args(argv)
+
+
+def shape_of(args: argparse.Namespace) -> Shape:
+    shape = SHAPES[args.shape]
+    sizes = dict(shape.sizes)
+    if args.layers:
+        sizes |= {key: args.layers for key in ("num_hidden_layers", "encoder_layers", "decoder_layers") if key in sizes}
+    return replace(shape, sizes=sizes, batch=args.batch or shape.batch, length=args.length or shape.length)
+
+
+def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
+    args = parse(argv)
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    bench = Bench(shape_of(args), args)
+    names = [name for name in bench.rows() if not args.only or any(name.startswith(start) for start in args.only)]
+    rows = table(bench, names, args.seconds)
+    floor = floor_bytes(bench)
+    for name, row in rows.items():
+        show(name, row)
+    print(f"{'floor, all adapters':20} {floor / 2**20:9.1f} MiB   (n = {len(bench.layers)})")
+    result = {
+        "benchmark": "adapter_path", "shape": args.shape, "device": args.device, "dtype": str(bench.shape.dtype),
+        "adapter_dtype": args.adapter_dtype, "autocast": args.autocast, "batch": bench.shape.batch,
+        "length": bench.shape.length, "layers": args.layers, "rank": args.rank, "dropout": args.dropout,
+        "engine": args.engine, "n": len(bench.layers), "floor_bytes": floor, "rows": rows,
+        "survivors": {"random": bench.random, "deepest": bench.deepest, "named": bench.named},
+        "provenance": provenance(args),
+    }  # fmt: skip
+    tags = [args.shape, args.device.split(":")[0], f"dropout{args.dropout:g}"]
+    tags += ["autocast"] * args.autocast + [f"batch{args.batch}"] * bool(args.batch)
+    write(args.out or Path(__file__).parent / "results" / f"adapter-path-{'-'.join(tags)}.json", result)
+    return result
+
+
+if __name__ == "__main__":
+    main()

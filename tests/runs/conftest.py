@@ -5,8 +5,15 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import torch
 
 from tests.runs.commands import copy_data
+
+
+@pytest.fixture(scope="session", autouse=True)
+def one_thread() -> None:
+    """The models are tiny: a second thread would only wait for the first."""
+    torch.set_num_threads(1)
 
 
 @pytest.fixture(scope="session")

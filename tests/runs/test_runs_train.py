@@ -133,13 +133,15 @@ def test_train_leaves_a_true_record_and_a_stock_adapter(
     texts, labels = validation(small_data, task)
     truth = numbers(task, predict(live, loaded, texts), labels)
     for name, value in truth.items():
-        assert math.isclose(record["metrics"][name], value, rel_tol=1e-4, abs_tol=1e-6), name
+        # The predictions of an untrained model hardly differ, which makes their correlation a delicate number.
+        tolerance = 1e-3 if name == "pearson" else 1e-5
+        assert math.isclose(record["metrics"][name], value, rel_tol=tolerance), name
     assert sum(phase["steps"] for phase in record["phases"]) == record["max_steps"]
 
 
 def check_selection(record: dict[str, Any], run: Path, n: int, method: str, k: str) -> None:
     """Kept modules, their number, ranks and parameters: the record against the files."""
-    wanted = n if method == "lora" else round(n * 0.25) if k == "0.25" else 3
+    wanted = n if method == "lora" else math.floor(n * 0.25 + 0.5) if k == "0.25" else 3
     weights = load_file(run / "adapter" / "adapter_model.safetensors")
     assert (record["n_adapters"], record["k"], record["r"]) == (n, wanted, 8)
     assert len(record["kept"]) == wanted

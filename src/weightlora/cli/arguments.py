@@ -51,6 +51,9 @@ METHOD_FLAGS: tuple[tuple[str, dict[str, Any]], ...] = (
     ("--max-rank", {"type": int, "help": "cap on grown ranks (weightlora+)"}),
 )
 
+# Flags without a value: in a recipe, `false` is the same as leaving them out.
+SWITCHES = ("--regression", "--overwrite")
+
 
 def dashed(words: Sequence[str]) -> list[str]:
     """``--max_steps`` and ``--max-steps`` are one flag.
@@ -120,7 +123,9 @@ def read_recipe(path: str) -> list[str]:
             words += [flag, ",".join(map(str, value))]
         elif isinstance(value, dict):
             words += [flag, json.dumps(value)]
-        elif value is not False and value is not None:
+        elif value is False and flag in SWITCHES:
+            continue
+        elif value is not None:
             words += [flag, str(value)]
     return words
 

@@ -9,10 +9,11 @@ import os
 import sys
 import warnings
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 from weightlora import __version__
 from weightlora.cli import arguments, commands
-from weightlora.errors import WeightLoRAError
+from weightlora.errors import ConfigError, WeightLoRAError
 
 Command = Callable[[argparse.Namespace, list[str], argparse.ArgumentParser], int]
 
@@ -58,18 +59,27 @@ def main(argv: Sequence[str] | None = None) -> int:
         if takes_rest and len(words) > 1 and not words[1].startswith("-"):
             words = [command, *arguments.read_recipe(words[1]), *words[2:]]
         parsed, rest = parser.parse_known_args(words)
+        if parsed.command is None:
+            parser.error(f"unrecognized arguments: {' '.join(rest)}")
         sub, run, _ = table[parsed.command]
         if rest and not takes_rest:
             sub.error(f"unrecognized arguments: {' '.join(rest)}")
+        if parsed.json is not None and Path(parsed.json).is_dir():
+            raise ConfigError(f"{parsed.json} is a folder; give --json a file, or - for standard output")
         _quiet_libraries()
         return run(parsed, rest, sub)
     except WeightLoRAError as error:
         print(f"weightlora {command}: error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        where = next((b for a, b in zip(words, words[1:], strict=False) if a == "--out"), "DIR")
-        print(f"\ninterrupted; `weightlora resume {where}` goes on from the last checkpoint", file=sys.stderr)
+        print("\ninterrupted" + _how_to_go_on(command, parsed), file=sys.stderr)
         return 130
+
+
+def _how_to_go_on(command: str, parsed: argparse.Namespace) -> str:
+    if command in ("train", "resume"):
+        return f"; `weightlora resume {parsed.out if command == 'train' else parsed.run}` goes on from the last checkpoint"
+    return "; the same command again goes on where it was" if command == "compare" else ""
 
 
 METHOD_HELP = "a method: weightlora, weightlora+, lora, full, random, top, gradient (default: weightlora)"
@@ -136,6 +146,8 @@ def _quiet_libraries() -> None:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     logging.basicConfig(format="%(message)s", level=logging.WARNING)
     logging.getLogger("weightlora").setLevel(logging.INFO)
+    # Imported by PEFT wherever it is installed, it complains about kernels of its own that nothing here needs.
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     # PEFT asks Transformers by a name that is about to change; no user can do anything about it.
     warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated", category=FutureWarning)
     from transformers.utils import logging as transformers_logging

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import threading
 import weakref
 from typing import Any, Protocol
@@ -12,11 +11,11 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from weightlora.ops.dropout import draw_seed, drop_, dropped
+from weightlora.ops.dropout import draw_seed, drawn, drop_
 
 
 class Products(Protocol):
-    """The four products of the adapter path that touch something as large as the input or the output.
+    """The products of the adapter path that touch something as large as the input or the output.
 
     ``p`` and ``seed`` say which entries of the input are dropped; survivors are not scaled up.
     """
@@ -25,38 +24,62 @@ class Products(Protocol):
         """``drop(x) A^T``: (tokens, d) and (r, d) to (tokens, r) in `dtype`."""
         ...
 
-    def add_(self, out: Tensor, h: Tensor, left: Tensor) -> None:
-        """``out += h left^T`` in place: (tokens, d_out), (tokens, r), (d_out, r)."""
+    def add_(self, out: Tensor, h: Tensor, B: Tensor, scale: float) -> None:
+        """``out += scale h B^T`` in place: (tokens, d_out), (tokens, r), (d_out, r)."""
         ...
 
-    def outer(self, u: Tensor, x: Tensor, p: float, seed: int) -> Tensor:
-        """``u^T drop(x)``: (tokens, r) and (tokens, d) to (r, d) in u's dtype."""
+    def outer(self, h: Tensor, g: Tensor) -> Tensor:
+        """``h^T g``: (tokens, r) and (tokens, d_out) to (r, d_out) in h's dtype."""
         ...
 
-    def spread(self, u: Tensor, A: Tensor, p: float, seed: int) -> Tensor:
-        """``drop(u A)``: (tokens, r) and (r, d) to (tokens, d) in u's dtype."""
+    def back(
+        self, u: Tensor, x: Tensor | None, A: Tensor | None, p: float, seed: int
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """``u^T drop(x)`` (r, d) and ``drop(u A)`` (tokens, d) in u's dtype; None in, None out."""
         ...
 
 
 class TorchProducts:
-    """The four products by torch's own kernels, on any device."""
+    """The products by torch's own kernels, on any device."""
 
     def down(self, x: Tensor, A: Tensor, dtype: torch.dtype, p: float, seed: int) -> Tensor:
-        return dropped(x, dtype, p, seed) @ A.to(dtype).T
+        if p > 0.0:
+            x = _copy(x, dtype)
+            drop_(x, drawn(x, p, seed))
+        return torch.mm(as_dtype(x, dtype), as_dtype(A, dtype).T)
 
-    def add_(self, out: Tensor, h: Tensor, left: Tensor) -> None:
+    def add_(self, out: Tensor, h: Tensor, B: Tensor, scale: float) -> None:
         if out.dtype == h.dtype:
-            torch.addmm(out, h, left.T, out=out)
+            torch.addmm(out, h, B.T, alpha=scale, out=out)
         else:
             # The sum is rounded once, as PEFT's is: a bfloat16 output and a float32 update meet in float32.
-            out.add_(h @ left.T)
+            out.add_(torch.mm(h, B.T), alpha=scale)
 
-    def outer(self, u: Tensor, x: Tensor, p: float, seed: int) -> Tensor:
-        return u.T @ dropped(x, u.dtype, p, seed)
+    def outer(self, h: Tensor, g: Tensor) -> Tensor:
+        return torch.mm(h.T, as_dtype(g, h.dtype))
 
-    def spread(self, u: Tensor, A: Tensor, p: float, seed: int) -> Tensor:
-        grad = u @ A.to(u.dtype)
-        return drop_(grad, p, seed) if p > 0.0 else grad
+    def back(
+        self, u: Tensor, x: Tensor | None, A: Tensor | None, p: float, seed: int
+    ) -> tuple[Tensor | None, Tensor | None]:
+        grad_x = None if A is None else torch.mm(u, as_dtype(A, u.dtype))
+        if p > 0.0:
+            like = x if grad_x is None else grad_x
+            assert like is not None
+            dropped = drawn(like, p, seed)
+            if grad_x is not None:
+                drop_(grad_x, dropped)
+            if x is not None:
+                x = drop_(_copy(x, u.dtype), dropped)
+        return (None if x is None else torch.mm(u.T, as_dtype(x, u.dtype))), grad_x
+
+
+def as_dtype(t: Tensor, dtype: torch.dtype) -> Tensor:
+    """``t.to(dtype)``, at no cost where nothing is to be done."""
+    return t if t.dtype == dtype else t.to(dtype)
+
+
+def _copy(x: Tensor, dtype: torch.dtype) -> Tensor:
+    return x.to(dtype, copy=True, memory_format=torch.contiguous_format)
 
 
 TORCH = TorchProducts()
@@ -93,12 +116,6 @@ def _flat(t: Tensor) -> Tensor:
     return t.reshape(-1, t.shape[-1])
 
 
-def _full_precision(t: Tensor) -> contextlib.AbstractContextManager[Any]:
-    """Every dtype is chosen here by hand; an autocast region must not choose again."""
-    device = t.device.type
-    return torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else contextlib.nullcontext()
-
-
 class AdapterFunction(torch.autograd.Function):
     """``y = result + s w (drop(x) A^T) B^T`` and its gradients.
 
@@ -118,56 +135,83 @@ class AdapterFunction(torch.autograd.Function):
         in_place: bool,
         products: Products,
     ) -> Tensor:
-        dtype = compute_dtype(x, A)
-        scale = scale / (1.0 - dropout) if dropout < 1.0 else 0.0
-        seed = draw_seed() if dropout > 0.0 else None
-        with _full_precision(x):
-            kept = _shared_cast(x, dtype) if dtype.itemsize < x.dtype.itemsize else x
-            h = products.down(_flat(kept), A, dtype, dropout, 0 if seed is None else int(seed))
-            # The gate multiplies the small factor: no extra pass over the output, no host synchronisation.
-            left = B.to(dtype) * scale if gate is None else (B * (scale * gate.to(B.device))).to(dtype)
-            # A detached alias is neither an input nor a view to autograd: the base layer's own backward is left as it was,
-            # and whoever did save this output is told by its version counter.
-            out = result.detach() if in_place else result.clone(memory_format=torch.contiguous_format)
-            products.add_(out.view(-1, out.shape[-1]), h, left)
-        need = ctx.needs_input_grad
-        ctx.save_for_backward(
-            kept if need[2] else None, A, B, gate, h if need[3] or need[4] else None, seed
-        )
-        ctx.scale, ctx.dropout, ctx.dtype, ctx.products = scale, dropout, dtype, products
-        ctx.shape, ctx.x_dtype = x.shape, x.dtype
-        return out
+        device = x.device.type
+        if torch.is_autocast_enabled(device):
+            dtype = torch.get_autocast_dtype(device)
+            # Every dtype is chosen here by hand; autocast must not choose again.
+            with torch.autocast(device, enabled=False):
+                return _forward(ctx, (x, result, A, B, gate), scale, dropout, dtype, in_place, products)
+        return _forward(ctx, (x, result, A, B, gate), scale, dropout, A.dtype, in_place, products)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
-        with _full_precision(g):
-            return _gradients(ctx, g)
+        device = g.device.type
+        if torch.is_autocast_enabled(device):
+            with torch.autocast(device, enabled=False):
+                return (*_gradients(ctx, g), None, None, None, None)
+        return (*_gradients(ctx, g), None, None, None, None)
+
+
+def _forward(
+    ctx: Any,
+    tensors: tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None],
+    scale: float,
+    dropout: float,
+    dtype: torch.dtype,
+    in_place: bool,
+    products: Products,
+) -> Tensor:
+    x, result, A, B, gate = tensors
+    scale = scale / (1.0 - dropout) if dropout < 1.0 else 0.0
+    seed = draw_seed() if dropout > 0.0 else None
+    kept = _shared_cast(x, dtype) if dtype.itemsize < x.dtype.itemsize else x
+    h = products.down(_flat(kept), A, dtype, dropout, 0 if seed is None else int(seed))
+    # A detached alias is neither an input nor a view to autograd: the base layer's own backward is left as it was, and
+    # whoever did save this output is told by its version counter.
+    out = result.detach() if in_place else result.clone(memory_format=torch.contiguous_format)
+    # The gate multiplies the small factor: no extra pass over the output, no host synchronisation.
+    left = as_dtype(B if gate is None else B * _on(gate, B), dtype)
+    products.add_(out.view(-1, out.shape[-1]), h, left, scale)
+    need = ctx.needs_input_grad
+    ctx.save_for_backward(kept if need[2] else None, A, B, gate, h if need[3] or need[4] else None, seed)
+    ctx.scale, ctx.dropout, ctx.dtype, ctx.products = scale, dropout, dtype, products
+    ctx.shape, ctx.x_dtype = x.shape, x.dtype
+    return out
 
 
 def _gradients(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
+    """Of x, result, A, B and gate."""
     x, A, B, gate, h, seed = ctx.saved_tensors
-    dtype, scale, products, p = ctx.dtype, ctx.scale, ctx.products, ctx.dropout
-    seed = 0 if seed is None else int(seed)
+    dtype, scale, products = ctx.dtype, ctx.scale, ctx.products
     need_x, need_result, need_A, need_B, need_gate = ctx.needs_input_grad[:5]
-    grad = _flat(g).to(dtype)
+    grad = _flat(g)
     exact = torch.promote_types(dtype, torch.float32)
-    strength = scale if gate is None else (scale * gate.to(B.device)).to(exact)
+    strength = scale if gate is None else as_dtype(_on(gate, B), exact) * scale
     grad_x = grad_A = grad_B = grad_gate = None
     if need_B:
         # This way round the long side is the contiguous one.
-        grad_B = (products.outer(h, grad, 0.0, 0) * strength).T.to(B.dtype, memory_format=torch.contiguous_format)
+        grad_B = as_dtype((products.outer(h, grad) * strength).T, B.dtype)
     if need_A or need_x or need_gate:
         gB = products.down(grad, B.T, dtype, 0.0, 0)
         if need_gate:
-            grad_gate = (scale * (gB.to(exact) * h.to(exact)).sum()).to(device=gate.device, dtype=gate.dtype)
+            inner = (as_dtype(gB, exact) * as_dtype(h, exact)).sum()
+            grad_gate = as_dtype(_on(inner * scale, gate), gate.dtype)
         if need_A or need_x:
-            gh = (gB * strength).to(dtype)
-            if need_A:
-                grad_A = products.outer(gh, _flat(x), p, seed).to(A.dtype)
-            if need_x:
-                grad_x = products.spread(gh, A, p, seed).to(ctx.x_dtype).view(ctx.shape)
-    return grad_x, (g if need_result else None), grad_A, grad_B, grad_gate, None, None, None, None
+            grad_A, grad_x = products.back(
+                as_dtype(gB * strength, dtype),
+                _flat(x) if need_A else None,
+                A if need_x else None,
+                ctx.dropout,
+                0 if seed is None else int(seed),
+            )
+            grad_A = None if grad_A is None else as_dtype(grad_A, A.dtype)
+            grad_x = None if grad_x is None else as_dtype(grad_x, ctx.x_dtype).view(ctx.shape)
+    return grad_x, (g if need_result else None), grad_A, grad_B, grad_gate
+
+
+def _on(t: Tensor, other: Tensor) -> Tensor:
+    return t if t.device == other.device else t.to(other.device)
 
 
 def _may_overwrite(x: Tensor, result: Tensor) -> bool:

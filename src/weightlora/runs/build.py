@@ -153,6 +153,13 @@ def training_arguments(config: RunConfig, output_dir: Path) -> TrainingArguments
     if config.method == "full":
         values["learning_rate"] = FULL_LEARNING_RATE
     values |= config.training
+    for name in ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps"):
+        if values.get(name, 1) < 1:
+            raise ConfigError(f"{name}={values[name]} is not allowed; use 1 or more")
+    if values["learning_rate"] < 0:
+        raise ConfigError(f"learning_rate={values['learning_rate']} is negative; use 0 or more")
+    if values.get("max_steps") == 0 or (values.get("max_steps", -1) < 0 and values["num_train_epochs"] <= 0):
+        raise ConfigError("the run has no step to train; use --max-steps or --num-train-epochs with more than 0")
     effective = values["per_device_train_batch_size"] * values.get("gradient_accumulation_steps", 1)
     if config.micro_batch is not None:
         if config.micro_batch < 1 or effective % config.micro_batch:
@@ -166,7 +173,7 @@ def training_arguments(config: RunConfig, output_dir: Path) -> TrainingArguments
     try:
         return TrainingArguments(**values)
     except (TypeError, ValueError, ImportError) as error:
-        raise ConfigError(f"the training arguments are not accepted: {str(error).strip().splitlines()[0]}") from None
+        raise ConfigError(f"the training arguments are not accepted: {' '.join(str(error).split())}") from None
 
 
 def _steps(args: TrainingArguments, rows: int) -> int:

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
 from weightlora.errors import ConfigError, WeightLoRAError
 from weightlora.methods import METHODS
-from weightlora.runs.build import training_arguments
+from weightlora.runs.build import build, training_arguments
 from weightlora.runs.config import CONFIG, RunConfig
 from weightlora.runs.record import Record
 from weightlora.runs.run import RECORD, finished, resume, train
@@ -20,16 +22,16 @@ TUNE_HOLDOUT = 0.1
 TUNE_SEED = 0
 
 
-def parse_method(text: str) -> tuple[str, str]:
+def parse_method(text: str, preset: str = "recommended") -> tuple[str, str]:
     """ "name" or "name:preset".
 
     >>> parse_method("weightlora:paper")
     ('weightlora', 'paper')
     """
-    name, _, preset = text.partition(":")
+    name, _, own = text.partition(":")
     if name not in METHODS:
         raise ConfigError(f"method {name!r} is unknown; the methods are {', '.join(METHODS)}")
-    return name, preset or "recommended"
+    return name, own or preset
 
 
 def compare(
@@ -44,7 +46,7 @@ def compare(
     """Run every method with every seed, one after the other; what is finished already is not run again.
 
     Args:
-        config: what all runs share.
+        config: what all runs share; its preset is that of every method which names none.
         methods: "name" or "name:preset".
         seeds: one run per method and seed.
         folder: runs go to ``folder/<method>-<preset>/seed-<s>``, tuning runs to ``folder/tune/...``.
@@ -59,10 +61,16 @@ def compare(
     Raises:
         WeightLoRAError: settings that cannot work, before the first run.
     """
+    if any(not 0 < factor < math.inf for factor in tune):
+        raise ConfigError(f"tune={','.join(f'{factor:g}' for factor in tune)} must be factors above 0, such as 0.3,1,3")
     plan = []
     for text in methods:
-        name, preset = parse_method(text)
+        name, preset = parse_method(text, config.preset)
         plan.append((name, preset, _for_method(config, name, preset)))
+    for name, preset, base in plan:
+        if not all(finished(folder / f"{name}-{preset}" / f"seed-{seed}") for seed in seeds):
+            with _named(name):
+                build(base)  # a mistake must show now, not after hours of other methods
     records = []
     for number, (name, preset, base) in enumerate(plan):
         label = f"{name}-{preset}"
@@ -119,7 +127,14 @@ def _once(config: RunConfig, folder: Path) -> Record:
         if finished(folder):
             return Record.read(folder / RECORD)
         return resume(folder)
-    try:
+    with _named(config.method):
         return train(config, folder)
+
+
+@contextlib.contextmanager
+def _named(method: str) -> Iterator[None]:
+    """Say which method an error is about."""
+    try:
+        yield
     except WeightLoRAError as error:
-        raise type(error)(f"{config.method}: {error}") from None
+        raise type(error)(f"{method}: {error}") from None

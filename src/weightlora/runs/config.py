@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import typing
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
@@ -114,7 +115,20 @@ class RunConfig:
         known = {f.name for f in fields(cls)}
         if not isinstance(data, dict) or data.pop("schema_version", None) != SCHEMA_VERSION or set(data) - known:
             raise CheckpointError(f"{path} is not a run configuration of this release (schema {SCHEMA_VERSION})")
+        _check_types(cls, data, path)
         try:
             return cls(**data)
         except TypeError as error:
             raise CheckpointError(f"{path} is damaged: {error}") from None
+
+
+def _check_types(cls: type[RunConfig], data: dict[str, Any], path: Path) -> None:
+    """Raise CheckpointError for a value of another type than its field has."""
+    for name, hint in typing.get_type_hints(cls).items():
+        kinds = typing.get_args(hint) if typing.get_origin(hint) is not dict else (dict,)
+        allowed = tuple(kinds or (hint,))
+        allowed += (int,) if float in allowed else ()
+        value = data.get(name)
+        wrong = not isinstance(value, allowed) or (isinstance(value, bool) and bool not in allowed)
+        if name in data and wrong:
+            raise CheckpointError(f"{path} is damaged: {name} is {value!r}; restore the file, or start another run")

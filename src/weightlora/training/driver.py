@@ -69,6 +69,8 @@ class Driver:
         """Call when gradients are final. Withholds the gradients of adapters that must not move (None, not zero)."""
         if self.selection is not None:
             return
+        if self.gates is not None and self.gates.omega.grad is not None:
+            _mean_over_processes(self.gates.omega.grad)
         self.policy.before_step(self._view(lr_factor))
         for index in self.policy.held():
             for factor in self._factors[index]:
@@ -136,3 +138,13 @@ class Driver:
         if self.gates is not None:
             self.gates.load_raw_state({k.removeprefix("gates."): v for k, v in state.items() if k.startswith("gates.")})
         self.step = step
+
+
+def _mean_over_processes(grad: Tensor) -> None:
+    """Under data parallelism each process has seen its own examples; all must move the gates alike.
+
+    Omega is no parameter of the model, so the wrapper that averages the model's gradients does not know it.
+    """
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        torch.distributed.all_reduce(grad)
+        grad.div_(torch.distributed.get_world_size())

@@ -1,0 +1,147 @@
+"""What the path keeps and multiplies, counted on the shapes of the benchmark, against stock PEFT and against the floor."""
+
+from __future__ import annotations
+
+import functools
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from torch import Tensor, nn
+
+from benchmarks.adapter_path import Bench, count, floor_bytes, main, parse, shape_of
+from weightlora.graft import Gates
+from weightlora.graft.fast import fast_path
+from weightlora.training.measure import StepCost, step_cost
+
+MiB = 2**20
+
+
+@functools.cache
+def bench(shape: str) -> Bench:
+    args = parse(["--shape", shape, "--dropout", "0.05", "--engine", "autograd"])
+    return Bench(shape_of(args), args)
+
+
+@functools.cache
+def cost(shape: str, row: str) -> StepCost:
+    return count(bench(shape), [row])[row]
+
+
+def test_deberta_all_on() -> None:
+    stock, ours = cost("deberta-v3-base", "stock"), cost("deberta-v3-base", "ours")
+    # The baseline is the one that the target was set against.
+    assert round(stock.kept_activation_bytes / MiB) == 1545
+    assert round(stock.flops / 1e9, 1) == 434.7
+    assert ours.kept_activation_bytes <= 1345 * MiB
+    assert ours.flops <= stock.flops
+
+
+def test_llama_is_within_three_percent_of_the_floor() -> None:
+    floor = floor_bytes(bench("llama-512"))
+    ours, stock = cost("llama-512", "ours"), cost("llama-512", "stock")
+    assert 165 * MiB < floor < 180 * MiB
+    assert ours.kept_activation_bytes <= 1.03 * floor
+    assert ours.kept_activation_bytes < 0.45 * stock.kept_activation_bytes
+    assert ours.flops <= stock.flops
+
+
+@pytest.mark.parametrize("shape", ["deberta-v3-base", "llama-512"])
+def test_gates_are_nearly_free(shape: str) -> None:
+    plain, gated = cost(shape, "ours"), cost(shape, "ours-gated")
+    assert gated.flops <= 1.01 * plain.flops
+    assert gated.kept_activation_bytes <= 1.001 * plain.kept_activation_bytes
+
+
+class Block(nn.Module):
+    """q, k and v of one input, which the block keeps anyway (its square's gradient needs it)."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.q, self.k, self.v = (nn.Linear(width, width) for _ in range(3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.q(x) * self.k(x) + self.v(x) + x * x
+        return out
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.05])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_bytes_per_added_adapter(dropout: float, dtype: torch.dtype) -> None:
+    width, tokens = 256, 128
+    x = torch.randn(tokens, width, dtype=dtype, requires_grad=True)
+
+    def kept(targets: list[str], lean: bool) -> int:
+        config = LoraConfig(r=8, lora_dropout=dropout, target_modules=targets)
+        model = get_peft_model(Block(width).to(dtype), config).train()
+        if lean:
+            fast_path(model, engine_name="autograd")
+        return step_cost(model, lambda: model(x).sum()).kept_activation_bytes
+
+    growth = [kept(["q", "k", "v"], lean) - kept(["q"], lean) for lean in (False, True)]
+    # Stock keeps h alone when nothing is dropped and nothing cast; ours never more than that and a seed.
+    h = 2 * tokens * 8 * 4
+    assert growth[1] <= h + 2 * 8
+    if dropout or dtype == torch.bfloat16:
+        assert growth[1] <= 0.05 * growth[0]
+
+
+def test_autocast_keeps_one_narrow_copy_of_a_wide_input() -> None:
+    width, tokens = 64, 32
+    x = torch.randn(tokens, width, requires_grad=True)
+    torch.manual_seed(0)
+    model = get_peft_model(Block(width), LoraConfig(r=4, target_modules=["q", "k", "v"]))
+
+    def loss() -> Tensor:
+        with torch.autocast("cpu", torch.bfloat16):
+            out: Tensor = model(x).float().sum()
+            return out
+
+    fast_path(model, engine_name="autograd")
+    ours = step_cost(model, loss).kept_activation_bytes
+    bare = get_peft_model(Block(width), LoraConfig(r=4, target_modules=["q"]))
+    with bare.disable_adapter():
+        base = step_cost(bare, loss_of(bare, x)).kept_activation_bytes
+    assert ours - base == tokens * width * 2 + 3 * tokens * 4 * 2  # one bfloat16 input, three h
+
+
+def loss_of(model: nn.Module, x: Tensor):  # type: ignore[no-untyped-def]
+    def loss() -> Tensor:
+        with torch.autocast("cpu", torch.bfloat16):
+            out: Tensor = model(x).float().sum()
+            return out
+
+    return loss
+
+
+def test_no_work_per_adapter_outside_forward_and_backward() -> None:
+    """Between backward and the optimizer there is one gradient vector, whatever the number of adapters."""
+    model = get_peft_model(Block(16), LoraConfig(r=2, target_modules=["q", "k", "v"]))
+    gates = Gates(model)
+    model(torch.randn(4, 16)).sum().backward()
+    assert gates.omega.shape == (3,)
+    assert gates.omega.grad is not None
+    assert gates.omega.grad.shape == (3,)
+    names = [name for name, _ in model.named_parameters()]
+    assert not [name for name in names if "omega" in name]
+
+
+def test_the_benchmark_script(tmp_path: Path) -> None:
+    out = tmp_path / "result.json"
+    result = main(
+        ["--shape", "tiny", "--dropout", "0.1", "--engine", "autograd", "--seconds", "0.1", "--out", str(out)]
+    )
+    assert json.loads(out.read_text()) == result
+    rows = result["rows"]
+    assert {"bare", "stock", "ours", "ours-gated", "dense", "full"} < rows.keys()
+    for row in rows.values():
+        assert row["kept_activation_bytes"] > 0
+        assert row["seconds_median"] > 0
+        assert row["rounds"] >= 3
+    assert rows["ours"]["kept_activation_bytes"] < rows["stock"]["kept_activation_bytes"]
+    assert rows["dense"]["flops"] > rows["stock"]["flops"] == rows["ours"]["flops"]
+    assert rows["bare"]["flops"] < rows["ours"]["flops"] < rows["full"]["flops"]
+    assert result["floor_bytes"] > rows["bare"]["kept_activation_bytes"]
+    assert result["provenance"]["versions"]["torch"] == torch.__version__

@@ -1,0 +1,179 @@
+"""``compare``: methods by seeds in one table, resumable, with rates tuned where no validation row is seen."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from tests.runs.commands import TINY, read, read_rows, weightlora, write_rows
+
+STEPS = ("--max-steps", "6", "--save-steps", "3", "--k", "3")
+
+
+def compare(data: Path, out: Path, *words: object) -> int:
+    return weightlora("compare", "--task", "sst2", "--data-dir", data, *TINY, *STEPS, *words, "--out", out)
+
+
+def run_files(folder: Path) -> dict[str, tuple[int, int]]:
+    """Every file of the runs below, with its size and the time of its last change."""
+    tables = {"compare.md", "compare.json"}
+    files = (path for path in sorted(folder.rglob("*")) if path.is_file() and path.name not in tables)
+    return {str(path.relative_to(folder)): (path.stat().st_size, path.stat().st_mtime_ns) for path in files}
+
+
+def scores(folder: Path, label: str) -> list[float]:
+    records = [read(path) for path in sorted(folder.glob(f"{label}/seed-*/record.json"))]
+    return [record["metrics"][record["metric"]] for record in records]
+
+
+@pytest.mark.slow
+def test_two_methods_by_two_seeds_then_nothing_is_run_again(
+    small_data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "out"
+    flags = ("--methods", "top,weightlora:paper", "--seeds", "0,1,4", "--learning-rate", "2e-2", "--warmup-steps", "2")
+    assert compare(small_data, out, *flags) == 0
+    table = read(out / "compare.json")
+    assert [(row["method"], row["preset"]) for row in table["rows"]] == [("top", "recommended"), ("weightlora", "paper")]
+    for row, label in zip(table["rows"], ("top-recommended", "weightlora-paper"), strict=True):
+        found = scores(out, label)
+        assert (row["seeds"], row["ok"], row["total"]) == ([0, 1, 4], 3, 3)
+        assert len(found) == 3
+        assert row["score_mean"] == pytest.approx(np.mean(found))
+        assert row["score_spread"] == pytest.approx(np.std(found, ddof=1))
+        mean_and_spread = f"{np.mean(found):.4f} ± {np.std(found, ddof=1):.4f}"
+        assert mean_and_spread in (out / "compare.md").read_text(encoding="utf-8")
+        assert mean_and_spread in capsys.readouterr().out or label != "top-recommended"
+    seeds = {read(out / "top-recommended" / f"seed-{seed}" / "record.json")["seed"] for seed in (0, 1, 4)}
+    assert seeds == {0, 1, 4}
+
+    before = run_files(out)
+    (out / "compare.md").unlink()
+    assert compare(small_data, out, *flags, "--json", tmp_path / "again.json") == 0
+    assert run_files(out) == before
+    assert read(tmp_path / "again.json") == read(out / "compare.json") == table
+    assert (out / "compare.md").is_file()
+
+    # One run died: that one goes on, from its checkpoint, and no other.
+    died = out / "top-recommended" / "seed-1"
+    whole = (died / "adapter" / "adapter_model.safetensors").read_bytes()
+    shutil.rmtree(died / "adapter")
+    shutil.rmtree(died / "checkpoints" / "checkpoint-6")
+    (died / "record.json").write_text(json.dumps(read(died / "record.json") | {"status": "running"}), encoding="utf-8")
+    assert compare(small_data, out, *flags) == 0
+    assert read(out / "compare.json")["rows"][0]["score_mean"] == table["rows"][0]["score_mean"]
+    assert (died / "adapter" / "adapter_model.safetensors").read_bytes() == whole
+    after = run_files(out)
+    assert {name for name in before if after[name] != before[name] and "seed-1" not in name} == set()
+    assert not (died / "checkpoints" / "checkpoint-3").exists() or "checkpoint-3" in str(sorted(before))
+
+    # Another learning rate is another comparison, and must not be mixed in.
+    assert compare(small_data, out, *flags, "--learning-rate", "1e-3") == 2
+    assert "other settings" in capsys.readouterr().err
+    assert run_files(out) == after
+
+
+@pytest.mark.slow
+def test_a_failure_is_recorded_and_the_others_go_on(
+    small_data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """With such an alpha the first step of an adapter is its last one; full fine-tuning has no alpha."""
+    out = tmp_path / "out"
+    words = ("--methods", "lora,full", "--seeds", "0,1", "--alpha", "1e38")
+    assert compare(small_data, out, *words) == 1
+    lora, full = read(out / "compare.json")["rows"]
+    assert (lora["ok"], lora["failed"], lora["total"], lora["score_mean"]) == (0, 2, 2, None)
+    assert (full["ok"], full["failed"], full["total"]) == (2, 0, 2)
+    assert full["score_mean"] == pytest.approx(np.mean(scores(out, "full-recommended")))
+    assert "2/2" in capsys.readouterr().out
+    for seed in (0, 1):
+        record = read(out / "lora-recommended" / f"seed-{seed}" / "record.json")
+        assert record["status"] == "failed"
+        assert record["error"]
+        assert (out / "lora-recommended" / f"seed-{seed}" / "error.txt").is_file()
+    # Again: what failed is tried again, what worked is not.
+    before = run_files(out / "full-recommended")
+    assert compare(small_data, out, *words) == 1
+    assert run_files(out / "full-recommended") == before
+
+
+def poisoned(data: Path, folder: Path) -> Path:
+    """The same training rows, and validation rows with every label turned round and every text replaced."""
+    shutil.copytree(data / "sst2", folder / "sst2")
+    rows = read_rows(folder / "sst2" / "validation.jsonl")
+    changed = [{**row, "sentence": f"nothing but noise {i}", "label": 1 - row["label"]} for i, row in enumerate(rows)]
+    write_rows(folder / "sst2" / "validation.jsonl", changed)
+    return folder
+
+
+def tuning(out: Path, label: str) -> dict[float, dict[str, Any]]:
+    records = [read(path) for path in sorted((out / "tune" / label).glob("lr-*/record.json"))]
+    return {record["config"]["training"]["learning_rate"]: record for record in records}
+
+
+@pytest.mark.slow
+def test_tuning_takes_the_best_rate_on_held_out_training_rows(small_data: Path, tmp_path: Path) -> None:
+    """Rates are multiples of each method's default. Poison in the validation rows changes no tuning score."""
+    rates = ("--methods", "top,full", "--seeds", "1", "--tune", "0.1,30,300", "--max-steps", "8")
+    clean, bad = tmp_path / "clean", tmp_path / "bad"
+    assert compare(small_data, clean, *rates) == 0
+    assert compare(poisoned(small_data, tmp_path / "data"), bad, *rates) == 0
+    for label, default in (("top-recommended", 1e-3), ("full-recommended", 5e-5)):
+        tried = tuning(clean, label)
+        assert sorted(tried) == pytest.approx([0.1 * default, 30 * default, 300 * default])
+        assert all(record["config"]["holdout"] == 0.1 for record in tried.values())
+        assert {rate: record["metrics"] for rate, record in tried.items()} == {
+            rate: record["metrics"] for rate, record in tuning(bad, label).items()
+        }
+        best = max(record["metrics"]["accuracy"] for record in tried.values())
+        winner = min(rate for rate, record in tried.items() if record["metrics"]["accuracy"] == best)
+        for out in (clean, bad):
+            final = read(out / label / "seed-1" / "record.json")
+            assert final["config"]["training"]["learning_rate"] == winner
+            assert final["config"]["holdout"] is None
+        there, here = (read(out / label / "seed-1" / "record.json")["metrics"] for out in (bad, clean))
+        assert there != here, "the poison is where the final judgement looks"
+
+
+@pytest.mark.slow
+def test_tuning_does_not_open_the_validation_file(small_data: Path, tmp_path: Path) -> None:
+    from weightlora.runs.compare import best_rate
+    from weightlora.runs.config import RunConfig
+
+    shutil.copytree(small_data / "sst2", tmp_path / "data" / "sst2")
+    (tmp_path / "data" / "sst2" / "validation.jsonl").unlink()
+    training = {"max_steps": 4, "per_device_train_batch_size": 8}
+    config = RunConfig(
+        task="sst2", data_dir=str(tmp_path / "data"), model="bert-tiny-shape", max_length=24, method="top", training=training
+    )
+    said: list[str] = []
+    rate = best_rate(config, [1e-3, 1e30], tmp_path / "tune", said.append)
+    assert rate == 1e-3, "the other rate destroys the model, and that run has failed"
+    assert len(said) == 2
+    assert read(tmp_path / "tune" / "lr-1e+30" / "record.json")["status"] == "failed"
+
+
+def test_all_methods_are_the_default_and_each_takes_the_settings_it_has(
+    small_data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Settings of one method must not stop another; here the run is too short for `gradient`, which says so first."""
+    words = ("--growth", "qr", "--gate-lr", "0", "--warmup-steps", "2")
+    assert compare(small_data, tmp_path / "out", *words) == 2
+    assert capsys.readouterr().err.startswith("weightlora compare: error: gradient: ")
+    assert not (tmp_path / "out").exists()
+    assert compare(small_data, tmp_path / "out", *words, "--methods", "weightlora+,random", "--seeds", "0") == 0
+    settings = {name: read(tmp_path / "out" / f"{name}-recommended" / "seed-0" / "config.json")["settings"]
+                for name in ("weightlora+", "random")}  # fmt: skip
+    assert settings == {"weightlora+": {"k": 3, "growth": "qr", "gate_lr": 0.0, "warmup_steps": 2}, "random": {"k": 3}}
+
+
+def test_the_preset_flag_holds_for_methods_that_name_none(small_data: Path, tmp_path: Path) -> None:
+    words = ("--methods", "weightlora,weightlora:recommended", "--preset", "paper", "--seeds", "0", "--warmup-steps", "2")
+    assert compare(small_data, tmp_path / "out", *words) == 0
+    rows = read(tmp_path / "out" / "compare.json")["rows"]
+    assert [row["preset"] for row in rows] == ["paper", "recommended"]
