@@ -67,9 +67,10 @@ class Shape:
 # nor FLOPs. The language models' logits do cost; llama-3-8b has its real vocabulary.
 _DEBERTA = {"vocab_size": 1000, "hidden_size": 768, "num_hidden_layers": 12, "num_attention_heads": 12,
             "intermediate_size": 3072, "relative_attention": True, "position_buckets": 256,
-            "pos_att_type": ["p2c", "c2p"], "share_att_key": True, "norm_rel_ebd": "layer_norm", "max_relative_positions": -1,
-            "position_biased_input": False, "type_vocab_size": 0, "max_position_embeddings": 512,
-            "hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}  # fmt: skip
+            "pos_att_type": ["p2c", "c2p"], "share_att_key": True, "norm_rel_ebd": "layer_norm",
+            "max_relative_positions": -1, "position_biased_input": False, "type_vocab_size": 0,
+            "max_position_embeddings": 512, "hidden_dropout_prob": 0.0,
+            "attention_probs_dropout_prob": 0.0}  # fmt: skip
 SHAPES: dict[str, Shape] = {
     "minilm": Shape(
         model="BertForSequenceClassification", config="BertConfig", targets=ALL_BERT, batch=32, length=64,
@@ -234,12 +235,14 @@ class Bench:
     @contextlib.contextmanager
     def bare(self) -> Iterator[None]:
         """No adapter; the gradient goes down to the embeddings' output and stops there."""
-        hook = self.root.get_input_embeddings().register_forward_hook(lambda _m, _i, out: out.requires_grad_())
+        tables = [module for module in self.root.modules() if isinstance(module, nn.Embedding)]
+        hooks = [table.register_forward_hook(lambda _m, _i, out: out.requires_grad_()) for table in tables]
         with self.stock(()):
             try:
                 yield
             finally:
-                hook.remove()
+                for hook in hooks:
+                    hook.remove()
 
     @contextlib.contextmanager
     def full(self) -> Iterator[None]:

@@ -69,12 +69,17 @@ def sweep(folder: Path, *names: str) -> None:
     >>> [path.name for path in folder.iterdir()]
     ['.a.mine']
     """
-    for pattern in (f".{name}{old}.{'[a-z0-9_]' * 8}" for name in names for old in ("", ".old")):
-        for left in folder.glob(pattern):
-            if left.is_dir():
-                shutil.rmtree(left)
-            else:
-                left.unlink()
+    for left in leftovers(folder, *names):
+        if left.is_dir():
+            shutil.rmtree(left)
+        else:
+            left.unlink()
+
+
+def leftovers(folder: Path, *names: str) -> list[Path]:
+    """The temporary files and folders of `names` that killed processes left in `folder`."""
+    patterns = [f".{name}{old}.{'[a-z0-9_]' * 8}" for name in names for old in ("", ".old")]
+    return [path for pattern in patterns for path in folder.glob(pattern)]
 
 
 def _umask() -> int:

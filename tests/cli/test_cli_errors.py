@@ -8,7 +8,6 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-
 from tests.runs.commands import TINY, read, tree, weightlora, write_rows
 
 Words = list[object]
@@ -39,7 +38,11 @@ def desk(small_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Desk:
     flags = ("--k", "3", "--warmup-steps", "1")
     assert weightlora(*made.train(*flags, out="finished")) == 0
     assert weightlora(*made.train("--method", "full", out="full")) == 0
-    for name, words in {"unfinished": (), "other_model": ("--targets", "attention"), "other_method": ("--k", "2")}.items():
+    for name, words in {
+        "unfinished": (),
+        "other_model": ("--targets", "attention"),
+        "other_method": ("--k", "2"),
+    }.items():
         assert weightlora(*made.train(*flags, *words, out=name)) == 0
         # As a kill after the last checkpoint leaves it.
         shutil.rmtree(made.path(name) / "adapter")
@@ -127,14 +130,14 @@ CASES: dict[str, Case] = {
     "out holds a finished run": (lambda d: d.train(out="finished"), ("finished run", "--overwrite")),
     "out holds an unfinished run": (lambda d: d.train(out="unfinished"), ("unfinished run", "weightlora resume")),
     "out holds something else": (lambda d: d.train(out="holiday"), ("not empty",)),
-    "out is somebody's folder, overwrite": (lambda d: d.train("--overwrite", out="holiday"), ("not empty",)),
+    "overwrite a strange folder": (lambda d: d.train("--overwrite", out="holiday"), ("not empty",)),
     "overwrite, but the task is wrong": (
         lambda d: [*d.train("--overwrite", out="finished"), "--task", "sst3"], ("'sst3'",),
     ),
     "json is a folder": (lambda d: d.train("--json", d.folder), ("is a folder", "--json")),
-    "no recipe": (lambda d: ["train", d.path("nowhere.yaml"), "--out", d.path("out")], ("nowhere.yaml", "No such file")),
+    "no recipe": (lambda d: ["train", d.path("nowhere.yaml"), "--out", d.path("out")], ("nowhere.yaml", "No such")),
     "recipe is no YAML": (lambda d: ["train", d.path("no.yaml"), "--out", d.path("out")], ("no.yaml", "not YAML")),
-    "recipe is a list": (lambda d: ["train", d.path("list.yaml"), "--out", d.path("out")], ("list.yaml", "task: sst2")),
+    "recipe is a list": (lambda d: ["train", d.path("list.yaml"), "--out", d.path("out")], ("list.yaml", "map flags")),
     "resume nothing": (lambda d: ["resume", d.path("nowhere")], ("nowhere", "not a run directory")),
     "resume a folder without a run": (lambda d: ["resume", d.path("holiday")], ("holiday", "not a run directory")),
     "resume a finished run": (lambda d: ["resume", d.path("finished")], ("finished run", "nothing to resume")),
@@ -167,9 +170,7 @@ CASES: dict[str, Case] = {
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_a_mistake_gets_one_line_and_writes_nothing(
-    desk: Desk, capsys: pytest.CaptureFixture[str], name: str
-) -> None:
+def test_a_mistake_gets_one_line_and_writes_nothing(desk: Desk, capsys: pytest.CaptureFixture[str], name: str) -> None:
     make, parts = CASES[name]
     words = make(desk)
     before = tree(desk.folder)

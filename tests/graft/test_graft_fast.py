@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import copy
+import gc
 from pathlib import Path
 
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
-from torch import Tensor, nn
-
 from tests import builders
+from torch import Tensor, nn
+from torch.multiprocessing.reductions import StorageWeakRef
+
 from weightlora.errors import AdapterError, ConfigError
-from weightlora.graft import Gates, disconnect
+from weightlora.graft import Gates, disconnect, end_backward_at_lowest
+from weightlora.graft.adapters import block_of, lora_layers
 from weightlora.graft.fast import LeanVariant, fast_path, stock_path
-from weightlora.graft.adapters import lora_layers
 from weightlora.training.measure import step_cost
 
 families = pytest.mark.parametrize("family", builders.FAMILIES)
@@ -31,8 +33,8 @@ def wrapped(family: str, *, dropout: float = 0.0, **options: object) -> PeftMode
     return model
 
 
-def _targets(family: str) -> str | list[str]:
-    return r".*\.(%s)" % "|".join(builders.ALL_LINEAR[family])
+def _targets(family: str) -> str:
+    return rf".*\.({'|'.join(builders.ALL_LINEAR[family])})"
 
 
 def batch() -> dict[str, Tensor]:
@@ -182,3 +184,39 @@ def test_errors_come_before_any_change() -> None:
     with pytest.raises(AdapterError, match="adapter 'nope' is unknown"):
         fast_path(model, "nope")
     assert not [v for _, layer in lora_layers(model, "default") for v in layer.lora_variant]
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("family", ["bert", "deberta", "llama"])
+def test_nothing_below_the_lowest_survivor_is_kept(family: str, checkpointing: bool) -> None:
+    """Outputs of lower blocks die with the forward pass, whoever asks for input gradients before or after the seam."""
+    base = builders.base(family, layers=4, dropout=0.0)
+    config = LoraConfig(r=2, lora_dropout=0.05, target_modules=_targets(family))
+    model = get_peft_model(base, config).train()
+    if checkpointing:
+        base.activation_checkpointing_enable({"use_reentrant": False})
+    base.enable_input_require_grads()
+    blocks = list((base.model.layers if family == "llama" else base.base_model.encoder.layer).children())
+    outputs: list[StorageWeakRef] = []
+
+    def note(_module: nn.Module, _given: object, out: Tensor | tuple[Tensor, ...]) -> None:
+        outputs.append(StorageWeakRef((out if isinstance(out, Tensor) else out[0]).untyped_storage()))
+
+    def alive() -> list[bool]:
+        outputs.clear()
+        hooks = [block.register_forward_hook(note) for block in blocks]
+        loss = model(**batch()).loss
+        for hook in hooks:
+            hook.remove()
+        gc.collect()
+        found = [not ref.expired() for ref in outputs]
+        loss.backward()
+        return found
+
+    fast_path(model, engine_name="autograd")
+    assert all(alive()[:2])
+    disconnect(model, [path for path, _ in lora_layers(model, "default") if block_of(path) != 3])
+    end_backward_at_lowest(model)
+    base.enable_input_require_grads()
+    # The third block's output is what the survivors in the fourth read.
+    assert alive()[:2] == [False, False]

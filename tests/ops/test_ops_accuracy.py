@@ -1,4 +1,4 @@
-"""Three ways to compute one gated adapter: float64 as the truth, stock PEFT, ours. Ours may not be the worse approximation."""
+"""Three ways to compute one gated adapter: float64 as the truth, stock PEFT, ours. Ours may not be the worse one."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from weightlora.graft import Gates
 from weightlora.graft.adapters import factors, lora_layers
 
-# Both sides round in different places, so their errors scatter around each other. Over SEEDS draws together ours may be this
-# much larger than stock's, ...
+# Both sides round in different places, so their errors scatter around each other. Over SEEDS draws together ours may be
+# this much larger than stock's, ...
 TOLERANCE = 0.1
 # ... and where both are exact but for the last bit of float32 (one number, one sum), two units in that place.
 LAST_BIT = 2 * torch.finfo(torch.float32).eps
@@ -93,7 +93,7 @@ Sizes = tuple[tuple[int, ...], int, int, int]  # leading dimensions of x, d_in, 
 
 
 def errors(case: Case, shape: Sizes, omega: float, engine: str | None) -> dict[str, float]:
-    """Distance to the truth over all SEEDS draws, relative to its size. No engine: stock PEFT, the gate in its scaling."""
+    """Distance to the truth over SEEDS draws, relative to its size. No engine: stock PEFT, the gate in its scaling."""
     lead, d_in, d_out, r = shape
     wrong: dict[str, float] = {}
     size: dict[str, float] = {}

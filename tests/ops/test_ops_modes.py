@@ -1,4 +1,4 @@
-"""The lean engine where a model meets it: in place, checkpointed, compiled, quantised, with dropout that is drawn twice."""
+"""The lean engine where a model meets it: in place, checkpointed, compiled, quantised, dropping by a seed."""
 
 from __future__ import annotations
 
@@ -79,6 +79,18 @@ def test_whoever_saved_the_output_is_told() -> None:
         saved.sum().backward()
 
 
+@pytest.mark.parametrize("autocast", [False, True])
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_without_gradients(autocast: bool, mode: type) -> None:
+    A, B = pair()
+    torch.manual_seed(0)
+    x, W = torch.randn(2, 3, 6), torch.randn(5, 6)
+    want = F.linear(x, W) + 2.0 * (x @ A.T) @ B.T
+    with mode(), torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        got = path(x, F.linear(x, W), A, B, None, 2.0)
+    assert torch.allclose(got.float(), want, rtol=5e-2 if autocast else 1e-5, atol=5e-2 if autocast else 1e-5)
+
+
 # Dropout
 
 
@@ -148,7 +160,8 @@ def test_a_mask_follows_from_its_seed_alone() -> None:
     finally:
         torch.set_num_threads(threads)
     assert all(torch.equal(masks[0], mask) for mask in masks[1:])
-    assert not torch.equal(masks[0], drop_(t := torch.ones(300, 500), drawn(t, 0.05, seed=10)) == 0)
+    other = torch.ones(300, 500)
+    assert not torch.equal(masks[0], drop_(other, drawn(other, 0.05, seed=10)) == 0)
 
 
 def test_every_adapter_draws_its_own_mask_and_the_run_repeats() -> None:

@@ -9,7 +9,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-
 from tests.runs.commands import TINY, read, read_rows, weightlora, write_rows
 
 STEPS = ("--max-steps", "6", "--save-steps", "3", "--k", "3")
@@ -39,7 +38,10 @@ def test_two_methods_by_two_seeds_then_nothing_is_run_again(
     flags = ("--methods", "top,weightlora:paper", "--seeds", "0,1,4", "--learning-rate", "2e-2", "--warmup-steps", "2")
     assert compare(small_data, out, *flags) == 0
     table = read(out / "compare.json")
-    assert [(row["method"], row["preset"]) for row in table["rows"]] == [("top", "recommended"), ("weightlora", "paper")]
+    assert [(row["method"], row["preset"]) for row in table["rows"]] == [
+        ("top", "recommended"),
+        ("weightlora", "paper"),
+    ]
     for row, label in zip(table["rows"], ("top-recommended", "weightlora-paper"), strict=True):
         found = scores(out, label)
         assert (row["seeds"], row["ok"], row["total"]) == ([0, 1, 4], 3, 3)
@@ -82,9 +84,9 @@ def test_two_methods_by_two_seeds_then_nothing_is_run_again(
 def test_a_failure_is_recorded_and_the_others_go_on(
     small_data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """With such an alpha the first step of an adapter is its last one; full fine-tuning has no alpha."""
+    """Such an alpha is infinite in float32 and makes every adapter NaN; full fine-tuning has no alpha."""
     out = tmp_path / "out"
-    words = ("--methods", "lora,full", "--seeds", "0,1", "--alpha", "1e38")
+    words = ("--methods", "lora,full", "--seeds", "0,1", "--alpha", "1e45")
     assert compare(small_data, out, *words) == 1
     lora, full = read(out / "compare.json")["rows"]
     assert (lora["ok"], lora["failed"], lora["total"], lora["score_mean"]) == (0, 2, 2, None)
@@ -119,13 +121,13 @@ def tuning(out: Path, label: str) -> dict[float, dict[str, Any]]:
 @pytest.mark.slow
 def test_tuning_takes_the_best_rate_on_held_out_training_rows(small_data: Path, tmp_path: Path) -> None:
     """Rates are multiples of each method's default. Poison in the validation rows changes no tuning score."""
-    rates = ("--methods", "top,full", "--seeds", "1", "--tune", "0.1,30,300", "--max-steps", "8")
+    rates = ("--methods", "top,full", "--seeds", "1", "--tune", "0.1,300", "--max-steps", "8")
     clean, bad = tmp_path / "clean", tmp_path / "bad"
     assert compare(small_data, clean, *rates) == 0
     assert compare(poisoned(small_data, tmp_path / "data"), bad, *rates) == 0
     for label, default in (("top-recommended", 1e-3), ("full-recommended", 5e-5)):
         tried = tuning(clean, label)
-        assert sorted(tried) == pytest.approx([0.1 * default, 30 * default, 300 * default])
+        assert sorted(tried) == pytest.approx([0.1 * default, 300 * default])
         assert all(record["config"]["holdout"] == 0.1 for record in tried.values())
         assert {rate: record["metrics"] for rate, record in tried.items()} == {
             rate: record["metrics"] for rate, record in tuning(bad, label).items()
@@ -149,7 +151,12 @@ def test_tuning_does_not_open_the_validation_file(small_data: Path, tmp_path: Pa
     (tmp_path / "data" / "sst2" / "validation.jsonl").unlink()
     training = {"max_steps": 4, "per_device_train_batch_size": 8}
     config = RunConfig(
-        task="sst2", data_dir=str(tmp_path / "data"), model="bert-tiny-shape", max_length=24, method="top", training=training
+        task="sst2",
+        data_dir=str(tmp_path / "data"),
+        model="bert-tiny-shape",
+        max_length=24,
+        method="top",
+        training=training,
     )
     said: list[str] = []
     rate = best_rate(config, [1e-3, 1e30], tmp_path / "tune", said.append)
@@ -173,7 +180,7 @@ def test_all_methods_are_the_default_and_each_takes_the_settings_it_has(
 
 
 def test_the_preset_flag_holds_for_methods_that_name_none(small_data: Path, tmp_path: Path) -> None:
-    words = ("--methods", "weightlora,weightlora:recommended", "--preset", "paper", "--seeds", "0", "--warmup-steps", "2")
-    assert compare(small_data, tmp_path / "out", *words) == 0
+    words = ("--methods", "weightlora,weightlora:recommended", "--preset", "paper", "--warmup-steps", "2")
+    assert compare(small_data, tmp_path / "out", *words, "--seeds", "0") == 0
     rows = read(tmp_path / "out" / "compare.json")["rows"]
     assert [row["preset"] for row in rows] == ["paper", "recommended"]

@@ -14,10 +14,10 @@ from peft import PeftModel
 from safetensors.torch import load_file
 from scipy.stats import pearsonr
 from sklearn.metrics import f1_score
+from tests.runs.commands import TINY, read, read_rows, weightlora
 from torch import Tensor
 from transformers import AutoModelForSequenceClassification, set_seed
 
-from tests.runs.commands import TINY, read, read_rows, weightlora
 from weightlora.methods import METHODS
 from weightlora.tasks import LoadedModel, load_model
 

@@ -16,8 +16,8 @@ METHOD = WeightLoRAPlus.from_preset("paper", k=2, warmup_steps=5)
 
 
 def run(out: Path, size: int) -> None:
-    # Transformers multiplies the loss by the number of processes where a model takes a count of items and ignores it (as
-    # BERT does); without averaging over tokens it does not.
+    # Where a model takes a count of items and ignores it, as BERT does, Transformers multiplies the loss by the number
+    # of processes; without averaging over tokens it does not.
     options = {"average_tokens_across_devices": False, "save_strategy": "steps", "save_steps": 4}
     made = trainer(out / "run", lora(dropout=0.0).double(), per_device_train_batch_size=size, **options)
     result = fit(made, METHOD, measure=False)

@@ -93,7 +93,7 @@ def add_run_flags(parser: argparse.ArgumentParser) -> None:
     parser.epilog = (
         (parser.epilog or "") + "\nRECIPE.yaml holds flags as YAML (task: sst2); the command line has the last word."
         "\nevery flag of transformers.TrainingArguments works too, under its own name: --learning_rate 3e-4,"
-        "\n--max-steps 200, --per_device_train_batch_size 8, --bf16, --gradient_checkpointing, --report_to tensorboard, ...;"
+        "\n--max-steps 200, --per_device_train_batch_size 8, --bf16, --gradient_checkpointing, --report_to ...;"
         "\nonly its warmup_steps is called --lr-warmup-steps here, because --warmup-steps is the method's T"
     )
 
@@ -156,7 +156,8 @@ def training_flags(words: Sequence[str], parser: argparse.ArgumentParser) -> dic
     """The fields of ``TrainingArguments`` that were named on the command line; anything else is a usage error."""
     from transformers import HfArgumentParser, TrainingArguments
 
-    known = HfArgumentParser(TrainingArguments, add_help=False, allow_abbrev=False)
+    kind: Any = TrainingArguments
+    known = HfArgumentParser(kind, add_help=False, allow_abbrev=False)
     known.error = parser.error  # type: ignore[method-assign]  # one usage line: ours
     for action in known._actions:
         action.default = argparse.SUPPRESS

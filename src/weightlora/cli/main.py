@@ -27,7 +27,8 @@ COMMANDS: dict[str, tuple[Command, bool, str, str, str]] = {
         commands.resume, False, "go on with an interrupted run", "RUN [--json FILE]", "weightlora resume runs/sst2",
     ),
     "select": (
-        commands.select, True, "choose adapters only: selection.json and a LoraConfig for any trainer", "[RECIPE.yaml] [FLAGS]",
+        commands.select, True, "choose adapters only: selection.json and a LoraConfig for any trainer",
+        "[RECIPE.yaml] [FLAGS]",
         "weightlora select --task sst2 --data-dir DATA --k 9 --max-steps 400 --out chosen",
     ),
     "compare": (
@@ -78,7 +79,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _how_to_go_on(command: str, parsed: argparse.Namespace) -> str:
     if command in ("train", "resume"):
-        return f"; `weightlora resume {parsed.out if command == 'train' else parsed.run}` goes on from the last checkpoint"
+        run = parsed.out if command == "train" else parsed.run
+        return f"; `weightlora resume {run}` goes on from the last checkpoint"
     return "; the same command again goes on where it was" if command == "compare" else ""
 
 
@@ -91,7 +93,7 @@ def build_parser() -> tuple[argparse.ArgumentParser, dict[str, tuple[argparse.Ar
         prog="weightlora",
         allow_abbrev=False,
         description="Keep only the LoRA adapters a task needs.",
-        epilog="weightlora COMMAND --help tells more. Exit codes: 0 success, 1 a run failed, 2 a mistake in what was asked.",
+        epilog="weightlora COMMAND --help tells more. Exit codes: 0 success, 1 a run failed, 2 a mistake in the flags.",
     )
     parser.add_argument("--version", action="version", version=f"weightlora {__version__}")
     subs = parser.add_subparsers(dest="command", metavar="COMMAND")
@@ -124,7 +126,7 @@ def build_parser() -> tuple[argparse.ArgumentParser, dict[str, tuple[argparse.Ar
         "--profile",
         default="native",
         choices=("native", "portable", "dense", "merged"),
-        help="native: stock PEFT; portable: vLLM, SGLang, llama.cpp; dense: the same on every layer; merged: no adapter",
+        help="native: stock PEFT; portable: vLLM, SGLang, llama.cpp; dense: the same, every layer; merged: no adapter",
     )
     return parser, table
 

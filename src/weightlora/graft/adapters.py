@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from peft.tuners.lora.layer import LoraLayer
 from torch import Tensor, nn
@@ -107,7 +108,7 @@ def adapters(model: nn.Module, name: str | None = None) -> tuple[Adapter, ...]:
     """
     name = adapter_name(model, name)
     seen: dict[int, str] = {}
-    found = []
+    found: list[Adapter] = []
     for path, layer in lora_layers(model, name):
         A, B = factors(layer, name)
         _check_supported(path, layer, name)
@@ -146,9 +147,10 @@ def _check_supported(path: str, layer: LoraLayer, name: str) -> None:
         raise AdapterError(f"{path} is a {type(base).__name__}; only linear layers can be gated, target those")
 
 
-def factors(layer: LoraLayer, name: str) -> tuple[Tensor, Tensor]:
+def factors(layer: LoraLayer, name: str) -> tuple[nn.Parameter, nn.Parameter]:
     """The live parameters ``A (r, d_in)`` and ``B (d_out, r)`` of one layer."""
-    return layer.lora_A[name].weight, layer.lora_B[name].weight
+    holders: Any = layer.lora_A[name], layer.lora_B[name]
+    return holders[0].weight, holders[1].weight
 
 
 def parameters(model: nn.Module, name: str, names: Sequence[str] | None = None) -> dict[str, tuple[Tensor, Tensor]]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import nn
 
 from weightlora.graft.adapters import base_of
@@ -34,7 +36,7 @@ def end_backward_at_lowest(model: nn.Module) -> int:
         for key in [key for key, hook in hooks.items() if getattr(hook, "__name__", "") in _HOOK_NAMES]:
             del hooks[key]
             removed += 1
-    base = base_of(model)
+    base: Any = base_of(model)
     if hasattr(base, "enable_input_require_grads"):
         base.enable_input_require_grads = _stay_off
     return removed

@@ -25,14 +25,17 @@ class LeanVariant(LoraVariant):  # type: ignore[misc]  # PEFT ships no types
         p = dropout.p if isinstance(dropout, nn.Dropout) and module.training else 0.0
         return self.path(x, result, A, B, None, module.scaling[active_adapter], p)
 
-    def merge_safe(self, module: LoraLayer, active_adapter: str, orig_weight: Tensor) -> Tensor:
+    @staticmethod
+    def merge_safe(module: Any, active_adapter: str, orig_weight: Tensor) -> Tensor:
         delta: Tensor = module.get_delta_weight(active_adapter)
         return orig_weight + delta.to(orig_weight.dtype)
 
-    def merge_unsafe(self, module: LoraLayer, active_adapter: str, orig_weight: Tensor) -> None:
+    @staticmethod
+    def merge_unsafe(module: Any, active_adapter: str, orig_weight: Tensor) -> None:
         orig_weight.data += module.get_delta_weight(active_adapter)
 
-    def unmerge(self, module: LoraLayer, active_adapter: str, orig_weight: Tensor) -> Tensor:
+    @staticmethod
+    def unmerge(module: Any, active_adapter: str, orig_weight: Tensor) -> Tensor:
         delta: Tensor = module.get_delta_weight(active_adapter)
         return orig_weight - delta.to(orig_weight.dtype)
 
@@ -61,7 +64,7 @@ def fast_path(model: nn.Module, name: str | None = None, engine_name: Engine = "
         engine_name: as in :func:`weightlora.ops.engine`.
 
     Returns:
-        How many adapters now take the path. Layers that compute something else (DoRA, a bias in B, gates) are left alone.
+        How many adapters now take the path. What computes something else (DoRA, a bias in B, gates) is left alone.
 
     Raises:
         AdapterError: there are no adapters, or none called `name`.
@@ -79,7 +82,7 @@ def fast_path(model: nn.Module, name: str | None = None, engine_name: Engine = "
     for _, layer in lora_layers(model, name):
         if _is_plain(layer, name):
             layer.lora_variant[name] = LeanVariant(path)
-            # PEFT would copy x into the adapter's dtype, once per adapter; the path casts inside and q, k, v share one x.
+            # PEFT would copy x into the adapter's dtype, once per adapter; the path casts inside, and q, k, v share x.
             layer.cast_input_dtype_enabled = _cast_outside(layer)
             changed += 1
     return changed

@@ -5,15 +5,19 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from peft.tuners.lora.layer import LoraLayer, LoraVariant
+from peft.tuners.lora.layer import LoraVariant
 from torch import Tensor, nn
 
 from weightlora.graft.adapters import Adapter, adapters, factors, lora_layers
 from weightlora.ops import AdapterPath, Engine, engine
 
 
-class OmegaVariant(LoraVariant):  # type: ignore[misc]  # PEFT ships no types
-    """``y = base(x) + s * omega_i * B A drop(x)``: puts the gate into every layer kind that honours variants."""
+class OmegaVariant(LoraVariant):
+    """``y = base(x) + s * omega_i * B A drop(x)``: puts the gate into every layer kind that honours variants.
+
+    PEFT declares these methods static and calls them on the instance; here they are plain methods, which know their
+    gate.
+    """
 
     is_gate = True
 
@@ -23,24 +27,24 @@ class OmegaVariant(LoraVariant):  # type: ignore[misc]  # PEFT ships no types
     def supports_lora_conversion(self) -> bool:
         return False
 
-    def forward(self, module: LoraLayer, active_adapter: str, x: Tensor, result: Tensor, **_: Any) -> Tensor:
+    def forward(self, module: Any, active_adapter: str, x: Tensor, result: Tensor, **_: Any) -> Tensor:  # type: ignore[override]
         A, B = factors(module, active_adapter)
         dropout = module.lora_dropout[active_adapter]
         p = dropout.p if isinstance(dropout, nn.Dropout) and module.training else 0.0
         return self.path(x, result, A, B, self.gates.omega[self.index], module.scaling[active_adapter], p)
 
-    def _delta(self, module: LoraLayer, active_adapter: str) -> Tensor:
+    def _delta(self, module: Any, active_adapter: str) -> Tensor:
         omega = self.gates.omega[self.index].detach()
         delta: Tensor = module.get_delta_weight(active_adapter)
         return delta * omega.to(delta)
 
-    def merge_safe(self, module: LoraLayer, active_adapter: str, orig_weight: Tensor) -> Tensor:
+    def merge_safe(self, module: Any, active_adapter: str, orig_weight: Tensor) -> Tensor:  # type: ignore[override]
         return orig_weight + self._delta(module, active_adapter).to(orig_weight.dtype)
 
-    def merge_unsafe(self, module: LoraLayer, active_adapter: str, orig_weight: Tensor) -> None:
+    def merge_unsafe(self, module: Any, active_adapter: str, orig_weight: Tensor) -> None:  # type: ignore[override]
         orig_weight.data += self._delta(module, active_adapter).to(orig_weight.dtype)
 
-    def unmerge(self, module: LoraLayer, active_adapter: str, orig_weight: Tensor) -> Tensor:
+    def unmerge(self, module: Any, active_adapter: str, orig_weight: Tensor) -> Tensor:  # type: ignore[override]
         return orig_weight - self._delta(module, active_adapter).to(orig_weight.dtype)
 
 
@@ -72,10 +76,10 @@ class Gates:
     ) -> None:
         self.model, self.name = model, name
         self.adapters: tuple[Adapter, ...] = adapters(model, name)
-        layers = [layer for _, layer in lora_layers(model, name)]
+        layers: list[Any] = [layer for _, layer in lora_layers(model, name)]
         device = factors(layers[0], name)[0].device
         self.omega = torch.full((len(layers),), value, dtype=dtype, device=device, requires_grad=trainable)
-        self._layers: list[LoraLayer] = layers
+        self._layers = layers
         self._hooks = []
         path = engine(engine_name)
         for index, layer in enumerate(layers):

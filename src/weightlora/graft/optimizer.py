@@ -90,11 +90,11 @@ def _carry(key: str, value: Any, old: nn.Parameter, change: Change) -> Any:
 
 
 def _mix(moment: Tensor, change: Change, order: int) -> Tensor:
-    """Moments of the factors after QR. With ``A = R^T Q^T`` and ``B' = B R^T``: ``dL/dQ^T = R dL/dA``, ``dL/dB' =
-    dL/dB R^-1``."""
+    """Moments after QR: with ``A = R^T Q^T`` and ``B' = B R^T``, ``dL/dQ^T = R dL/dA`` and ``dL/dB' = dL/dB R^-1``."""
     assert change.mix is not None
     R = change.mix.to(moment)
     if change.dim == 0:
         return (R**order) @ moment
-    inverse = torch.linalg.pinv(R.to(torch.promote_types(R.dtype, torch.float32))).to(moment)
-    return moment @ inverse**order
+    inverse: Tensor = torch.linalg.pinv(R.to(torch.promote_types(R.dtype, torch.float32))).to(moment)
+    mixed: Tensor = moment @ inverse**order
+    return mixed

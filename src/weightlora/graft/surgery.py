@@ -47,7 +47,7 @@ def disconnect(model: nn.Module, names: Sequence[str], name: str = "default") ->
     for path in names:
         layer = layers[path]
         for factor in factors(layer, name):
-            dropped[factor] = Change.drop()  # type: ignore[index]
+            dropped[factor] = Change.drop()
         if set(layer.lora_A) == {name}:
             parent, _, child = path.rpartition(".")
             setattr(root.get_submodule(parent), child, layer.get_base_layer())
@@ -81,7 +81,7 @@ def fold(model: nn.Module, omegas: Mapping[str, float], name: str = "default") -
         B = factors(layer, name)[1]
         with torch.no_grad():
             B.mul_(omega)
-        changes[B] = Change.scale(1.0 / omega)  # type: ignore[index]
+        changes[B] = Change.scale(1.0 / omega)
     return changes
 
 
@@ -118,8 +118,8 @@ def grow_adapters(
             continue
         grown = grow(A.detach(), B.detach(), new_rank, mode, generator=generator, **options)
         new_A, new_B = _set_factors(layer, name, grown.A, grown.B)
-        changes[A] = Change.grow(new_A, dim=0, mix=None if grown.mix is None else grown.mix)  # type: ignore[index]
-        changes[B] = Change.grow(new_B, dim=1, mix=grown.mix)  # type: ignore[index]
+        changes[A] = Change.grow(new_A, dim=0, mix=None if grown.mix is None else grown.mix)
+        changes[B] = Change.grow(new_B, dim=1, mix=grown.mix)
     _sync_config(model, name)
     return changes
 
@@ -171,7 +171,8 @@ def _plain(alpha: float) -> float:
 def _sync_config(model: nn.Module, name: str) -> None:
     """Make PEFT's config tell the truth, so that its own ``save_pretrained`` writes a loadable adapter."""
     live = adapters(model, name)
-    config = model.peft_config[name]
+    holder: Any = model
+    config = holder.peft_config[name]
     rank, alpha = common(live)
     config.target_modules = {adapter.name for adapter in live}
     config.exclude_modules = config.layers_to_transform = config.layers_pattern = None

@@ -192,9 +192,7 @@ def check_warmup(steps: int | float, max_steps: int, name: str = "warmup_steps")
     (30, 50)
     """
     if isinstance(steps, bool) or not isinstance(steps, int | float) or steps <= 0:
-        raise ScheduleError(
-            f"{name}={steps!r} is not allowed; use a number of steps (1 or more) or a share below 1"
-        )
+        raise ScheduleError(f"{name}={steps!r} is not allowed; use a number of steps (1 or more) or a share below 1")
     count = max(1, round(steps * max_steps)) if isinstance(steps, float) and steps < 1 else int(steps)
     if count != steps and not (isinstance(steps, float) and steps < 1):
         raise ScheduleError(f"{name}={steps!r} is neither a whole number of steps nor a share below 1")

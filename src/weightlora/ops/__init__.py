@@ -33,7 +33,8 @@ def engine(name: Engine = "autograd") -> AdapterPath:
     """The adapter path called `name`.
 
     Args:
-        name: "autograd": lean, any device. "reference": the formula, as PEFT computes it. "triton": lean, own CUDA kernels.
+        name: "autograd": lean, any device. "reference": the formula, as PEFT computes it. "triton": lean, with CUDA
+            kernels of its own.
             "auto": "triton" where it can run, else "autograd"; what it chose is logged once.
 
     Raises:
@@ -58,13 +59,11 @@ def engine(name: Engine = "autograd") -> AdapterPath:
 
 def why_no_triton() -> str | None:
     """Why the Triton engine cannot run here, or None where it can."""
-    try:
-        import triton
-    except ImportError:
+    from weightlora.ops import triton_path
+
+    if triton_path.triton is None:
         return "the package triton is not installed"
-    if triton.knobs.runtime.interpret:
-        return None
-    return None if torch.cuda.is_available() else "torch sees no CUDA device"
+    return None if triton_path.INTERPRETED or torch.cuda.is_available() else "torch sees no CUDA device"
 
 
 @functools.cache

@@ -17,8 +17,11 @@ from weightlora.ops.dropout import draw_seed, drawn, drop_
 class Products(Protocol):
     """The products of the adapter path that touch something as large as the input or the output.
 
-    ``p`` and ``seed`` say which entries of the input are dropped; survivors are not scaled up.
+    ``p`` and ``seed`` say which entries of the input are dropped; survivors are not scaled up. ``mixes``: whether two
+    dtypes may meet in a product at no cost.
     """
+
+    mixes: bool
 
     def down(self, x: Tensor, A: Tensor, dtype: torch.dtype, p: float, seed: int) -> Tensor:
         """``drop(x) A^T``: (tokens, d) and (r, d) to (tokens, r) in `dtype`."""
@@ -41,6 +44,8 @@ class Products(Protocol):
 
 class TorchProducts:
     """The products by torch's own kernels, on any device."""
+
+    mixes = False
 
     def down(self, x: Tensor, A: Tensor, dtype: torch.dtype, p: float, seed: int) -> Tensor:
         if p > 0.0:
@@ -100,6 +105,8 @@ class _SharedCast(threading.local):
     last: tuple[weakref.ref[Tensor], int, weakref.ref[Tensor]] | None = None
 
     def __call__(self, x: Tensor, dtype: torch.dtype) -> Tensor:
+        if x.is_inference():  # has no version, and nothing is kept
+            return x.to(dtype)
         if self.last is not None:
             source, version, copy = self.last[0](), self.last[1], self.last[2]()
             if source is x and version == x._version and copy is not None and copy.dtype == dtype:
@@ -119,11 +126,11 @@ def _flat(t: Tensor) -> Tensor:
 class AdapterFunction(torch.autograd.Function):
     """``y = result + s w (drop(x) A^T) B^T`` and its gradients.
 
-    Keeps ``x`` in its own dtype (or autocast's, where that is narrower), ``h``, and a seed. ``1 / (1 - p)`` is part of s.
+    Keeps ``x`` in its own dtype (or autocast's, where that is narrower), ``h`` and a seed. s includes ``1 / (1 - p)``.
     """
 
     @staticmethod
-    def forward(
+    def forward(  # noqa: PLR0913, PLR0917  # torch passes a Function's arguments by position
         ctx: Any,
         x: Tensor,
         result: Tensor,
@@ -185,7 +192,8 @@ def _gradients(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
     x, A, B, gate, h, seed = ctx.saved_tensors
     dtype, scale, products = ctx.dtype, ctx.scale, ctx.products
     need_x, need_result, need_A, need_B, need_gate = ctx.needs_input_grad[:5]
-    grad = _flat(g)
+    # Two products read it: cast once, where it has to be cast at all.
+    grad = _flat(g) if products.mixes else as_dtype(_flat(g), dtype)
     exact = torch.promote_types(dtype, torch.float32)
     strength = scale if gate is None else as_dtype(_on(gate, B), exact) * scale
     grad_x = grad_A = grad_B = grad_gate = None
@@ -245,11 +253,11 @@ def adapter_path(
     *,
     products: Products = TORCH,
 ) -> Tensor:
-    """Add one gated LoRA update to a linear layer's output, keeping only ``x``, ``h = drop(x) A^T`` and a seed for backward.
+    """Add one gated LoRA update to a linear layer's output; for backward, keep ``x``, ``h = drop(x) A^T`` and a seed.
 
     With upstream gradient ``g`` and ``gB = g B``:
     ``dB = s w g^T h``, ``dA = s w gB^T drop(x)``, ``dx = s w gB A``, ``dw = s sum(gB * h)``.
-    Each product is needed for plain LoRA already, so the gate costs nothing, and its gradient is right at ``w = 0`` too.
+    Plain LoRA needs each product already, so the gate costs nothing, and its gradient is right at ``w = 0`` too.
 
     Arguments, result: as :func:`weightlora.ops.reference.adapter_path`, and
 
@@ -257,12 +265,12 @@ def adapter_path(
     - ``result`` is taken over: where it is the output of an operation in the autograd graph (as a base layer's is), the
       update is added into its memory, and it must not be read again. Leaves are left alone;
     - ``dropout`` is drawn from a seed, twice (see :mod:`weightlora.ops.dropout`), independently for every call;
-    - ``x`` is kept in its own dtype, so float32 adapters on a bfloat16 base keep no float32 copy, and q, k and v share it;
-      under autocast a wider ``x`` is kept as one cast copy, shared too;
+    - ``x`` is kept in its own dtype, so float32 adapters on a bfloat16 base keep no float32 copy, and q, k and v share
+      it; under autocast a wider ``x`` is kept as one cast copy, shared too;
     - inside ``torch.compile`` the formula is handed to the compiler, with torch's own dropout.
 
-    Source: paper, equation (3); the backward is ours. Departs from PEFT's forward in rounding and in the random stream of
-    dropout; supports first derivatives only.
+    Source: paper, equation (3); the backward is ours. Departs from PEFT's forward in rounding and in the random stream
+    of dropout; supports first derivatives only.
 
     >>> import torch
     >>> x, W = torch.ones(1, 3), torch.zeros(1, 2)

@@ -13,8 +13,8 @@ PORTION = 1 << 16
 def draw_seed() -> Tensor:
     """One seed, ``()`` int64 on the CPU, from torch's global generator.
 
-    Drawing it there makes a run repeatable by ``torch.manual_seed`` and lets checkpointing, which restores that generator's
-    state, draw the same mask again. It never waits for a device.
+    Drawing it there makes a run repeatable by ``torch.manual_seed`` and lets checkpointing, which restores that
+    generator's state, draw the same mask again. It never waits for a device.
     """
     return torch.randint(2**63 - 1, ())
 
@@ -23,8 +23,8 @@ def positions(count: int, p: float, seed: int) -> Tensor:
     """Which of `count` independent trials with probability `p` succeed, ascending.
 
     The gaps between successes of a Bernoulli process are independent and geometric,
-    ``gap = floor(log(1 - u) / log(1 - p))``, so ``p * count`` numbers are drawn and not `count`: with p = 0.05 that makes
-    it cheaper to draw a mask twice than to draw it once entry by entry.
+    ``gap = floor(log(1 - u) / log(1 - p))``, so ``p * count`` numbers are drawn and not `count`: with p = 0.05 that
+    makes it cheaper to draw a mask twice than to draw it once entry by entry.
 
     Args:
         count: number of trials.
@@ -39,18 +39,18 @@ def positions(count: int, p: float, seed: int) -> Tensor:
     """
     generator = torch.Generator().manual_seed(seed)
     rate = math.log1p(-p) if p < 1.0 else -math.inf
-    parts, start = [], 0
+    parts, start = [torch.empty(0, dtype=torch.int64)], 0
     while start < count:
         mean = p * (count - start)
         # Enough for all but one call in a billion; in portions that stay in the processor's cache.
         draws = min(int(mean + 6.0 * math.sqrt(mean * (1.0 - p))) + 8, PORTION)
         uniform = torch.empty(draws, dtype=torch.float64).uniform_(generator=generator)
         # Each success uses up its gap of failures and itself.
-        gaps = uniform.neg_().log1p_().div_(rate).to(torch.int64)
+        gaps = uniform.neg_().log1p_().div_(rate).clamp_(max=count).to(torch.int64)
         found = gaps.add_(1).cumsum(0).add_(start - 1)
         start = int(found[-1]) + 1
         parts.append(found[: int(torch.searchsorted(found, count))])
-    return parts[0] if len(parts) == 1 else torch.cat(parts)
+    return parts[1] if len(parts) == 2 else torch.cat(parts)
 
 
 def drawn(like: Tensor, p: float, seed: int) -> Tensor:

@@ -22,8 +22,8 @@ def adapter_path(
         dropout: probability applied to ``x`` (0 outside training).
 
     Returns:
-        ``(..., d_out)``. With ``gate == 1`` the result is bit-equal to PEFT 0.21's forward: same operations, same order,
-        same random numbers.
+        ``(..., d_out)``. With ``gate == 1`` the result is bit-equal to PEFT 0.21's forward: same operations, same
+        order, same random numbers.
 
     Source: paper, equation (3). Every intermediate is kept by autograd, the ``(..., d_out)`` update included.
 

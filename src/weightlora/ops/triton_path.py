@@ -1,4 +1,4 @@
-"""The adapter path with kernels for what a plain matrix product cannot do: drop without a mask, mix dtypes without a copy.
+"""The adapter path with kernels for what no plain matrix product does: drop without a mask, mix dtypes without a copy.
 
 Everything else goes to torch's own products, which are at least as good there. The formula, what is kept and what is
 returned are :mod:`weightlora.ops.autograd`'s; only the products differ.
@@ -6,27 +6,38 @@ returned are :mod:`weightlora.ops.autograd`'s; only the products differ.
 
 from __future__ import annotations
 
+# ruff: noqa: PLR0913, PLR0917  # a kernel has no other way to take its sizes, strides and options
+from typing import Any
+
 import torch
-import triton
-import triton.language as tl
 from torch import Tensor
 
 from weightlora.errors import ConfigError
 from weightlora.ops import autograd
 from weightlora.ops.autograd import TORCH, TorchProducts
 
+try:
+    import triton
+    import triton.language as tl
+except ImportError:  # to be read and documented only; weightlora.ops.why_no_triton says that it cannot run
+    triton = tl = None
+
 TOKENS, WIDTH = 32, 64  # entries of a tile; tl.dot wants 16 or more each way
 SLICES = 8  # of the tokens, summed separately in the reduction over them, so that more than a few programs run
 
 
-@triton.jit
+def _jit(kernel: Any) -> Any:
+    return kernel if triton is None else triton.jit(kernel)
+
+
+@_jit
 def _kept(seed, t, d, width, p):
-    # One number per entry, by its place: forward and backward draw the same, whatever the tiling. Offsets wrap at 2**32.
+    # One number per entry, by its place: forward and backward draw the same, whatever the tiling. It wraps at 2**32.
     offset = t.to(tl.int32)[:, None] * width + d[None, :]
     return tl.rand(seed, offset) >= p
 
 
-@triton.jit
+@_jit
 def _down(
     x, A, h, tokens, width, rank, x_t, x_d, A_r, A_d, seed, p,
     DROP: tl.constexpr, PRECISION: tl.constexpr, BT: tl.constexpr, BD: tl.constexpr, BR: tl.constexpr,
@@ -47,10 +58,10 @@ def _down(
     tl.store(h + t[:, None] * rank + r[None, :], total, mask=(t < tokens)[:, None] & (r < rank)[None, :])
 
 
-@triton.jit
+@_jit
 def _up(
-    out, h, B, tokens, width, rank, B_r, B_d, scale, seed, p,
-    ADD: tl.constexpr, DROP: tl.constexpr, PRECISION: tl.constexpr, BT: tl.constexpr, BD: tl.constexpr, BR: tl.constexpr,
+    out, h, B, tokens, width, rank, B_r, B_d, scale, seed, p, ADD: tl.constexpr,
+    DROP: tl.constexpr, PRECISION: tl.constexpr, BT: tl.constexpr, BD: tl.constexpr, BR: tl.constexpr,
 ):  # fmt: skip
     """``out (tokens, width) = [out +] drop(scale h B^T)``, a tile a program; B is (width, rank) by its strides."""
     t = (tl.program_id(0) * BT + tl.arange(0, BT)).to(tl.int64)
@@ -68,7 +79,7 @@ def _up(
     tl.store(place, tile, mask=inside)
 
 
-@triton.jit
+@_jit
 def _outer(
     u, x, out, tokens, width, rank, x_t, x_d, part, seed, p,
     DROP: tl.constexpr, PRECISION: tl.constexpr, BT: tl.constexpr, BD: tl.constexpr, BR: tl.constexpr,
@@ -91,9 +102,13 @@ def _outer(
     tl.store(place, total, mask=(r < rank)[:, None] & (d < width)[None, :])
 
 
-# The kernels multiply in float32 on the tensor cores. TF32 holds every bfloat16 and float16 number exactly, so one pass is
-# exact for those; float32 takes three.
+# The kernels multiply in float32 on the tensor cores. TF32 holds every bfloat16 and float16 number exactly, so one pass
+# is exact for those; float32 takes three.
 _PRECISION = {torch.float32: "tf32x3", torch.bfloat16: "tf32", torch.float16: "tf32"}
+
+
+# On the CPU, by Triton's interpreter: triton.jit then makes something else than a JITFunction.
+INTERPRETED = triton is not None and not isinstance(_down, triton.JITFunction)
 
 
 def _rank_block(rank: int) -> int:
@@ -102,6 +117,8 @@ def _rank_block(rank: int) -> int:
 
 class TritonProducts:
     """As :class:`weightlora.ops.autograd.TorchProducts`, with a kernel where the input is dropped or dtypes differ."""
+
+    mixes = True
 
     def down(self, x: Tensor, A: Tensor, dtype: torch.dtype, p: float, seed: int) -> Tensor:
         if p == 0.0 and x.dtype == A.dtype == dtype:
@@ -165,7 +182,7 @@ TRITON: TorchProducts | TritonProducts = TritonProducts()
 
 
 def _why_not(x: Tensor, A: Tensor) -> str | None:
-    if x.device.type != "cuda" and not triton.knobs.runtime.interpret:
+    if x.device.type != "cuda" and not INTERPRETED:
         return f"the input is on {x.device}, and the kernels are for CUDA"
     dtype = autograd.compute_dtype(x, A)
     if dtype not in _PRECISION or x.dtype not in _PRECISION:

@@ -106,7 +106,7 @@ def with_adapters(config: RunConfig, loaded: LoadedModel) -> peft.PeftModel:
     from transformers import set_seed
 
     set_seed(config.seed)
-    alpha = int(config.alpha) if float(config.alpha).is_integer() else config.alpha
+    alpha: Any = int(config.alpha) if float(config.alpha).is_integer() else config.alpha
     lora = peft.LoraConfig(
         task_type="SEQ_CLS",
         r=config.r,

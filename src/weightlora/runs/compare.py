@@ -1,4 +1,4 @@
-"""Methods against each other: equal task, model, steps and seeds; learning rates tuned equally on held-out training rows."""
+"""Methods against each other: equal task, model, steps, seeds; rates tuned equally on held-out training rows."""
 
 from __future__ import annotations
 
@@ -50,9 +50,9 @@ def compare(
         methods: "name" or "name:preset".
         seeds: one run per method and seed.
         folder: runs go to ``folder/<method>-<preset>/seed-<s>``, tuning runs to ``folder/tune/...``.
-        tune: multiples of the learning rate (of each method's own default: full fine-tuning starts lower). Each method is first
-            trained once with each on nine tenths of the *training* rows and judged on the other tenth; its best rate is used for
-            its runs. Validation rows play no part in that.
+        tune: multiples of the learning rate (of each method's own default: full fine-tuning starts lower). Each method
+            is first trained once with each on nine tenths of the *training* rows and judged on the other tenth; its
+            best rate is used for its runs. Validation rows play no part in that.
         say: takes a line of progress.
 
     Returns:

@@ -22,8 +22,7 @@ class RunConfig:
     """One run: task, model, adapters, method, seed, and whatever of ``transformers.TrainingArguments`` was set.
 
     Args:
-        task, data_dir, train_file, validation_file, text_column, pair_column, label_column, regression, max_train_samples,
-            max_eval_samples, holdout: as :func:`weightlora.tasks.load_task`.
+        task: as :func:`weightlora.tasks.load_task`; so are ``data_dir`` and all up to ``holdout``.
         max_length: tokens per example.
         model: as :func:`weightlora.tasks.load_model`.
         targets: "all-linear", "attention", or endings of module names, comma-separated.
@@ -78,7 +77,7 @@ class RunConfig:
         self.make_method()
 
     def make_method(self) -> Method:
-        """The method with this run's settings; one that draws (``random``, growth) gets the run's seed unless it has its own."""
+        """The method with this run's settings; one that draws (``random``, growth) gets the run's seed by default."""
         kind = METHODS.get(self.method)
         own = {f.name for f in fields(kind)} if kind else set()
         seeded = {"seed": self.seed} if "seed" in own else {}
@@ -95,6 +94,15 @@ class RunConfig:
     def save(self, folder: Path, name: str = CONFIG) -> Path:
         """Write ``config.json``."""
         return write_text(folder / name, json.dumps(self.to_dict(), indent=1, allow_nan=False) + "\n")
+
+    @staticmethod
+    def is_one(path: Path) -> bool:
+        """Whether a file is a run's configuration, of this release or another."""
+        try:
+            data = json.loads(path.read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            return False
+        return isinstance(data, dict) and {"schema_version", "task", "model", "method", "training"} <= set(data)
 
     @classmethod
     def load(cls, folder: Path) -> RunConfig:

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import logging
+import os
 import sys
 import time
 from typing import Any, TextIO
 
 from tqdm import tqdm
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+LOGGER = logging.getLogger("weightlora")
 
 
 class Progress(TrainerCallback):
@@ -24,18 +28,24 @@ class Progress(TrainerCallback):
         self.last: dict[str, float] = {}
         self.began = time.monotonic()
         self.first_step = 0
+        self.handler = _Lines(self)
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         if self.bar is None and self.stream.isatty():
+            # A terminal may not know its own size; tqdm would show nothing then.
+            known = os.get_terminal_size(self.stream.fileno()).columns > 0
             self.bar = tqdm(
                 total=state.max_steps,
                 initial=state.global_step,
                 desc=self.title,
                 unit="step",
                 file=self.stream,
-                dynamic_ncols=True,
+                dynamic_ncols=known,
+                ncols=None if known else 80,
             )
             self.first_step = state.global_step
+            LOGGER.addHandler(self.handler)
+            LOGGER.propagate = False
         elif self.bar is None and self.first_step == 0:
             self.first_step = state.global_step
 
@@ -65,3 +75,16 @@ class Progress(TrainerCallback):
         if self.bar is not None:
             self.bar.close()
             self.bar = None
+            LOGGER.removeHandler(self.handler)
+            LOGGER.propagate = True
+
+
+class _Lines(logging.Handler):
+    """Log messages above the bar instead of in the middle of it."""
+
+    def __init__(self, progress: Progress) -> None:
+        super().__init__()
+        self.progress = progress
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.progress.say(record.getMessage())

@@ -1,23 +1,23 @@
-"""One run's life: build, train, evaluate, export, record. Everything lies in one directory, and a killed run goes on from it."""
+"""One run's life: build, train, evaluate, export, record. All in one directory, from which a killed run goes on."""
 
 from __future__ import annotations
 
-import logging
+import contextlib
 import math
 import shutil
 import sys
 import traceback
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
 import torch
-from transformers import Trainer, set_seed
+from transformers import Trainer, TrainerCallback, set_seed
 
 from weightlora.errors import CheckpointError, WeightLoRAError
-from weightlora.files import new_folder, sweep, write_text
+from weightlora.files import leftovers, new_folder, sweep, write_text
 from weightlora.graft import MANIFEST, Manifest, Selection, adapters, block_of
 from weightlora.graft.export import export
 from weightlora.runs.build import Parts, build, make_trainer
@@ -25,8 +25,6 @@ from weightlora.runs.config import CONFIG, RunConfig
 from weightlora.runs.progress import Progress
 from weightlora.runs.record import AdapterScore, Kept, Phase, Record, collect_versions, machine
 from weightlora.training import FitResult, fit
-
-log = logging.getLogger("weightlora")
 
 RECORD = "record.json"
 ADAPTER = "adapter"
@@ -94,18 +92,17 @@ def select(config: RunConfig, folder: Path, *, overwrite: bool = False, quiet: b
     parts = build(config)
     if not parts.method.uses_adapters:
         raise WeightLoRAError(f"method {config.method!r} selects nothing; use weightlora, random, top or gradient")
-    with new_folder(folder) as temporary:
-        progress = _progress(config, quiet)
+    with new_folder(folder) as temporary, _progress(config, quiet) as progress:
         trainer = make_trainer(parts, config, temporary, progress)
+        set_seed(config.seed)
         result = fit(trainer, parts.method, micro_batch=_micro_batches(config), measure=False, select_only=True)
         assert result.selection is not None
         result.selection.save(temporary / SELECTION)
         result.selection.lora_config(
             task_type="SEQ_CLS", lora_dropout=config.dropout, modules_to_save=list(parts.loaded.heads)
-        ).save_pretrained(temporary)
+        ).save_pretrained(str(temporary))
         config.save(temporary, SELECT)  # not as a run's own file: there is no run to resume
         shutil.rmtree(temporary / "checkpoints", ignore_errors=True)
-        _close(progress)
     return result.selection
 
 
@@ -114,28 +111,30 @@ def _check_folder(folder: Path, overwrite: bool) -> None:
         return
     if not folder.is_dir():
         raise CheckpointError(f"{folder} is a file; give --out a folder")
-    if all(entry.name.startswith(".") for entry in folder.iterdir()):
+    if not set(folder.iterdir()) - set(leftovers(folder, *WRITTEN)):
         return
-    ours = (folder / CONFIG).is_file() or (folder / SELECT).is_file()
-    if overwrite and ours:
+    # A config.json alone proves nothing: every saved model has one. What is not ours is never removed.
+    ours = {name: RunConfig.is_one(folder / name) for name in (CONFIG, SELECT)}
+    if overwrite and any(ours.values()):
         return
-    if (folder / SELECT).is_file():
+    if ours[SELECT]:
         raise CheckpointError(f"{folder} already holds a selection; choose another --out, or --overwrite it")
-    if finished(folder):
+    if ours[CONFIG] and finished(folder):
         raise CheckpointError(f"{folder} already holds a finished run; choose another --out, or --overwrite it")
-    if (folder / CONFIG).is_file():
+    if ours[CONFIG]:
         raise CheckpointError(
             f"{folder} holds an unfinished run; go on with `weightlora resume {folder}`, or --overwrite it"
         )
     raise CheckpointError(f"{folder} is not empty and holds no run; choose another --out")
 
 
-def _progress(config: RunConfig, quiet: bool) -> list[Any]:
-    return [] if quiet else [Progress(f"{config.method} on {config.task}")]
-
-
-def _close(progress: list[Any]) -> None:
-    for bar in progress:
+@contextlib.contextmanager
+def _progress(config: RunConfig, quiet: bool) -> Iterator[list[TrainerCallback]]:
+    """The callback that shows progress, in a list for the trainer; the terminal is left tidy."""
+    bar = Progress(f"{config.method} on {config.task}")
+    try:
+        yield [] if quiet else [bar]
+    finally:
         bar.close()
 
 
@@ -144,7 +143,7 @@ def _micro_batches(config: RunConfig) -> tuple[int | None, int | None]:
 
 
 class _Recording:
-    """Keeps ``record.json`` true while a run lives: "running" on entry; on an exception "failed", with its traceback beside it.
+    """Keeps ``record.json`` true while a run lives: "running" on entry; on an exception "failed", traceback beside it.
 
     A mistake of the user's that shows before the first step leaves the folder as it was.
     """
@@ -182,8 +181,7 @@ class _Recording:
 
 
 def _live(parts: Parts, config: RunConfig, folder: Path, *, resume: bool, argv: Sequence[str], quiet: bool) -> Record:
-    progress = _progress(config, quiet)
-    with _Recording(_first_record(parts, config, argv), folder) as recording:
+    with _progress(config, quiet) as progress, _Recording(_first_record(parts, config, argv), folder) as recording:
         trainer = recording.trainer = make_trainer(parts, config, folder, progress)
         # From here on every random number follows from the seed, whatever was drawn while loading.
         set_seed(config.seed)
@@ -198,7 +196,6 @@ def _live(parts: Parts, config: RunConfig, folder: Path, *, resume: bool, argv: 
         metrics = _evaluate(trainer)
         _write_result(result, trainer, folder, config, described)
         recording.record = _last_record(recording.record, parts, result, metrics)
-    _close(progress)
     return recording.record
 
 
@@ -220,7 +217,8 @@ def _write_result(
 ) -> None:
     if result.selection is None:
         with new_folder(folder / MODEL) as temporary:
-            result.model.save_pretrained(temporary)
+            model: Any = result.model
+            model.save_pretrained(temporary)
         return
     batch = next(iter(trainer.get_eval_dataloader()))
     sample = {key: value for key, value in trainer._prepare_inputs(batch).items() if key != "labels"}

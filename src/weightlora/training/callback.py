@@ -63,9 +63,10 @@ class SeamCallback(TrainerCallback):
         )
 
     def _lr_factor(self) -> float:
-        scheduler = self.trainer.lr_scheduler
-        base = scheduler.base_lrs[0] if getattr(scheduler, "base_lrs", None) else self.trainer.args.learning_rate
-        return float(self.trainer.optimizer.param_groups[0]["lr"]) / base if base else 0.0
+        trainer: Any = self.trainer
+        base_lrs = getattr(trainer.lr_scheduler, "base_lrs", None)
+        base = float(base_lrs[0] if base_lrs else trainer.args.learning_rate)
+        return float(trainer.optimizer.param_groups[0]["lr"]) / base if base else 0.0
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         # The trainer has loaded its checkpoint by now: B is there in its folded form, so the raw state goes on top.
@@ -81,11 +82,10 @@ class SeamCallback(TrainerCallback):
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         if control.should_log and self.stage == "warmup" and self.driver.gates is not None:
             self._log_omegas()
-            control.should_log = (
-                True  # logging took the mark off; the trainer's own entry (loss, learning rate) is still due
-            )
+            # Logging took the mark off, but the trainer's own entry (loss, learning rate) is still due.
+            control.should_log = True
         if self.stage == "warmup" and state.global_step == self.driver.seam:
-            # At the end of an epoch the trainer may still evaluate; stopping after that keeps its random state in order.
+            # At the end of an epoch the trainer may still evaluate; to stop after that keeps its random state in order.
             if state.epoch is not None and float(state.epoch).is_integer():
                 self._at_epoch_end = True
             else:
@@ -108,7 +108,7 @@ class SeamCallback(TrainerCallback):
         if self._stored != state.global_step:
             self._store(args, state)
         if self.stage == "warmup" and state.global_step == self.driver.seam:
-            # With save_total_limit=1 the trainer would end by deleting this checkpoint in favour of an earlier, better one.
+            # With save_total_limit=1 the trainer would end by deleting this checkpoint for an earlier, better one.
             state.best_model_checkpoint = None
 
     @staticmethod
@@ -119,7 +119,7 @@ class SeamCallback(TrainerCallback):
             args.save_strategy = SaveStrategy.STEPS
 
     def _folder(self, args: TrainingArguments, state: TrainerState) -> Path:
-        return Path(args.output_dir) / f"checkpoint-{state.global_step}"
+        return Path(str(args.output_dir)) / f"checkpoint-{state.global_step}"
 
     def _store(self, args: TrainingArguments, state: TrainerState) -> None:
         self._stored = state.global_step

@@ -22,8 +22,8 @@ _NAME = re.compile(r"^(checkpoint|seam)-(\d+)$")
 def whole(folder: Path, *, manifest: bool = True) -> int | None:
     """The step of a checkpoint that can be resumed from, or None.
 
-    The trainer writes its state file after everything else of a checkpoint, so a checkpoint with a readable state file and
-    a readable manifest has all its files. ``manifest=False``: a method without adapters writes none.
+    The trainer writes its state file after everything else of a checkpoint, so a checkpoint with a readable state file
+    and a readable manifest has all its files. ``manifest=False``: a method without adapters writes none.
     """
     found = _NAME.match(folder.name)
     if not found or (manifest and not (folder / MANIFEST).is_file()):
@@ -47,7 +47,8 @@ def latest(output_dir: Path, *, manifest: bool = True) -> Path | None:
 
 
 def resolve(resume: bool | str | Path, output_dir: Path, *, manifest: bool = True) -> Path | None:
-    """The checkpoint that ``fit(resume=...)`` means: a folder, the latest whole one (True; None if there is none), or nothing.
+    """The checkpoint that ``fit(resume=...)`` means: a folder, the latest whole one (True; None if there is none), or
+    nothing.
 
     Raises:
         CheckpointError: the named folder is not a whole checkpoint; the message names one that is.
@@ -65,7 +66,8 @@ def resolve(resume: bool | str | Path, output_dir: Path, *, manifest: bool = Tru
 
 
 def train_on(trainer: Trainer, start: Path | None, until: int) -> dict[str, float]:
-    """``trainer.train`` from `start`; if that is at step `until` already, only load: the trainer would do a step too many."""
+    """``trainer.train`` from `start`; if that is at step `until` already, only load: the trainer would do a step too
+    many."""
     if start is None or (whole(start, manifest=False) or 0) < until:
         return dict(trainer.train(resume_from_checkpoint=None if start is None else str(start)).metrics)
     trainer._load_from_checkpoint(str(start))
@@ -76,7 +78,8 @@ def train_on(trainer: Trainer, start: Path | None, until: int) -> dict[str, floa
 
 
 def discard_after(output_dir: Path, step: int) -> None:
-    """Remove half-written checkpoints beyond `step`: a resumed run writes them again and must not mix old files with new."""
+    """Remove half-written checkpoints beyond `step`: a resumed run writes them again and must not mix old files with
+    new."""
     for folder in output_dir.iterdir() if output_dir.is_dir() else ():
         found = _NAME.match(folder.name)
         if found and int(found.group(2)) >= step and whole(folder) is None:

@@ -117,7 +117,7 @@ class Driver:
         removed = end_backward_at_lowest(self.model) if len(kept) < len(self.adapters) else 0
         if removed:
             log.info(
-                "gradients of the embeddings' output are off again (%d hooks): nothing below the lowest adapter needs them",
+                "embeddings' outputs need no gradient any more (%d hooks removed): backward ends at the lowest adapter",
                 removed,
             )
         self.selection = selection.with_ranks(adapters(self.model, self.name))

@@ -76,18 +76,20 @@ def fit(
 ) -> FitResult:
     """Train with a method, instead of ``trainer.train()``.
 
-    Runs the trainer to step T, lets the method decide, disconnects (and grows), and runs the trainer on from a checkpoint of
-    its own kind, so that schedule, data order, random numbers, distributed wrapping and logging go on as if nothing had been.
+    Runs the trainer to step T, lets the method decide, disconnects (and grows), and runs the trainer on from a
+    checkpoint of its own kind, so that schedule, data order, random numbers, distributed wrapping and logging go on as
+    if nothing had been.
 
     Args:
         trainer: any ``transformers.Trainer`` (TRL's too) around a model with LoRA adapters.
         method: for example ``WeightLoRA(k=10, warmup_steps=100)``.
-        resume: True goes on from the latest whole checkpoint in ``output_dir`` (from the start if there is none); a path from
-            that one.
-        micro_batch: examples per device and forward pass (before, after the seam). Accumulation changes with it so that the
-            effective batch, and with it the number of steps, stays what the trainer's arguments say; the gradient is then the
-            mean over that batch. None: leave it.
-        measure: count kept activation bytes and FLOPs of one micro-batch per phase (one extra forward and backward each).
+        resume: True goes on from the latest whole checkpoint in ``output_dir`` (from the start if there is none); a
+            path from that one.
+        micro_batch: examples per device and forward pass (before, after the seam). Accumulation changes with it so
+            that the effective batch, and with it the number of steps, stays what the trainer's arguments say; the
+            gradient is then the mean over that batch. None: leave it.
+        measure: count kept activation bytes and FLOPs of one micro-batch per phase (one extra forward and backward
+            each).
         log_omegas: how much of omega goes to the trainer's log during warm-up.
         select_only: stop at the seam, with the survivors chosen and nothing trained further.
 
@@ -95,10 +97,11 @@ def fit(
         A :class:`FitResult`; ``trainer.model`` is a plain PEFT model with the survivors only.
 
     Raises:
-        AdapterError, ScheduleError, CheckpointError, ConfigError: before the first step; nothing was changed or written.
+        AdapterError, ScheduleError, CheckpointError, ConfigError: before the first step; nothing was changed or
+            written.
 
-    Source: paper, section 3.3 (T steps, then disconnect; "the batch size can be increased"). Departs from it in resuming
-    through a checkpoint, which is what makes a killed run continue to the same adapter.
+    Source: paper, section 3.3 (T steps, then disconnect; "the batch size can be increased"). Departs from it in
+    resuming through a checkpoint, which is what makes a killed run continue to the same adapter.
     """
     check_trainer(trainer)
     if not method.uses_adapters:
@@ -118,11 +121,14 @@ class _Fit:
         measure: bool,
         log_omegas: Literal["summary", "all"],
     ) -> None:
-        self.trainer, self.method, self.measure, self.log_omegas = trainer, method, measure, log_omegas
-        self.output_dir = Path(trainer.args.output_dir)
+        # Transformers types a trainer's model and optimizer as optional; by now they are there.
+        self.trainer: Any = trainer
+        self.method, self.measure, self.log_omegas = method, measure, log_omegas
+        self.output_dir = Path(str(trainer.args.output_dir))
         self.batches = [split_batch(trainer, size) for size in micro_batch]
         self.max_steps = planned_steps(trainer)
-        self.driver = Driver(trainer.model, method, self.max_steps)
+        model: Any = trainer.model
+        self.driver = Driver(model, method, self.max_steps)
         self.own_optimizer = trainer.optimizer is None
         self.phases: list[PhaseResult] = []
         self.start = checkpoint.resolve(resume, self.output_dir)
@@ -134,7 +140,8 @@ class _Fit:
             self.manifest.check_same_model(self.driver.adapters)
             if self.manifest.method != method.to_dict():
                 raise CheckpointError(
-                    f"{self.start} was made with {self.manifest.method}, not {method.to_dict()}; resume with the same method"
+                    f"{self.start} was made with {self.manifest.method}, not {method.to_dict()};"
+                    " resume with the same method"
                 )
             self.spent = float(self.manifest.data.get("seconds", 0.0))
             if self.manifest.stage == "warmup":
@@ -177,7 +184,8 @@ class _Fit:
 
     def _rebuild(self) -> None:
         """Give the model the structure of the checkpoint before the trainer loads it."""
-        assert self.manifest is not None and self.manifest.selection is not None
+        assert self.manifest is not None
+        assert self.manifest.selection is not None
         driver, selection = self.driver, self.manifest.selection
         reshape(
             driver.model,
@@ -265,7 +273,8 @@ class _Fit:
         if trainer.args.save_strategy == "no" and source.parent == self.output_dir:
             shutil.rmtree(source)
         if self.own_optimizer:
-            # The trainer builds a new one over the survivors and loads the remapped state into it, as it would in a new process.
+            # The trainer builds a new one over the survivors and loads the remapped state into it, as it would in a
+            # new process.
             old = [id(p) for group in optimizer.param_groups for p in group["params"]]
             trainer.optimizer = None
             trainer.create_optimizer()
@@ -314,18 +323,19 @@ def _phase_result(
 
 def _train_plain(trainer: Trainer, method: Method, resume: bool | str | Path, measure: bool) -> FitResult:
     """A method without adapters (full fine-tuning): the trainer as it is, measured."""
-    if has_adapters(trainer.model):
+    model: Any = trainer.model
+    if has_adapters(model):
         raise AdapterError(f"method {method.name!r} trains the plain model; give the trainer a model without adapters")
-    start = checkpoint.resolve(resume, Path(trainer.args.output_dir), manifest=False)
+    start = checkpoint.resolve(resume, Path(str(trainer.args.output_dir)), manifest=False)
     steps = planned_steps(trainer)
     cost = measure_step(trainer) if measure else None
     peak, began = PeakMemory(), time.perf_counter()
     metrics = checkpoint.train_on(trainer, start, steps)
     seconds = round(time.perf_counter() - began, 3)
-    trainable = sum(p.numel() for p in trainer.model.parameters() if p.requires_grad)
+    trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
     phase = _phase_result(trainer, "final", trainer.state.global_step, seconds, trainable, cost, peak)
     return FitResult(
-        model=trainer.model,
+        model=model,
         method=method,
         selection=None,
         phases=(phase,),

@@ -15,8 +15,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 @dataclass(frozen=True, kw_only=True)
 class StepCost:
-    """``kept_activation_bytes``: what autograd keeps between forward and backward of one micro-batch, each storage once, parameters
-    excluded. ``flops``: of its forward and backward."""
+    """``kept_activation_bytes``: what autograd keeps between forward and backward of one micro-batch, each storage
+    once, parameters excluded. ``flops``: of its forward and backward."""
 
     kept_activation_bytes: int
     flops: int
@@ -73,8 +73,8 @@ def step_cost(model: nn.Module, loss: Callable[[], Tensor]) -> StepCost:
         loss: runs the forward pass and returns the loss.
 
     Returns:
-        The cost. Under gradient checkpointing the inputs that checkpoints hold are outside what autograd reports, so the bytes
-        are those of the parts that are not checkpointed.
+        The cost. Under gradient checkpointing the inputs that checkpoints hold are outside what autograd reports, so
+        the bytes are those of the parts that are not checkpointed.
 
     >>> net = torch.nn.Linear(4, 2, bias=False)
     >>> x = torch.ones(3, 4)

@@ -1,10 +1,11 @@
-"""What ``fit`` asks of a trainer: how long it runs, how it splits batches, what a step costs, which arguments must change."""
+"""What ``fit`` asks of a trainer: how long it runs, how it splits batches, what a step costs, what must change."""
 
 from __future__ import annotations
 
 import contextlib
 import logging
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from transformers import Trainer
@@ -25,26 +26,28 @@ def planned_steps(trainer: Trainer) -> int:
 
 
 def measure_step(trainer: Trainer) -> StepCost | None:
-    """Count the cost of the first micro-batch, with random state and gradients given back; None where there is no batch."""
+    """Count the cost of the first micro-batch; random state and gradients are given back. None without a batch."""
     with isolated_rng():
         batch = next(iter(trainer.get_train_dataloader()), None)
         if batch is None:
             return None
-        trainer.model.train()
+        model: Any = trainer.model
+        model.train()
         _checkpoint_as_in_training(trainer)
         inputs = trainer._prepare_inputs(batch)
 
-        def loss() -> torch.Tensor:
+        def loss() -> Any:
             # accelerate wraps autocast around the model only inside train(); measured here, it must be on as well.
             with trainer.accelerator.autocast(), trainer.compute_loss_context_manager():
-                return trainer.compute_loss(trainer.model, dict(inputs))
+                return trainer.compute_loss(model, dict(inputs))
 
-        return step_cost(trainer.model, loss)
+        return step_cost(model, loss)
 
 
 def _checkpoint_as_in_training(trainer: Trainer) -> None:
     """Switch gradient checkpointing on with the arguments of now, as ``train`` will: what is measured is what runs."""
-    args, model = trainer.args, trainer.model
+    args: Any = trainer.args
+    model: Any = trainer.model
     if not getattr(args, "activation_checkpointing", args.gradient_checkpointing):
         return
     settings = dict(getattr(args, "activation_checkpointing_kwargs", None) or args.gradient_checkpointing_kwargs or {})
@@ -73,26 +76,32 @@ def split_batch(trainer: Trainer, micro_batch: int | None) -> tuple[int, int] | 
 def average_micro_batches(trainer: Trainer) -> None:
     """Make the gradient the mean over the effective batch, however it is split.
 
-    Many models take ``num_items_in_batch`` and ignore it (BERT's classifier does). The trainer then adds micro-batches up
-    instead of averaging them, and a change of micro-batch at the seam would change the size of every gradient.
+    Many models take ``num_items_in_batch`` and ignore it (BERT's classifier does). The trainer then adds micro-batches
+    up instead of averaging them, and a change of micro-batch at the seam would change the size of every gradient.
     """
     if not trainer.model_accepts_loss_kwargs or trainer.compute_loss_func is not None:
         return
-    losses = []
+    losses: list[Any] = []
+    model: Any = trainer.model
     for count in (1, 2):
         with isolated_rng(), torch.no_grad():
             batch = next(iter(trainer.get_train_dataloader()), None)
             if batch is None:
                 return
             inputs = trainer._prepare_inputs(batch)
-            losses.append(trainer.compute_loss(trainer.model, inputs, num_items_in_batch=torch.tensor(count)))
-    if torch.equal(*losses):
+            losses.append(trainer.compute_loss(model, inputs, num_items_in_batch=torch.tensor(count)))
+    if torch.equal(losses[0], losses[1]):
         trainer.model_accepts_loss_kwargs = False
 
 
 def check_trainer(trainer: Trainer) -> None:
+    """Refuse, with the remedy, what would give wrong numbers or fail later."""
     if trainer.is_deepspeed_enabled or trainer.is_fsdp_enabled:
         raise ConfigError("DeepSpeed and FSDP are not supported yet; run on one process or with plain DDP")
+    if trainer.args.n_gpu > 1:
+        raise ConfigError("DataParallel is not supported: start one process per GPU with torchrun, or show it one GPU")
+    if trainer.accelerator.scaler is not None:
+        raise ConfigError("fp16 training scales gradients, and gates and credits would read them scaled; use bf16")
     if trainer.model_init is not None:
         raise ConfigError("model_init rebuilds the model inside train(); give the trainer a finished model instead")
     if trainer.train_dataset is None:
@@ -112,7 +121,7 @@ def warmup_arguments(trainer: Trainer) -> Iterator[None]:
 
 
 def no_reentrant_checkpointing(trainer: Trainer) -> None:
-    """Reentrant checkpointing gives no gradient to a block whose input needs none, which is the lowest live block now."""
+    """Reentrant checkpointing gives no gradient to a block whose input needs none: now that is the lowest live one."""
     args = trainer.args
     for key in ("activation_checkpointing_kwargs", "gradient_checkpointing_kwargs"):
         settings = getattr(args, key, None)

@@ -1,0 +1,177 @@
+"""What is seen of the command line from outside: lazy imports, versions, help, exit codes and progress in processes."""
+
+from __future__ import annotations
+
+import fcntl
+import logging
+import os
+import pty
+import re
+import select
+import signal
+import struct
+import subprocess
+import sys
+import termios
+import time
+from pathlib import Path
+
+import pytest
+from tests.runs.commands import TINY, read, weightlora
+
+from weightlora import __version__
+
+HEAVY = ("torch", "transformers", "peft", "datasets", "numpy", "matplotlib", "sklearn")
+COMMANDS = ("train", "resume", "select", "compare", "export")
+
+
+def python(*words: object) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, *map(str, words)], capture_output=True, text=True, check=False, timeout=120)
+
+
+@pytest.mark.parametrize(
+    "code",
+    [
+        "import weightlora; dir(weightlora); weightlora.__version__",
+        "import weightlora.cli.main",
+        "from weightlora.cli.main import main; main([])",
+        "from weightlora.cli.main import main, build_parser; build_parser()[0].format_help()",
+    ],
+)
+def test_nothing_heavy_is_imported_before_it_is_needed(code: str) -> None:
+    done = python("-c", f"import sys\n{code}\nprint('loaded:', *[name for name in {HEAVY} if name in sys.modules])")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[-1] == "loaded:"
+
+
+def test_version_of_the_module_and_of_the_package_agree() -> None:
+    done = python("-X", "importtime", "-m", "weightlora", "--version")
+    assert (done.returncode, done.stdout) == (0, f"weightlora {__version__}\n")
+    loaded = {line.rpartition("|")[2].strip().split(".")[0] for line in done.stderr.splitlines()}
+    assert loaded & set(HEAVY) == set()
+    assert "weightlora" in loaded
+
+
+def test_the_installed_command_is_the_same(tmp_path: Path) -> None:
+    script = Path(sys.executable).with_name("weightlora")
+    if not script.is_file():
+        pytest.skip(f"NO COMMAND: the package is not installed beside {sys.executable}")
+    done = subprocess.run([script, "--version"], capture_output=True, text=True, check=False, timeout=60)
+    assert (done.returncode, done.stdout) == (0, f"weightlora {__version__}\n")
+
+
+def test_without_a_command_there_is_help_and_code_2(capsys: pytest.CaptureFixture[str]) -> None:
+    assert weightlora() == 2
+    said = capsys.readouterr().out
+    assert all(re.search(rf"^ +{command} ", said, re.MULTILINE) for command in COMMANDS)
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_command_has_help_with_an_example(capsys: pytest.CaptureFixture[str], command: str) -> None:
+    assert weightlora(command, "--help") == 0
+    said = capsys.readouterr().out
+    assert f"  weightlora {command} " in said.partition("example:")[2]
+    assert "--json" in said
+
+
+def run_words(data: Path, out: Path) -> list[str]:
+    words = ["--task", "sst2", "--data-dir", str(data), *TINY, "--max-steps", "6", "--logging-steps", "2"]
+    return ["-m", "weightlora", "train", *words, "--k", "3", "--warmup-steps", "2", "--out", str(out)]
+
+
+def test_plain_lines_where_nobody_watches(small_data: Path, tmp_path: Path) -> None:
+    done = python(*run_words(small_data, tmp_path / "run"))
+    assert done.returncode == 0, done.stderr
+    assert "\r" not in done.stderr
+    steps = re.findall(r"^weightlora on sst2: step (\d+)/6 .*about \d+ s left$", done.stderr, re.MULTILINE)
+    assert steps == list("123456")
+    assert "loss" in done.stderr
+    assert re.search(r"^kept 3 of 12 adapters: ", done.stderr, re.MULTILINE)
+    others = [
+        line for line in done.stderr.splitlines() if not line.startswith(("weightlora on sst2: step", "kept 3 of"))
+    ]
+    assert others == [], "libraries are silent"
+    assert f"adapter: {tmp_path / 'run' / 'adapter'}" in done.stdout
+    assert read(tmp_path / "run" / "record.json")["argv"][:2] == ["weightlora", "train"]
+
+
+def test_a_bar_on_a_terminal(small_data: Path, tmp_path: Path) -> None:
+    ours, theirs = pty.openpty()
+    fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 30, 100, 0, 0))
+    words = run_words(small_data, tmp_path / "run")
+    child = subprocess.Popen(
+        [sys.executable, *words], stdin=theirs, stdout=subprocess.DEVNULL, stderr=theirs,
+        env={**os.environ, "TERM": "xterm"},
+    )  # fmt: skip
+    os.close(theirs)
+    said = read_terminal(ours, child)
+    os.close(ours)
+    assert child.wait() == 0, said
+    assert re.search(r"weightlora on sst2: +100%\|█+\| 6/6 ", said)
+    assert said.count("\r") > 3
+    assert "about" not in said, "no plain lines beside the bar"
+    assert "loss=" in said
+    assert "Traceback" not in said
+    clean = [line.rpartition("\r")[2] for line in said.split("\r\n")]
+    assert any(line.startswith("kept 3 of 12 adapters: ") for line in clean), "a message has a line of its own"
+
+
+def test_a_terminal_that_does_not_know_its_size_shows_the_bar_too() -> None:
+    from transformers import TrainerControl, TrainerState, TrainingArguments
+
+    from weightlora.runs.progress import Progress
+
+    ours, theirs = pty.openpty()
+    assert os.get_terminal_size(theirs).columns == 0
+    with os.fdopen(theirs, "w") as stream:
+        progress = Progress("title", stream)
+        moment = TrainingArguments(output_dir="unused"), TrainerState(max_steps=4), TrainerControl()
+        progress.on_train_begin(*moment)
+        for step in range(1, 5):
+            moment[1].global_step = step
+            progress.on_step_end(*moment)
+        logging.getLogger("weightlora").warning("a message")
+        progress.close()
+        logging.getLogger("weightlora").warning("not for the bar any more")
+    said = read_terminal(ours)
+    os.close(ours)
+    assert re.search(r"title: +100%\|█+\| 4/4 ", said)
+    assert "\ra message\r\n" in re.sub(r"\r +\r", "\r", said)
+    assert "any more" not in said
+
+
+def read_terminal(terminal: int, child: subprocess.Popen[bytes] | None = None, seconds: float = 120) -> str:
+    """Everything written to a terminal until its other end is closed, or the process there has gone."""
+    data, deadline = b"", time.monotonic() + seconds
+    while time.monotonic() < deadline:
+        if select.select([terminal], [], [], 0.2)[0]:
+            try:
+                part = os.read(terminal, 65536)
+            except OSError:  # how Linux says that the other end is closed
+                break
+            if not part:
+                break
+            data += part
+        elif child is None or child.poll() is not None:
+            break
+    return data.decode(errors="replace")
+
+
+def test_interrupted_says_how_to_go_on(small_data: Path, tmp_path: Path) -> None:
+    """Control-C in the middle of training: one line, code 130, and a run that can be resumed."""
+    run = tmp_path / "run"
+    words = [*run_words(small_data, run)]
+    words[words.index("6")] = "400"
+    words += ["--save-steps", "20"]
+    child = subprocess.Popen([sys.executable, *words], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    assert child.stderr is not None
+    lines = []
+    for line in child.stderr:
+        lines.append(line)
+        if "step 39/400" in line:
+            child.send_signal(signal.SIGINT)
+    child.stderr.close()
+    assert child.wait(timeout=60) == 130
+    assert lines[-1] == f"interrupted; `weightlora resume {run}` goes on from the last checkpoint\n"
+    assert "Traceback" not in "".join(lines)
+    assert read(run / "record.json")["status"] == "running"
