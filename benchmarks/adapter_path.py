@@ -21,7 +21,7 @@ import shlex
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
@@ -369,6 +369,11 @@ def provenance(args: argparse.Namespace) -> dict[str, Any]:
     }
 
 
+def chosen(names: Iterable[str], starts: Sequence[str] | None) -> list[str]:
+    """The names that begin with one of `starts`; all where none is given."""
+    return [name for name in names if not starts or any(name.startswith(start) for start in starts)]
+
+
 def table(bench: Bench, names: Sequence[str], seconds: float) -> dict[str, dict[str, Any]]:
     """Everything measured, a dict per row."""
     costs = count(bench, names)
@@ -378,7 +383,7 @@ def table(bench: Bench, names: Sequence[str], seconds: float) -> dict[str, dict[
     for name, more in on_cuda(bench, names).items():
         rows[name] |= more
     if seconds > 0:
-        times = clock(bench, names, seconds)
+        times = clock(bench, chosen(names, bench.args.clock), seconds)
         tokens = bench.batch["input_ids"].numel()
         for name, own in times.items():
             median = statistics.median(own)
@@ -426,6 +431,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--k-deepest", type=int, help="survivors in the highest layers")
     parser.add_argument("--names", help="regular expression: survivors by name")
     parser.add_argument("--only", nargs="+", metavar="ROW", help="rows, by the start of their names")
+    parser.add_argument("--clock", nargs="+", metavar="ROW", help="rows to time, of those; default: all")
     parser.add_argument("--seconds", type=float, default=0.0, help="time for the clock; 0: count only")
     parser.add_argument("--threads", type=int, help="CPU threads")
     parser.add_argument("--seed", type=int, default=0)
@@ -446,7 +452,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     if args.threads:
         torch.set_num_threads(args.threads)
     bench = Bench(shape_of(args), args)
-    names = [name for name in bench.rows() if not args.only or any(name.startswith(start) for start in args.only)]
+    names = chosen(bench.rows(), args.only)
     rows = table(bench, names, args.seconds)
     floor = floor_bytes(bench)
     for name, row in rows.items():
