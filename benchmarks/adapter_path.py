@@ -306,10 +306,14 @@ def count(bench: Bench, names: Sequence[str]) -> dict[str, StepCost]:
     return costs
 
 
-def clock(bench: Bench, names: Sequence[str], seconds: float) -> dict[str, list[float]]:
-    """Seconds per step, a list per row: all rows take turns, in an order that changes, until `seconds` are over."""
+def clock(bench: Bench, names: Sequence[str], seconds: float) -> dict[str, list[tuple[float, float]]]:
+    """Seconds per step, on the wall and of this process on all CPUs, a list per row.
+
+    All rows take turns, in an order that changes, until `seconds` are over. Where other work shares the machine, CPU
+    seconds tell more than wall seconds.
+    """
     cuda = bench.args.device.startswith("cuda")
-    times: dict[str, list[float]] = {name: [] for name in names}
+    times: dict[str, list[tuple[float, float]]] = {name: [] for name in names}
     order, stop = random.Random(0), time.perf_counter() + seconds
     rounds = 0
     # The first round warms up and is not recorded; three recorded rounds at least.
@@ -318,12 +322,12 @@ def clock(bench: Bench, names: Sequence[str], seconds: float) -> dict[str, list[
             with bench.rows()[name]():
                 if cuda:
                     torch.cuda.synchronize()
-                start = time.perf_counter()
+                start, start_cpu = time.perf_counter(), time.process_time()
                 bench.step()
                 if cuda:
                     torch.cuda.synchronize()
                 if rounds:
-                    times[name].append(time.perf_counter() - start)
+                    times[name].append((time.perf_counter() - start, time.process_time() - start_cpu))
         rounds += 1
     return times
 
@@ -386,12 +390,14 @@ def table(bench: Bench, names: Sequence[str], seconds: float) -> dict[str, dict[
         times = clock(bench, chosen(names, bench.args.clock), seconds)
         tokens = bench.batch["input_ids"].numel()
         for name, own in times.items():
-            median = statistics.median(own)
-            rows[name] |= {"seconds_median": median, "tokens_per_second": tokens / median, "rounds": len(own)}
+            median, median_cpu = (statistics.median(column) for column in zip(*own, strict=True))
+            rows[name] |= {"seconds_median": median, "cpu_seconds_median": median_cpu}
+            rows[name] |= {"tokens_per_second": tokens / median, "rounds": len(own)}
             for base in ("stock", "bare", "dense"):
                 if base in times:
-                    ratios = [theirs / mine for theirs, mine in zip(times[base], own, strict=True)]
-                    rows[name][f"times_faster_than_{base}"] = statistics.median(ratios)
+                    for column, kind in ((0, "times_faster_than"), (1, "cpu_times_faster_than")):
+                        ratios = [theirs[column] / mine[column] for theirs, mine in zip(times[base], own, strict=True)]
+                        rows[name][f"{kind}_{base}"] = statistics.median(ratios)
     return rows
 
 
@@ -400,7 +406,7 @@ def show(name: str, row: dict[str, Any]) -> None:
     if "seconds_median" in row:
         line += f" {row['seconds_median']:8.3f} s"
     if "times_faster_than_stock" in row:
-        line += f"  {row['times_faster_than_stock']:5.2f}x of stock"
+        line += f"  {row['times_faster_than_stock']:5.2f}x of stock, CPU {row['cpu_times_faster_than_stock']:5.2f}x"
     if "peak_memory_bytes" in row:
         line += f"  peak {row['peak_memory_bytes'] / 2**30:6.2f} GiB, {row['kernels']} kernels"
     print(line, flush=True)
