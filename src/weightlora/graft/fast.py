@@ -11,7 +11,7 @@ from weightlora.graft.adapters import adapter_name, factors, lora_layers
 from weightlora.ops import AdapterPath, Engine, engine
 
 
-class LeanVariant(LoraVariant):  # type: ignore[misc]  # PEFT ships no types
+class LeanVariant(LoraVariant):
     """``y = base(x) + s B A drop(x)``, as stock LoRA, by one of our engines."""
 
     is_gate = True  # one of ours: a gate may take its place
@@ -19,7 +19,7 @@ class LeanVariant(LoraVariant):  # type: ignore[misc]  # PEFT ships no types
     def __init__(self, path: AdapterPath) -> None:
         self.path = path
 
-    def forward(self, module: LoraLayer, active_adapter: str, x: Tensor, result: Tensor, **_: Any) -> Tensor:
+    def forward(self, module: Any, active_adapter: str, x: Tensor, result: Tensor, **_: Any) -> Tensor:  # type: ignore[override]
         A, B = factors(module, active_adapter)
         dropout = module.lora_dropout[active_adapter]
         p = dropout.p if isinstance(dropout, nn.Dropout) and module.training else 0.0
