@@ -26,11 +26,12 @@ class Progress(TrainerCallback):
         self.title, self.stream = title, stream or sys.stderr
         self.bar: tqdm[Any] | None = None
         self.last: dict[str, float] = {}
-        self.began = time.monotonic()
-        self.first_step = 0
+        self.began, self.first_step = time.monotonic(), 0
         self.handler = _Lines(self)
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        # The clock starts anew with each phase, because a step after the seam takes less time than one before.
+        self.began, self.first_step = time.monotonic(), state.global_step
         if self.bar is None and self.stream.isatty():
             # A terminal may not know its own size; tqdm would show nothing then.
             known = os.get_terminal_size(self.stream.fileno()).columns > 0
@@ -43,11 +44,8 @@ class Progress(TrainerCallback):
                 dynamic_ncols=known,
                 ncols=None if known else 80,
             )
-            self.first_step = state.global_step
             LOGGER.addHandler(self.handler)
             LOGGER.propagate = False
-        elif self.bar is None and self.first_step == 0:
-            self.first_step = state.global_step
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         if self.bar is not None:
