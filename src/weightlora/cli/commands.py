@@ -121,7 +121,8 @@ def export(parsed: argparse.Namespace, rest: list[str], parser: argparse.Argumen
         print(
             f"reloaded and compared: largest logit difference {done.max_difference:.2g} (allowed {done.tolerance:.2g})"
         )
-        print(*done.notes, sep="\n")
+        for note in done.notes:
+            print(note)
     return 0
 
 
