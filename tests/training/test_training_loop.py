@@ -45,7 +45,7 @@ def test_two_phases_by_hand(score: Any) -> None:
     model = lora()
     optimizer = adamw(model)
     model.train()
-    tuner = attach(model, WeightLoRA(k=2, warmup_steps=seam, score=score), optimizer)
+    tuner = attach(model, WeightLoRA(k=2, warmup_steps=seam, score=score), optimizer, adapter_path="stock")
     for step, inputs in enumerate(data):
         torch.manual_seed(step)
         model(**inputs).loss.backward()
@@ -75,7 +75,7 @@ def test_a_choice_before_training_is_stock_lora_on_the_same_targets(made: Method
     data = some(6)
     model = lora()
     optimizer = adamw(model)
-    tuner = attach(model, made, optimizer)
+    tuner = attach(model, made, optimizer, adapter_path="stock")
     assert tuner.selection is not None
     model.train()
     for step, inputs in enumerate(data):

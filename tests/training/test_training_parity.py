@@ -12,7 +12,9 @@ from tests.builders import FAMILIES, Spy, adapter_state, examples, lora, max_dif
 from torch import Tensor, nn
 from transformers import Trainer
 
+from weightlora.errors import ConfigError
 from weightlora.methods import LoRA, Method, Random, WeightLoRA
+from weightlora.ops import why_no_triton
 from weightlora.training import fit
 
 # 32 examples in batches of 4 are eight steps an epoch: a seam inside the first, at its end, and in the second.
@@ -26,10 +28,12 @@ def stock(out: Path, model: nn.Module | None = None, **arguments: Any) -> Traine
 
 
 def fitted(
-    out: Path, method: Method, model: nn.Module | None = None, micro: Any = (None, None), **arguments: Any
-) -> Trainer:
+    out: Path, method: Method, model: nn.Module | None = None, micro: Any = (None, None), path: Any = "stock",
+    **arguments: Any,
+) -> Trainer:  # fmt: skip
+    """Adapters compute as PEFT computes them, unless told otherwise: then every sum has the same order."""
     made = trainer(out, model, **arguments)
-    fit(made, method, micro_batch=micro)
+    fit(made, method, micro_batch=micro, adapter_path=path)
     return made
 
 
@@ -52,7 +56,7 @@ def test_lora_is_stock_training(family: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_all_gates_held_at_one_are_stock_lora(family: str, tmp_path: Path) -> None:
-    method = everything(score="omega", engine="reference")
+    method = everything(score="omega")
     plain, gated = stock(tmp_path / "a", lora(family)), fitted(tmp_path / "b", method, lora(family))
     assert gap(plain, gated) == 0.0
 
@@ -111,7 +115,7 @@ def own_optimizer(model: nn.Module, schedule: bool) -> tuple[Any, Any]:
 @pytest.mark.parametrize("schedule", [False, True])
 def test_with_the_users_own_optimizer(schedule: bool, tmp_path: Path) -> None:
     made = []
-    for name, run in (("a", Trainer.train), ("b", lambda t: fit(t, everything()))):
+    for name, run in (("a", Trainer.train), ("b", lambda t: fit(t, everything(), adapter_path="stock"))):
         model = lora()
         optimizers = own_optimizer(model, schedule)
         each = trainer(tmp_path / name, model, optimizers=optimizers)
@@ -123,17 +127,46 @@ def test_with_the_users_own_optimizer(schedule: bool, tmp_path: Path) -> None:
     assert made[0][1] == made[1][1]
 
 
-def test_gates_through_the_fast_engine_differ_by_rounding(tmp_path: Path) -> None:
-    """The same sums in another order (``addmm``). In float64 that is 1e-16 a product, and twelve steps of Adam keep it
+@pytest.mark.parametrize("method", [LoRA(), everything(), everything(score="omega"), Random(k=2)], ids=lambda m: m.name)
+def test_the_lean_path_differs_by_rounding(method: Method, tmp_path: Path) -> None:
+    """The same sums in another order (``addmm``), with gates and without, before and after a seam.
+
+    In float64 that is 1e-16 a product, and twelve steps of Adam keep it
     small: where a gradient is not itself rounding noise, its normalised step moves by as much as the gradient does.
     """
 
     def model() -> nn.Module:
         return warm(lora(dropout=0.0).double())
 
-    plain = stock(tmp_path / "a", model())
-    ours = fitted(tmp_path / "b", everything(score="omega", engine="autograd"), model())
+    plain = fitted(tmp_path / "a", method, model(), path="stock")
+    ours = fitted(tmp_path / "b", method, model(), path="autograd")
     assert gap(plain, ours) < 1e-9
+
+
+def test_training_takes_the_lean_path_unless_told_otherwise(tmp_path: Path) -> None:
+    """Less is kept for the same operations, in every phase: seen from the phases' own counts."""
+    kept, flops = {}, {}
+    for path in ("auto", "autograd", "stock"):
+        run = fit(trainer(tmp_path / path, lora()), WeightLoRA(k=3, warmup_steps=5), adapter_path=path)  # type: ignore[arg-type]
+        kept[path] = [phase.kept_activation_bytes or 0 for phase in run.phases]
+        flops[path] = [phase.flops_per_step or 0 for phase in run.phases]
+        assert not any(getattr(m, "lora_variant", None) for m in run.model.modules())  # stock PEFT comes out
+    assert kept["auto"] == kept["autograd"]
+    assert all(0 < lean < stock for lean, stock in zip(kept["auto"], kept["stock"], strict=True))
+    assert all(0 < lean <= stock for lean, stock in zip(flops["auto"], flops["stock"], strict=True))
+
+
+@pytest.mark.parametrize(
+    ("path", "message"),
+    [("fast", "adapter_path 'fast' is unknown; use one of auto, autograd, triton, reference, stock"),
+     ("triton", "engine 'triton' cannot run: .*; use engine='autograd'")],
+)  # fmt: skip
+def test_a_path_that_cannot_run_is_refused_before_anything_happens(path: Any, message: str, tmp_path: Path) -> None:
+    if path == "triton" and why_no_triton() is None:
+        pytest.skip("Triton can run here")
+    with pytest.raises(ConfigError, match=message):
+        fit(trainer(tmp_path / "a"), LoRA(), adapter_path=path)
+    assert not list((tmp_path / "a").iterdir())
 
 
 Micro = tuple[int | None, int | None]

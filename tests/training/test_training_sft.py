@@ -103,7 +103,7 @@ def test_warm_up_to_k_equals_n_is_trls_own_training(tmp_path: Path) -> None:
     plain = sft(tmp_path / "a")
     plain.train()
     ours = sft(tmp_path / "b")
-    fit(ours, WeightLoRA(k=1.0, warmup_steps=4))
+    fit(ours, WeightLoRA(k=1.0, warmup_steps=4), adapter_path="stock")
     assert max_difference(adapter_state(plain.model), adapter_state(ours.model)) == 0.0
 
 

@@ -36,6 +36,10 @@ MODEL_FLAGS: tuple[tuple[str, dict[str, Any]], ...] = (
         "--micro-batch",
         {"type": int, "metavar": "N", "help": "examples per forward pass until the seam; the effective batch is held"},
     ),
+    (
+        "--adapter-path",
+        {"help": "how adapters compute: auto (default), autograd, triton, reference, or stock (PEFT's own forward)"},
+    ),
     ("--final-micro-batch", {"type": int, "metavar": "N", "help": "examples per forward pass after the seam"}),
 )
 # Flags that set a field of the method, where it has it.

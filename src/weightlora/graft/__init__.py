@@ -2,6 +2,7 @@
 
 from weightlora.graft.adapters import Adapter, adapter_name, adapters, block_of, has_adapters, parameters
 from weightlora.graft.depth import end_backward_at_lowest
+from weightlora.graft.fast import PATHS, PathName, check_path, fast_path, stock_path
 from weightlora.graft.gates import Gates
 from weightlora.graft.manifest import MANIFEST, STATE, Manifest
 from weightlora.graft.optimizer import Change, remap
@@ -10,18 +11,22 @@ from weightlora.graft.surgery import disconnect, fold, grow_adapters, reshape
 
 __all__ = [
     "MANIFEST",
+    "PATHS",
     "STATE",
     "Adapter",
     "Change",
     "Choice",
     "Gates",
     "Manifest",
+    "PathName",
     "Selection",
     "adapter_name",
     "adapters",
     "block_of",
+    "check_path",
     "disconnect",
     "end_backward_at_lowest",
+    "fast_path",
     "fold",
     "grow_adapters",
     "has_adapters",
@@ -29,4 +34,5 @@ __all__ = [
     "remap",
     "reshape",
     "select",
+    "stock_path",
 ]

@@ -2,13 +2,33 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal, get_args
 
 from peft.tuners.lora.layer import Linear, LoraLayer, LoraVariant
 from torch import Tensor, nn
 
+from weightlora.errors import ConfigError
 from weightlora.graft.adapters import adapter_name, factors, lora_layers
 from weightlora.ops import AdapterPath, Engine, engine
+
+PathName = Literal["auto", "autograd", "triton", "reference", "stock"]
+PATHS: tuple[str, ...] = get_args(PathName)
+
+
+def check_path(name: str) -> Engine:
+    """The engine for gated layers under an adapter path: "stock" has none, and "reference" computes what it would.
+
+    Raises:
+        ConfigError: the path is unknown, or cannot run here.
+
+    >>> check_path("stock"), check_path("autograd")
+    ('reference', 'autograd')
+    """
+    if name not in PATHS:
+        raise ConfigError(f"adapter_path {name!r} is unknown; use one of {', '.join(PATHS)}")
+    chosen: Any = "reference" if name == "stock" else name
+    engine(chosen)
+    return chosen  # type: ignore[no-any-return]
 
 
 class LeanVariant(LoraVariant):

@@ -51,7 +51,6 @@ class Policy(ABC):
     seam: int | None = None
     gated: bool = False
     trains_gates: bool = False
-    engine: Any = "autograd"
 
     def __init__(self, adapters: tuple[Adapter, ...]) -> None:
         self.adapters = adapters

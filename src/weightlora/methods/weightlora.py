@@ -88,7 +88,6 @@ class WeightLoRA(Method):
     k_schedule: Shape = "constant"
     drift: bool = False
     init_A: Literal["lora", "official"] = "lora"
-    engine: Literal["autograd", "reference"] = "autograd"
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -96,7 +95,6 @@ class WeightLoRA(Method):
         check_choice("rule", self.rule, get_args(Rule))
         check_choice("k_schedule", self.k_schedule, get_args(Shape))
         check_choice("init_A", self.init_A, ("lora", "official"))
-        check_choice("engine", self.engine, ("autograd", "reference"))
         if not 0 <= self.gate_lr < math.inf:
             raise ConfigError(f"gate_lr={self.gate_lr} is not usable; use 0 to hold the gates at 1, or a positive rate")
         if self.project_every is not None and self.project_every < 1:
@@ -165,7 +163,6 @@ class WeightLoRAPolicy(Policy):
             raise ScheduleError(
                 "score='omega' ranks gates that learn; set gate_lr (the paper's code uses 5.0), or keep k=n"
             )
-        self.engine = method.engine
         self.credits = torch.zeros(len(adapters), dtype=torch.float64)
         self._off: list[int] = []
         self._before: list[tuple[Tensor, Tensor]] = []

@@ -11,6 +11,7 @@ from typing import Any
 
 from weightlora.errors import CheckpointError, ConfigError
 from weightlora.files import write_text
+from weightlora.graft import check_path
 from weightlora.methods import METHODS, Method, method
 
 CONFIG = "config.json"
@@ -30,6 +31,7 @@ class RunConfig:
         method, preset, settings: as :func:`weightlora.methods.method`.
         seed: of everything random.
         micro_batch, final_micro_batch: examples in one forward pass before and after the seam; None: the batch size.
+        adapter_path: as :func:`weightlora.fit`.
         training: fields of ``TrainingArguments``, under their own names.
 
     Raises:
@@ -59,6 +61,7 @@ class RunConfig:
     seed: int = 0
     micro_batch: int | None = None
     final_micro_batch: int | None = None
+    adapter_path: str = "auto"
     training: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -74,6 +77,7 @@ class RunConfig:
             raise ConfigError(f"alpha={self.alpha} is not allowed; use a positive number (the paper uses 32)")
         if not 0 <= self.seed < 2**32:
             raise ConfigError(f"seed={self.seed} is not allowed; use 0 or more, below 2^32")
+        check_path(self.adapter_path)
         self.make_method()
 
     def make_method(self) -> Method:

@@ -95,7 +95,14 @@ def select(config: RunConfig, folder: Path, *, overwrite: bool = False, quiet: b
     with new_folder(folder) as temporary, _progress(config, quiet) as progress:
         trainer = make_trainer(parts, config, temporary, progress)
         set_seed(config.seed)
-        result = fit(trainer, parts.method, micro_batch=_micro_batches(config), measure=False, select_only=True)
+        result = fit(
+            trainer,
+            parts.method,
+            micro_batch=_micro_batches(config),
+            measure=False,
+            select_only=True,
+            adapter_path=config.adapter_path,  # type: ignore[arg-type]  # checked by the configuration
+        )
         assert result.selection is not None
         result.selection.save(temporary / SELECTION)
         result.selection.lora_config(
@@ -192,6 +199,7 @@ def _live(parts: Parts, config: RunConfig, folder: Path, *, resume: bool, argv: 
             resume=resume,
             micro_batch=_micro_batches(config),
             log_omegas="all",
+            adapter_path=config.adapter_path,  # type: ignore[arg-type]  # checked by the configuration
         )
         metrics = _evaluate(trainer)
         _write_result(result, trainer, folder, config, described)

@@ -10,15 +10,19 @@ from torch import Tensor, nn
 
 from weightlora.graft import (
     Gates,
+    PathName,
     Selection,
     adapter_name,
     adapters,
+    check_path,
     disconnect,
     end_backward_at_lowest,
+    fast_path,
     fold,
     grow_adapters,
     parameters,
     remap,
+    stock_path,
 )
 from weightlora.methods import Method, StepView
 
@@ -33,13 +37,22 @@ class Driver:
         method: what is wanted.
         max_steps: optimizer steps of the whole run.
         name: PEFT's adapter name; default: the active one.
+        adapter_path: how adapters compute, as :func:`weightlora.fit`.
 
     Raises:
-        AdapterError, ScheduleError: before anything is changed.
+        AdapterError, ConfigError, ScheduleError: before anything is changed.
     """
 
-    def __init__(self, model: nn.Module, method: Method, max_steps: int, name: str | None = None) -> None:
-        self.model, self.method = model, method
+    def __init__(
+        self,
+        model: nn.Module,
+        method: Method,
+        max_steps: int,
+        name: str | None = None,
+        adapter_path: PathName = "auto",
+    ) -> None:
+        self.model, self.method, self.adapter_path = model, method, adapter_path
+        self.engine = check_path(adapter_path)
         self.name = adapter_name(model, name)
         self.adapters = adapters(model, self.name)
         self.policy = method.begin(self.adapters, max_steps)
@@ -58,9 +71,20 @@ class Driver:
         if fresh:
             self.policy.prepare(self._factors)
         if self.policy.gated:
-            self.gates = Gates(
-                self.model, self.name, trainable=self.policy.trains_gates, engine_name=self.policy.engine
-            )
+            self.gates = Gates(self.model, self.name, trainable=self.policy.trains_gates, engine_name=self.engine)
+        else:
+            self.ride()
+
+    def ride(self) -> None:
+        """Put the plain adapters on the adapter path."""
+        if self.adapter_path != "stock":
+            fast_path(self.model, self.name, self.engine)
+
+    def finish(self, optimizer: torch.optim.Optimizer | None) -> Selection:
+        """The end of the run: select now if the method never did, and leave stock PEFT layers."""
+        selection = self.selection or self.operate(optimizer)
+        stock_path(self.model, self.name)
+        return selection
 
     def _view(self, lr_factor: float) -> StepView:
         return StepView(step=self.step + 1, lr_factor=lr_factor, factors=self._factors, gates=self.gates)
@@ -122,6 +146,7 @@ class Driver:
             )
         self.selection = selection.with_ranks(adapters(self.model, self.name))
         self._factors = tuple(parameters(self.model, self.name).values())
+        self.ride()
         log.info("kept %d of %d adapters: %s", selection.k, selection.n, selection.why)
         return self.selection
 

@@ -16,7 +16,7 @@ from torch import nn
 from transformers import Trainer
 
 from weightlora.errors import AdapterError, CheckpointError, ScheduleError
-from weightlora.graft import Manifest, Selection, end_backward_at_lowest, has_adapters, reshape
+from weightlora.graft import Manifest, PathName, Selection, end_backward_at_lowest, has_adapters, reshape
 from weightlora.methods import Method
 from weightlora.training import checkpoint
 from weightlora.training.callback import SeamCallback
@@ -73,6 +73,7 @@ def fit(
     measure: bool = True,
     log_omegas: Literal["summary", "all"] = "summary",
     select_only: bool = False,
+    adapter_path: PathName = "auto",
 ) -> FitResult:
     """Train with a method, instead of ``trainer.train()``.
 
@@ -92,6 +93,10 @@ def fit(
             each).
         log_omegas: how much of omega goes to the trainer's log during warm-up.
         select_only: stop at the seam, with the survivors chosen and nothing trained further.
+        adapter_path: how adapters compute while they train. "autograd": keeps only x, shared by q, k and v, and the
+            rank-r product. "triton": the same with CUDA kernels. "auto": triton where it can run, else autograd.
+            "reference": PEFT's formula, readable. "stock": PEFT's own forward, for comparison. The result is stock
+            PEFT in every case.
 
     Returns:
         A :class:`FitResult`; ``trainer.model`` is a plain PEFT model with the survivors only.
@@ -106,7 +111,7 @@ def fit(
     check_trainer(trainer)
     if not method.uses_adapters:
         return _train_plain(trainer, method, resume, measure)
-    return _Fit(trainer, method, resume, micro_batch, measure, log_omegas).run(select_only)
+    return _Fit(trainer, method, resume, micro_batch, measure, log_omegas, adapter_path).run(select_only)
 
 
 class _Fit:
@@ -120,6 +125,7 @@ class _Fit:
         micro_batch: tuple[int | None, int | None],
         measure: bool,
         log_omegas: Literal["summary", "all"],
+        adapter_path: PathName,
     ) -> None:
         # Transformers types a trainer's model and optimizer as optional; by now they are there.
         self.trainer: Any = trainer
@@ -128,7 +134,7 @@ class _Fit:
         self.batches = [split_batch(trainer, size) for size in micro_batch]
         self.max_steps = planned_steps(trainer)
         model: Any = trainer.model
-        self.driver = Driver(model, method, self.max_steps)
+        self.driver = Driver(model, method, self.max_steps, adapter_path=adapter_path)
         self.own_optimizer = trainer.optimizer is None
         self.phases: list[PhaseResult] = []
         self.start = checkpoint.resolve(resume, self.output_dir)
@@ -169,8 +175,7 @@ class _Fit:
             if self.driver.selection is not None and self.driver.selection.k < self.driver.selection.n:
                 no_reentrant_checkpointing(self.trainer)
             metrics = {} if select_only and self.driver.selection else self._train("final", callback)
-        if self.driver.selection is None:
-            self.driver.operate(self._torch_optimizer())
+        self.driver.finish(self._torch_optimizer())
         return FitResult(
             model=self.trainer.model,
             method=self.method,
@@ -196,6 +201,7 @@ class _Fit:
         if selection.k < selection.n:
             end_backward_at_lowest(driver.model)
         driver.selection, driver.step = selection, self.manifest.step
+        driver.ride()
         self.phases = [PhaseResult(**phase) for phase in self.manifest.data.get("phases", [])]
 
     @contextlib.contextmanager

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from weightlora.errors import ScheduleError
-from weightlora.graft import Selection
+from weightlora.graft import PathName, Selection
 from weightlora.methods import Method
 from weightlora.training.driver import Driver
 
@@ -69,7 +69,7 @@ class Tuner:
     def finish(self) -> Selection:
         """End of training: select now if the method never did, and leave a plain PEFT model."""
         self._hook.remove()
-        return self.selection or self._driver.operate(self._optimizer)
+        return self._driver.finish(self._optimizer)
 
     def state_dict(self) -> dict[str, Any]:
         """Progress and tensors, to store beside your own checkpoint during warm-up."""
@@ -81,7 +81,12 @@ class Tuner:
 
 
 def attach(
-    model: nn.Module, method: Method, optimizer: torch.optim.Optimizer, *, max_steps: int | None = None
+    model: nn.Module,
+    method: Method,
+    optimizer: torch.optim.Optimizer,
+    *,
+    max_steps: int | None = None,
+    adapter_path: PathName = "auto",
 ) -> Tuner:
     """Put a method on a model and the optimizer that trains it.
 
@@ -90,6 +95,7 @@ def attach(
         method: for example ``WeightLoRA(k=10, warmup_steps=100)``.
         optimizer: holds the adapters' parameters; at the seam it is changed in place.
         max_steps: optimizer steps of the whole run; needed only where the method counts in shares of it.
+        adapter_path: how adapters compute, as :func:`fit`.
 
     Returns:
         A :class:`Tuner`.
@@ -112,4 +118,5 @@ def attach(
     share = isinstance(getattr(method, "warmup_steps", None), float)
     if share and max_steps is None:
         raise ScheduleError("warmup_steps is a share of the run; give attach(..., max_steps=N), or a number of steps")
-    return Tuner(Driver(model, method, max_steps if max_steps is not None else 2**31), optimizer)
+    steps = max_steps if max_steps is not None else 2**31
+    return Tuner(Driver(model, method, steps, adapter_path=adapter_path), optimizer)
