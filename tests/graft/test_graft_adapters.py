@@ -138,12 +138,14 @@ def test_refuses_an_embedding_alone() -> None:
     refused(get_peft_model(net, LoraConfig(r=2, target_modules=["0"])), "touches no linear layer; check target_modules")
 
 
-def test_refuses_tied_factors() -> None:
+def test_refuses_half_tied_factors_and_names_tied_ones() -> None:
     model = lora()
     first, second, *_ = parameters(model, "default")
     get = model.base_model.model.get_submodule
     get(second).lora_A["default"].weight = get(first).lora_A["default"].weight
-    refused(model, f"{second} shares a factor with {first}; untie the adapters first")
+    refused(model, f"{second} shares only one factor with another adapter; tie both or none")
+    get(second).lora_B["default"].weight = get(first).lora_B["default"].weight
+    assert [a.tied for a in adapters(model)] == [None, 0, None, None, None, None]
 
 
 def test_a_left_over_gate_is_no_foreign_variant() -> None:

@@ -1,13 +1,24 @@
 """PEFT: handles, the omega vector, surgery, optimizer state, manifest, export. No other room knows PEFT's inside."""
 
-from weightlora.graft.adapters import Adapter, adapter_name, adapters, block_of, has_adapters, parameters
+from weightlora.graft.adapters import (
+    Adapter,
+    adapter_name,
+    adapters,
+    block_of,
+    has_adapters,
+    layer_weights,
+    parameters,
+    refuse_tied,
+)
 from weightlora.graft.depth import end_backward_at_lowest
 from weightlora.graft.fast import PATHS, PathName, check_path, fast_path, stock_path
+from weightlora.graft.forms import Form, Formed, RankGates
 from weightlora.graft.gates import Gates
 from weightlora.graft.manifest import MANIFEST, STATE, Manifest
-from weightlora.graft.optimizer import Change, remap
+from weightlora.graft.optimizer import Change, adopt, forget, remap
 from weightlora.graft.selection import Choice, Selection, select
-from weightlora.graft.surgery import disconnect, fold, grow_adapters, reshape
+from weightlora.graft.surgery import disconnect, fold, grow_adapters, reshape, resize, restart, tie
+from weightlora.graft.watch import ProductWatch, output_energy
 
 __all__ = [
     "MANIFEST",
@@ -16,23 +27,35 @@ __all__ = [
     "Adapter",
     "Change",
     "Choice",
+    "Form",
+    "Formed",
     "Gates",
     "Manifest",
     "PathName",
+    "ProductWatch",
+    "RankGates",
     "Selection",
     "adapter_name",
     "adapters",
+    "adopt",
     "block_of",
     "check_path",
     "disconnect",
     "end_backward_at_lowest",
     "fast_path",
     "fold",
+    "forget",
     "grow_adapters",
     "has_adapters",
+    "layer_weights",
+    "output_energy",
     "parameters",
+    "refuse_tied",
     "remap",
     "reshape",
+    "resize",
+    "restart",
     "select",
     "stock_path",
+    "tie",
 ]

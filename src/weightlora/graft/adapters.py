@@ -21,7 +21,7 @@ class Adapter:
 
     ``name`` is the module's full name in the base model (what a ``LoraConfig`` targets), ``block`` the transformer
     block it lies in (None outside blocks), ``kind`` the last part of the name, ``scale`` the factor s in ``dW = s *
-    omega * B A``.
+    omega * B A``, ``tied`` the index of an earlier adapter with the very same A and B (None: its own).
     """
 
     index: int
@@ -32,6 +32,7 @@ class Adapter:
     d_out: int
     rank: int
     scale: float
+    tied: int | None = None
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -97,8 +98,8 @@ def adapters(model: nn.Module, name: str | None = None) -> tuple[Adapter, ...]:
         name: PEFT's adapter name; default: the active one.
 
     Raises:
-        AdapterError: the model has none, or one that cannot be gated (DoRA, embedding or convolution adapters, tied
-            factors).
+        AdapterError: the model has none, or one that cannot be gated (DoRA, embedding or convolution adapters, a
+            factor that one adapter shares with another's other half).
 
     >>> import torch
     >>> from peft import LoraConfig, get_peft_model
@@ -107,15 +108,17 @@ def adapters(model: nn.Module, name: str | None = None) -> tuple[Adapter, ...]:
     ['0', '1']
     """
     name = adapter_name(model, name)
-    seen: dict[int, str] = {}
+    seen: dict[tuple[int, int], int] = {}
+    owners: dict[int, tuple[int, int]] = {}
     found: list[Adapter] = []
     for path, layer in lora_layers(model, name):
         A, B = factors(layer, name)
         _check_supported(path, layer, name)
-        for factor in (A, B):
-            if id(factor) in seen:
-                raise AdapterError(f"{path} shares a factor with {seen[id(factor)]}; untie the adapters first")
-            seen[id(factor)] = path
+        pair = id(A), id(B)
+        for factor in pair:
+            if owners.setdefault(factor, pair) != pair:
+                raise AdapterError(f"{path} shares only one factor with another adapter; tie both or none")
+        tied = seen.setdefault(pair, len(found))
         found.append(
             Adapter(
                 index=len(found),
@@ -126,11 +129,19 @@ def adapters(model: nn.Module, name: str | None = None) -> tuple[Adapter, ...]:
                 d_out=B.shape[0],
                 rank=A.shape[0],
                 scale=float(layer.scaling[name]),
+                tied=None if tied == len(found) else tied,
             )
         )
     if not found:
         raise AdapterError(f"adapter {name!r} touches no linear layer; check target_modules of its LoraConfig")
     return tuple(found)
+
+
+def refuse_tied(live: Sequence[Adapter]) -> None:
+    """Raise AdapterError where adapters share factors: what is done to one of them would be done to all."""
+    for adapter in live:
+        if adapter.tied is not None:
+            raise AdapterError(f"{adapter.name} shares its factors with {live[adapter.tied].name}; untie them first")
 
 
 def _check_supported(path: str, layer: LoraLayer, name: str) -> None:
@@ -151,6 +162,12 @@ def factors(layer: LoraLayer, name: str) -> tuple[nn.Parameter, nn.Parameter]:
     """The live parameters ``A (r, d_in)`` and ``B (d_out, r)`` of one layer."""
     holders: Any = layer.lora_A[name], layer.lora_B[name]
     return holders[0].weight, holders[1].weight
+
+
+def layer_weights(model: nn.Module, name: str) -> tuple[Tensor, ...]:
+    """The frozen weight ``(d_out, d_in)`` under every adapter, in module order; to be read, not written."""
+    bases: list[Any] = [layer.get_base_layer() for _, layer in lora_layers(model, name)]
+    return tuple(base.weight.detach() for base in bases)
 
 
 def parameters(model: nn.Module, name: str, names: Sequence[str] | None = None) -> dict[str, tuple[Tensor, Tensor]]:

@@ -8,7 +8,7 @@ import torch
 from peft.tuners.lora.layer import LoraVariant
 from torch import Tensor, nn
 
-from weightlora.graft.adapters import Adapter, adapters, factors, lora_layers
+from weightlora.graft.adapters import Adapter, adapters, factors, lora_layers, refuse_tied
 from weightlora.ops import AdapterPath, Engine, engine
 
 
@@ -76,6 +76,7 @@ class Gates:
     ) -> None:
         self.model, self.name = model, name
         self.adapters: tuple[Adapter, ...] = adapters(model, name)
+        refuse_tied(self.adapters)
         layers: list[Any] = [layer for _, layer in lora_layers(model, name)]
         device = factors(layers[0], name)[0].device
         self.omega = torch.full((len(layers),), value, dtype=dtype, device=device, requires_grad=trainable)

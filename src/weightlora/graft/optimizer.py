@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -17,11 +17,12 @@ _MOMENTS = {"exp_avg": 1, "exp_avg_sq": 2, "max_exp_avg_sq": 2, "square_avg": 2,
 class Change:
     """What happened to one parameter: dropped, rescaled in place (``factor`` multiplies its gradient), or replaced."""
 
-    kind: Literal["drop", "scale", "grow"]
+    kind: Literal["drop", "scale", "grow", "cut", "renew"]
     factor: float = 1.0
     new: nn.Parameter | None = None
     dim: int = 0
     mix: Tensor | None = None
+    keep: Tensor | None = None
 
     @classmethod
     def drop(cls) -> Change:
@@ -38,6 +39,16 @@ class Change:
         """`new` took the parameter's place, longer along `dim`; its old part was mixed by the QR factor ``mix``."""
         return cls(kind="grow", new=new, dim=dim, mix=mix)
 
+    @classmethod
+    def cut(cls, new: nn.Parameter, *, dim: int, keep: Tensor, factors: Tensor | None = None) -> Change:
+        """`new` holds the entries `keep` along `dim`; their gradients are ``factors`` times what they were."""
+        return cls(kind="cut", new=new, dim=dim, keep=keep, mix=factors)
+
+    @classmethod
+    def renew(cls, new: nn.Parameter) -> Change:
+        """`new` (perhaps the same parameter) starts with no history."""
+        return cls(kind="renew", new=new)
+
 
 def remap(optimizer: torch.optim.Optimizer, changes: Mapping[nn.Parameter, Change]) -> None:
     """Carry an optimizer over a surgery, in place: groups keep their order and settings, survivors keep their state.
@@ -45,6 +56,8 @@ def remap(optimizer: torch.optim.Optimizer, changes: Mapping[nn.Parameter, Chang
     - dropped: out of its group, its state freed;
     - rescaled, gradients times ``c``: first moments times ``c``, second times ``c^2`` (the chain rule), so Adam's next
       step is as long as it would have been, in units of the rescaled parameter;
+    - cut: what is left keeps its moments, rescaled by the same rule where a gate was folded into it;
+    - renewed: no state;
     - grown: old rows keep their moments (through QR: first moments by the chain rule, second as for independent
       entries); new rows start with first moment 0 and, as second moment, the mean of the old rows'. Zeros there would
       meet an old step counter and make a first step of ``(1 - b1) / sqrt(1 - b2)``, about 3.2 learning rates, rising
@@ -65,7 +78,7 @@ def remap(optimizer: torch.optim.Optimizer, changes: Mapping[nn.Parameter, Chang
             if change.kind == "drop":
                 continue
             target = parameter if change.new is None else change.new
-            if state:
+            if state and change.kind != "renew":
                 carried = {key: _carry(key, value, parameter, change) for key, value in state.items()}
                 if all(value is not None for value in carried.values()):
                     optimizer.state[target] = carried
@@ -83,6 +96,10 @@ def _carry(key: str, value: Any, old: nn.Parameter, change: Change) -> Any:
     if change.kind == "scale":
         return value * change.factor**order
     assert change.new is not None
+    if change.keep is not None:
+        kept = value.index_select(change.dim, change.keep)
+        shape = [-1 if dim == change.dim else 1 for dim in range(value.dim())]
+        return kept if change.mix is None else kept * change.mix.to(kept).pow(order).view(shape)
     moment = value if change.mix is None else _mix(value, change, order)
     extra = change.new.shape[change.dim] - old.shape[change.dim]
     prior = moment.mean(change.dim, keepdim=True) if order == 2 else torch.zeros_like(moment.narrow(change.dim, 0, 1))
@@ -98,3 +115,35 @@ def _mix(moment: Tensor, change: Change, order: int) -> Tensor:
     inverse: Tensor = torch.linalg.pinv(R.to(torch.promote_types(R.dtype, torch.float32))).to(moment)
     mixed: Tensor = moment @ inverse**order
     return mixed
+
+
+def adopt(optimizer: torch.optim.Optimizer, parameters: Sequence[nn.Parameter]) -> None:
+    """Let the optimizer's first group train `parameters` too, unless it does so already."""
+    known = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    optimizer.param_groups[0]["params"].extend(p for p in parameters if id(p) not in known)
+
+
+def forget(optimizer: torch.optim.Optimizer, parameter: Tensor, dim: int, ranks: Sequence[int] | None) -> None:
+    """Let some entries of a parameter along `dim` start anew: first moments 0, second those of the average other.
+
+    With zeros there and an old step counter, Adam's first step would be 3.2 learning rates; see :func:`remap`.
+    ``ranks=None``: the whole parameter, its step counter too.
+    """
+    if ranks is None:
+        optimizer.state.pop(parameter, None)
+        return
+    state = optimizer.state.get(parameter)
+    if not state or not ranks:
+        return
+    rows = torch.tensor(list(ranks), device=parameter.device)
+    rest = torch.ones(parameter.shape[dim], dtype=torch.bool, device=parameter.device)
+    rest[rows] = False
+    for key, value in state.items():
+        order = _MOMENTS.get(key)
+        if order is None or not isinstance(value, Tensor) or value.shape != parameter.shape:
+            continue
+        used = rest & (value.movedim(dim, 0).flatten(1).abs().sum(1) > 0) if value.dim() > 1 else rest & (value != 0)
+        others = value.index_select(dim, torch.nonzero(used).flatten())
+        prior = others.mean(dim, keepdim=True) if order == 2 and others.numel() else 0.0
+        value.index_fill_(dim, rows, 0.0)
+        value.index_add_(dim, rows, torch.zeros_like(value.index_select(dim, rows)) + prior)

@@ -21,7 +21,10 @@ SCHEMA_VERSION = 1
 
 @dataclass(frozen=True, kw_only=True)
 class Choice:
-    """One adapter as the selection saw it: its gate and score at the seam, and the rank and scale it goes on with."""
+    """One adapter as the selection saw it: its gate and score at the seam, and the rank and scale it goes on with.
+
+    ``tied`` is the name of the adapter whose A and B it uses from then on (None: its own).
+    """
 
     name: str
     kept: bool
@@ -29,6 +32,7 @@ class Choice:
     score: float | None
     rank: int
     scale: float
+    tied: str | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,9 +86,26 @@ class Selection:
         return replace(
             self,
             choices=tuple(
-                replace(c, rank=now[c.name].rank, scale=now[c.name].scale) if c.name in now else c for c in self.choices
+                replace(
+                    c,
+                    rank=now[c.name].rank,
+                    scale=now[c.name].scale,
+                    tied=None if (first := now[c.name].tied) is None else live[first].name,
+                )
+                if c.name in now
+                else c
+                for c in self.choices
             ),
         )
+
+    @property
+    def groups(self) -> tuple[tuple[str, ...], ...]:
+        """Names of the survivors that share their factors, group by group, the owner first."""
+        found: dict[str, list[str]] = {}
+        for choice in self.kept:
+            if choice.tied is not None:
+                found.setdefault(choice.tied, [choice.tied]).append(choice.name)
+        return tuple(map(tuple, found.values()))
 
     def lora_config(self, **overrides: Any) -> LoraConfig:
         """The same placement as a PEFT ``LoraConfig``, for any other trainer (train it from a fresh start there).
@@ -134,7 +155,10 @@ class Selection:
                 f"selection schema {data.get('schema_version')!r} is not supported; this release reads {SCHEMA_VERSION}"
             )
         try:
-            choices = tuple(Choice(**{f.name: c[f.name] for f in fields(Choice)}) for c in data["choices"])
+            choices = tuple(
+                Choice(**{f.name: c[f.name] for f in fields(Choice) if f.name != "tied"}, tied=c.get("tied"))
+                for c in data["choices"]
+            )
             selection = cls(**{**{f.name: data[f.name] for f in fields(cls)}, "choices": choices})
         except (KeyError, TypeError) as error:
             raise CheckpointError(f"the selection is damaged: {error}; select again or use a backup") from None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -55,7 +56,7 @@ def disconnect(model: nn.Module, names: Sequence[str], name: str = "default") ->
             # Deleting an active adapter makes PEFT activate another one in its place, which would change the output.
             layer.set_adapter([other for other in layer.active_adapters if other != name])
             layer.delete_adapter(name)
-    _sync_config(model, name)
+    sync_config(model, name)
     return dropped
 
 
@@ -117,17 +118,17 @@ def grow_adapters(
         if new_rank == A.shape[0]:
             continue
         grown = grow(A.detach(), B.detach(), new_rank, mode, generator=generator, **options)
-        new_A, new_B = _set_factors(layer, name, grown.A, grown.B)
+        new_A, new_B = set_factors(layer, name, grown.A, grown.B)
         changes[A] = Change.grow(new_A, dim=0, mix=None if grown.mix is None else grown.mix)
         changes[B] = Change.grow(new_B, dim=1, mix=grown.mix)
-    _sync_config(model, name)
+    sync_config(model, name)
     return changes
 
 
 def reshape(model: nn.Module, ranks: Mapping[str, int], scales: Mapping[str, float], name: str = "default") -> None:
     """Give a freshly built model the structure of a finished surgery: only `ranks` live, with these ranks and scales.
 
-    The factors are zero afterwards; load a checkpoint into them. Used when a run is resumed after the seam.
+    Factors of a new rank are zero afterwards; load a checkpoint into them. Used when a run is resumed after the seam.
     """
     present = [path for path, _ in lora_layers(model, name)]
     missing = [path for path in ranks if path not in present]
@@ -137,17 +138,89 @@ def reshape(model: nn.Module, ranks: Mapping[str, int], scales: Mapping[str, flo
             " adapters: build the model with the base and the LoraConfig that the run was started with"
         )
     disconnect(model, [path for path in present if path not in ranks], name)
+    for change in resize(model, ranks, scales, name).values():
+        if change.new is not None:
+            nn.init.zeros_(change.new)
+
+
+def resize(
+    model: nn.Module, ranks: Mapping[str, int], scales: Mapping[str, float], name: str = "default"
+) -> dict[nn.Parameter, Change]:
+    """Give every adapter a rank and a scale: ranks in excess are cut off, new ones are zero in A and in B.
+
+    Zero in both is a point that training cannot leave: whoever calls this sets initial values, or loads some.
+
+    Returns:
+        How the optimizer state follows (afresh).
+    """
+    changes: dict[nn.Parameter, Change] = {}
     for path, layer in lora_layers(model, name):
         A, B = factors(layer, name)
         rank = ranks[path]
         if rank != A.shape[0]:
-            _set_factors(layer, name, A.new_zeros(rank, A.shape[1]), B.new_zeros(B.shape[0], rank))
+            same = min(rank, A.shape[0])
+            wide_A, wide_B = A.new_zeros(rank, A.shape[1]), B.new_zeros(B.shape[0], rank)
+            wide_A[:same], wide_B[:, :same] = A.detach()[:same], B.detach()[:, :same]
+            new_A, new_B = set_factors(layer, name, wide_A, wide_B)
+            changes |= {A: Change.renew(new_A), B: Change.renew(new_B)}
         layer.scaling[name] = scales[path]
         layer.lora_alpha[name] = scales[path] * rank
-    _sync_config(model, name)
+    sync_config(model, name)
+    return changes
 
 
-def _set_factors(layer: LoraLayer, name: str, A: Tensor, B: Tensor) -> tuple[nn.Parameter, nn.Parameter]:
+def tie(model: nn.Module, groups: Sequence[Sequence[str]], name: str = "default") -> dict[nn.Parameter, Change]:
+    """Let the adapters of each group share A and B: those of the group's first.
+
+    Args:
+        model: a model with LoRA adapters.
+        groups: full module names; within a group all shapes, ranks and scales are equal.
+        name: PEFT's adapter name.
+
+    Returns:
+        ``{parameter: Change.drop}`` for the factors that nobody uses any more.
+
+    Raises:
+        AdapterError: a group mixes shapes, ranks or scales.
+    """
+    layers, dropped = dict(lora_layers(model, name)), {}
+    for first, *others in groups:
+        shared = factors(layers[first], name)
+        for path in others:
+            own = factors(layers[path], name)
+            same_scale = layers[path].scaling[name] == layers[first].scaling[name]
+            if [t.shape for t in own] != [t.shape for t in shared] or not same_scale:
+                raise AdapterError(f"{path} and {first} differ in shape, rank or scale, so they cannot share factors")
+            for holder, old, new in zip(
+                (layers[path].lora_A[name], layers[path].lora_B[name]), own, shared, strict=True
+            ):
+                if old is not new:
+                    dropped[old] = Change.drop()
+                    holder.weight = new
+    return dropped
+
+
+def restart(model: nn.Module, generator: torch.Generator, name: str = "default") -> dict[nn.Parameter, Change]:
+    """Put every adapter back to where LoRA starts: ``A ~ U(-1/sqrt(d_in), 1/sqrt(d_in))``, ``B = 0``.
+
+    Returns:
+        ``{parameter: Change.renew}``: the optimizer starts afresh on them, too.
+    """
+    changes: dict[nn.Parameter, Change] = {}
+    for _, layer in lora_layers(model, name):
+        A, B = factors(layer, name)
+        if A in changes:
+            continue  # shared with an earlier adapter
+        start = torch.rand(A.shape, generator=generator, dtype=torch.float32).mul_(2).sub_(1) / A.shape[1] ** 0.5
+        with torch.no_grad():
+            A.copy_(start)
+            B.zero_()
+        changes |= {A: Change.renew(A), B: Change.renew(B)}
+    return changes
+
+
+def set_factors(layer: LoraLayer, name: str, A: Tensor, B: Tensor) -> tuple[nn.Parameter, nn.Parameter]:
+    """New parameters in the place of A and B; PEFT's scale is held and alpha follows the rank."""
     old_A, old_B = factors(layer, name)
     new_A, new_B = (nn.Parameter(t, requires_grad=old.requires_grad) for t, old in ((A, old_A), (B, old_B)))
     rank = A.shape[0]
@@ -168,9 +241,14 @@ def _plain(alpha: float) -> float:
     return int(alpha) if float(alpha).is_integer() else alpha
 
 
-def _sync_config(model: nn.Module, name: str) -> None:
-    """Make PEFT's config tell the truth, so that its own ``save_pretrained`` writes a loadable adapter."""
+def sync_config(model: nn.Module, name: str, ranks: Sequence[int] | None = None) -> None:
+    """Make PEFT's config tell the truth, so that its own ``save_pretrained`` writes a loadable adapter.
+
+    `ranks`: what the model's state dict shows of each adapter, where that differs from what trains.
+    """
     live = adapters(model, name)
+    if ranks is not None:
+        live = tuple(replace(adapter, rank=rank) for adapter, rank in zip(live, ranks, strict=True))
     holder: Any = model
     config = holder.peft_config[name]
     rank, alpha = common(live)

@@ -6,7 +6,7 @@ import difflib
 from typing import Any
 
 from weightlora.errors import ConfigError
-from weightlora.methods.base import GrowthPlan, Method, Policy, StepView
+from weightlora.methods.base import Fresh, GrowthPlan, HeldOut, Method, Policy, StepView
 from weightlora.methods.baselines import Full, Gradient, LoRA, Random, Top
 from weightlora.methods.weightlora import WeightLoRA, WeightLoRAPlus
 
@@ -34,9 +34,11 @@ def method(name: str, preset: str = "recommended", **settings: Any) -> Method:
 
 __all__ = [
     "METHODS",
+    "Fresh",
     "Full",
     "Gradient",
     "GrowthPlan",
+    "HeldOut",
     "LoRA",
     "Method",
     "Policy",

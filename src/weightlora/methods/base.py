@@ -4,17 +4,33 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
-from typing import Any, ClassVar
+from dataclasses import asdict, dataclass, fields, replace
+from typing import Any, ClassVar, Literal, Protocol
 
 import torch
 from torch import Tensor
 
-from weightlora.core import resolve_k
+from weightlora.core import k_for_params, rank_for_params, resolve_k, total_params
 from weightlora.errors import ConfigError, ScheduleError
-from weightlora.graft import Adapter, Gates, Selection, select
+from weightlora.graft import Adapter, Form, Gates, RankGates, Selection, select
 
 PRESETS = ("recommended", "paper", "official")
+Factors = Sequence[tuple[Tensor, Tensor]]
+
+
+class HeldOut(Protocol):
+    """Batches of training rows that the run does not train on. Looking at them leaves no trace: dropout is off, and the
+    random state, the mode and the gradients of the model are as before."""
+
+    def __len__(self) -> int: ...
+
+    def loss(self, index: int) -> Tensor:
+        """The model's mean loss on one batch, as it is now; with a graph where the caller's grad mode allows."""
+        ...
+
+    def output_energy(self, index: int) -> Tensor:
+        """``sum over tokens of ||dW_i x||^2`` of every adapter on one batch, ``(n,)`` float64."""
+        ...
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -22,13 +38,24 @@ class StepView:
     """What a policy may look at in one optimizer step. Gradients are there; nothing may be kept beyond the call.
 
     ``step`` counts from 1; ``lr_factor`` is the schedule's current learning rate over its peak; ``factors`` are the
-    live ``(A, B)`` of every adapter in module order; ``gates`` is None for a method without gates.
+    live ``(A, B)`` of every adapter in module order; ``gates`` is None for a method without omega, ``form`` for one
+    without a form. ``products`` are sums of ``|dW * dL/ddW|`` per adapter since the last step, for a policy that asked
+    (``watches``); ``held_out`` the batches that it asked for.
     """
 
     step: int
     lr_factor: float
     factors: tuple[tuple[Tensor, Tensor], ...]
     gates: Gates | None
+    form: Form | None = None
+    products: Tensor | None = None
+    held_out: HeldOut | None = None
+
+    @property
+    def ranks(self) -> RankGates:
+        """The rank gates of a policy whose form they are."""
+        assert isinstance(self.form, RankGates)
+        return self.form
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,22 +68,55 @@ class GrowthPlan:
     options: Mapping[str, Any]
 
 
+@dataclass(frozen=True, kw_only=True)
+class Fresh:
+    """Entries of one adapter whose optimizer state must start anew: some ranks, or (None) all of it."""
+
+    index: int
+    ranks: tuple[int, ...] | None = None
+
+
 class Policy(ABC):
-    """The decisions of one run. Abstract methods are overridden, nothing else is.
+    """The decisions of one run. Abstract methods are overridden; of the others those that the method needs.
 
     ``seam`` is the optimizer step after which surgery happens: 0 before training, None never (then :meth:`decide` is
-    asked once, at the end). ``gated`` says whether the run needs the omega vector.
+    asked once, at the end). ``gated`` says whether the run needs the omega vector, ``watches`` whether it needs
+    ``StepView.products``. ``restart``: after the seam the survivors train from LoRA's initial values again, drawn from
+    this generator.
     """
 
     seam: int | None = None
     gated: bool = False
     trains_gates: bool = False
+    watches: bool = False
+    restart: torch.Generator | None = None
 
     def __init__(self, adapters: tuple[Adapter, ...]) -> None:
         self.adapters = adapters
 
-    def prepare(self, factors: Sequence[tuple[Tensor, Tensor]]) -> None:
-        """Before the first step: change initial values, if the method asks for it."""
+    # Before the first step, in this order; in a resumed run too, but for `prepare`.
+
+    def allocate(self) -> Sequence[tuple[int, float]] | None:
+        """Rank and scale to give each adapter, or None for those it has. What is added is zero: see :meth:`prepare`."""
+        return None
+
+    def ties(self) -> Sequence[Sequence[int]]:
+        """Groups of adapters that share A and B from the start."""
+        return ()
+
+    def form(self, factors: Factors) -> Form | None:
+        """How the factors that compute come about, if not directly."""
+        return None
+
+    def prepare(self, factors: Factors, weights: Sequence[Tensor]) -> None:
+        """Before the first step of a fresh run: change initial values. `weights` are the base layers' (read only)."""
+
+    # In every step.
+
+    def penalty(self, view: StepView) -> Tensor | None:
+        """A term of the loss that depends on the factors and gates alone. Its gradient is added after clipping, once
+        per optimizer step, so that neither accumulation nor the task's loss changes its weight."""
+        return None
 
     def before_step(self, view: StepView) -> None:
         """Gradients are final (after clipping), the optimizer has not stepped."""
@@ -68,6 +128,12 @@ class Policy(ABC):
         """Adapters whose A and B must not move in the coming step (their gradient is withheld from the optimizer)."""
         return ()
 
+    def fresh(self) -> Sequence[Fresh]:
+        """What :meth:`after_step` has just changed so that the optimizer's memory of it is no good any more."""
+        return ()
+
+    # At the seam, or at the end.
+
     @abstractmethod
     def decide(self, omegas: Sequence[float]) -> Selection:
         """Which adapters live, and why. `omegas` are the gates (all 1 without gates)."""
@@ -75,6 +141,18 @@ class Policy(ABC):
     def growth(self, selection: Selection) -> GrowthPlan | None:
         """How the survivors grow, or None."""
         return None
+
+    def live(self, form: Form) -> Sequence[Sequence[int]] | None:
+        """For each adapter the ranks that live on; None: all. (An adapter without any must not be selected.)"""
+        return form.live() if isinstance(form, RankGates) else None
+
+    def shared(self, selection: Selection) -> Sequence[Sequence[str]]:
+        """Groups of survivors that share A and B from the seam on."""
+        return ()
+
+    def count(self, live: Sequence[Adapter]) -> int:
+        """Numbers that the method has trained for these plain adapters: its parameter formula."""
+        return total_params([a.rank for a in live if a.tied is None], [a.shape for a in live if a.tied is None])
 
     def state(self) -> dict[str, Tensor]:
         """Everything a resumed run needs beside weights and gates."""
@@ -90,7 +168,9 @@ class Method(ABC):
 
     name: ClassVar[str]
     presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {}
-    uses_adapters: ClassVar[bool] = True
+    # "lora": a policy over plain LoRA adapters. "peft": a tuner of PEFT's own, trained as it is. "full": no adapters.
+    trains: ClassVar[Literal["lora", "peft", "full"]] = "lora"
+    in_shares: ClassVar[tuple[str, ...]] = ("warmup_steps",)  # settings that may be shares of the run
 
     preset: str = "recommended"
 
@@ -112,6 +192,34 @@ class Method(ABC):
                 f"{cls.name} has no setting {unknown[0]!r}; it has {', '.join(sorted(known - {'preset'})) or 'none'}"
             )
         return cls(**{**cls.presets.get(preset, {}), **overrides, "preset": preset})
+
+    @property
+    def uses_adapters(self) -> bool:
+        """Whether a policy drives plain LoRA adapters."""
+        return self.trains == "lora"
+
+    @property
+    def held_out_batches(self) -> int:
+        """How many batches of training rows must be set aside for the method to look at."""
+        return 0
+
+    def peft_config(self, lora: Any) -> Any:
+        """The PEFT configuration to build the model with, given the ``LoraConfig`` that plain LoRA would use."""
+        return lora
+
+    def within(self, params: int, shapes: Sequence[tuple[int, int]], rank: int) -> tuple[Any, int]:
+        """This method with its own knobs turned so that it trains at most `params` adapter parameters, and the rank to
+        build the model with.
+
+        Args:
+            params: the budget.
+            shapes: ``(d_in, d_out)`` of each target.
+            rank: what the user asked for; a method that spends the budget on ranks replaces it.
+
+        Raises:
+            ConfigError: the budget is too small; the message says what is needed.
+        """
+        return self, rank_for_params(params, shapes)
 
     @abstractmethod
     def begin(self, adapters: tuple[Adapter, ...], max_steps: int) -> Policy:
@@ -201,3 +309,8 @@ def check_warmup(steps: int | float, max_steps: int, name: str = "warmup_steps")
             f" use at most {max_steps - 1}, a share such as 0.1, or train longer"
         )
     return count
+
+
+def with_k(method: Any, params: int, shapes: Sequence[tuple[int, int]], rank: int) -> tuple[Any, int]:
+    """`method` with the largest K such that any K adapters of `rank` stay within `params`; the rank is kept."""
+    return replace(method, k=k_for_params(params, rank, shapes)), rank

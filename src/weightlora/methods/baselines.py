@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -12,7 +12,7 @@ from torch import Tensor
 from weightlora.core import one_shot, support
 from weightlora.errors import ConfigError, ScheduleError
 from weightlora.graft import Adapter, Selection
-from weightlora.methods.base import Method, Policy, StepView, check_k, check_k_value, check_warmup
+from weightlora.methods.base import Method, Policy, StepView, check_k, check_k_value, check_warmup, with_k
 
 
 class Fixed(Policy):
@@ -42,7 +42,10 @@ class Full(Method):
     """Full fine-tuning: no adapters, every weight trains."""
 
     name: ClassVar[str] = "full"
-    uses_adapters: ClassVar[bool] = False
+    trains: ClassVar[Literal["lora", "peft", "full"]] = "full"
+
+    def within(self, params: int, shapes: Sequence[tuple[int, int]], rank: int) -> tuple[Any, int]:
+        return self, rank  # no adapters, no budget: the table's upper reference
 
     def begin(self, adapters: tuple[Adapter, ...], max_steps: int) -> Policy:
         raise ScheduleError("full fine-tuning has no adapters to decide on; train the plain model")
@@ -68,6 +71,9 @@ class Random(Method):
         super().__post_init__()
         check_k_value(self.k)
 
+    def within(self, params: int, shapes: Sequence[tuple[int, int]], rank: int) -> tuple[Any, int]:
+        return with_k(self, params, shapes, rank)
+
     def begin(self, adapters: tuple[Adapter, ...], max_steps: int) -> Policy:
         k = check_k(self.k, adapters)
         order = torch.randperm(len(adapters), generator=torch.Generator().manual_seed(self.seed)).tolist()
@@ -86,6 +92,9 @@ class Top(Method):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_k_value(self.k)
+
+    def within(self, params: int, shapes: Sequence[tuple[int, int]], rank: int) -> tuple[Any, int]:
+        return with_k(self, params, shapes, rank)
 
     def begin(self, adapters: tuple[Adapter, ...], max_steps: int) -> Policy:
         k, n = check_k(self.k, adapters), len(adapters)
@@ -117,6 +126,9 @@ class Gradient(Method):
         check_k_value(self.k)
         if self.batches < 1:
             raise ConfigError(f"batches={self.batches} is not allowed; use 1 or more")
+
+    def within(self, params: int, shapes: Sequence[tuple[int, int]], rank: int) -> tuple[Any, int]:
+        return with_k(self, params, shapes, rank)
 
     def begin(self, adapters: tuple[Adapter, ...], max_steps: int) -> GradientPolicy:
         return GradientPolicy(self, adapters, max_steps)

@@ -21,12 +21,14 @@ from weightlora.core import (
     gate_step,
     gradual_k,
     grown_ranks,
+    rank_for_params,
     support,
     total_params,
 )
 from weightlora.errors import ConfigError, ScheduleError
 from weightlora.graft import Adapter, Selection
 from weightlora.methods.base import (
+    Factors,
     GrowthPlan,
     Method,
     Policy,
@@ -35,6 +37,7 @@ from weightlora.methods.base import (
     check_k,
     check_k_value,
     check_warmup,
+    with_k,
 )
 from weightlora.methods.presets import WEIGHTLORA, WEIGHTLORA_PLUS
 
@@ -103,6 +106,9 @@ class WeightLoRA(Method):
             )
         check_k_value(self.k)
 
+    def within(self, params: int, shapes: Sequence[tuple[int, int]], rank: int) -> tuple[Any, int]:
+        return with_k(self, params, shapes, rank)
+
     def begin(self, adapters: tuple[Adapter, ...], max_steps: int) -> WeightLoRAPolicy:
         return WeightLoRAPolicy(self, adapters, max_steps)
 
@@ -142,6 +148,10 @@ class WeightLoRAPlus(WeightLoRA):
         if self.max_rank is not None and self.max_rank < 1:
             raise ConfigError(f"max_rank={self.max_rank} is not allowed; use 1 or more, or None for no cap")
 
+    def within(self, params: int, shapes: Sequence[tuple[int, int]], rank: int) -> tuple[Any, int]:
+        # It ends with the parameters of all n, so the budget is theirs; K stays.
+        return self, rank_for_params(params, shapes)
+
     def begin(self, adapters: tuple[Adapter, ...], max_steps: int) -> WeightLoRAPolicy:
         if self.warmup_steps is None:
             raise ScheduleError("weightlora+ grows at the seam and so needs warmup_steps; give a number or a share")
@@ -167,7 +177,7 @@ class WeightLoRAPolicy(Policy):
         self._off: list[int] = []
         self._before: list[tuple[Tensor, Tensor]] = []
 
-    def prepare(self, factors: Sequence[tuple[Tensor, Tensor]]) -> None:
+    def prepare(self, factors: Factors, weights: Sequence[Tensor]) -> None:
         if self.method.init_A == "official":
             with torch.no_grad():
                 for A, _ in factors:

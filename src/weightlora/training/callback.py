@@ -76,8 +76,9 @@ class SeamCallback(TrainerCallback):
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         self.driver.before_step(self._lr_factor())
 
-    def on_optimizer_step(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        self.driver.after_step(self._lr_factor())
+    def on_optimizer_step(self, args: Any, state: Any, control: Any, **given: Any) -> None:
+        optimizer = given["optimizer"]
+        self.driver.after_step(self._lr_factor(), getattr(optimizer, "optimizer", optimizer))
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         if control.should_log and self.stage == "warmup" and self.driver.gates is not None:

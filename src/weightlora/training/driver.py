@@ -8,23 +8,35 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
+from weightlora.errors import ScheduleError
 from weightlora.graft import (
+    Change,
+    Formed,
     Gates,
     PathName,
+    ProductWatch,
+    RankGates,
     Selection,
     adapter_name,
     adapters,
+    adopt,
     check_path,
     disconnect,
     end_backward_at_lowest,
     fast_path,
     fold,
+    forget,
     grow_adapters,
+    layer_weights,
     parameters,
+    refuse_tied,
     remap,
+    resize,
+    restart,
     stock_path,
+    tie,
 )
-from weightlora.methods import Method, StepView
+from weightlora.methods import HeldOut, Method, StepView
 
 log = logging.getLogger("weightlora")
 
@@ -38,6 +50,7 @@ class Driver:
         max_steps: optimizer steps of the whole run.
         name: PEFT's adapter name; default: the active one.
         adapter_path: how adapters compute, as :func:`weightlora.fit`.
+        held_out: batches that the run does not train on, for a method that looks at some.
 
     Raises:
         AdapterError, ConfigError, ScheduleError: before anything is changed.
@@ -50,13 +63,19 @@ class Driver:
         max_steps: int,
         name: str | None = None,
         adapter_path: PathName = "auto",
+        held_out: HeldOut | None = None,
     ) -> None:
-        self.model, self.method, self.adapter_path = model, method, adapter_path
+        self.model, self.method, self.adapter_path, self.held_out = model, method, adapter_path, held_out
         self.engine = check_path(adapter_path)
         self.name = adapter_name(model, name)
         self.adapters = adapters(model, self.name)
+        refuse_tied(self.adapters)
+        if method.held_out_batches and held_out is None:
+            raise ScheduleError(f"{method.name} looks at rows that it does not train on; give them as held_out=")
         self.policy = method.begin(self.adapters, max_steps)
         self.gates: Gates | None = None
+        self.formed: Formed | None = None
+        self.watch: ProductWatch | None = None
         self.selection: Selection | None = None
         self.step = 0
 
@@ -65,14 +84,40 @@ class Driver:
         """The optimizer step after which surgery happens; 0: before training; None: never."""
         return self.policy.seam
 
-    def start(self, *, fresh: bool = True) -> None:
-        """Attach gates where the method needs them. ``fresh``: also set initial values (not when resuming)."""
+    def start(self, optimizer: torch.optim.Optimizer | None = None, *, fresh: bool = True) -> None:
+        """Give the adapters the ranks, ties, gates and form that the method needs.
+
+        Args:
+            optimizer: follows, where there is one already.
+            fresh: also set initial values (not when resuming).
+        """
+        policy, names = self.policy, [adapter.name for adapter in self.adapters]
+        changes: dict[nn.Parameter, Change] = {}
+        room = policy.allocate()
+        if room is not None:
+            ranks, scales = zip(*room, strict=True)
+            changes |= resize(
+                self.model, dict(zip(names, ranks, strict=True)), dict(zip(names, scales, strict=True)), self.name
+            )
+        changes |= tie(self.model, [[names[i] for i in group] for group in policy.ties()], self.name)
+        if optimizer is not None:
+            remap(optimizer, changes)
         self._factors = tuple(parameters(self.model, self.name).values())
         if fresh:
-            self.policy.prepare(self._factors)
-        if self.policy.gated:
+            policy.prepare(self._factors, layer_weights(self.model, self.name))
+        form = policy.form(self._factors)
+        if form is not None:
+            self.formed = Formed(self.model, form, self.name, engine_name=self.engine)
+            if optimizer is not None:
+                adopt(optimizer, list(form.parameters().values()))
+        if policy.watches:
+            self.watch = ProductWatch(self.model, self.name)
+        self.allocated = sum({id(p): p.numel() for pair in self._factors for p in pair}.values())
+        self.allocated += 0 if form is None else sum(p.numel() for p in form.parameters().values())
+        self.allocated += len(names) if policy.trains_gates else 0
+        if policy.gated:
             self.gates = Gates(self.model, self.name, trainable=self.policy.trains_gates, engine_name=self.engine)
-        else:
+        elif form is None:
             self.ride()
 
     def ride(self) -> None:
@@ -87,7 +132,26 @@ class Driver:
         return selection
 
     def _view(self, lr_factor: float) -> StepView:
-        return StepView(step=self.step + 1, lr_factor=lr_factor, factors=self._factors, gates=self.gates)
+        return StepView(
+            step=self.step + 1,
+            lr_factor=lr_factor,
+            factors=self._factors,
+            gates=self.gates,
+            form=None if self.formed is None else self.formed.form,
+            products=None if self.watch is None else self.watch.products,
+            held_out=self.held_out,
+        )
+
+    def _add_penalty(self, view: StepView) -> None:
+        """Add the gradient of the method's own term to those of the loss."""
+        term = self.policy.penalty(view)
+        if term is None:
+            return
+        leaves = [p for pair in self._factors for p in pair if p.requires_grad]
+        leaves += [] if view.form is None else list(view.form.parameters().values())
+        for leaf, grad in zip(leaves, torch.autograd.grad(term, leaves, allow_unused=True), strict=True):
+            if grad is not None:
+                leaf.grad = grad if leaf.grad is None else leaf.grad + grad
 
     def before_step(self, lr_factor: float) -> None:
         """Call when gradients are final. Withholds the gradients of adapters that must not move (None, not zero)."""
@@ -95,18 +159,37 @@ class Driver:
             return
         if self.gates is not None and self.gates.omega.grad is not None:
             _mean_over_processes(self.gates.omega.grad)
-        self.policy.before_step(self._view(lr_factor))
+        if self.watch is not None:
+            _mean_over_processes(self.watch.products)
+        view = self._view(lr_factor)
+        self._add_penalty(view)
+        self.policy.before_step(view)
         for index in self.policy.held():
             for factor in self._factors[index]:
                 factor.grad = None
 
-    def after_step(self, lr_factor: float) -> None:
+    def after_step(self, lr_factor: float, optimizer: torch.optim.Optimizer | None = None) -> None:
         """Call when the optimizer has stepped and gradients are still there."""
         if self.selection is None:
-            self.policy.after_step(self._view(lr_factor))
+            view = self._view(lr_factor)
+            self.policy.after_step(view)
+            if self.watch is not None:
+                self.watch.take()
             if self.gates is not None:
                 self.gates.omega.grad = None
+            if optimizer is not None:
+                self._forget(optimizer, view)
         self.step += 1
+
+    def _forget(self, optimizer: torch.optim.Optimizer, view: StepView) -> None:
+        """Let the optimizer start anew on what the policy has just changed."""
+        for fresh in self.policy.fresh():
+            A, B = self._factors[fresh.index]
+            forget(optimizer, A, 0, fresh.ranks)
+            forget(optimizer, B, 1, fresh.ranks)
+            if isinstance(view.form, RankGates) and view.form.trainable and fresh.ranks:
+                first = view.form.bounds[fresh.index]
+                forget(optimizer, view.form.values, 0, [first + rank for rank in fresh.ranks])
 
     def omegas(self) -> list[float]:
         """The gates now (1 where the method has none)."""
@@ -127,6 +210,14 @@ class Driver:
         if self.gates is not None:
             self.gates.detach()
             self.gates = None
+        if self.watch is not None:
+            self.watch.close()
+            self.watch = None
+        if self.formed is not None:
+            folded = self.formed.fold(self.policy.live(self.formed.form))
+            self.formed = None
+            if optimizer is not None:
+                remap(optimizer, folded)
         kept = set(selection.names)
         changes = disconnect(self.model, [a.name for a in self.adapters if a.name not in kept], self.name)
         changes |= fold(self.model, {c.name: c.omega for c in selection.kept}, self.name)
@@ -138,6 +229,11 @@ class Driver:
             )
             if optimizer is not None:
                 remap(optimizer, grown)
+        later = tie(self.model, self.policy.shared(selection), self.name)
+        if self.policy.restart is not None:
+            later |= restart(self.model, self.policy.restart, self.name)
+        if optimizer is not None:
+            remap(optimizer, later)
         removed = end_backward_at_lowest(self.model) if len(kept) < len(self.adapters) else 0
         if removed:
             log.info(
@@ -155,6 +251,8 @@ class Driver:
         state = {f"policy.{key}": value for key, value in self.policy.state().items()}
         if self.gates is not None:
             state |= {f"gates.{key}": value for key, value in self.gates.raw_state().items()}
+        if self.formed is not None:
+            state |= {f"form.{key}": value for key, value in self.formed.raw_state().items()}
         return state
 
     def load_state(self, state: Mapping[str, Tensor], step: int) -> None:
@@ -162,6 +260,8 @@ class Driver:
         self.policy.load_state({k.removeprefix("policy."): v for k, v in state.items() if k.startswith("policy.")})
         if self.gates is not None:
             self.gates.load_raw_state({k.removeprefix("gates."): v for k, v in state.items() if k.startswith("gates.")})
+        if self.formed is not None:
+            self.formed.load_raw_state({k.removeprefix("form."): v for k, v in state.items() if k.startswith("form.")})
         self.step = step
 
 

@@ -15,12 +15,13 @@ import torch
 from torch import nn
 from transformers import Trainer
 
-from weightlora.errors import AdapterError, CheckpointError, ScheduleError
-from weightlora.graft import Manifest, PathName, Selection, end_backward_at_lowest, has_adapters, reshape
-from weightlora.methods import Method
+from weightlora.errors import AdapterError, CheckpointError, ConfigError, ScheduleError
+from weightlora.graft import Manifest, PathName, Selection, end_backward_at_lowest, has_adapters, reshape, tie
+from weightlora.methods import Method, Policy
 from weightlora.training import checkpoint
 from weightlora.training.callback import SeamCallback
 from weightlora.training.driver import Driver
+from weightlora.training.held_out import hold_out
 from weightlora.training.measure import PeakMemory, StepCost
 from weightlora.training.trainer import (
     average_micro_batches,
@@ -132,9 +133,10 @@ class _Fit:
         self.method, self.measure, self.log_omegas = method, measure, log_omegas
         self.output_dir = Path(str(trainer.args.output_dir))
         self.batches = [split_batch(trainer, size) for size in micro_batch]
+        held_out = hold_out(trainer, method.held_out_batches)
         self.max_steps = planned_steps(trainer)
         model: Any = trainer.model
-        self.driver = Driver(model, method, self.max_steps, adapter_path=adapter_path)
+        self.driver = Driver(model, method, self.max_steps, adapter_path=adapter_path, held_out=held_out)
         self.own_optimizer = trainer.optimizer is None
         self.phases: list[PhaseResult] = []
         self.start = checkpoint.resolve(resume, self.output_dir)
@@ -152,6 +154,12 @@ class _Fit:
             self.spent = float(self.manifest.data.get("seconds", 0.0))
             if self.manifest.stage == "warmup":
                 self.restored = tensors, self.manifest.step
+        formed = self.driver.policy.gated or type(self.driver.policy).form is not Policy.form
+        if trainer.args.load_best_model_at_end and self.driver.seam is None and formed:
+            raise ConfigError(
+                f"{method.name} decides only at the end, so an earlier checkpoint cannot be loaded back as the best;"
+                " set load_best_model_at_end=False"
+            )
         if resume is not False:
             checkpoint.discard_after(self.output_dir, 0 if self.manifest is None else self.manifest.step)
 
@@ -162,7 +170,7 @@ class _Fit:
         if resumed_final:
             self._rebuild()
         else:
-            self.driver.start(fresh=self.manifest is None)
+            self.driver.start(self._torch_optimizer(), fresh=self.manifest is None)
             if self.driver.seam == 0:
                 self.driver.operate(self._torch_optimizer())
         with self._callback() as callback:
@@ -198,6 +206,7 @@ class _Fit:
             {c.name: c.scale for c in selection.kept},
             driver.name,
         )
+        tie(driver.model, selection.groups, driver.name)
         if selection.k < selection.n:
             end_backward_at_lowest(driver.model)
         driver.selection, driver.step = selection, self.manifest.step

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -11,6 +12,7 @@ from weightlora.errors import ScheduleError
 from weightlora.graft import PathName, Selection
 from weightlora.methods import Method
 from weightlora.training.driver import Driver
+from weightlora.training.held_out import HeldOutBatches
 
 
 class Tuner:
@@ -25,7 +27,7 @@ class Tuner:
         self._armed = False
         # Withholding a gradient must come after clipping and before the optimizer looks: this hook is that moment.
         self._hook = optimizer.register_step_pre_hook(self._before)
-        driver.start()
+        driver.start(optimizer)
         if driver.seam == 0:
             driver.operate(optimizer)
 
@@ -49,7 +51,7 @@ class Tuner:
         if not self._armed:
             raise ScheduleError("tuner.step() counts optimizer steps; call it once after each optimizer.step()")
         self._armed = False
-        self._driver.after_step(self._lr_factor())
+        self._driver.after_step(self._lr_factor(), self._optimizer)
         if self._driver.selection is None and self._driver.step == self._driver.seam:
             return self._driver.operate(self._optimizer)
         return None
@@ -87,6 +89,7 @@ def attach(
     *,
     max_steps: int | None = None,
     adapter_path: PathName = "auto",
+    held_out: Sequence[Mapping[str, Any]] = (),
 ) -> Tuner:
     """Put a method on a model and the optimizer that trains it.
 
@@ -96,6 +99,8 @@ def attach(
         optimizer: holds the adapters' parameters; at the seam it is changed in place.
         max_steps: optimizer steps of the whole run; needed only where the method counts in shares of it.
         adapter_path: how adapters compute, as :func:`fit`.
+        held_out: batches that the loop does not train on, for a method that looks at some; ``model(**batch).loss`` is
+            asked for. (:func:`fit` sets training rows aside itself.)
 
     Returns:
         A :class:`Tuner`.
@@ -115,8 +120,9 @@ def attach(
     >>> tuner.selection.k
     1
     """
-    share = isinstance(getattr(method, "warmup_steps", None), float)
-    if share and max_steps is None:
-        raise ScheduleError("warmup_steps is a share of the run; give attach(..., max_steps=N), or a number of steps")
+    share = next((s for s in method.in_shares if isinstance(getattr(method, s, None), float)), None)
+    if share is not None and max_steps is None:
+        raise ScheduleError(f"{share} is a share of the run; give attach(..., max_steps=N), or a number of steps")
     steps = max_steps if max_steps is not None else 2**31
-    return Tuner(Driver(model, method, steps, adapter_path=adapter_path), optimizer)
+    unseen = HeldOutBatches(model, held_out) if held_out else None
+    return Tuner(Driver(model, method, steps, adapter_path=adapter_path, held_out=unseen), optimizer)

@@ -1,0 +1,248 @@
+"""Adapters whose computing factors are made from the trained ones: rank gates, blocks, shared or nested factors."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from peft.tuners.lora.layer import LoraVariant
+from torch import Tensor, nn
+
+from weightlora.graft.adapters import adapters, factors, lora_layers
+from weightlora.graft.optimizer import Change
+from weightlora.graft.surgery import set_factors, sync_config
+from weightlora.ops import AdapterPath, Engine, engine
+
+PREFIX = "form_"  # of extra parameters on the model; PEFT saves only names with "lora_" in them, so these stay out
+
+
+class Form:
+    """``(A, B) -> (A', B')``: how the factors that compute come about. Override :meth:`effective`; the rest if needed.
+
+    A form belongs to all n adapters of a run. Whatever it makes must be plain LoRA again, ``dW = s B' A'``, so that
+    every engine, every checkpoint and every export works with it.
+    """
+
+    def parameters(self) -> dict[str, nn.Parameter]:
+        """What trains beside A and B, by name. Registered on the model while the form is attached."""
+        return {}
+
+    def constants(self) -> dict[str, Tensor]:
+        """Tensors that do not train and that a resumed run needs; written into in place by a resume."""
+        return {}
+
+    def effective(self, index: int, A: Tensor, B: Tensor) -> tuple[Tensor, Tensor]:
+        """The factors that compute, ``A' (r', d_in)`` and ``B' (d_out, r')``, differentiable in all that trains."""
+        return A, B
+
+    def rank(self, index: int, rank: int) -> int:
+        """r' of an adapter whose own factors have `rank`."""
+        return rank
+
+    def folded(self, index: int, A: Tensor, B: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+        """``(A', B', c)`` to go on with as plain LoRA: the same product; c as in :meth:`Change.cut` or None."""
+        new_A, new_B = self.effective(index, A, B)
+        return new_A, new_B, None
+
+
+class RankGates(Form):
+    """One number per rank: ``dW = s B diag(c) A``. E of AdaLoRA, c of Dynamic LoRA, the 0/1 gates of ALoRA.
+
+    All gates of a run are one vector, so a decision over all ranks is one sort, and the optimizer sees one parameter.
+
+    Args:
+        ranks: r of each adapter, in module order.
+        value: of every gate at the start.
+        trainable: whether they are learnt; otherwise they are constants that a policy sets.
+        device: where they live.
+
+    ``values: (sum r,)`` float32. ``open: (sum r,)`` bool: where it is False a gate acts but does not learn.
+
+    >>> gates = RankGates([2, 1], value=1.0, trainable=False, device=torch.device("cpu"))
+    >>> gates.set(torch.tensor([1.0, 0.0, 3.0]))
+    >>> gates.of(0), gates.of(1), gates.live()
+    (tensor([1., 0.]), tensor([3.]), [[0], [0]])
+    """
+
+    def __init__(self, ranks: Sequence[int], *, value: float, trainable: bool, device: torch.device) -> None:
+        self.bounds = [0]
+        for rank in ranks:
+            self.bounds.append(self.bounds[-1] + rank)
+        flat = torch.full((self.bounds[-1],), value, dtype=torch.float32, device=device)
+        self.trainable = trainable
+        self.values = nn.Parameter(flat, requires_grad=trainable)
+        self.open = torch.ones_like(flat, dtype=torch.bool)
+        self.owner = torch.repeat_interleave(torch.arange(len(ranks)), torch.tensor(list(ranks))).to(device)
+
+    def parameters(self) -> dict[str, nn.Parameter]:
+        return {"rank_gates": self.values} if self.trainable else {}
+
+    def constants(self) -> dict[str, Tensor]:
+        return {"open": self.open} if self.trainable else {"open": self.open, "values": self.values.data}
+
+    def of(self, index: int) -> Tensor:
+        """The gates of one adapter, ``(r,)``; differentiable where open."""
+        part = slice(self.bounds[index], self.bounds[index + 1])
+        values = self.values[part]
+        return torch.where(self.open[part], values, values.detach()) if self.trainable else values.detach()
+
+    def set(self, values: Tensor) -> None:
+        """Overwrite all gates in place; their gradient is kept."""
+        with torch.no_grad():
+            self.values.copy_(values)
+
+    def live(self) -> list[list[int]]:
+        """For each adapter, the ranks whose gate is not 0."""
+        flags = (self.values.detach() != 0).tolist()
+        return [
+            [rank for rank, flag in enumerate(flags[start:end]) if flag]
+            for start, end in zip(self.bounds[:-1], self.bounds[1:], strict=True)
+        ]
+
+    def effective(self, index: int, A: Tensor, B: Tensor) -> tuple[Tensor, Tensor]:
+        return self.of(index).unsqueeze(1).to(A.dtype) * A, B
+
+    def folded(self, index: int, A: Tensor, B: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+        c = self.of(index).detach()
+        return A, B * c.to(B), c
+
+
+class FormVariant(LoraVariant):
+    """``y = base(x) + s B' A' drop(x)`` with the factors that a form makes, in any layer kind that honours variants."""
+
+    is_gate = True
+
+    def __init__(self, form: Form, index: int, path: AdapterPath) -> None:
+        self.form, self.index, self.path = form, index, path
+
+    def supports_lora_conversion(self) -> bool:
+        return False
+
+    def factors(self, module: Any, name: str) -> tuple[Tensor, Tensor]:
+        """The factors that compute now."""
+        return self.form.effective(self.index, *factors(module, name))
+
+    def forward(self, module: Any, active_adapter: str, x: Tensor, result: Tensor, **_: Any) -> Tensor:  # type: ignore[override]
+        A, B = self.factors(module, active_adapter)
+        dropout = module.lora_dropout[active_adapter]
+        p = dropout.p if isinstance(dropout, nn.Dropout) and module.training else 0.0
+        return self.path(x, result, A, B, None, module.scaling[active_adapter], p)
+
+    def _delta(self, module: Any, name: str) -> Tensor:
+        A, B = (factor.detach() for factor in self.factors(module, name))
+        delta: Tensor = module.scaling[name] * (B @ A)
+        return delta
+
+    def merge_safe(self, module: Any, active_adapter: str, orig_weight: Tensor) -> Tensor:  # type: ignore[override]
+        return orig_weight + self._delta(module, active_adapter).to(orig_weight.dtype)
+
+    def merge_unsafe(self, module: Any, active_adapter: str, orig_weight: Tensor) -> None:  # type: ignore[override]
+        orig_weight.data += self._delta(module, active_adapter).to(orig_weight.dtype)
+
+    def unmerge(self, module: Any, active_adapter: str, orig_weight: Tensor) -> Tensor:  # type: ignore[override]
+        return orig_weight - self._delta(module, active_adapter).to(orig_weight.dtype)
+
+
+class Formed:
+    """A form on every adapter of a model, from here to :meth:`fold`.
+
+    Meanwhile the model's ``state_dict`` shows A' and B' in place of A and B, so whoever saves the model in the middle
+    of a run writes a plain LoRA adapter that computes what the live model computes. Loading such a checkpoint leaves
+    A and B alone: :meth:`load_raw_state` brings them back.
+
+    >>> from peft import LoraConfig, get_peft_model
+    >>> model = get_peft_model(nn.Sequential(nn.Linear(4, 3)), LoraConfig(r=2, target_modules=["0"]))
+    >>> formed = Formed(model, RankGates([2], value=0.5, trainable=True, device=torch.device("cpu")))
+    >>> [name for name, _ in model.named_parameters() if "gates" in name]
+    ['form_rank_gates']
+    >>> changes = formed.fold([[0]]); adapters(model)[0].rank
+    1
+    """
+
+    def __init__(
+        self, model: nn.Module, form: Form, name: str = "default", *, engine_name: Engine = "autograd"
+    ) -> None:
+        self.model, self.form, self.name = model, form, name
+        self.adapters = adapters(model, name)
+        self._layers: list[Any] = [layer for _, layer in lora_layers(model, name)]
+        self._hooks = []
+        path = engine(engine_name)
+        for key, parameter in form.parameters().items():
+            model.register_parameter(PREFIX + key, parameter)
+        for index, layer in enumerate(self._layers):
+            layer.lora_variant[name] = FormVariant(form, index, path)
+            layer.cast_input_dtype_enabled = False  # the path casts inside, and q, k, v share x
+            self._hooks.append(layer.register_state_dict_post_hook(self._show_plain(index)))
+            self._hooks.append(layer.register_load_state_dict_pre_hook(self._keep_own))
+        sync_config(model, name, [form.rank(i, a.rank) for i, a in enumerate(self.adapters)])
+
+    def _show_plain(self, index: int) -> Any:
+        def hook(layer: nn.Module, state: dict[str, Any], prefix: str, _meta: Any) -> None:
+            pair = self.form.effective(index, *factors(layer, self.name))  # type: ignore[arg-type]
+            for key, factor in zip("AB", pair, strict=True):
+                state[f"{prefix}lora_{key}.{self.name}.weight"] = factor.detach().clone()
+
+        return hook
+
+    def _keep_own(self, layer: nn.Module, state: dict[str, Any], prefix: str, *_: Any) -> None:
+        for key, factor in zip("AB", factors(layer, self.name), strict=True):  # type: ignore[arg-type]
+            full = f"{prefix}lora_{key}.{self.name}.weight"
+            if full in state:
+                state[full] = factor.detach()
+
+    def raw_state(self) -> dict[str, Tensor]:
+        """Everything that trains or was set by the form: what a resume needs and a plain checkpoint does not hold."""
+        state = {f"form.{key}": value.detach().clone() for key, value in self.form.parameters().items()}
+        state |= {f"constant.{key}": value.detach().clone() for key, value in self.form.constants().items()}
+        for adapter, layer in zip(self.adapters, self._layers, strict=True):
+            A, B = factors(layer, self.name)
+            state |= {f"A.{adapter.name}": A.detach().clone(), f"B.{adapter.name}": B.detach().clone()}
+        return state
+
+    def load_raw_state(self, state: Mapping[str, Tensor]) -> None:
+        """Put :meth:`raw_state` back."""
+        with torch.no_grad():
+            for key, value in self.form.parameters().items():
+                value.copy_(state[f"form.{key}"])
+            for key, constant in self.form.constants().items():
+                constant.copy_(state[f"constant.{key}"])
+            for adapter, layer in zip(self.adapters, self._layers, strict=True):
+                A, B = factors(layer, self.name)
+                A.copy_(state[f"A.{adapter.name}"])
+                B.copy_(state[f"B.{adapter.name}"])
+
+    def fold(self, live: Sequence[Sequence[int]] | None = None) -> dict[nn.Parameter, Change]:
+        """Take the form off: every layer is stock LoRA with the factors that the form made of its own.
+
+        Args:
+            live: for each adapter the ranks to go on with (an empty list: leave it as it is, to be disconnected);
+                None: all.
+
+        Returns:
+            How the optimizer state follows.
+        """
+        changes: dict[nn.Parameter, Change] = {p: Change.drop() for p in self.form.parameters().values()}
+        for hook in self._hooks:
+            hook.remove()
+        for index, layer in enumerate(self._layers):
+            A, B = factors(layer, self.name)
+            rank = self.form.rank(index, A.shape[0])
+            keep = torch.arange(rank) if not live or not live[index] else torch.tensor(live[index])
+            keep = keep.to(A.device)
+            with torch.no_grad():
+                new_A, new_B, c = self.form.folded(index, A, B)
+                pair = new_A.index_select(0, keep).to(A.dtype), new_B.index_select(1, keep).to(B.dtype)
+            new = set_factors(layer, self.name, *(t.detach().clone() for t in pair))
+            for parameter in new:
+                parameter.requires_grad_(True)
+            known = c is not None
+            factor = None if c is None else c.index_select(0, keep).reciprocal()
+            changes[A] = Change.cut(new[0], dim=0, keep=keep) if known else Change.renew(new[0])
+            changes[B] = Change.cut(new[1], dim=1, keep=keep, factors=factor) if known else Change.renew(new[1])
+            layer.lora_variant.pop(self.name, None)
+            layer.cast_input_dtype_enabled = True
+        for key in self.form.parameters():
+            del self.model._parameters[PREFIX + key]
+        sync_config(self.model, self.name)
+        return changes

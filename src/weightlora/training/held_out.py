@@ -1,0 +1,104 @@
+"""Training rows that a method may look at because the run does not train on them."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import Subset
+from transformers import Trainer
+
+from weightlora.errors import ConfigError
+from weightlora.graft import output_energy
+from weightlora.training.measure import isolated_rng
+
+SHARE = 0.2  # of the training rows, at most
+
+
+class HeldOutBatches:
+    """Batches under a model; see :class:`weightlora.methods.HeldOut`.
+
+    Args:
+        model: as it trains.
+        batches: what a forward pass takes.
+        compute: the mean loss of a batch; default: ``model(**batch).loss``.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        batches: Sequence[Mapping[str, Any]],
+        compute: Callable[[Mapping[str, Any]], Tensor] | None = None,
+    ) -> None:
+        self.model, self.batches = model, list(batches)
+        self.compute = compute or (lambda batch: model(**batch).loss)
+
+    def __len__(self) -> int:
+        return len(self.batches)
+
+    @contextlib.contextmanager
+    def _unseen(self) -> Iterator[None]:
+        modes = [(module, module.training) for module in self.model.modules()]
+        with isolated_rng():
+            self.model.eval()
+            try:
+                yield
+            finally:
+                for module, training in modes:
+                    module.training = training
+
+    def loss(self, index: int) -> Tensor:
+        with self._unseen():
+            return self.compute(self.batches[index])
+
+    def output_energy(self, index: int) -> Tensor:
+        with self._unseen(), torch.no_grad(), output_energy(self.model) as total:
+            self.compute(self.batches[index])
+            return total.clone()
+
+
+def rows_to_hold_out(rows: int, batches: int, batch_size: int) -> int:
+    """How many of `rows` training rows `batches` batches take: never more than a fifth.
+
+    >>> rows_to_hold_out(1000, 4, 32), rows_to_hold_out(100, 4, 32), rows_to_hold_out(1000, 0, 32)
+    (128, 20, 0)
+    """
+    return min(batches * batch_size, int(SHARE * rows)) if batches else 0
+
+
+def hold_out(trainer: Trainer, batches: int) -> HeldOutBatches | None:
+    """Take rows out of the trainer's training set, the same for the same seed and set, and make batches of them.
+
+    Raises:
+        ConfigError: the set has no length, or too few rows.
+    """
+    if not batches:
+        return None
+    data: Any = trainer.train_dataset
+    try:
+        count = len(data)
+    except TypeError:
+        raise ConfigError("the method sets training rows aside, which needs a train_dataset with a length") from None
+    held = rows_to_hold_out(count, batches, trainer.args.per_device_eval_batch_size)
+    if held < 1:
+        raise ConfigError(f"{count} training rows are too few to set some aside; use 5 or more")
+    generator = torch.Generator().manual_seed(trainer.args.seed)
+    order = torch.randperm(count, generator=generator).tolist()
+    parts = [_rows(data, sorted(part)) for part in (order[:held], order[held:])]
+    trainer.train_dataset = parts[1]
+    model: Any = trainer.model
+
+    def compute(batch: Mapping[str, Any]) -> Tensor:
+        with trainer.accelerator.autocast(), trainer.compute_loss_context_manager():
+            return trainer.compute_loss(model, dict(trainer._prepare_inputs(dict(batch))))  # type: ignore[return-value]
+
+    return HeldOutBatches(model, list(trainer.get_eval_dataloader(parts[0])), compute)
+
+
+def _rows(data: Any, indices: list[int]) -> Any:
+    """Some rows; a ``datasets.Dataset`` stays one, so that the trainer goes on removing its unused columns."""
+    select = getattr(data, "select", None)
+    return Subset(data, indices) if select is None else select(indices)
