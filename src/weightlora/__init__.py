@@ -14,13 +14,26 @@ if TYPE_CHECKING:
     from weightlora.errors import WeightLoRAError
     from weightlora.graft import Selection
     from weightlora.graft.export import export
-    from weightlora.methods import Full, Gradient, LoRA, Random, Top, WeightLoRA, WeightLoRAPlus, method
+    from weightlora.methods import (
+        DoRA,
+        Full,
+        Gradient,
+        LoRA,
+        Random,
+        Top,
+        VBLoRA,
+        VeRA,
+        WeightLoRA,
+        WeightLoRAPlus,
+        method,
+    )
     from weightlora.training import FitResult, Tuner, attach, fit
 
 __version__ = "0.1.0"
 
 # Loaded on first use: `import weightlora` costs nothing, and reports are drawn without torch.
 _HOME = {
+    "DoRA": "weightlora.methods",
     "FitResult": "weightlora.training",
     "Full": "weightlora.methods",
     "Gradient": "weightlora.methods",
@@ -29,6 +42,8 @@ _HOME = {
     "Selection": "weightlora.graft",
     "Top": "weightlora.methods",
     "Tuner": "weightlora.training",
+    "VBLoRA": "weightlora.methods",
+    "VeRA": "weightlora.methods",
     "WeightLoRA": "weightlora.methods",
     "WeightLoRAError": "weightlora.errors",
     "WeightLoRAPlus": "weightlora.methods",
@@ -39,6 +54,7 @@ _HOME = {
 }
 
 __all__ = [
+    "DoRA",
     "FitResult",
     "Full",
     "Gradient",
@@ -47,6 +63,8 @@ __all__ = [
     "Selection",
     "Top",
     "Tuner",
+    "VBLoRA",
+    "VeRA",
     "WeightLoRA",
     "WeightLoRAError",
     "WeightLoRAPlus",

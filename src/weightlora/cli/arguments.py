@@ -31,6 +31,10 @@ MODEL_FLAGS: tuple[tuple[str, dict[str, Any]], ...] = (
     ("--r", {"type": int, "help": "rank of every adapter (default: 8)"}),
     ("--alpha", {"type": float, "help": "LoRA alpha (default: 32)"}),
     ("--dropout", {"type": float, "help": "LoRA dropout (default: 0.05)"}),
+    (
+        "--params",
+        {"metavar": "N", "help": "adapter parameters to spend, such as 123k: sets rank or K of the method"},
+    ),
     ("--seed", {"type": int, "help": "of everything random (default: 0)"}),
     (
         "--micro-batch",

@@ -18,6 +18,7 @@ from weightlora.graft.manifest import MANIFEST, STATE, Manifest
 from weightlora.graft.optimizer import Change, adopt, forget, remap
 from weightlora.graft.selection import Choice, Selection, select
 from weightlora.graft.surgery import disconnect, fold, grow_adapters, reshape, resize, restart, tie
+from weightlora.graft.tuners import check_tuner, dora_config, save_own_format, tuned_layers, tuner_config, tuner_params
 from weightlora.graft.watch import ProductWatch, output_energy
 
 __all__ = [
@@ -40,7 +41,9 @@ __all__ = [
     "adopt",
     "block_of",
     "check_path",
+    "check_tuner",
     "disconnect",
+    "dora_config",
     "end_backward_at_lowest",
     "fast_path",
     "fold",
@@ -55,7 +58,11 @@ __all__ = [
     "reshape",
     "resize",
     "restart",
+    "save_own_format",
     "select",
     "stock_path",
     "tie",
+    "tuned_layers",
+    "tuner_config",
+    "tuner_params",
 ]

@@ -8,10 +8,11 @@ from typing import Any
 from weightlora.errors import ConfigError
 from weightlora.methods.base import Fresh, GrowthPlan, HeldOut, Method, Policy, StepView
 from weightlora.methods.baselines import Full, Gradient, LoRA, Random, Top
+from weightlora.methods.tuners import DoRA, VBLoRA, VeRA
 from weightlora.methods.weightlora import WeightLoRA, WeightLoRAPlus
 
 METHODS: dict[str, type[Method]] = {
-    cls.name: cls for cls in (WeightLoRA, WeightLoRAPlus, LoRA, Full, Random, Top, Gradient)
+    cls.name: cls for cls in (WeightLoRA, WeightLoRAPlus, LoRA, Full, Random, Top, Gradient, DoRA, VeRA, VBLoRA)
 }
 
 
@@ -34,6 +35,7 @@ def method(name: str, preset: str = "recommended", **settings: Any) -> Method:
 
 __all__ = [
     "METHODS",
+    "DoRA",
     "Fresh",
     "Full",
     "Gradient",
@@ -45,6 +47,8 @@ __all__ = [
     "Random",
     "StepView",
     "Top",
+    "VBLoRA",
+    "VeRA",
     "WeightLoRA",
     "WeightLoRAPlus",
     "method",

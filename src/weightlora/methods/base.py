@@ -170,6 +170,8 @@ class Method(ABC):
     presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {}
     # "lora": a policy over plain LoRA adapters. "peft": a tuner of PEFT's own, trained as it is. "full": no adapters.
     trains: ClassVar[Literal["lora", "peft", "full"]] = "lora"
+    kind: ClassVar[str] = "LORA"  # of the model's PEFT adapters
+    rates: ClassVar[Mapping[str, float]] = {}  # learning rates over the run's, by a part of the parameter's name
     in_shares: ClassVar[tuple[str, ...]] = ("warmup_steps",)  # settings that may be shares of the run
 
     preset: str = "recommended"
@@ -203,8 +205,9 @@ class Method(ABC):
         """How many batches of training rows must be set aside for the method to look at."""
         return 0
 
-    def peft_config(self, lora: Any) -> Any:
-        """The PEFT configuration to build the model with, given the ``LoraConfig`` that plain LoRA would use."""
+    def peft_config(self, lora: Any, shapes: Sequence[tuple[int, int]]) -> Any:
+        """The PEFT configuration to build the model with, given the ``LoraConfig`` that plain LoRA would use and the
+        ``(d_in, d_out)`` of its targets."""
         return lora
 
     def within(self, params: int, shapes: Sequence[tuple[int, int]], rank: int) -> tuple[Any, int]:

@@ -13,11 +13,13 @@ from datasets import Dataset
 from torch import nn
 from transformers import DataCollatorWithPadding, PreTrainedModel, Trainer, TrainerCallback, TrainingArguments
 
+from weightlora.core import parse_params
 from weightlora.errors import AdapterError, ConfigError
 from weightlora.graft import adapters
 from weightlora.methods import Method
 from weightlora.runs.config import RunConfig
 from weightlora.tasks import LoadedModel, Task, load_model, load_task, tokenize
+from weightlora.training import rows_to_hold_out
 
 # Where the arguments of a run differ from Transformers' defaults.
 TRAINING_DEFAULTS: dict[str, Any] = {
@@ -46,6 +48,7 @@ class Parts:
     loaded: LoadedModel
     model: nn.Module
     method: Method
+    rank: int
     train: Dataset
     validation: Dataset
     max_steps: int
@@ -101,21 +104,34 @@ def targets(patterns: str, loaded: LoadedModel) -> list[str]:
     return [n for n in loaded.linear_targets if any(n == e or n.endswith(f".{e}") for e in endings)]
 
 
-def with_adapters(config: RunConfig, loaded: LoadedModel) -> peft.PeftModel:
+def within_budget(config: RunConfig, method: Method, loaded: LoadedModel) -> tuple[Method, int]:
+    """The method and the rank that spend the run's budget of adapter parameters; as they are without one."""
+    if config.params is None:
+        return method, config.r
+    return method.within(parse_params(config.params), target_shapes(config, loaded), config.r)
+
+
+def target_shapes(config: RunConfig, loaded: LoadedModel) -> list[tuple[int, int]]:
+    """``(d_in, d_out)`` of each target, in module order."""
+    modules: list[Any] = [loaded.model.get_submodule(name) for name in targets(config.targets, loaded)]
+    return [(int(module.in_features), int(module.out_features)) for module in modules]
+
+
+def with_adapters(config: RunConfig, loaded: LoadedModel, method: Method, rank: int) -> peft.PeftModel:
     """A PEFT model with one adapter on each target; heads train and are saved. Drawn from the run's seed."""
     from transformers import set_seed
 
     set_seed(config.seed)
-    alpha: Any = int(config.alpha) if float(config.alpha).is_integer() else config.alpha
+    alpha: Any = config.alpha * rank / config.r  # a budget changes the rank, not the scale
     lora = peft.LoraConfig(
         task_type="SEQ_CLS",
-        r=config.r,
-        lora_alpha=alpha,
+        r=rank,
+        lora_alpha=int(alpha) if float(alpha).is_integer() else alpha,
         lora_dropout=config.dropout,
         target_modules=targets(config.targets, loaded),
         modules_to_save=list(loaded.heads),
     )
-    return peft.get_peft_model(loaded.model, lora)
+    return peft.get_peft_model(loaded.model, method.peft_config(lora, target_shapes(config, loaded)))
 
 
 def build(config: RunConfig) -> Parts:
@@ -126,16 +142,25 @@ def build(config: RunConfig) -> Parts:
     """
     task = read_task(config)
     loaded = base_model(config, task)
-    chosen = config.make_method()
+    chosen, rank = within_budget(config, config.make_method(), loaded)
     model: PreTrainedModel | peft.PeftModel = loaded.model
-    if chosen.uses_adapters:
-        model = with_adapters(config, loaded)
+    if chosen.trains != "full":
+        model = with_adapters(config, loaded, chosen, rank)
     train, validation = tokenize(task, loaded.tokenizer, config.max_length)
-    steps = _steps(training_arguments(config, Path("unused")), len(train))
+    args = training_arguments(config, Path("unused"))
+    held = rows_to_hold_out(len(train), chosen.held_out_batches, args.per_device_eval_batch_size)
+    steps = _steps(args, len(train) - held)
     if chosen.uses_adapters:
         chosen.begin(adapters(model), steps)
     return Parts(
-        task=task, loaded=loaded, model=model, method=chosen, train=train, validation=validation, max_steps=steps
+        task=task,
+        loaded=loaded,
+        model=model,
+        method=chosen,
+        rank=rank,
+        train=train,
+        validation=validation,
+        max_steps=steps,
     )
 
 

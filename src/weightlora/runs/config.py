@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
+from weightlora.core import parse_params
 from weightlora.errors import CheckpointError, ConfigError
 from weightlora.files import write_text
 from weightlora.graft import check_path
@@ -32,6 +33,8 @@ class RunConfig:
         seed: of everything random.
         micro_batch, final_micro_batch: examples in one forward pass before and after the seam; None: the batch size.
         adapter_path: as :func:`weightlora.fit`.
+        params: a budget of adapter parameters ("123k"), or None. The method's own knobs (rank, K, ...) are turned for
+            it, and the scale ``alpha / r`` stays what `alpha` and `r` say.
         training: fields of ``TrainingArguments``, under their own names.
 
     Raises:
@@ -62,6 +65,7 @@ class RunConfig:
     micro_batch: int | None = None
     final_micro_batch: int | None = None
     adapter_path: str = "auto"
+    params: str | None = None
     training: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -78,6 +82,8 @@ class RunConfig:
         if not 0 <= self.seed < 2**32:
             raise ConfigError(f"seed={self.seed} is not allowed; use 0 or more, below 2^32")
         check_path(self.adapter_path)
+        if self.params is not None:
+            parse_params(self.params)
         self.make_method()
 
     def make_method(self) -> Method:

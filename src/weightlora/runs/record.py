@@ -121,6 +121,8 @@ class Record:
         why: the method's reason for its selection, in words.
         versions, argv, config, machine: how to run it again, and on what kind of machine it ran.
         error: one line when the status is ``"failed"``.
+        budget: adapter parameters, heads excluded: ``asked`` (``--params``, if given), ``allocated``, ``trainable`` at
+            the most, ``effective`` at the end, and ``stored_bytes`` of the adapter's files. Empty in older records.
 
     Raises:
         ConfigError: the fields contradict each other.
@@ -150,6 +152,7 @@ class Record:
     config: dict[str, Any]
     error: str | None
     machine: dict[str, str | int]
+    budget: dict[str, int] = dataclasses.field(default_factory=dict)
 
     def __post_init__(self) -> None:
         known = self.schema_version == SCHEMA_VERSION
@@ -346,10 +349,11 @@ def _decode_object(hint: Any, data: dict[str, Any], where: str) -> Any:
     """The dataclass ``hint`` from a JSON object; unknown keys are ignored."""
     hints = typing.get_type_hints(hint)
     dot = f"{where}." if where else ""
+    optional = {f.name for f in dataclasses.fields(hint) if f.default_factory is not dataclasses.MISSING}
     for name in hints:
-        if name not in data:
+        if name not in data and name not in optional:
             raise CheckpointError(f"the record has no key '{dot}{name}'")
-    return hint(**{name: _decode(kind, data[name], f"{dot}{name}") for name, kind in hints.items()})
+    return hint(**{name: _decode(kind, data[name], f"{dot}{name}") for name, kind in hints.items() if name in data})
 
 
 def _decode_float(value: Any, where: str) -> float:

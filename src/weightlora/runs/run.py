@@ -16,9 +16,10 @@ from typing import Any
 import torch
 from transformers import Trainer, TrainerCallback, set_seed
 
+from weightlora.core import parse_params
 from weightlora.errors import CheckpointError, WeightLoRAError
 from weightlora.files import leftovers, new_folder, sweep, write_text
-from weightlora.graft import MANIFEST, Manifest, Selection, adapters, block_of
+from weightlora.graft import MANIFEST, Manifest, Selection, adapters, block_of, save_own_format, tuned_layers
 from weightlora.graft.export import export
 from weightlora.runs.build import Parts, build, make_trainer
 from weightlora.runs.config import CONFIG, RunConfig
@@ -203,7 +204,9 @@ def _live(parts: Parts, config: RunConfig, folder: Path, *, resume: bool, argv: 
         )
         metrics = _evaluate(trainer)
         _write_result(result, trainer, folder, config, described)
-        recording.record = _last_record(recording.record, parts, result, metrics)
+        recording.record = replace(
+            _last_record(recording.record, parts, result, metrics), budget=_budget(config, result, folder)
+        )
     return recording.record
 
 
@@ -223,14 +226,15 @@ def _write_result(
     config: RunConfig,
     described: tuple[tuple[str, int, int, int], ...],
 ) -> None:
+    if result.method.trains == "peft":
+        save_own_format(result.model, folder / ADAPTER, _sample(trainer))
+        return
     if result.selection is None:
         with new_folder(folder / MODEL) as temporary:
             model: Any = result.model
             model.save_pretrained(temporary)
         return
-    batch = next(iter(trainer.get_eval_dataloader()))
-    sample = {key: value for key, value in trainer._prepare_inputs(batch).items() if key != "labels"}
-    export(result, folder / ADAPTER, "native", sample=sample, overwrite=True)
+    export(result, folder / ADAPTER, "native", sample=_sample(trainer), overwrite=True)
     result.selection.save(folder / SELECTION)
     manifest = Manifest(
         stage="final",
@@ -244,6 +248,12 @@ def _write_result(
     write_text(folder / MANIFEST, manifest.to_json())
 
 
+def _sample(trainer: Trainer) -> dict[str, Any]:
+    """A batch to compare logits on."""
+    batch = next(iter(trainer.get_eval_dataloader()))
+    return {key: value for key, value in trainer._prepare_inputs(batch).items() if key != "labels"}
+
+
 def _omega_log(result: FitResult) -> list[dict[str, Any]]:
     """The loss and omega entries of the trainer's log, for whoever draws them later."""
     return [
@@ -254,6 +264,7 @@ def _omega_log(result: FitResult) -> list[dict[str, Any]]:
 
 def _first_record(parts: Parts, config: RunConfig, argv: Sequence[str]) -> Record:
     live = adapters(parts.model) if parts.method.uses_adapters else ()
+    tuned = tuned_layers(parts.model) if parts.method.trains == "peft" else ()
     return Record(
         status="running",
         method=config.method,
@@ -262,8 +273,8 @@ def _first_record(parts: Parts, config: RunConfig, argv: Sequence[str]) -> Recor
         model=config.model,
         seed=config.seed,
         k=None,
-        r=config.r if live else None,
-        n_adapters=len(live),
+        r=parts.rank if live else None,
+        n_adapters=len(live) + len(tuned),
         kept=(),
         adapters=(),
         trainable_params={},
@@ -287,15 +298,39 @@ def _last_record(record: Record, parts: Parts, result: FitResult, metrics: dict[
     return replace(
         record,
         status="ok",
-        k=None if selection is None else selection.k,
-        kept=() if selection is None else tuple(Kept(name=c.name, omega=c.omega, rank=c.rank) for c in selection.kept),
+        k=record.n_adapters or None if selection is None else selection.k,
+        kept=_kept(parts, selection),
         adapters=() if selection is None else _scores(selection),
         trainable_params={"warmup": phases[0].trainable_params, "final": phases[-1].trainable_params},
         metrics=metrics,
         phases=phases,
         seam_step=result.seam_step,
-        why="every weight trains" if selection is None else selection.why,
+        why=selection.why if selection else _why_all(parts),
     )
+
+
+def _kept(parts: Parts, selection: Selection | None) -> tuple[Kept, ...]:
+    if selection is not None:
+        return tuple(Kept(name=c.name, omega=c.omega, rank=c.rank) for c in selection.kept)
+    if parts.method.trains == "full":
+        return ()
+    rank = int(getattr(parts.method, "r", parts.rank))
+    return tuple(Kept(name=name, omega=1.0, rank=rank) for name in tuned_layers(parts.model))
+
+
+def _why_all(parts: Parts) -> str:
+    if parts.method.trains == "full":
+        return "every weight trains"
+    return f"{parts.method.name} sits on every target; it is no plain LoRA, so its adapter has PEFT's own format"
+
+
+def _budget(config: RunConfig, result: FitResult, folder: Path) -> dict[str, int]:
+    """Adapter parameters asked for and spent; nothing for a method without adapters."""
+    if not (folder / ADAPTER).is_dir():
+        return {}
+    files = [file for file in (folder / ADAPTER).iterdir() if file.suffix == ".safetensors"]
+    asked = {} if config.params is None else {"asked": parse_params(config.params)}
+    return {**asked, **result.adapter_params, "stored_bytes": sum(file.stat().st_size for file in files)}
 
 
 def _scores(selection: Selection) -> tuple[AdapterScore, ...]:

@@ -9,6 +9,7 @@ from peft import PeftModel
 from weightlora.errors import CheckpointError
 from weightlora.graft import Selection
 from weightlora.graft.export import Export, export
+from weightlora.methods import METHODS
 from weightlora.runs.build import base_model, read_task
 from weightlora.runs.config import RunConfig
 from weightlora.runs.run import ADAPTER, SELECTION, finished
@@ -31,6 +32,11 @@ def export_run(folder: Path, out: Path, profile: str, *, overwrite: bool = False
         raise CheckpointError(f"{folder} holds no finished run; `weightlora resume {folder}` finishes it")
     if not (folder / ADAPTER).is_dir():
         raise CheckpointError(f"{folder} has no adapter to export: method {config.method!r} trains the model itself")
+    if METHODS[config.method].trains == "peft":
+        raise CheckpointError(
+            f"{folder / ADAPTER} is an adapter in PEFT's own format: {config.method} is no plain LoRA, so no profile"
+            " can hold it; open it with peft.PeftModel.from_pretrained"
+        )
     loaded = base_model(config, read_task(config))
     model = PeftModel.from_pretrained(loaded.model, folder / ADAPTER)
     model.eval()

@@ -59,7 +59,7 @@ class SeamCallback(TrainerCallback):
             adapters=Manifest.describe(driver.adapters),
             method=driver.method.to_dict(),
             selection=driver.selection,
-            data={**self.data, "seconds": self.seconds()},
+            data={**self.data, "seconds": self.seconds(), "adapter_params": driver.counts},
         )
 
     def _lr_factor(self) -> float:

@@ -77,6 +77,7 @@ class Driver:
         self.formed: Formed | None = None
         self.watch: ProductWatch | None = None
         self.selection: Selection | None = None
+        self.counts: dict[str, int] = {}  # adapter parameters: allocated, trainable at the start; effective at the end
         self.step = 0
 
     @property
@@ -112,9 +113,12 @@ class Driver:
                 adopt(optimizer, list(form.parameters().values()))
         if policy.watches:
             self.watch = ProductWatch(self.model, self.name)
-        self.allocated = sum({id(p): p.numel() for pair in self._factors for p in pair}.values())
-        self.allocated += 0 if form is None else sum(p.numel() for p in form.parameters().values())
-        self.allocated += len(names) if policy.trains_gates else 0
+        own = {p for pair in self._factors for p in pair} | set(() if form is None else form.parameters().values())
+        gates = len(names) if policy.trains_gates else 0
+        self.counts = {
+            "allocated": gates + sum(p.numel() for p in own),
+            "trainable": gates + sum(p.numel() for p in own if p.requires_grad),
+        }
         if policy.gated:
             self.gates = Gates(self.model, self.name, trainable=self.policy.trains_gates, engine_name=self.engine)
         elif form is None:
@@ -129,6 +133,7 @@ class Driver:
         """The end of the run: select now if the method never did, and leave stock PEFT layers."""
         selection = self.selection or self.operate(optimizer)
         stock_path(self.model, self.name)
+        self.counts["effective"] = self.policy.count(adapters(self.model, self.name))
         return selection
 
     def _view(self, lr_factor: float) -> StepView:

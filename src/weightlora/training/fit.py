@@ -16,7 +16,17 @@ from torch import nn
 from transformers import Trainer
 
 from weightlora.errors import AdapterError, CheckpointError, ConfigError, ScheduleError
-from weightlora.graft import Manifest, PathName, Selection, end_backward_at_lowest, has_adapters, reshape, tie
+from weightlora.graft import (
+    Manifest,
+    PathName,
+    Selection,
+    check_tuner,
+    end_backward_at_lowest,
+    has_adapters,
+    reshape,
+    tie,
+    tuner_params,
+)
 from weightlora.methods import Method, Policy
 from weightlora.training import checkpoint
 from weightlora.training.callback import SeamCallback
@@ -29,6 +39,7 @@ from weightlora.training.trainer import (
     measure_step,
     no_reentrant_checkpointing,
     planned_steps,
+    set_rates,
     split_batch,
     warmup_arguments,
 )
@@ -53,7 +64,11 @@ class PhaseResult:
 
 @dataclass(frozen=True, kw_only=True)
 class FitResult:
-    """What :func:`fit` hands back: a plain PEFT model, what was kept and why, and what each phase cost."""
+    """What :func:`fit` hands back: a plain PEFT model, what was kept and why, and what each phase cost.
+
+    ``adapter_params``: numbers in adapters (heads excluded) that were allocated, trainable at the most, and in effect
+    at the end, by the method's own formula.
+    """
 
     model: nn.Module
     method: Method
@@ -62,6 +77,7 @@ class FitResult:
     metrics: Mapping[str, float]
     max_steps: int
     seam_step: int | None
+    adapter_params: Mapping[str, int] = field(default_factory=dict)
     log_history: tuple[dict[str, Any], ...] = field(default=(), repr=False)
 
 
@@ -192,6 +208,7 @@ class _Fit:
             metrics=metrics,
             max_steps=self.max_steps,
             seam_step=self.driver.seam,
+            adapter_params=dict(self.driver.counts),
             log_history=tuple(self.trainer.state.log_history),
         )
 
@@ -210,6 +227,7 @@ class _Fit:
         if selection.k < selection.n:
             end_backward_at_lowest(driver.model)
         driver.selection, driver.step = selection, self.manifest.step
+        driver.counts = dict(self.manifest.data.get("adapter_params", {}))
         driver.ride()
         self.phases = [PhaseResult(**phase) for phase in self.manifest.data.get("phases", [])]
 
@@ -337,9 +355,12 @@ def _phase_result(
 
 
 def _train_plain(trainer: Trainer, method: Method, resume: bool | str | Path, measure: bool) -> FitResult:
-    """A method without adapters (full fine-tuning): the trainer as it is, measured."""
+    """A method that decides nothing (full fine-tuning, PEFT's own tuners): the trainer as it is, measured."""
     model: Any = trainer.model
-    if has_adapters(model):
+    if method.trains == "peft":
+        check_tuner(model, method.kind)
+        set_rates(trainer, method.rates)
+    elif has_adapters(model):
         raise AdapterError(f"method {method.name!r} trains the plain model; give the trainer a model without adapters")
     start = checkpoint.resolve(resume, Path(str(trainer.args.output_dir)), manifest=False)
     steps = planned_steps(trainer)
@@ -357,6 +378,7 @@ def _train_plain(trainer: Trainer, method: Method, resume: bool | str | Path, me
         metrics=metrics,
         max_steps=steps,
         seam_step=None,
+        adapter_params=tuner_params(model) if method.trains == "peft" else {},
         log_history=tuple(trainer.state.log_history),
     )
 

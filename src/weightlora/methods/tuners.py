@@ -1,0 +1,149 @@
+"""Methods that PEFT has and that are no plain LoRA: DoRA, VeRA, VB-LoRA. Built by PEFT, trained as they are."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar, Literal
+
+from weightlora.errors import ConfigError, ScheduleError
+from weightlora.graft import Adapter, dora_config, tuner_config
+from weightlora.methods.base import Method, Policy
+
+Shapes = Sequence[tuple[int, int]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Tuner(Method):
+    """A tuner of PEFT's own: nothing is decided while it trains, and its adapter keeps PEFT's own format."""
+
+    trains: ClassVar[Literal["lora", "peft", "full"]] = "peft"
+    kind: ClassVar[str]
+
+    def begin(self, adapters: tuple[Adapter, ...], max_steps: int) -> Policy:
+        raise ScheduleError(f"{self.name} decides nothing while it trains; build the model with its peft_config")
+
+
+@dataclass(frozen=True, kw_only=True)
+class DoRA(Tuner):
+    """Weight-decomposed adapters: ``W' = m (W + s B A) / ||W + s B A||``, norms by output row.
+
+    Parameters: ``sum r (d_in + d_out) + d_out``. Source: Liu et al. 2024; PEFT's ``use_dora``, whose backward pass
+    takes the norm as a constant. Not `dynamic_lora`, whose authors call it DoRA too.
+    """
+
+    name: ClassVar[str] = "dora"
+    kind: ClassVar[str] = "DORA"
+
+    def peft_config(self, lora: Any, shapes: Shapes) -> Any:
+        return dora_config(lora)
+
+    def within(self, params: int, shapes: Shapes, rank: int) -> tuple[Any, int]:
+        each, rows = sum(i + o for i, o in shapes), sum(o for _, o in shapes)
+        _check_fits(self.name, params, each + rows, "rank 1")
+        return self, (params - rows) // each
+
+
+@dataclass(frozen=True, kw_only=True)
+class VeRA(Tuner):
+    """One frozen random pair for all layers, two trained vectors each: ``dW = diag(lambda_b) B diag(lambda_d) A``.
+
+    Args:
+        r: rank of the frozen pair; the trained vectors are r and d_out long.
+        d_initial: lambda_d at the start (lambda_b starts at 0, so dW = 0).
+        key: seed of the projections, which are not stored.
+
+    Parameters: ``n r + sum d_out``. Its learning rate is 10 times the run's: the authors of WeightLoRA run it at 8e-3
+    where LoRA has 8e-4. Source: Kopiczko et al. 2024; PEFT's ``VeraConfig``.
+    """
+
+    name: ClassVar[str] = "vera"
+    kind: ClassVar[str] = "VERA"
+    rates: ClassVar[Mapping[str, float]] = {"vera_lambda": 10.0}
+    presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {"official": {"r": 1024}}
+    MAX_RANK: ClassVar[int] = 1024  # what the official script uses; more is all cost
+
+    r: int = 256
+    d_initial: float = 0.1
+    key: int = 0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.r < 1:
+            raise ConfigError(f"r={self.r} is not allowed; use 1 or more")
+
+    def peft_config(self, lora: Any, shapes: Shapes) -> Any:
+        return tuner_config(
+            self.kind, lora, r=self.r, d_initial=self.d_initial, projection_prng_key=self.key,
+            vera_dropout=lora.lora_dropout, save_projection=True,
+        )  # fmt: skip
+
+    def within(self, params: int, shapes: Shapes, rank: int) -> tuple[Any, int]:
+        rows = sum(o for _, o in shapes)
+        _check_fits(self.name, params, rows + len(shapes), "rank 1")
+        return replace(self, r=min((params - rows) // len(shapes), self.MAX_RANK)), rank
+
+
+@dataclass(frozen=True, kw_only=True)
+class VBLoRA(Tuner):
+    """Every piece of A and B is a mix of `topk` vectors of one global bank; bank and logits are trained.
+
+    Args:
+        r: rank. num_vectors: size h of the bank. vector_length: b; it divides every d_in and d_out (None: the largest
+            such number up to 256).
+        topk: vectors in a mix.
+
+    Parameters: ``h b + h sum r (d_in + d_out) / b``. dW is not 0 at the start. The logits' learning rate is 10 times
+    the run's, as in the official runs (bank 1e-3, logits 1e-2). Source: Li et al. 2024; PEFT's ``VBLoRAConfig``.
+    """
+
+    name: ClassVar[str] = "vb_lora"
+    kind: ClassVar[str] = "VBLORA"
+    rates: ClassVar[Mapping[str, float]] = {"vblora_logits": 10.0}
+    presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {"official": {"vector_length": 256}}
+
+    r: int = 4
+    num_vectors: int = 90
+    vector_length: int | None = None
+    topk: int = 2
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in ("r", "topk"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"{name}={getattr(self, name)} is not allowed; use 1 or more")
+        if self.num_vectors < self.topk:
+            raise ConfigError(f"num_vectors={self.num_vectors} is less than topk={self.topk}; use at least that")
+
+    def length(self, shapes: Shapes) -> int:
+        """b for these shapes.
+
+        Raises:
+            ConfigError: the given one does not divide a dimension.
+        """
+        common = math.gcd(*(d for shape in shapes for d in shape))
+        if self.vector_length is None:
+            return next(b for b in range(min(256, common), 0, -1) if common % b == 0)
+        if common % self.vector_length:
+            raise ConfigError(
+                f"vector_length={self.vector_length} must divide all dimensions; use a divisor of {common}"
+            )
+        return self.vector_length
+
+    def peft_config(self, lora: Any, shapes: Shapes) -> Any:
+        return tuner_config(
+            self.kind, lora, r=self.r, num_vectors=self.num_vectors, vector_length=self.length(shapes),
+            topk=self.topk, vblora_dropout=lora.lora_dropout,
+        )  # fmt: skip
+
+    def within(self, params: int, shapes: Shapes, rank: int) -> tuple[Any, int]:
+        b = self.length(shapes)
+        each = b + self.r * sum(i + o for i, o in shapes) // b
+        _check_fits(self.name, params, self.topk * each, f"a bank of {self.topk} vectors")
+        return replace(self, num_vectors=params // each), rank
+
+
+def _check_fits(name: str, params: int, least: int, what: str) -> None:
+    if params < least:
+        raise ConfigError(f"{params} parameters are too few for {name} at {what}; use at least {least}")
