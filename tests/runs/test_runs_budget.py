@@ -1,0 +1,61 @@
+"""One budget of adapter parameters for every method, and what the record says became of it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from peft import PeftModel
+from tests.runs.commands import TINY, read, weightlora
+
+from weightlora.methods import METHODS
+from weightlora.runs.build import base_model, read_task
+from weightlora.runs.config import RunConfig
+
+ASKED = 4000
+FLAGS = ("--params", "4k", "--max-steps", "20", "--warmup-steps", "5", "--save-strategy", "no")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("task", ["sst2", "stsb"])
+def test_every_method_runs_within_one_budget(task: str, small_data: Path, tmp_path: Path) -> None:
+    out = tmp_path / "all"
+    code = weightlora(
+        "compare", "--methods", "all", "--seeds", "0", "--task", task, "--data-dir", small_data, *TINY, *FLAGS,
+        "--out", out,
+    )  # fmt: skip
+    table = read(out / "compare.json")
+    assert code == 0, table["notes"]
+    assert [row["method"] for row in table["rows"]] == list(METHODS)
+    for name, kind in METHODS.items():
+        folder = out / f"{name}-recommended" / "seed-0"
+        record = read(folder / "record.json")
+        assert record["status"] == "ok", name
+        budget = record["budget"]
+        if kind.trains == "full":
+            assert budget == {}
+            continue
+        assert budget["asked"] == ASKED
+        assert 0 < budget["effective"] <= ASKED, name
+        assert budget["effective"] <= budget["trainable"] <= budget["allocated"], name
+        assert budget["stored_bytes"] == (folder / "adapter" / "adapter_model.safetensors").stat().st_size
+        config = RunConfig.load(folder)
+        stock = PeftModel.from_pretrained(base_model(config, read_task(config)).model, folder / "adapter")
+        assert stock.peft_config["default"].peft_type == {"VERA": "VERA", "VBLORA": "VBLORA"}.get(kind.kind, "LORA")
+
+
+def test_a_budget_that_cannot_be_met_says_what_can(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for method, message in (("lora", "too few for"), ("random", "too few for the largest adapter at rank 8")):
+        assert weightlora("train", "--method", method, *TINY, "--params", "9", "--out", tmp_path / method) == 2
+        assert message in capsys.readouterr().err
+        assert not (tmp_path / method).exists()
+    assert weightlora("train", *TINY, "--params", "many", "--out", tmp_path / "x") == 2
+    assert "'many' is not a number of parameters" in capsys.readouterr().err
+
+
+def test_the_budget_changes_the_rank_and_not_the_scale(tmp_path: Path, small_data: Path) -> None:
+    words = ("--task", "sst2", "--data-dir", small_data, *TINY, "--max-steps", "2", "--method", "lora")
+    assert weightlora("train", *words, "--params", "8k", "--out", tmp_path / "a") == 0
+    config = read(tmp_path / "a" / "adapter" / "adapter_config.json")
+    assert config["r"] == 4
+    assert config["lora_alpha"] / config["r"] == 32 / 8
