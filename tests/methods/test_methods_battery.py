@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 import pytest
@@ -17,15 +17,25 @@ from weightlora.graft import Selection, adapters
 from weightlora.methods import METHODS, LoRA, Method, Random, Top, WeightLoRA, WeightLoRAPlus, method
 from weightlora.training import Tuner, attach
 
-N, K, STEPS = 6, 2, 9
-SHORT = {"weightlora": {"warmup_steps": 4}, "weightlora+": {"warmup_steps": 4}, "gradient": {"batches": 3}}
+N, K, RANK, STEPS = 6, 2, 4, 9
+HELD_OUT = [batch(4, seed=71), batch(4, seed=72)]
+# Settings that fit a run of nine steps, where a method's own do not.
+SHORT = {name: {"warmup_steps": 4} for name in ("weightlora", "weightlora+", "lora_drop")} | {
+    "gradient": {"batches": 3}
+}
+RANKED = {"adalora", "dynamic_lora", "increlora", "alora"}  # they spend ranks, not adapters
 LORA = [name for name, kind in METHODS.items() if kind.trains == "lora"]
 CASES = [(name, preset) for name in LORA for preset in ("recommended", "paper", "official")]
 every_case = pytest.mark.parametrize(("name", "preset"), CASES, ids=["-".join(c) for c in CASES])
 
 
+def has_k(name: str) -> bool:
+    return "k" in {field.name for field in fields(METHODS[name])}
+
+
 def build(name: str, preset: str, **settings: Any) -> Method:
-    chosen: dict[str, Any] = {**({} if name == "lora" else {"k": K}), **SHORT.get(name, {}), **settings}
+    own = {"k": K} if has_k(name) else {}
+    chosen: dict[str, Any] = {**own, **SHORT.get(name, {}), **settings}
     if (name, preset) == ("weightlora", "official"):
         chosen.pop("warmup_steps")
     if (name, preset) == ("weightlora+", "official"):
@@ -47,7 +57,8 @@ class Loop:
         model = lora() if model is None else model
         optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=lr, weight_decay=0.1)
         model.train()
-        return cls(model, optimizer, attach(model, made, optimizer, max_steps=STEPS, adapter_path=path))
+        tuner = attach(model, made, optimizer, max_steps=STEPS, adapter_path=path, held_out=HELD_OUT)
+        return cls(model, optimizer, tuner)
 
     def run(self, until: int, each: Callable[[int], None] | None = None) -> Loop:
         stream = batches()
@@ -69,7 +80,9 @@ class Loop:
 @every_case
 def test_starts_as_the_base_model(name: str, preset: str) -> None:
     loop = Loop.start(build(name, preset))
-    assert torch.equal(logits(loop.model, batch()), logits(base("bert"), batch()))
+    now, then = logits(loop.model, batch()), logits(base("bert"), batch())
+    # MiLoRA adds a part of W and takes it away again, each through ranks of its own.
+    assert torch.allclose(now, then, rtol=0, atol=1e-5) if name == "milora" else torch.equal(now, then)
 
 
 @every_case
@@ -78,8 +91,13 @@ def test_keeps_exactly_k_and_ends_as_plain_peft(name: str, preset: str) -> None:
     before = adapters(loop.model, "default") if loop.tuner.selection is None else None
     loop.run(STEPS)
     selection = loop.tuner.finish()
-    k = N if name == "lora" else K
-    assert (selection.k, selection.n) == (k, N)
+    assert selection.n == N
+    if name in RANKED:
+        assert 0 < sum(choice.rank for choice in selection.kept) <= N * RANK
+    elif name == "flexora":  # whole blocks of three
+        assert selection.k in (3, 6)
+    else:
+        assert selection.k == (K if has_k(name) else N)
     assert (selection.method, selection.preset) == (name, preset)
     if before is not None:
         assert [c.name for c in selection.choices] == [a.name for a in before]
@@ -99,7 +117,7 @@ def test_deterministic(name: str, preset: str) -> None:
     assert max_difference(*(adapter_state(loop.model) for loop in loops)) == 0.0
 
 
-LATE = [case for case in CASES if case[0] in ("weightlora", "weightlora+", "gradient", "lora")]  # decide while training
+LATE = [case for case in CASES if case[0] not in ("random", "top")]  # decide while training
 
 
 @pytest.mark.parametrize(("name", "preset"), LATE, ids=["-".join(c) for c in LATE])
