@@ -15,6 +15,7 @@ from weightlora.core.budget import (
 from weightlora.core.gates import Shape, gate_step, gradual_k
 from weightlora.core.growth import Grown, Growth, Noise, grow
 from weightlora.core.importance import coverage, credit, gate_gradient, one_shot
+from weightlora.core.merging import svd_merge
 from weightlora.core.projection import Rule, support, top_k
 
 __all__ = [
@@ -38,6 +39,7 @@ __all__ = [
     "rank_for_params",
     "resolve_k",
     "support",
+    "svd_merge",
     "top_k",
     "total_params",
 ]
