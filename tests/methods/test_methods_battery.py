@@ -20,11 +20,12 @@ from weightlora.training import Tuner, attach
 N, K, STEPS = 6, 2, 9
 SHORT = {"weightlora": {"warmup_steps": 4}, "weightlora+": {"warmup_steps": 4}, "gradient": {"batches": 3}}
 CASES = [(name, preset) for name in METHODS if name != "full" for preset in ("recommended", "paper", "official")]
+WHOLE = {"lora", "melora"}  # keep every adapter: no k
 every_case = pytest.mark.parametrize(("name", "preset"), CASES, ids=["-".join(c) for c in CASES])
 
 
 def build(name: str, preset: str, **settings: Any) -> Method:
-    chosen: dict[str, Any] = {**({} if name == "lora" else {"k": K}), **SHORT.get(name, {}), **settings}
+    chosen: dict[str, Any] = {**({} if name in WHOLE else {"k": K}), **SHORT.get(name, {}), **settings}
     if (name, preset) == ("weightlora", "official"):
         chosen.pop("warmup_steps")
     if (name, preset) == ("weightlora+", "official"):
@@ -77,7 +78,7 @@ def test_keeps_exactly_k_and_ends_as_plain_peft(name: str, preset: str) -> None:
     before = adapters(loop.model, "default") if loop.tuner.selection is None else None
     loop.run(STEPS)
     selection = loop.tuner.finish()
-    k = N if name == "lora" else K
+    k = N if name in WHOLE else K
     assert (selection.k, selection.n) == (k, N)
     assert (selection.method, selection.preset) == (name, preset)
     if before is not None:
@@ -98,7 +99,7 @@ def test_deterministic(name: str, preset: str) -> None:
     assert max_difference(*(adapter_state(loop.model) for loop in loops)) == 0.0
 
 
-LATE = [case for case in CASES if case[0] in ("weightlora", "weightlora+", "gradient", "lora")]  # decide while training
+LATE = [case for case in CASES if case[0] in {"weightlora", "weightlora+", "gradient"} | WHOLE]  # decide while training
 
 
 @pytest.mark.parametrize(("name", "preset"), LATE, ids=["-".join(c) for c in LATE])
@@ -227,7 +228,7 @@ def test_names_presets_and_settings_are_checked() -> None:
     )
     refused(ConfigError, "random has no setting 'rank'; it has k, seed", lambda: method("random", rank=3))
     refused(ConfigError, "lora has no setting 'k'; it has none", lambda: method("lora", k=3))
-    assert set(METHODS) == {"weightlora", "weightlora+", "lora", "full", "random", "top", "gradient"}
+    assert set(METHODS) == {"weightlora", "weightlora+", "lora", "full", "random", "top", "gradient"} | WHOLE
 
 
 def test_a_refused_method_changes_nothing() -> None:

@@ -10,6 +10,7 @@ from weightlora.graft.adapters import (
     parameters,
     refuse_tied,
 )
+from weightlora.graft.architectures import Blocks
 from weightlora.graft.depth import end_backward_at_lowest
 from weightlora.graft.fast import PATHS, PathName, check_path, fast_path, stock_path
 from weightlora.graft.forms import Form, Formed, RankGates
@@ -25,6 +26,7 @@ __all__ = [
     "PATHS",
     "STATE",
     "Adapter",
+    "Blocks",
     "Change",
     "Choice",
     "Form",
