@@ -14,7 +14,18 @@ if TYPE_CHECKING:
     from weightlora.errors import WeightLoRAError
     from weightlora.graft import Selection
     from weightlora.graft.export import export
-    from weightlora.methods import Full, Gradient, LoRA, MELoRA, Random, Top, WeightLoRA, WeightLoRAPlus, method
+    from weightlora.methods import (
+        Full,
+        Gradient,
+        LoRA,
+        MELoRA,
+        Random,
+        TiedLoRA,
+        Top,
+        WeightLoRA,
+        WeightLoRAPlus,
+        method,
+    )
     from weightlora.training import FitResult, Tuner, attach, fit
 
 __version__ = "0.1.0"
@@ -26,8 +37,10 @@ _HOME = {
     "Gradient": "weightlora.methods",
     "LoRA": "weightlora.methods",
     "MELoRA": "weightlora.methods",
+    "MiLoRA": "weightlora.methods",
     "Random": "weightlora.methods",
     "Selection": "weightlora.graft",
+    "TiedLoRA": "weightlora.methods",
     "Top": "weightlora.methods",
     "Tuner": "weightlora.training",
     "WeightLoRA": "weightlora.methods",
@@ -45,8 +58,10 @@ __all__ = [
     "Gradient",
     "LoRA",
     "MELoRA",
+    "MiLoRA",
     "Random",
     "Selection",
+    "TiedLoRA",
     "Top",
     "Tuner",
     "WeightLoRA",

@@ -99,5 +99,5 @@ def test_a_count_that_does_not_divide_is_refused_and_nothing_is_changed() -> Non
         Loop.start(MELoRA(minis=3), model)
     assert max_difference(dict(model.state_dict()), before) == 0.0
     for wrong in (0, True, 2.0):
-        with pytest.raises(ConfigError, match="minis=.* is not allowed"):
+        with pytest.raises(ConfigError, match=r"minis=.* is not allowed"):
             MELoRA(minis=wrong)  # type: ignore[arg-type]

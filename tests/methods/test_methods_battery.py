@@ -20,7 +20,7 @@ from weightlora.training import Tuner, attach
 N, K, STEPS = 6, 2, 9
 SHORT = {"weightlora": {"warmup_steps": 4}, "weightlora+": {"warmup_steps": 4}, "gradient": {"batches": 3}}
 CASES = [(name, preset) for name in METHODS if name != "full" for preset in ("recommended", "paper", "official")]
-WHOLE = {"lora", "melora"}  # keep every adapter: no k
+WHOLE = {"lora", "melora", "tied_lora", "milora"}  # keep every adapter: no k
 every_case = pytest.mark.parametrize(("name", "preset"), CASES, ids=["-".join(c) for c in CASES])
 
 
@@ -69,7 +69,9 @@ class Loop:
 @every_case
 def test_starts_as_the_base_model(name: str, preset: str) -> None:
     loop = Loop.start(build(name, preset))
-    assert torch.equal(logits(loop.model, batch()), logits(base("bert"), batch()))
+    now, then = logits(loop.model, batch()), logits(base("bert"), batch())
+    # MiLoRA adds and takes away the same part of W, each through its own ranks.
+    assert torch.allclose(now, then, rtol=0, atol=1e-5) if name == "milora" else torch.equal(now, then)
 
 
 @every_case

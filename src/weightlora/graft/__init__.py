@@ -10,7 +10,7 @@ from weightlora.graft.adapters import (
     parameters,
     refuse_tied,
 )
-from weightlora.graft.architectures import Blocks
+from weightlora.graft.architectures import Blocks, Nest, Offset, Vectors
 from weightlora.graft.depth import end_backward_at_lowest
 from weightlora.graft.fast import PATHS, PathName, check_path, fast_path, stock_path
 from weightlora.graft.forms import Form, Formed, RankGates
@@ -33,10 +33,13 @@ __all__ = [
     "Formed",
     "Gates",
     "Manifest",
+    "Nest",
+    "Offset",
     "PathName",
     "ProductWatch",
     "RankGates",
     "Selection",
+    "Vectors",
     "adapter_name",
     "adapters",
     "adopt",

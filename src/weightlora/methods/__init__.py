@@ -9,10 +9,12 @@ from weightlora.errors import ConfigError
 from weightlora.methods.base import Fresh, GrowthPlan, HeldOut, Method, Policy, StepView
 from weightlora.methods.baselines import Full, Gradient, LoRA, Random, Top
 from weightlora.methods.melora import MELoRA
+from weightlora.methods.milora import MiLoRA
+from weightlora.methods.tied_lora import TiedLoRA
 from weightlora.methods.weightlora import WeightLoRA, WeightLoRAPlus
 
 METHODS: dict[str, type[Method]] = {
-    cls.name: cls for cls in (WeightLoRA, WeightLoRAPlus, LoRA, Full, Random, Top, Gradient, MELoRA)
+    cls.name: cls for cls in (WeightLoRA, WeightLoRAPlus, LoRA, Full, Random, Top, Gradient, MELoRA, TiedLoRA, MiLoRA)
 }
 
 
@@ -43,9 +45,11 @@ __all__ = [
     "LoRA",
     "MELoRA",
     "Method",
+    "MiLoRA",
     "Policy",
     "Random",
     "StepView",
+    "TiedLoRA",
     "Top",
     "WeightLoRA",
     "WeightLoRAPlus",

@@ -112,7 +112,7 @@ class Driver:
                 adopt(optimizer, list(form.parameters().values()))
         if policy.watches:
             self.watch = ProductWatch(self.model, self.name)
-        self.allocated = sum({id(p): p.numel() for pair in self._factors for p in pair}.values())
+        self.allocated = sum({id(p): p.numel() for pair in self._factors for p in pair if p.requires_grad}.values())
         self.allocated += 0 if form is None else sum(p.numel() for p in form.parameters().values())
         self.allocated += len(names) if policy.trains_gates else 0
         if policy.gated:
