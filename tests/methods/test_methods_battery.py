@@ -18,9 +18,14 @@ from weightlora.methods import METHODS, LoRA, Method, Random, Top, WeightLoRA, W
 from weightlora.training import Tuner, attach
 
 N, K, STEPS = 6, 2, 9
-SHORT = {"weightlora": {"warmup_steps": 4}, "weightlora+": {"warmup_steps": 4}, "gradient": {"batches": 3}}
+SHORT = {
+    "weightlora": {"warmup_steps": 4},
+    "weightlora+": {"warmup_steps": 4},
+    "gradient": {"batches": 3},
+    "nora": {"calibration_batches": 0},
+}
 CASES = [(name, preset) for name in METHODS if name != "full" for preset in ("recommended", "paper", "official")]
-WHOLE = {"lora", "melora", "tied_lora", "milora"}  # keep every adapter: no k
+WHOLE = {"lora", "melora", "tied_lora", "milora", "nora"}  # keep every adapter: no k
 every_case = pytest.mark.parametrize(("name", "preset"), CASES, ids=["-".join(c) for c in CASES])
 
 

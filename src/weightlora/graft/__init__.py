@@ -19,7 +19,7 @@ from weightlora.graft.manifest import MANIFEST, STATE, Manifest
 from weightlora.graft.optimizer import Change, adopt, forget, remap
 from weightlora.graft.selection import Choice, Selection, select
 from weightlora.graft.surgery import disconnect, fold, grow_adapters, reshape, resize, restart, tie
-from weightlora.graft.watch import ProductWatch, output_energy
+from weightlora.graft.watch import ProductWatch, input_size, output_energy
 
 __all__ = [
     "MANIFEST",
@@ -52,6 +52,7 @@ __all__ = [
     "forget",
     "grow_adapters",
     "has_adapters",
+    "input_size",
     "layer_weights",
     "output_energy",
     "parameters",

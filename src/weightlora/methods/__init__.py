@@ -10,11 +10,13 @@ from weightlora.methods.base import Fresh, GrowthPlan, HeldOut, Method, Policy, 
 from weightlora.methods.baselines import Full, Gradient, LoRA, Random, Top
 from weightlora.methods.melora import MELoRA
 from weightlora.methods.milora import MiLoRA
+from weightlora.methods.nora import NoRA
 from weightlora.methods.tied_lora import TiedLoRA
 from weightlora.methods.weightlora import WeightLoRA, WeightLoRAPlus
 
 METHODS: dict[str, type[Method]] = {
-    cls.name: cls for cls in (WeightLoRA, WeightLoRAPlus, LoRA, Full, Random, Top, Gradient, MELoRA, TiedLoRA, MiLoRA)
+    cls.name: cls
+    for cls in (WeightLoRA, WeightLoRAPlus, LoRA, Full, Random, Top, Gradient, MELoRA, TiedLoRA, MiLoRA, NoRA)
 }
 
 
@@ -46,6 +48,7 @@ __all__ = [
     "MELoRA",
     "Method",
     "MiLoRA",
+    "NoRA",
     "Policy",
     "Random",
     "StepView",
