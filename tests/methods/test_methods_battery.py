@@ -21,7 +21,8 @@ N, K, RANK, STEPS = 6, 2, 4, 9
 HELD_OUT = [batch(4, seed=71), batch(4, seed=72)]
 # Settings that fit a run of nine steps, where a method's own do not.
 SHORT = {name: {"warmup_steps": 4} for name in ("weightlora", "weightlora+", "lora_drop")} | {
-    "gradient": {"batches": 3}
+    "gradient": {"batches": 3},
+    "flexlora": {"clients": 2, "rounds": 2},
 }
 RANKED = {"adalora", "dynamic_lora", "increlora", "alora"}  # they spend ranks, not adapters
 LORA = [name for name, kind in METHODS.items() if kind.trains == "lora"]

@@ -12,6 +12,7 @@ from weightlora.core.budget import (
     resolve_k,
     total_params,
 )
+from weightlora.core.factorise import major_pair, minor_pair
 from weightlora.core.gates import Shape, gate_step, gradual_k
 from weightlora.core.growth import Grown, Growth, Noise, grow
 from weightlora.core.importance import coverage, credit, gate_gradient, one_shot
@@ -34,6 +35,8 @@ __all__ = [
     "grow",
     "grown_ranks",
     "k_for_params",
+    "major_pair",
+    "minor_pair",
     "one_shot",
     "parse_params",
     "rank_for_params",

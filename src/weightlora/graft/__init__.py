@@ -10,6 +10,7 @@ from weightlora.graft.adapters import (
     parameters,
     refuse_tied,
 )
+from weightlora.graft.architectures import Blocks, Nest, Offset, Vectors
 from weightlora.graft.depth import end_backward_at_lowest
 from weightlora.graft.fast import PATHS, PathName, check_path, fast_path, stock_path
 from weightlora.graft.forms import Form, Formed, RankGates
@@ -19,23 +20,27 @@ from weightlora.graft.optimizer import Change, adopt, forget, remap
 from weightlora.graft.selection import Choice, Selection, select
 from weightlora.graft.surgery import disconnect, fold, grow_adapters, reshape, resize, restart, tie
 from weightlora.graft.tuners import check_tuner, dora_config, save_own_format, tuned_layers, tuner_config, tuner_params
-from weightlora.graft.watch import ProductWatch, output_energy
+from weightlora.graft.watch import ProductWatch, input_size, output_energy
 
 __all__ = [
     "MANIFEST",
     "PATHS",
     "STATE",
     "Adapter",
+    "Blocks",
     "Change",
     "Choice",
     "Form",
     "Formed",
     "Gates",
     "Manifest",
+    "Nest",
+    "Offset",
     "PathName",
     "ProductWatch",
     "RankGates",
     "Selection",
+    "Vectors",
     "adapter_name",
     "adapters",
     "adopt",
@@ -50,6 +55,7 @@ __all__ = [
     "forget",
     "grow_adapters",
     "has_adapters",
+    "input_size",
     "layer_weights",
     "output_energy",
     "parameters",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from peft.tuners.lora.layer import LoraVariant
@@ -21,8 +21,10 @@ class Form:
     """``(A, B) -> (A', B')``: how the factors that compute come about. Override :meth:`effective`; the rest if needed.
 
     A form belongs to all n adapters of a run. Whatever it makes must be plain LoRA again, ``dW = s B' A'``, so that
-    every engine, every checkpoint and every export works with it.
+    every engine, every checkpoint and every export works with it. ``frozen``: A and B do not train under it.
     """
+
+    frozen: ClassVar[bool] = False
 
     def parameters(self) -> dict[str, nn.Parameter]:
         """What trains beside A and B, by name. Registered on the model while the form is attached."""
@@ -172,6 +174,8 @@ class Formed:
             model.register_parameter(PREFIX + key, parameter)
         for index, layer in enumerate(self._layers):
             layer.lora_variant[name] = FormVariant(form, index, path)
+            for factor in factors(layer, name) if form.frozen else ():
+                factor.requires_grad_(False)
             layer.cast_input_dtype_enabled = False  # the path casts inside, and q, k, v share x
             self._hooks.append(layer.register_state_dict_post_hook(self._show_plain(index)))
             self._hooks.append(layer.register_load_state_dict_pre_hook(self._keep_own))

@@ -48,6 +48,35 @@ def output_energy(model: nn.Module, name: str = "default") -> Iterator[Tensor]:
             handle.remove()
 
 
+@contextlib.contextmanager
+def input_size(model: nn.Module, name: str = "default") -> Iterator[list[tuple[Tensor, Tensor]]]:
+    """Add up ``sum over tokens of |x_j|`` of every adapted layer's inputs while the model runs, padding included.
+
+    Yields:
+        For each adapter in module order the sums ``(d_in,)`` float32 and the number of tokens ``()``, filled in place.
+    """
+    layers: list[Any] = [layer for _, layer in lora_layers(model, name)]
+    sums = []
+    for layer in layers:
+        A = factors(layer, name)[0]
+        sums.append((torch.zeros(A.shape[1], device=A.device), torch.zeros((), device=A.device)))
+
+    def hook(index: int) -> Any:
+        def see(_layer: Any, inputs: tuple[Any, ...], _output: Any) -> None:
+            x = inputs[0].detach().reshape(-1, inputs[0].shape[-1]).float().abs()
+            sums[index][0].add_(x.sum(0))
+            sums[index][1].add_(x.shape[0])
+
+        return see
+
+    handles = [layer.register_forward_hook(hook(index)) for index, layer in enumerate(layers)]
+    try:
+        yield sums
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
 class ProductWatch:
     """``sum of |dW * dL/ddW|`` of every adapter, summed over the backward passes since :meth:`take`.
 

@@ -8,11 +8,33 @@ from typing import Any
 from weightlora.errors import ConfigError
 from weightlora.methods.base import Fresh, GrowthPlan, HeldOut, Method, Policy, StepView
 from weightlora.methods.baselines import Full, Gradient, LoRA, Random, Top
+from weightlora.methods.flexlora import FlexLoRA
+from weightlora.methods.melora import MELoRA
+from weightlora.methods.milora import MiLoRA
+from weightlora.methods.nora import NoRA
+from weightlora.methods.tied_lora import TiedLoRA
 from weightlora.methods.tuners import DoRA, VBLoRA, VeRA
 from weightlora.methods.weightlora import WeightLoRA, WeightLoRAPlus
 
 METHODS: dict[str, type[Method]] = {
-    cls.name: cls for cls in (WeightLoRA, WeightLoRAPlus, LoRA, Full, Random, Top, Gradient, DoRA, VeRA, VBLoRA)
+    cls.name: cls
+    for cls in (
+        WeightLoRA,
+        WeightLoRAPlus,
+        LoRA,
+        Full,
+        Random,
+        Top,
+        Gradient,
+        FlexLoRA,
+        MELoRA,
+        TiedLoRA,
+        NoRA,
+        MiLoRA,
+        DoRA,
+        VeRA,
+        VBLoRA,
+    )
 }
 
 
@@ -36,16 +58,21 @@ def method(name: str, preset: str = "recommended", **settings: Any) -> Method:
 __all__ = [
     "METHODS",
     "DoRA",
+    "FlexLoRA",
     "Fresh",
     "Full",
     "Gradient",
     "GrowthPlan",
     "HeldOut",
     "LoRA",
+    "MELoRA",
     "Method",
+    "MiLoRA",
+    "NoRA",
     "Policy",
     "Random",
     "StepView",
+    "TiedLoRA",
     "Top",
     "VBLoRA",
     "VeRA",

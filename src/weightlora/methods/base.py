@@ -32,6 +32,10 @@ class HeldOut(Protocol):
         """``sum over tokens of ||dW_i x||^2`` of every adapter on one batch, ``(n,)`` float64."""
         ...
 
+    def input_size(self, index: int) -> Sequence[Tensor]:
+        """``mean over tokens of |x_j|`` of every adapter's inputs on one batch, each ``(d_in,)`` float32."""
+        ...
+
 
 @dataclass(frozen=True, kw_only=True)
 class StepView:
@@ -82,7 +86,7 @@ class Policy(ABC):
     ``seam`` is the optimizer step after which surgery happens: 0 before training, None never (then :meth:`decide` is
     asked once, at the end). ``gated`` says whether the run needs the omega vector, ``watches`` whether it needs
     ``StepView.products``. ``restart``: after the seam the survivors train from LoRA's initial values again, drawn from
-    this generator.
+    this generator. ``held_out``: the batches that the method asked for, there from :meth:`prepare` on.
     """
 
     seam: int | None = None
@@ -90,6 +94,7 @@ class Policy(ABC):
     trains_gates: bool = False
     watches: bool = False
     restart: torch.Generator | None = None
+    held_out: HeldOut | None = None
 
     def __init__(self, adapters: tuple[Adapter, ...]) -> None:
         self.adapters = adapters

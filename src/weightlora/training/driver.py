@@ -73,6 +73,7 @@ class Driver:
         if method.held_out_batches and held_out is None:
             raise ScheduleError(f"{method.name} looks at rows that it does not train on; give them as held_out=")
         self.policy = method.begin(self.adapters, max_steps)
+        self.policy.held_out = held_out
         self.gates: Gates | None = None
         self.formed: Formed | None = None
         self.watch: ProductWatch | None = None

@@ -12,7 +12,7 @@ from torch.utils.data import Subset
 from transformers import Trainer
 
 from weightlora.errors import ConfigError
-from weightlora.graft import output_energy
+from weightlora.graft import input_size, output_energy
 from weightlora.training.measure import isolated_rng
 
 SHARE = 0.2  # of the training rows, at most
@@ -58,6 +58,11 @@ class HeldOutBatches:
         with self._unseen(), torch.no_grad(), output_energy(self.model) as total:
             self.compute(self.batches[index])
             return total.clone()
+
+    def input_size(self, index: int) -> list[Tensor]:
+        with self._unseen(), torch.no_grad(), input_size(self.model) as sizes:
+            self.compute(self.batches[index])
+            return [size / max(1.0, float(count)) for size, count in sizes]
 
 
 def rows_to_hold_out(rows: int, batches: int, batch_size: int) -> int:

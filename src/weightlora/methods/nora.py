@@ -1,0 +1,125 @@
+"""NoRA: a small trained pair nested inside a frozen pair that is read off the weight."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from math import isqrt
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from weightlora.core import major_pair
+from weightlora.errors import AdapterError, ConfigError
+from weightlora.graft import Adapter, Form, Nest, Selection
+from weightlora.methods.base import Factors, Method, Policy
+from weightlora.methods.baselines import Fixed
+from weightlora.methods.milora import check_dense, check_ranks
+
+
+@dataclass(frozen=True, kw_only=True)
+class NoRA(Method):
+    """``dW = s B B_in A_in A`` with ``A (r, d_in)``, ``B (d_out, r)`` frozen and ``A_in (r', r)``, ``B_in (r, r')`` trained.
+
+    ``B A`` is the best approximation of W of rank r under ``||(W - B A) S||``, ``S = diag((mean |x_j|)^exponent)`` over
+    batches that the run does not train on; without such batches ``S = 1``. ``B_in = 0`` at the start. The model's LoRA
+    rank is r', which is also the rank of the plain LoRA that results; s stays the model's ``alpha / r'`` (source: by r).
+
+    Args:
+        outer_rank: r, from r' to min(d_in, d_out). None: 4 r', or min(d_in, d_out) where that is less.
+        calibration_batches: how many batches S is taken from.
+        exponent: of the mean magnitude.
+        seed: of A_in.
+
+    Raises:
+        ConfigError: a setting out of range.
+        AdapterError: (from ``begin``) a rank that a layer does not have; (before training) a quantised base.
+
+    Source: Lin et al. 2024, "NoRA". Departs from its released code, as the paper does, in ``B_in = 0``.
+
+    >>> NoRA(calibration_batches=2).held_out_batches
+    2
+    """
+
+    name: ClassVar[str] = "nora"
+    presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {
+        "paper": {"calibration_batches": 4, "exponent": 1.0},  # the number of batches is ours
+        "official": {"calibration_batches": 4, "exponent": 1.0},
+    }
+
+    outer_rank: int | None = None
+    calibration_batches: int = 0
+    exponent: float = 1.0
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name, low in (("outer_rank", 1), ("calibration_batches", 0)):
+            value = getattr(self, name)
+            if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < low):
+                raise ConfigError(f"{name}={value!r} is not allowed; use a whole number, {low} or more")
+        if not 0 <= self.exponent < float("inf"):
+            raise ConfigError(f"exponent={self.exponent} is not usable; use 1.0, or 0.5 where inputs have outliers")
+
+    @property
+    def held_out_batches(self) -> int:
+        return self.calibration_batches
+
+    def within(self, params: int, shapes: Sequence[tuple[int, int]], rank: int) -> tuple[Any, int]:
+        """The inner rank is kept where it can be: ``r = params / (2 n r')``, and ``r' <= r <= min(d_in, d_out)``."""
+        each = params // (2 * max(1, len(shapes)))  # r r' of one layer
+        if each < 1:
+            raise ConfigError(
+                f"{params} parameters are too few for {len(shapes)} nests; use at least {2 * len(shapes)}"
+            )
+        least = min(min(shape) for shape in shapes)
+        inner = min(rank, isqrt(each), least)
+        return replace(self, outer_rank=min(each // inner, least)), inner
+
+    def outer(self, adapter: Adapter) -> int:
+        """r of one adapter."""
+        return min(4 * adapter.rank, *adapter.shape) if self.outer_rank is None else self.outer_rank
+
+    def begin(self, adapters: tuple[Adapter, ...], max_steps: int) -> Policy:
+        check_ranks(self.name, [a.rank for a in adapters], adapters)
+        check_ranks(self.name, [self.outer(a) for a in adapters], adapters)
+        for a in adapters:
+            if self.outer(a) < a.rank:
+                raise AdapterError(
+                    f"outer_rank={self.outer_rank} is below the rank {a.rank} of {a.name}; use {a.rank} or more"
+                )
+        why = "every adapter lives, nested in a frozen pair"
+        return NoRAPolicy(self, adapters, self.choose(adapters, range(len(adapters)), why, step=None))
+
+
+class NoRAPolicy(Fixed):
+    """Reads the frozen pairs off the weights; see :class:`NoRA`."""
+
+    def __init__(self, method: NoRA, adapters: tuple[Adapter, ...], selection: Selection) -> None:
+        super().__init__(adapters, selection, None)
+        self.method = method
+        self.outer = [method.outer(a) for a in adapters]
+
+    def allocate(self) -> Sequence[tuple[int, float]]:
+        return [(r, a.scale) for r, a in zip(self.outer, self.adapters, strict=True)]
+
+    def prepare(self, factors: Factors, weights: Sequence[Tensor]) -> None:
+        check_dense("nora", self.adapters, weights)
+        sizes: list[Tensor | None] = [None] * len(weights)
+        if self.method.calibration_batches and self.held_out is not None:
+            seen = [self.held_out.input_size(index) for index in range(len(self.held_out))]
+            sizes = [torch.stack(layer).mean(0) ** self.method.exponent for layer in zip(*seen, strict=True)]
+        with torch.no_grad():
+            for pair, r, W, size in zip(factors, self.outer, weights, sizes, strict=True):
+                for factor, start in zip(pair, major_pair(W, r, size), strict=True):
+                    factor.copy_(start)
+
+    def form(self, factors: Factors) -> Form:
+        generator = torch.Generator().manual_seed(self.method.seed)
+        inner = [a.rank for a in self.adapters]
+        return Nest(self.outer, inner, generator=generator, device=factors[0][0].device)
+
+    def count(self, live: Sequence[Adapter]) -> int:
+        """``sum 2 r r'``, whatever d is."""
+        return sum(2 * self.outer[index] * a.rank for index, a in enumerate(live))

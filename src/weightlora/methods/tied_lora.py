@@ -1,0 +1,91 @@
+"""Tied-LoRA: one A and one B for all layers of a kind, and two small vectors per layer."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from weightlora.core import total_params
+from weightlora.errors import ConfigError
+from weightlora.graft import Adapter, Form, Selection, Vectors
+from weightlora.methods.base import Factors, Method, Policy, check_choice
+from weightlora.methods.baselines import Fixed
+
+VARIANTS = ("tl6", "tl5")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TiedLoRA(Method):
+    """``dW_l = s diag(v_l) B diag(u_l) A``: A and B shared by all layers of one module kind, u (r) and v (d_out) per
+    layer.
+
+    Layers share where kind (``query``, ``down_proj``), shape, rank and scale are equal. ``B = 0`` and ``u = v = 1``
+    at the start. The result is plain LoRA on every layer (tl5: still shared).
+
+    Args:
+        variant: ``"tl6"`` trains A, B, u, v; ``"tl5"`` A and B alone, with ``u = v = 1``.
+
+    Source: Renduchintala et al. 2023, "Tied-LoRA". Departs from it in sharing per module kind, where the source has
+    one fused query-key-value layer, and in taking the scale from the model's ``LoraConfig`` (source: alpha = r).
+
+    >>> TiedLoRA(variant="tl5").variant
+    'tl5'
+    """
+
+    name: ClassVar[str] = "tied_lora"
+    presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {"paper": {"variant": "tl6"}, "official": {"variant": "tl6"}}
+
+    variant: str = "tl6"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_choice("variant", self.variant, VARIANTS)
+
+    def within(self, params: int, shapes: Sequence[tuple[int, int]], rank: int) -> tuple[Any, int]:
+        """Sized by shapes, which do not tell kinds apart: as if no two layers shared. The method then stays below."""
+        vectors = sum(d_out for _, d_out in shapes) if self.variant == "tl6" else 0
+        each = sum(d_in + d_out for d_in, d_out in shapes) + (len(shapes) if self.variant == "tl6" else 0)
+        if params < vectors + each:
+            raise ConfigError(
+                f"{params} parameters are too few for tied_lora of rank 1 on {len(shapes)} layers;"
+                f" use at least {vectors + each} or fewer target modules"
+            )
+        return self, (params - vectors) // each
+
+    def begin(self, adapters: tuple[Adapter, ...], max_steps: int) -> Policy:
+        groups = kinds(adapters)
+        why = f"every adapter lives; {len(adapters)} share {len(groups)} pairs of factors"
+        return TiedPolicy(self, adapters, self.choose(adapters, range(len(adapters)), why, step=None))
+
+
+def kinds(adapters: Sequence[Adapter]) -> list[list[int]]:
+    """Positions of the adapters that can share factors: same kind, shape, rank and scale."""
+    groups: dict[tuple[Any, ...], list[int]] = {}
+    for position, a in enumerate(adapters):
+        groups.setdefault((a.kind, a.shape, a.rank, a.scale), []).append(position)
+    return list(groups.values())
+
+
+class TiedPolicy(Fixed):
+    """Ties the factors and brings u and v; see :class:`TiedLoRA`."""
+
+    def __init__(self, method: TiedLoRA, adapters: tuple[Adapter, ...], selection: Selection) -> None:
+        super().__init__(adapters, selection, None)
+        self.vectors = method.variant == "tl6"
+        self.groups = kinds(adapters)
+
+    def ties(self) -> Sequence[Sequence[int]]:
+        return self.groups
+
+    def form(self, factors: Factors) -> Form | None:
+        if not self.vectors:
+            return None
+        ranks, widths = [A.shape[0] for A, _ in factors], [B.shape[0] for _, B in factors]
+        return Vectors(ranks, widths, factors[0][0].device)
+
+    def count(self, live: Sequence[Adapter]) -> int:
+        """``sum over kinds of r (d_in + d_out)``, and for tl6 ``sum over layers of r + d_out``."""
+        first = [live[group[0]] for group in self.groups]
+        shared = total_params([a.rank for a in first], [a.shape for a in first])
+        return shared + (sum(a.rank + a.d_out for a in live) if self.vectors else 0)
