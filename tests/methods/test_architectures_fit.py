@@ -5,7 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import torch
 from tests.builders import adapter_state, batch, logits, lora, max_difference, trainer
+from tests.methods.test_methods_battery import Loop
 
 import weightlora as wl
 from weightlora.graft import adapters
@@ -29,3 +31,16 @@ def test_resumes_to_the_same_adapter(made: Method, tmp_path: Path) -> None:
     )
     assert max_difference(adapter_state(again.model), adapter_state(done.model)) == 0.0
     assert wl.export(again, tmp_path / "out", "portable").max_difference < 1e-5
+
+
+@pytest.mark.parametrize("made", [MELoRA(), TiedLoRA(), MiLoRA(), NoRA()], ids=["melora", "tl6", "milora", "nora"])
+def test_exports_in_the_middle_and_trains_on(made: Method, tmp_path: Path) -> None:
+    loop = Loop.start(made).run(3)
+    live = logits(loop.model, batch())
+    for profile in ("native", "portable", "merged"):
+        assert wl.export(loop.model, tmp_path / profile, profile).max_difference < 1e-5
+    assert torch.equal(logits(loop.model, batch()), live)
+    loop.run(5).tuner.finish()
+    untouched = Loop.start(made).run(5)
+    untouched.tuner.finish()
+    assert max_difference(adapter_state(loop.model), adapter_state(untouched.model)) == 0.0
