@@ -113,9 +113,10 @@ def test_activations_weigh_the_approximation() -> None:
         S = torch.cat(seen[a.name]).abs().double().mean((0, 1)).sqrt()
         reached = torch.linalg.norm((W.double() - B.double() @ A.double()) * S)
         assert torch.allclose(reached, torch.linalg.svdvals(W.double() * S)[3:].square().sum().sqrt(), rtol=1e-5)
+    fresh = lora()
+    optimizer = torch.optim.SGD(fresh.parameters(), lr=0.1)
     with pytest.raises(ScheduleError, match="nora looks at rows that it does not train on"):
-        fresh = lora()
-        attach(fresh, NoRA(calibration_batches=1), torch.optim.SGD(fresh.parameters(), lr=0.1), max_steps=9)
+        attach(fresh, NoRA(calibration_batches=1), optimizer, max_steps=9)
     assert len(HeldOutBatches(model, rows).input_size(0)) == 6
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import ClassVar
 
 import torch
@@ -33,7 +33,8 @@ class Blocks(Form):
         return self.count * rank
 
     def effective(self, index: int, A: Tensor, B: Tensor) -> tuple[Tensor, Tensor]:
-        return torch.block_diag(*A.chunk(self.count, dim=1)), torch.block_diag(*B.chunk(self.count, dim=0))
+        blocks: Callable[..., Tensor] = torch.block_diag
+        return blocks(*A.chunk(self.count, dim=1)), blocks(*B.chunk(self.count, dim=0))
 
 
 class Vectors(Form):
@@ -63,7 +64,7 @@ class Vectors(Form):
         return {"u": self.u, "v": self.v}
 
     def effective(self, index: int, A: Tensor, B: Tensor) -> tuple[Tensor, Tensor]:
-        u, v = self.u.split(self.ranks)[index], self.v.split(self.widths)[index]
+        u, v = torch.split(self.u, self.ranks)[index], torch.split(self.v, self.widths)[index]
         return u.unsqueeze(1).to(A.dtype) * A, v.unsqueeze(1).to(B.dtype) * B
 
 

@@ -21,6 +21,7 @@ from transformers import PreTrainedModel
 from weightlora.errors import ExportError
 from weightlora.files import write_text
 from weightlora.graft.adapters import adapter_name, adapters, base_of, factors, lora_layers
+from weightlora.graft.forms import FormVariant
 from weightlora.graft.gates import OmegaVariant
 from weightlora.graft.verify import HEAD, PREFIX, WEIGHTS, device_of, plain_base
 
@@ -85,7 +86,7 @@ class Live:
 
 
 def read(model: nn.Module, name: str | None, *, whole: bool, stock: bool) -> Live:
-    """Read the adapters, with their gates folded in, and the heads; nothing is changed.
+    """Read the adapters, with their gates or form folded in, and the heads; nothing is changed.
 
     Args:
         model: with adapters, or (where `whole`) without.
@@ -115,8 +116,9 @@ def read(model: nn.Module, name: str | None, *, whole: bool, stock: bool) -> Liv
     pairs: dict[str, Pair] = {}
     zeros = 0
     for path, layer in lora_layers(model, name):
-        A, B = (factor.detach().cpu() for factor in factors(layer, name))
         gate = layer.lora_variant.get(name)
+        computing = gate.factors(layer, name) if isinstance(gate, FormVariant) else factors(layer, name)
+        A, B = (factor.detach().cpu() for factor in computing)
         omega = float(gate.gates.omega[gate.index].detach()) if isinstance(gate, OmegaVariant) else 1.0
         if omega == 0.0:
             zeros += 1

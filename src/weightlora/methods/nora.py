@@ -20,11 +20,12 @@ from weightlora.methods.milora import check_dense, check_ranks
 
 @dataclass(frozen=True, kw_only=True)
 class NoRA(Method):
-    """``dW = s B B_in A_in A`` with ``A (r, d_in)``, ``B (d_out, r)`` frozen and ``A_in (r', r)``, ``B_in (r, r')`` trained.
+    """``dW = s B B_in A_in A``; ``A (r, d_in)``, ``B (d_out, r)`` fixed, ``A_in (r', r)``, ``B_in (r, r')`` trained.
 
     ``B A`` is the best approximation of W of rank r under ``||(W - B A) S||``, ``S = diag((mean |x_j|)^exponent)`` over
     batches that the run does not train on; without such batches ``S = 1``. ``B_in = 0`` at the start. The model's LoRA
-    rank is r', which is also the rank of the plain LoRA that results; s stays the model's ``alpha / r'`` (source: by r).
+    rank is r', which is also the rank of the plain LoRA that results; s stays the model's ``alpha / r'`` (the source
+    divides by r).
 
     Args:
         outer_rank: r, from r' to min(d_in, d_out). None: 4 r', or min(d_in, d_out) where that is less.
