@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from weightlora.errors import WeightLoRAError
     from weightlora.graft import Selection
     from weightlora.graft.export import export
-    from weightlora.methods import Full, Gradient, LoRA, Random, Top, WeightLoRA, WeightLoRAPlus, method
+    from weightlora.methods import Full, Gradient, LoRA, LoRADrop, Random, Top, WeightLoRA, WeightLoRAPlus, method
     from weightlora.training import FitResult, Tuner, attach, fit
 
 __version__ = "0.1.0"
@@ -25,6 +25,7 @@ _HOME = {
     "Full": "weightlora.methods",
     "Gradient": "weightlora.methods",
     "LoRA": "weightlora.methods",
+    "LoRADrop": "weightlora.methods",
     "Random": "weightlora.methods",
     "Selection": "weightlora.graft",
     "Top": "weightlora.methods",
@@ -43,6 +44,7 @@ __all__ = [
     "Full",
     "Gradient",
     "LoRA",
+    "LoRADrop",
     "Random",
     "Selection",
     "Top",

@@ -18,13 +18,20 @@ from weightlora.methods import METHODS, LoRA, Method, Random, Top, WeightLoRA, W
 from weightlora.training import Tuner, attach
 
 N, K, STEPS = 6, 2, 9
-SHORT = {"weightlora": {"warmup_steps": 4}, "weightlora+": {"warmup_steps": 4}, "gradient": {"batches": 3}}
+HELD_OUT = [batch(4, seed=71), batch(4, seed=72)]
+SHORT = {"weightlora": {"warmup_steps": 4}, "weightlora+": {"warmup_steps": 4}, "gradient": {"batches": 3},
+         "lora_drop": {"warmup_steps": 4}}  # fmt: skip
+KEEPS = {"lora": N, "lora_drop": N}  # how many live; the others: K
 CASES = [(name, preset) for name in METHODS if name != "full" for preset in ("recommended", "paper", "official")]
 every_case = pytest.mark.parametrize(("name", "preset"), CASES, ids=["-".join(c) for c in CASES])
 
 
 def build(name: str, preset: str, **settings: Any) -> Method:
-    chosen: dict[str, Any] = {**({} if name == "lora" else {"k": K}), **SHORT.get(name, {}), **settings}
+    chosen: dict[str, Any] = {
+        **({"k": K} if "k" in METHODS[name].__dataclass_fields__ else {}),
+        **SHORT.get(name, {}),
+        **settings,
+    }
     if (name, preset) == ("weightlora", "official"):
         chosen.pop("warmup_steps")
     if (name, preset) == ("weightlora+", "official"):
@@ -46,7 +53,9 @@ class Loop:
         model = lora() if model is None else model
         optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=lr, weight_decay=0.1)
         model.train()
-        return cls(model, optimizer, attach(model, made, optimizer, max_steps=STEPS, adapter_path=path))
+        return cls(
+            model, optimizer, attach(model, made, optimizer, max_steps=STEPS, adapter_path=path, held_out=HELD_OUT)
+        )
 
     def run(self, until: int, each: Callable[[int], None] | None = None) -> Loop:
         stream = batches()
@@ -77,8 +86,7 @@ def test_keeps_exactly_k_and_ends_as_plain_peft(name: str, preset: str) -> None:
     before = adapters(loop.model, "default") if loop.tuner.selection is None else None
     loop.run(STEPS)
     selection = loop.tuner.finish()
-    k = N if name == "lora" else K
-    assert (selection.k, selection.n) == (k, N)
+    assert (selection.k, selection.n) == (KEEPS.get(name, K), N)
     assert (selection.method, selection.preset) == (name, preset)
     if before is not None:
         assert [c.name for c in selection.choices] == [a.name for a in before]
@@ -98,7 +106,9 @@ def test_deterministic(name: str, preset: str) -> None:
     assert max_difference(*(adapter_state(loop.model) for loop in loops)) == 0.0
 
 
-LATE = [case for case in CASES if case[0] in ("weightlora", "weightlora+", "gradient", "lora")]  # decide while training
+LATE = [
+    case for case in CASES if case[0] in ("weightlora", "weightlora+", "gradient", "lora", "lora_drop")
+]  # decide while training
 
 
 @pytest.mark.parametrize(("name", "preset"), LATE, ids=["-".join(c) for c in LATE])
@@ -227,7 +237,7 @@ def test_names_presets_and_settings_are_checked() -> None:
     )
     refused(ConfigError, "random has no setting 'rank'; it has k, seed", lambda: method("random", rank=3))
     refused(ConfigError, "lora has no setting 'k'; it has none", lambda: method("lora", k=3))
-    assert set(METHODS) == {"weightlora", "weightlora+", "lora", "full", "random", "top", "gradient"}
+    assert set(METHODS) == {"weightlora", "weightlora+", "lora", "full", "random", "top", "gradient", "lora_drop"}
 
 
 def test_a_refused_method_changes_nothing() -> None:

@@ -15,6 +15,7 @@ from weightlora.core.budget import (
 from weightlora.core.gates import Shape, gate_step, gradual_k
 from weightlora.core.growth import Grown, Growth, Noise, grow
 from weightlora.core.importance import coverage, credit, gate_gradient, one_shot
+from weightlora.core.prefix import smallest_prefix
 from weightlora.core.projection import Rule, support, top_k
 
 __all__ = [
@@ -37,6 +38,7 @@ __all__ = [
     "parse_params",
     "rank_for_params",
     "resolve_k",
+    "smallest_prefix",
     "support",
     "top_k",
     "total_params",

@@ -8,10 +8,11 @@ from typing import Any
 from weightlora.errors import ConfigError
 from weightlora.methods.base import Fresh, GrowthPlan, HeldOut, Method, Policy, StepView
 from weightlora.methods.baselines import Full, Gradient, LoRA, Random, Top
+from weightlora.methods.lora_drop import LoRADrop
 from weightlora.methods.weightlora import WeightLoRA, WeightLoRAPlus
 
 METHODS: dict[str, type[Method]] = {
-    cls.name: cls for cls in (WeightLoRA, WeightLoRAPlus, LoRA, Full, Random, Top, Gradient)
+    cls.name: cls for cls in (WeightLoRA, WeightLoRAPlus, LoRA, Full, Random, Top, Gradient, LoRADrop)
 }
 
 
@@ -40,6 +41,7 @@ __all__ = [
     "GrowthPlan",
     "HeldOut",
     "LoRA",
+    "LoRADrop",
     "Method",
     "Policy",
     "Random",
