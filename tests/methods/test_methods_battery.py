@@ -20,8 +20,8 @@ from weightlora.training import Tuner, attach
 N, K, STEPS = 6, 2, 9
 HELD_OUT = [batch(4, seed=71), batch(4, seed=72)]
 SHORT = {"weightlora": {"warmup_steps": 4}, "weightlora+": {"warmup_steps": 4}, "gradient": {"batches": 3},
-         "lora_drop": {"warmup_steps": 4}}  # fmt: skip
-KEEPS = {"lora": N, "lora_drop": N}  # how many live; the others: K
+         "lora_drop": {"warmup_steps": 4}, "flexora": {"warmup_steps": 4}}  # fmt: skip
+KEEPS = {"lora": N, "lora_drop": N, "flexora": 3}  # how many live; the others: K
 CASES = [(name, preset) for name in METHODS if name != "full" for preset in ("recommended", "paper", "official")]
 every_case = pytest.mark.parametrize(("name", "preset"), CASES, ids=["-".join(c) for c in CASES])
 
@@ -107,7 +107,7 @@ def test_deterministic(name: str, preset: str) -> None:
 
 
 LATE = [
-    case for case in CASES if case[0] in ("weightlora", "weightlora+", "gradient", "lora", "lora_drop")
+    case for case in CASES if case[0] in ("weightlora", "weightlora+", "gradient", "lora", "lora_drop", "flexora")
 ]  # decide while training
 
 
@@ -237,7 +237,17 @@ def test_names_presets_and_settings_are_checked() -> None:
     )
     refused(ConfigError, "random has no setting 'rank'; it has k, seed", lambda: method("random", rank=3))
     refused(ConfigError, "lora has no setting 'k'; it has none", lambda: method("lora", k=3))
-    assert set(METHODS) == {"weightlora", "weightlora+", "lora", "full", "random", "top", "gradient", "lora_drop"}
+    assert set(METHODS) == {
+        "weightlora",
+        "weightlora+",
+        "lora",
+        "full",
+        "random",
+        "top",
+        "gradient",
+        "lora_drop",
+        "flexora",
+    }
 
 
 def test_a_refused_method_changes_nothing() -> None:

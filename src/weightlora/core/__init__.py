@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from weightlora.core.blocks import block_gates
 from weightlora.core.budget import (
     Remainder,
     adapter_params,
@@ -26,6 +27,7 @@ __all__ = [
     "Rule",
     "Shape",
     "adapter_params",
+    "block_gates",
     "coverage",
     "credit",
     "gate_gradient",

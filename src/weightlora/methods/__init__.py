@@ -8,11 +8,12 @@ from typing import Any
 from weightlora.errors import ConfigError
 from weightlora.methods.base import Fresh, GrowthPlan, HeldOut, Method, Policy, StepView
 from weightlora.methods.baselines import Full, Gradient, LoRA, Random, Top
+from weightlora.methods.flexora import Flexora
 from weightlora.methods.lora_drop import LoRADrop
 from weightlora.methods.weightlora import WeightLoRA, WeightLoRAPlus
 
 METHODS: dict[str, type[Method]] = {
-    cls.name: cls for cls in (WeightLoRA, WeightLoRAPlus, LoRA, Full, Random, Top, Gradient, LoRADrop)
+    cls.name: cls for cls in (WeightLoRA, WeightLoRAPlus, LoRA, Full, Random, Top, Gradient, LoRADrop, Flexora)
 }
 
 
@@ -35,6 +36,7 @@ def method(name: str, preset: str = "recommended", **settings: Any) -> Method:
 
 __all__ = [
     "METHODS",
+    "Flexora",
     "Fresh",
     "Full",
     "Gradient",
