@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from weightlora.graft import Selection
     from weightlora.graft.export import export
     from weightlora.methods import (
+        ALoRA,
         Flexora,
         Full,
         Gradient,
@@ -32,6 +33,7 @@ __version__ = "0.1.0"
 
 # Loaded on first use: `import weightlora` costs nothing, and reports are drawn without torch.
 _HOME = {
+    "ALoRA": "weightlora.methods",
     "FitResult": "weightlora.training",
     "Flexora": "weightlora.methods",
     "Full": "weightlora.methods",
@@ -52,6 +54,7 @@ _HOME = {
 }
 
 __all__ = [
+    "ALoRA",
     "FitResult",
     "Flexora",
     "Full",

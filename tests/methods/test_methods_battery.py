@@ -20,8 +20,9 @@ from weightlora.training import Tuner, attach
 N, K, STEPS = 6, 2, 9
 HELD_OUT = [batch(4, seed=71), batch(4, seed=72)]
 SHORT = {"weightlora": {"warmup_steps": 4}, "weightlora+": {"warmup_steps": 4}, "gradient": {"batches": 3},
-         "lora_drop": {"warmup_steps": 4}, "flexora": {"warmup_steps": 4}}  # fmt: skip
-KEEPS = {"lora": N, "lora_drop": N, "flexora": 3}  # how many live; the others: K
+         "lora_drop": {"warmup_steps": 4}, "flexora": {"warmup_steps": 4},
+         "alora": {"warmup_steps": 2, "round_steps": 1, "rounds": 3, "moves": 3}}  # fmt: skip
+KEEPS = {"lora": N, "lora_drop": N, "flexora": 3, "alora": N}  # how many live; the others: K
 CASES = [(name, preset) for name in METHODS if name != "full" for preset in ("recommended", "paper", "official")]
 every_case = pytest.mark.parametrize(("name", "preset"), CASES, ids=["-".join(c) for c in CASES])
 
@@ -106,9 +107,7 @@ def test_deterministic(name: str, preset: str) -> None:
     assert max_difference(*(adapter_state(loop.model) for loop in loops)) == 0.0
 
 
-LATE = [
-    case for case in CASES if case[0] in ("weightlora", "weightlora+", "gradient", "lora", "lora_drop", "flexora")
-]  # decide while training
+LATE = [case for case in CASES if case[0] in ("lora", *SHORT)]  # decide while training
 
 
 @pytest.mark.parametrize(("name", "preset"), LATE, ids=["-".join(c) for c in LATE])
@@ -237,17 +236,7 @@ def test_names_presets_and_settings_are_checked() -> None:
     )
     refused(ConfigError, "random has no setting 'rank'; it has k, seed", lambda: method("random", rank=3))
     refused(ConfigError, "lora has no setting 'k'; it has none", lambda: method("lora", k=3))
-    assert set(METHODS) == {
-        "weightlora",
-        "weightlora+",
-        "lora",
-        "full",
-        "random",
-        "top",
-        "gradient",
-        "lora_drop",
-        "flexora",
-    }
+    assert set(METHODS) == {"full", "lora", "random", "top", *SHORT}
 
 
 def test_a_refused_method_changes_nothing() -> None:

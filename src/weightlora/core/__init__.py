@@ -18,6 +18,7 @@ from weightlora.core.growth import Grown, Growth, Noise, grow
 from weightlora.core.importance import coverage, credit, gate_gradient, one_shot
 from weightlora.core.prefix import smallest_prefix
 from weightlora.core.projection import Rule, support, top_k
+from weightlora.core.rounds import hand_out
 
 __all__ = [
     "Grown",
@@ -35,6 +36,7 @@ __all__ = [
     "gradual_k",
     "grow",
     "grown_ranks",
+    "hand_out",
     "k_for_params",
     "one_shot",
     "parse_params",

@@ -6,6 +6,7 @@ import difflib
 from typing import Any
 
 from weightlora.errors import ConfigError
+from weightlora.methods.alora import ALoRA
 from weightlora.methods.base import Fresh, GrowthPlan, HeldOut, Method, Policy, StepView
 from weightlora.methods.baselines import Full, Gradient, LoRA, Random, Top
 from weightlora.methods.flexora import Flexora
@@ -13,7 +14,7 @@ from weightlora.methods.lora_drop import LoRADrop
 from weightlora.methods.weightlora import WeightLoRA, WeightLoRAPlus
 
 METHODS: dict[str, type[Method]] = {
-    cls.name: cls for cls in (WeightLoRA, WeightLoRAPlus, LoRA, Full, Random, Top, Gradient, LoRADrop, Flexora)
+    cls.name: cls for cls in (WeightLoRA, WeightLoRAPlus, LoRA, Full, Random, Top, Gradient, LoRADrop, Flexora, ALoRA)
 }
 
 
@@ -36,6 +37,7 @@ def method(name: str, preset: str = "recommended", **settings: Any) -> Method:
 
 __all__ = [
     "METHODS",
+    "ALoRA",
     "Flexora",
     "Fresh",
     "Full",
