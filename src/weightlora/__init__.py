@@ -15,11 +15,14 @@ if TYPE_CHECKING:
     from weightlora.graft import Selection
     from weightlora.graft.export import export
     from weightlora.methods import (
+        ALoRA,
         DoRA,
         FlexLoRA,
+        Flexora,
         Full,
         Gradient,
         LoRA,
+        LoRADrop,
         MELoRA,
         MiLoRA,
         NoRA,
@@ -38,12 +41,15 @@ __version__ = "0.1.0"
 
 # Loaded on first use: `import weightlora` costs nothing, and reports are drawn without torch.
 _HOME = {
+    "ALoRA": "weightlora.methods",
     "DoRA": "weightlora.methods",
     "FitResult": "weightlora.training",
     "FlexLoRA": "weightlora.methods",
+    "Flexora": "weightlora.methods",
     "Full": "weightlora.methods",
     "Gradient": "weightlora.methods",
     "LoRA": "weightlora.methods",
+    "LoRADrop": "weightlora.methods",
     "MELoRA": "weightlora.methods",
     "MiLoRA": "weightlora.methods",
     "NoRA": "weightlora.methods",
@@ -64,12 +70,15 @@ _HOME = {
 }
 
 __all__ = [
+    "ALoRA",
     "DoRA",
     "FitResult",
     "FlexLoRA",
+    "Flexora",
     "Full",
     "Gradient",
     "LoRA",
+    "LoRADrop",
     "MELoRA",
     "MiLoRA",
     "NoRA",

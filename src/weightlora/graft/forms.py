@@ -84,10 +84,10 @@ class RankGates(Form):
         return {"open": self.open} if self.trainable else {"open": self.open, "values": self.values.data}
 
     def of(self, index: int) -> Tensor:
-        """The gates of one adapter, ``(r,)``; differentiable where open."""
+        """The gates of one adapter, ``(r,)``; differentiable where open, while ``values`` asks for a gradient."""
         part = slice(self.bounds[index], self.bounds[index + 1])
         values = self.values[part]
-        return torch.where(self.open[part], values, values.detach()) if self.trainable else values.detach()
+        return torch.where(self.open[part], values, values.detach()) if values.requires_grad else values.detach()
 
     def set(self, values: Tensor) -> None:
         """Overwrite all gates in place; their gradient is kept."""

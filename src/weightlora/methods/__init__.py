@@ -6,9 +6,12 @@ import difflib
 from typing import Any
 
 from weightlora.errors import ConfigError
+from weightlora.methods.alora import ALoRA
 from weightlora.methods.base import Fresh, GrowthPlan, HeldOut, Method, Policy, StepView
 from weightlora.methods.baselines import Full, Gradient, LoRA, Random, Top
 from weightlora.methods.flexlora import FlexLoRA
+from weightlora.methods.flexora import Flexora
+from weightlora.methods.lora_drop import LoRADrop
 from weightlora.methods.melora import MELoRA
 from weightlora.methods.milora import MiLoRA
 from weightlora.methods.nora import NoRA
@@ -26,6 +29,9 @@ METHODS: dict[str, type[Method]] = {
         Random,
         Top,
         Gradient,
+        LoRADrop,
+        ALoRA,
+        Flexora,
         FlexLoRA,
         MELoRA,
         TiedLoRA,
@@ -57,14 +63,17 @@ def method(name: str, preset: str = "recommended", **settings: Any) -> Method:
 
 __all__ = [
     "METHODS",
+    "ALoRA",
     "DoRA",
     "FlexLoRA",
+    "Flexora",
     "Fresh",
     "Full",
     "Gradient",
     "GrowthPlan",
     "HeldOut",
     "LoRA",
+    "LoRADrop",
     "MELoRA",
     "Method",
     "MiLoRA",

@@ -1,0 +1,216 @@
+"""ALoRA: rounds in which the least important ranks are switched off and modules that lost none receive new ones."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal, get_args
+
+import torch
+from torch import Tensor
+
+from weightlora.core import hand_out
+from weightlora.errors import ConfigError, ScheduleError
+from weightlora.graft import Adapter, Form, RankGates, Selection
+from weightlora.methods.base import Factors, Fresh, Method, Policy, StepView, check_choice, check_warmup
+
+Scoring = Literal["exact", "gradient"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ALoRA(Method):
+    """``dW = s B diag(c) A`` with frozen gates c in {0, 1}; a score per rank decides, no gate is ever learnt.
+
+    With S minus the loss on a held-out batch, ``IS(r) = S(M) - S(M without r) + S(M with r alone)``. In each round the
+    `moves` lowest ranks of the whole model go; the modules that lost none share as many new ones.
+
+    Args:
+        warmup_steps: K1, before the first round: optimizer steps or a share of the run.
+        round_steps: K2, from one round to the next: the same.
+        rounds: N_A. The seam is right after the last one; training goes on with what is left.
+        moves: n_A, ranks that go in a round; None: the number of kinds of modules.
+        scoring: "exact": two forward passes per rank; "gradient": two backward passes in all, the first-order
+            ``-dL/dc_r`` with all live ranks on plus ``-dL/dc_r`` with all off (ours).
+        max_rank: of a module; None: twice what it starts with.
+        batches: held-out batches; each round scores on one, in turn.
+        seed: of the generator that draws new rows of A.
+
+    Raises:
+        ConfigError: a setting has a value that is not allowed.
+
+    Source: Liu et al. 2024. Departs in the cap on ranks, in having no early stopping, and in that a module without any
+    rank left receives none.
+
+    >>> ALoRA(rounds=4).scoring
+    'gradient'
+    """
+
+    name: ClassVar[str] = "alora"
+    presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {
+        # 1 epoch, then 8 rounds of a quarter: 3 in all.
+        "paper": {"warmup_steps": 1 / 3, "round_steps": 1 / 12, "rounds": 8, "scoring": "exact"},
+    }
+    in_shares: ClassVar[tuple[str, ...]] = ("warmup_steps", "round_steps")
+
+    warmup_steps: int | float = 0.1
+    round_steps: int | float = 0.025
+    rounds: int = 8
+    moves: int | None = None
+    scoring: Scoring = "gradient"
+    max_rank: int | None = None
+    batches: int = 1
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_choice("scoring", self.scoring, get_args(Scoring))
+        counts = {"rounds": self.rounds, "moves": self.moves, "max_rank": self.max_rank, "batches": self.batches}
+        for name, value in counts.items():
+            if value is not None and value < 1:
+                raise ConfigError(f"{name}={value} is not allowed; use 1 or more")
+
+    @property
+    def held_out_batches(self) -> int:
+        return self.batches
+
+    def begin(self, adapters: tuple[Adapter, ...], max_steps: int) -> ALoRAPolicy:
+        return ALoRAPolicy(self, adapters, max_steps)
+
+
+def exact_scores(view: StepView, batch: int) -> Tensor:
+    """IS of every rank that is on, ``(sum r,)`` float64; 0 for the others. Gates are left as they were."""
+    assert view.held_out is not None
+    gates, held_out = view.ranks, view.held_out
+    found, scores = gates.values.detach().clone(), torch.zeros(len(gates.values), dtype=torch.float64)
+
+    def quality(values: Tensor) -> float:
+        gates.set(values)
+        return -float(held_out.loss(batch))
+
+    with torch.no_grad():
+        try:
+            whole = quality(found)
+            for rank in torch.nonzero(found).flatten().tolist():
+                without, alone = found.clone(), torch.zeros_like(found)
+                without[rank], alone[rank] = 0.0, found[rank]
+                scores[rank] = whole - quality(without) + quality(alone)
+        finally:
+            gates.set(found)
+    return scores
+
+
+def gradient_scores(view: StepView, batch: int) -> Tensor:
+    """The first-order part of IS: ``-dL/dc`` with the gates as they are, plus ``-dL/dc`` with all at 0."""
+    assert view.held_out is not None
+    gates = view.ranks
+    found, scores = gates.values.detach().clone(), torch.zeros(len(gates.values), dtype=torch.float64)
+    with torch.enable_grad():
+        gates.values.requires_grad_(True)
+        try:
+            for values in (found, torch.zeros_like(found)):
+                gates.set(values)
+                (grad,) = torch.autograd.grad(view.held_out.loss(batch), gates.values)
+                scores -= grad.double().cpu()
+        finally:
+            gates.values.requires_grad_(False)
+            gates.set(found)
+    return scores * (found != 0).cpu()
+
+
+class ALoRAPolicy(Policy):
+    """Moves ranks in rounds; see :class:`ALoRA`."""
+
+    gates: RankGates
+
+    def __init__(self, method: ALoRA, adapters: tuple[Adapter, ...], max_steps: int) -> None:
+        super().__init__(adapters)
+        self.method = method
+        self.first = check_warmup(method.warmup_steps, max_steps)
+        self.every = check_warmup(method.round_steps, max_steps, "round_steps")
+        self.seam = self.first + (method.rounds - 1) * self.every
+        if self.seam >= max_steps:
+            raise ScheduleError(
+                f"the last of {method.rounds} rounds would be at step {self.seam} of {max_steps};"
+                " lower rounds, round_steps or warmup_steps, or train longer"
+            )
+        self.moves = len({a.kind for a in adapters}) if method.moves is None else method.moves
+        ranks = sum(a.rank for a in adapters)
+        if method.rounds * self.moves >= ranks:
+            raise ScheduleError(
+                f"{method.rounds} rounds of {self.moves} ranks could take all {ranks} away; lower rounds or moves"
+            )
+        self.room = [max(a.rank, method.max_rank or 2 * a.rank) for a in adapters]
+        self.generator = torch.Generator().manual_seed(method.seed)
+        self.means = torch.zeros(len(adapters), dtype=torch.float64)
+        self._fresh: list[Fresh] = []
+
+    def allocate(self) -> Sequence[tuple[int, float]]:
+        return [(room, a.scale) for room, a in zip(self.room, self.adapters, strict=True)]
+
+    def form(self, factors: Factors) -> Form:
+        self.gates = RankGates(self.room, value=1.0, trainable=False, device=factors[0][0].device)
+        on = [rank < a.rank for a, room in zip(self.adapters, self.room, strict=True) for rank in range(room)]
+        self.gates.set(torch.tensor(on, dtype=torch.float32))
+        return self.gates
+
+    def after_step(self, view: StepView) -> None:
+        self._fresh = []
+        past = view.step - self.first
+        if past < 0 or past % self.every:
+            return
+        assert view.held_out is not None
+        batch = past // self.every % len(view.held_out)
+        scores = (exact_scores if self.method.scoring == "exact" else gradient_scores)(view, batch)
+        if not bool(scores.isfinite().all()):
+            raise ScheduleError(f"importances at step {view.step} are not finite: training diverged; lower the rate")
+        self._move(view.factors, scores)
+
+    def _move(self, factors: Factors, scores: Tensor) -> None:
+        """One round, given the score of every rank."""
+        owner, values = self.gates.owner.tolist(), self.gates.values.detach().clone()
+        before, first = self.gates.live(), self.gates.bounds
+        on = sorted((first[i] + rank for i, ranks in enumerate(before) for rank in ranks), key=lambda r: scores[r])
+        lost: dict[int, list[int]] = {}
+        for rank in on[: self.moves]:
+            values[rank] = 0.0
+            lost.setdefault(owner[rank], []).append(rank - first[owner[rank]])
+        for i, ranks in enumerate(before):
+            self.means[i] = scores[[first[i] + rank for rank in ranks]].mean() if ranks else 0.0
+        takers = [i for i, ranks in enumerate(before) if ranks and i not in lost]
+        given = hand_out(self.moves, self.means[takers].tolist(), [self.room[i] - len(before[i]) for i in takers])
+        gained: dict[int, list[int]] = {}
+        for i, count in zip(takers, given, strict=True):
+            gained[i] = [rank for rank in range(self.room[i]) if rank not in before[i]][:count]
+            for rank in gained[i]:
+                self._start(factors[i], rank)
+                values[first[i] + rank] = 1.0
+        self.gates.set(values)
+        self._fresh = [Fresh(index=i, ranks=tuple(ranks)) for i, ranks in (lost | gained).items() if ranks]
+
+    def _start(self, pair: tuple[Tensor, Tensor], rank: int) -> None:
+        """A new rank: A normal with the variance of LoRA's own start, B zero, so that the output does not change."""
+        A, B = pair
+        row = torch.randn(A.shape[1], generator=self.generator) / (3 * A.shape[1]) ** 0.5
+        with torch.no_grad():
+            A[rank].copy_(row)
+            B[:, rank].zero_()
+
+    def fresh(self) -> Sequence[Fresh]:
+        return self._fresh
+
+    def decide(self, omegas: Sequence[float]) -> Selection:
+        live = self.gates.live()
+        kept = [i for i, ranks in enumerate(live) if ranks]
+        total, start = sum(map(len, live)), sum(a.rank for a in self.adapters)
+        why = (
+            f"{total} of {start} ranks on {len(kept)} adapters after {self.method.rounds} rounds of {self.moves},"
+            f" {self.method.scoring} importance"
+        )
+        return self.method.choose(self.adapters, kept, why, step=self.seam, scores=self.means.tolist())
+
+    def state(self) -> dict[str, Tensor]:
+        return {"means": self.means.clone(), "generator": self.generator.get_state()}
+
+    def load_state(self, state: Mapping[str, Tensor]) -> None:
+        self.means = state["means"].clone()
+        self.generator.set_state(state["generator"])

@@ -1,0 +1,127 @@
+"""LoRA-drop: adapters with a large output keep their own factors, the rest of a kind share one pair."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from weightlora.core import smallest_prefix
+from weightlora.errors import ConfigError, ScheduleError
+from weightlora.graft import Adapter, Selection
+from weightlora.methods.base import Method, Policy, StepView, check_warmup
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoRADrop(Method):
+    """Plain LoRA for a while; then, in each kind of module, those adapters whose output carries the most keep factors
+    of their own and all others share a single pair. Everything starts again from LoRA's initial values.
+
+    ``g_i = sum over tokens of ||dW_i x_i||^2`` on held-out training rows, ``I_i = g_i / sum over the kind of g_j``; the
+    smallest prefix of the sorted I that reaches `threshold` keeps its own.
+
+    Args:
+        warmup_steps: length of the first stage, in optimizer steps or as a share of the run.
+        threshold: T, the share of the output that adapters of their own must carry.
+        batches: held-out batches on which the output is measured.
+        seed: of the generator that draws the second stage's initial values.
+
+    Raises:
+        ConfigError: a setting has a value that is not allowed.
+
+    Source: Zhou et al. 2024. Departs in that the first stage trains on the run's own rows and is part of its steps,
+    that rows are held out at random and not by class, and that schedule and head run on across the seam.
+
+    >>> LoRADrop(threshold=0.8).threshold
+    0.8
+    """
+
+    name: ClassVar[str] = "lora_drop"
+    presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {
+        "paper": {"warmup_steps": 0.1, "threshold": 0.9},  # the sample is 10% of the rows; T = 0.9
+    }
+
+    warmup_steps: int | float = 0.1
+    threshold: float = 0.9
+    batches: int = 8
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not 0 < self.threshold <= 1:
+            raise ConfigError(f"threshold={self.threshold!r} is not allowed; use a share above 0 and at most 1")
+        if self.batches < 1:
+            raise ConfigError(f"batches={self.batches} is not allowed; use 1 or more")
+
+    @property
+    def held_out_batches(self) -> int:
+        return self.batches
+
+    def begin(self, adapters: tuple[Adapter, ...], max_steps: int) -> LoRADropPolicy:
+        return LoRADropPolicy(self, adapters, max_steps)
+
+
+class LoRADropPolicy(Policy):
+    """Measures outputs once, at the seam; see :class:`LoRADrop`."""
+
+    def __init__(self, method: LoRADrop, adapters: tuple[Adapter, ...], max_steps: int) -> None:
+        super().__init__(adapters)
+        self.method = method
+        self.seam = check_warmup(method.warmup_steps, max_steps)
+        self.restart = torch.Generator().manual_seed(method.seed)
+        self.energies = torch.zeros(len(adapters), dtype=torch.float64)
+
+    def after_step(self, view: StepView) -> None:
+        if view.step == self.seam:
+            assert view.held_out is not None
+            batches = range(len(view.held_out))
+            self.energies = torch.stack([view.held_out.output_energy(index) for index in batches]).sum(0)
+
+    def importance(self) -> list[float]:
+        """I of every adapter: its share of the output energy of its kind."""
+        energies = self.energies.tolist()
+        if not all(map(math.isfinite, energies)) or not any(energies):
+            raise ScheduleError(
+                f"the adapters' outputs are all zero or not finite after {self.seam} steps;"
+                " lower the learning rate, or raise warmup_steps"
+            )
+        totals: dict[str, float] = {}
+        for adapter, energy in zip(self.adapters, energies, strict=True):
+            totals[adapter.kind] = totals.get(adapter.kind, 0.0) + energy
+        return [g / totals[a.kind] if totals[a.kind] else 0.0 for a, g in zip(self.adapters, energies, strict=True)]
+
+    def own(self) -> list[int]:
+        """Adapters that keep factors of their own, in module order."""
+        shares, found = self.importance(), []
+        for kind in dict.fromkeys(a.kind for a in self.adapters):
+            members = [a.index for a in self.adapters if a.kind == kind]
+            found += [members[i] for i in smallest_prefix([shares[m] for m in members], self.method.threshold)]
+        return sorted(found)
+
+    def decide(self, omegas: Sequence[float]) -> Selection:
+        own, n = len(self.own()), len(self.adapters)
+        why = (
+            f"{own} of {n} carry {self.method.threshold:g} of the output of their kind after {self.seam} steps and keep"
+            " factors of their own; the rest of a kind share one pair"
+        )
+        return self.method.choose(self.adapters, range(n), why, step=self.seam, scores=self.importance())
+
+    def shared(self, selection: Selection) -> Sequence[Sequence[str]]:
+        own, groups = set(self.own()), dict[tuple[Any, ...], list[str]]()
+        for a in self.adapters:
+            if a.index not in own:
+                groups.setdefault((a.kind, a.shape, a.rank, a.scale), []).append(a.name)
+        return list(groups.values())
+
+    def state(self) -> dict[str, Tensor]:
+        assert self.restart is not None
+        return {"energies": self.energies, "restart": self.restart.get_state()}
+
+    def load_state(self, state: Mapping[str, Tensor]) -> None:
+        assert self.restart is not None
+        self.energies = state["energies"].clone()
+        self.restart.set_state(state["restart"])
