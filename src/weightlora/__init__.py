@@ -14,13 +14,14 @@ if TYPE_CHECKING:
     from weightlora.errors import WeightLoRAError
     from weightlora.graft import Selection
     from weightlora.graft.export import export
-    from weightlora.methods import Full, Gradient, LoRA, Random, Top, WeightLoRA, WeightLoRAPlus, method
+    from weightlora.methods import AdaLoRA, Full, Gradient, LoRA, Random, Top, WeightLoRA, WeightLoRAPlus, method
     from weightlora.training import FitResult, Tuner, attach, fit
 
 __version__ = "0.1.0"
 
 # Loaded on first use: `import weightlora` costs nothing, and reports are drawn without torch.
 _HOME = {
+    "AdaLoRA": "weightlora.methods",
     "FitResult": "weightlora.training",
     "Full": "weightlora.methods",
     "Gradient": "weightlora.methods",
@@ -39,6 +40,7 @@ _HOME = {
 }
 
 __all__ = [
+    "AdaLoRA",
     "FitResult",
     "Full",
     "Gradient",

@@ -19,12 +19,13 @@ from weightlora.training import Tuner, attach
 
 N, K, STEPS = 6, 2, 9
 SHORT = {"weightlora": {"warmup_steps": 4}, "weightlora+": {"warmup_steps": 4}, "gradient": {"batches": 3}}
+RANKED = ("adalora",)  # they spend ranks, not adapters: no k
 CASES = [(name, preset) for name in METHODS if name != "full" for preset in ("recommended", "paper", "official")]
 every_case = pytest.mark.parametrize(("name", "preset"), CASES, ids=["-".join(c) for c in CASES])
 
 
 def build(name: str, preset: str, **settings: Any) -> Method:
-    chosen: dict[str, Any] = {**({} if name == "lora" else {"k": K}), **SHORT.get(name, {}), **settings}
+    chosen: dict[str, Any] = {**({} if name in ("lora", *RANKED) else {"k": K}), **SHORT.get(name, {}), **settings}
     if (name, preset) == ("weightlora", "official"):
         chosen.pop("warmup_steps")
     if (name, preset) == ("weightlora+", "official"):
@@ -78,7 +79,11 @@ def test_keeps_exactly_k_and_ends_as_plain_peft(name: str, preset: str) -> None:
     loop.run(STEPS)
     selection = loop.tuner.finish()
     k = N if name == "lora" else K
-    assert (selection.k, selection.n) == (k, N)
+    if name in RANKED:
+        assert sum(choice.rank for choice in selection.kept) == N * 4
+    else:
+        assert selection.k == k
+    assert selection.n == N
     assert (selection.method, selection.preset) == (name, preset)
     if before is not None:
         assert [c.name for c in selection.choices] == [a.name for a in before]
@@ -98,7 +103,9 @@ def test_deterministic(name: str, preset: str) -> None:
     assert max_difference(*(adapter_state(loop.model) for loop in loops)) == 0.0
 
 
-LATE = [case for case in CASES if case[0] in ("weightlora", "weightlora+", "gradient", "lora")]  # decide while training
+LATE = [
+    case for case in CASES if case[0] in ("weightlora", "weightlora+", "gradient", "lora", *RANKED)
+]  # decide while training
 
 
 @pytest.mark.parametrize(("name", "preset"), LATE, ids=["-".join(c) for c in LATE])
@@ -227,7 +234,7 @@ def test_names_presets_and_settings_are_checked() -> None:
     )
     refused(ConfigError, "random has no setting 'rank'; it has k, seed", lambda: method("random", rank=3))
     refused(ConfigError, "lora has no setting 'k'; it has none", lambda: method("lora", k=3))
-    assert set(METHODS) == {"weightlora", "weightlora+", "lora", "full", "random", "top", "gradient"}
+    assert set(METHODS) == {"weightlora", "weightlora+", "lora", "full", "random", "top", "gradient", *RANKED}
 
 
 def test_a_refused_method_changes_nothing() -> None:

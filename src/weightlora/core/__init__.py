@@ -7,6 +7,7 @@ from weightlora.core.budget import (
     adapter_params,
     grown_ranks,
     k_for_params,
+    mean_rank_for_params,
     parse_params,
     rank_for_params,
     resolve_k,
@@ -16,6 +17,13 @@ from weightlora.core.gates import Shape, gate_step, gradual_k
 from weightlora.core.growth import Grown, Growth, Noise, grow
 from weightlora.core.importance import coverage, credit, gate_gradient, one_shot
 from weightlora.core.projection import Rule, support, top_k
+from weightlora.core.triplets import (
+    above_smallest,
+    cubic_budget,
+    orthogonality,
+    smooth_sensitivity,
+    triplet_scores,
+)
 
 __all__ = [
     "Grown",
@@ -24,20 +32,26 @@ __all__ = [
     "Remainder",
     "Rule",
     "Shape",
+    "above_smallest",
     "adapter_params",
     "coverage",
     "credit",
+    "cubic_budget",
     "gate_gradient",
     "gate_step",
     "gradual_k",
     "grow",
     "grown_ranks",
     "k_for_params",
+    "mean_rank_for_params",
     "one_shot",
+    "orthogonality",
     "parse_params",
     "rank_for_params",
     "resolve_k",
+    "smooth_sensitivity",
     "support",
     "top_k",
     "total_params",
+    "triplet_scores",
 ]
