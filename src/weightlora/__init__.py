@@ -14,7 +14,18 @@ if TYPE_CHECKING:
     from weightlora.errors import WeightLoRAError
     from weightlora.graft import Selection
     from weightlora.graft.export import export
-    from weightlora.methods import AdaLoRA, Full, Gradient, LoRA, Random, Top, WeightLoRA, WeightLoRAPlus, method
+    from weightlora.methods import (
+        AdaLoRA,
+        DynamicLoRA,
+        Full,
+        Gradient,
+        LoRA,
+        Random,
+        Top,
+        WeightLoRA,
+        WeightLoRAPlus,
+        method,
+    )
     from weightlora.training import FitResult, Tuner, attach, fit
 
 __version__ = "0.1.0"
@@ -22,6 +33,7 @@ __version__ = "0.1.0"
 # Loaded on first use: `import weightlora` costs nothing, and reports are drawn without torch.
 _HOME = {
     "AdaLoRA": "weightlora.methods",
+    "DynamicLoRA": "weightlora.methods",
     "FitResult": "weightlora.training",
     "Full": "weightlora.methods",
     "Gradient": "weightlora.methods",
@@ -41,6 +53,7 @@ _HOME = {
 
 __all__ = [
     "AdaLoRA",
+    "DynamicLoRA",
     "FitResult",
     "Full",
     "Gradient",

@@ -19,7 +19,7 @@ from weightlora.training import Tuner, attach
 
 N, K, STEPS = 6, 2, 9
 SHORT = {"weightlora": {"warmup_steps": 4}, "weightlora+": {"warmup_steps": 4}, "gradient": {"batches": 3}}
-RANKED = ("adalora",)  # they spend ranks, not adapters: no k
+RANKED = ("adalora", "dynamic_lora")  # they spend ranks, not adapters: no k
 CASES = [(name, preset) for name in METHODS if name != "full" for preset in ("recommended", "paper", "official")]
 every_case = pytest.mark.parametrize(("name", "preset"), CASES, ids=["-".join(c) for c in CASES])
 

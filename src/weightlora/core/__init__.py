@@ -13,6 +13,7 @@ from weightlora.core.budget import (
     resolve_k,
     total_params,
 )
+from weightlora.core.components import component_shares, rising_cuts, unevenness
 from weightlora.core.gates import Shape, gate_step, gradual_k
 from weightlora.core.growth import Grown, Growth, Noise, grow
 from weightlora.core.importance import coverage, credit, gate_gradient, one_shot
@@ -34,6 +35,7 @@ __all__ = [
     "Shape",
     "above_smallest",
     "adapter_params",
+    "component_shares",
     "coverage",
     "credit",
     "cubic_budget",
@@ -49,9 +51,11 @@ __all__ = [
     "parse_params",
     "rank_for_params",
     "resolve_k",
+    "rising_cuts",
     "smooth_sensitivity",
     "support",
     "top_k",
     "total_params",
     "triplet_scores",
+    "unevenness",
 ]

@@ -9,10 +9,11 @@ from weightlora.errors import ConfigError
 from weightlora.methods.adalora import AdaLoRA
 from weightlora.methods.base import Fresh, GrowthPlan, HeldOut, Method, Policy, StepView
 from weightlora.methods.baselines import Full, Gradient, LoRA, Random, Top
+from weightlora.methods.dynamic_lora import DynamicLoRA
 from weightlora.methods.weightlora import WeightLoRA, WeightLoRAPlus
 
 METHODS: dict[str, type[Method]] = {
-    cls.name: cls for cls in (WeightLoRA, WeightLoRAPlus, LoRA, Full, Random, Top, Gradient, AdaLoRA)
+    cls.name: cls for cls in (WeightLoRA, WeightLoRAPlus, LoRA, Full, Random, Top, Gradient, AdaLoRA, DynamicLoRA)
 }
 
 
@@ -36,6 +37,7 @@ def method(name: str, preset: str = "recommended", **settings: Any) -> Method:
 __all__ = [
     "METHODS",
     "AdaLoRA",
+    "DynamicLoRA",
     "Fresh",
     "Full",
     "Gradient",
