@@ -260,3 +260,7 @@ def test_refuses_what_cannot_run() -> None:
     ):
         with pytest.raises(ScheduleError, match=message):
             start(lora(), wl.AdaLoRA(**settings))  # type: ignore[arg-type]
+    model = lora()
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad])
+    with pytest.raises(ScheduleError, match="adalora counts tfinal from the end of the run; give attach"):
+        attach(model, wl.AdaLoRA(**SHORT), optimizer)

@@ -10,11 +10,11 @@ from weightlora.methods.adalora import AdaLoRA
 from weightlora.methods.base import Fresh, GrowthPlan, HeldOut, Method, Policy, StepView
 from weightlora.methods.baselines import Full, Gradient, LoRA, Random, Top
 from weightlora.methods.dynamic_lora import DynamicLoRA
+from weightlora.methods.increlora import IncreLoRA
 from weightlora.methods.weightlora import WeightLoRA, WeightLoRAPlus
 
-METHODS: dict[str, type[Method]] = {
-    cls.name: cls for cls in (WeightLoRA, WeightLoRAPlus, LoRA, Full, Random, Top, Gradient, AdaLoRA, DynamicLoRA)
-}
+_CLASSES = (WeightLoRA, WeightLoRAPlus, LoRA, Full, Random, Top, Gradient, AdaLoRA, DynamicLoRA, IncreLoRA)
+METHODS: dict[str, type[Method]] = {cls.name: cls for cls in _CLASSES}
 
 
 def method(name: str, preset: str = "recommended", **settings: Any) -> Method:
@@ -43,6 +43,7 @@ __all__ = [
     "Gradient",
     "GrowthPlan",
     "HeldOut",
+    "IncreLoRA",
     "LoRA",
     "Method",
     "Policy",

@@ -16,6 +16,8 @@ from weightlora.errors import ConfigError, ScheduleError
 from weightlora.graft import Adapter, Form, RankGates, Selection
 from weightlora.methods.base import Factors, Method, Policy, StepView, check_warmup
 
+UNKNOWN = 2**31  # what a loop that does not say how long it is passes for its optimizer steps
+
 
 @dataclass(frozen=True, kw_only=True)
 class RankMethod(Method):
@@ -74,6 +76,8 @@ class RankPolicy(Policy):
                 f"init_r={method.init_r} is below the mean target rank {self.target / len(adapters):g};"
                 " ranks are only taken away: raise init_r or lower target_r"
             )
+        if max_steps >= UNKNOWN:
+            raise ScheduleError(f"{method.name} counts tfinal from the end of the run; give attach(..., max_steps=N)")
         self.tinit = check_warmup(method.tinit, max_steps, "tinit")
         self.last = max_steps - check_warmup(method.tfinal, max_steps, "tfinal")
         self.interval = check_interval(method.deltaT, max_steps)
