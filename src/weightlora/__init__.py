@@ -15,12 +15,15 @@ if TYPE_CHECKING:
     from weightlora.graft import Selection
     from weightlora.graft.export import export
     from weightlora.methods import (
+        AdaLoRA,
         ALoRA,
         DoRA,
+        DynamicLoRA,
         FlexLoRA,
         Flexora,
         Full,
         Gradient,
+        IncreLoRA,
         LoRA,
         LoRADrop,
         MELoRA,
@@ -42,12 +45,15 @@ __version__ = "0.1.0"
 # Loaded on first use: `import weightlora` costs nothing, and reports are drawn without torch.
 _HOME = {
     "ALoRA": "weightlora.methods",
+    "AdaLoRA": "weightlora.methods",
     "DoRA": "weightlora.methods",
+    "DynamicLoRA": "weightlora.methods",
     "FitResult": "weightlora.training",
     "FlexLoRA": "weightlora.methods",
     "Flexora": "weightlora.methods",
     "Full": "weightlora.methods",
     "Gradient": "weightlora.methods",
+    "IncreLoRA": "weightlora.methods",
     "LoRA": "weightlora.methods",
     "LoRADrop": "weightlora.methods",
     "MELoRA": "weightlora.methods",
@@ -71,12 +77,15 @@ _HOME = {
 
 __all__ = [
     "ALoRA",
+    "AdaLoRA",
     "DoRA",
+    "DynamicLoRA",
     "FitResult",
     "FlexLoRA",
     "Flexora",
     "Full",
     "Gradient",
+    "IncreLoRA",
     "LoRA",
     "LoRADrop",
     "MELoRA",

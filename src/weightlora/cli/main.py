@@ -84,7 +84,10 @@ def _how_to_go_on(command: str, parsed: argparse.Namespace) -> str:
     return "; the same command again goes on where it was" if command == "compare" else ""
 
 
-METHOD_HELP = "a method: weightlora, weightlora+, lora, full, random, top, gradient (default: weightlora)"
+METHOD_HELP = (
+    "a method: weightlora, weightlora+, lora, full, random, top, gradient, adalora, dynamic_lora, increlora"
+    " (default: weightlora)"
+)
 
 
 def build_parser() -> tuple[argparse.ArgumentParser, dict[str, tuple[argparse.ArgumentParser, Command, bool]]]:

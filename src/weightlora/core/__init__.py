@@ -8,11 +8,13 @@ from weightlora.core.budget import (
     adapter_params,
     grown_ranks,
     k_for_params,
+    mean_rank_for_params,
     parse_params,
     rank_for_params,
     resolve_k,
     total_params,
 )
+from weightlora.core.components import component_shares, rising_cuts, unevenness
 from weightlora.core.factorise import major_pair, minor_pair
 from weightlora.core.gates import Shape, gate_step, gradual_k
 from weightlora.core.growth import Grown, Growth, Noise, grow
@@ -21,6 +23,13 @@ from weightlora.core.merging import svd_merge
 from weightlora.core.prefix import smallest_prefix
 from weightlora.core.projection import Rule, support, top_k
 from weightlora.core.rounds import hand_out
+from weightlora.core.triplets import (
+    above_smallest,
+    cubic_budget,
+    orthogonality,
+    smooth_sensitivity,
+    triplet_scores,
+)
 
 __all__ = [
     "Grown",
@@ -29,10 +38,13 @@ __all__ = [
     "Remainder",
     "Rule",
     "Shape",
+    "above_smallest",
     "adapter_params",
     "block_gates",
+    "component_shares",
     "coverage",
     "credit",
+    "cubic_budget",
     "gate_gradient",
     "gate_step",
     "gradual_k",
@@ -41,14 +53,20 @@ __all__ = [
     "hand_out",
     "k_for_params",
     "major_pair",
+    "mean_rank_for_params",
     "minor_pair",
     "one_shot",
+    "orthogonality",
     "parse_params",
     "rank_for_params",
     "resolve_k",
+    "rising_cuts",
     "smallest_prefix",
+    "smooth_sensitivity",
     "support",
     "svd_merge",
     "top_k",
     "total_params",
+    "triplet_scores",
+    "unevenness",
 ]

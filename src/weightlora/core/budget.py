@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from decimal import ROUND_HALF_UP, Decimal
 from typing import Literal, get_args
 
@@ -193,6 +193,44 @@ def k_for_params(params: int, r: int, shapes: Sequence[tuple[int, int]]) -> int:
             f"use at least {r * max(each)} or a lower rank"
         )
     return k
+
+
+def mean_rank_for_params(params: int, shapes: Sequence[tuple[int, int]], cap: Callable[[int], int]) -> int:
+    """Largest mean rank r such that n r ranks fit into `params` however they are spread over the n adapters.
+
+    The dearest spread fills the largest adapters first, each up to ``cap(r)``.
+
+    Args:
+        params: the budget.
+        shapes: (d_in, d_out) of each adapter.
+        cap: the most ranks that one adapter can hold when the mean is r; at least r.
+
+    Raises:
+        ConfigError: not even a mean of 1 fits; the line says what it takes.
+        AdapterError: there are no shapes.
+
+    >>> mean_rank_for_params(600, [(10, 10), (10, 20), (10, 30)], cap=lambda r: 2 * r)
+    5
+    """
+    each = sorted(_per_rank(params, shapes), reverse=True)
+
+    def dearest(rank: int) -> int:
+        left, total = len(each) * rank, 0
+        for size in each:
+            total += min(left, cap(rank)) * size
+            left -= min(left, cap(rank))
+        return total
+
+    if dearest(1) > params:
+        raise ConfigError(
+            f"{params} parameters are too few for {len(shapes)} ranks on the largest of {len(shapes)} adapters; "
+            f"use at least {dearest(1)} or fewer adapters"
+        )
+    low, high = 1, params // sum(each)  # an even spread is never dearer
+    while low < high:
+        middle = (low + high + 1) // 2
+        low, high = (middle, high) if dearest(middle) <= params else (low, middle - 1)
+    return low
 
 
 def parse_params(text: str | int) -> int:

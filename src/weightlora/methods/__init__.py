@@ -6,11 +6,14 @@ import difflib
 from typing import Any
 
 from weightlora.errors import ConfigError
+from weightlora.methods.adalora import AdaLoRA
 from weightlora.methods.alora import ALoRA
 from weightlora.methods.base import Fresh, GrowthPlan, HeldOut, Method, Policy, StepView
 from weightlora.methods.baselines import Full, Gradient, LoRA, Random, Top
+from weightlora.methods.dynamic_lora import DynamicLoRA
 from weightlora.methods.flexlora import FlexLoRA
 from weightlora.methods.flexora import Flexora
+from weightlora.methods.increlora import IncreLoRA
 from weightlora.methods.lora_drop import LoRADrop
 from weightlora.methods.melora import MELoRA
 from weightlora.methods.milora import MiLoRA
@@ -29,6 +32,9 @@ METHODS: dict[str, type[Method]] = {
         Random,
         Top,
         Gradient,
+        AdaLoRA,
+        IncreLoRA,
+        DynamicLoRA,
         LoRADrop,
         ALoRA,
         Flexora,
@@ -64,7 +70,9 @@ def method(name: str, preset: str = "recommended", **settings: Any) -> Method:
 __all__ = [
     "METHODS",
     "ALoRA",
+    "AdaLoRA",
     "DoRA",
+    "DynamicLoRA",
     "FlexLoRA",
     "Flexora",
     "Fresh",
@@ -72,6 +80,7 @@ __all__ = [
     "Gradient",
     "GrowthPlan",
     "HeldOut",
+    "IncreLoRA",
     "LoRA",
     "LoRADrop",
     "MELoRA",

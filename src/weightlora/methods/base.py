@@ -74,10 +74,14 @@ class GrowthPlan:
 
 @dataclass(frozen=True, kw_only=True)
 class Fresh:
-    """Entries of one adapter whose optimizer state must start anew: some ranks, or (None) all of it."""
+    """Entries of one adapter whose optimizer state must start anew: some ranks, or (None) all of it.
+
+    ``gates_only``: of the ranks' gates, not of A and B.
+    """
 
     index: int
     ranks: tuple[int, ...] | None = None
+    gates_only: bool = False
 
 
 class Policy(ABC):

@@ -191,8 +191,9 @@ class Driver:
         """Let the optimizer start anew on what the policy has just changed."""
         for fresh in self.policy.fresh():
             A, B = self._factors[fresh.index]
-            forget(optimizer, A, 0, fresh.ranks)
-            forget(optimizer, B, 1, fresh.ranks)
+            if not fresh.gates_only:
+                forget(optimizer, A, 0, fresh.ranks)
+                forget(optimizer, B, 1, fresh.ranks)
             if isinstance(view.form, RankGates) and view.form.trainable and fresh.ranks:
                 first = view.form.bounds[fresh.index]
                 forget(optimizer, view.form.values, 0, [first + rank for rank in fresh.ranks])

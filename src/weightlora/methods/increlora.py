@@ -1,0 +1,224 @@
+"""IncreLoRA: every adapter starts with one rank; those that matter most to the loss get more, batch by batch."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from weightlora.core import mean_rank_for_params, orthogonality, resolve_k, smooth_sensitivity
+from weightlora.errors import ConfigError, ScheduleError
+from weightlora.graft import Adapter, Form, RankGates, Selection
+from weightlora.methods.base import Factors, Fresh, Method, Policy, StepView, check_k, check_k_value, check_warmup
+from weightlora.methods.ranks import check_interval
+
+RESERVE = 1e-5  # E of a rank that learns its direction before it counts
+
+
+@dataclass(frozen=True, kw_only=True)
+class IncreLoRA(Method):
+    """``dW = alpha / (ranknum + 1e-5) * P diag(E) Q`` with a ranknum that grows where the loss asks for it.
+
+    Each adapter has one live rank (E = 0, learning) and a reserve of `incre_rank_num` (P and Q learn, E fixed at
+    1e-5). At every multiple of `incre_interval` above `init_warmup` the `top_h` adapters with the largest score
+    ``Ibar * U`` of ``I = sum |dW * dL/ddW| / sqrt(numel)`` take their reserve into use, until n r ranks are live.
+
+    Args:
+        incre_rank_num: ranks that an adapter gains at a time; None: half the model's rank.
+        top_h: adapters that grow at a time, a count or a share of n.
+        init_warmup, incre_interval: steps, or shares of the run.
+        beta1, beta2: smoothing of the score and of its uncertainty.
+        orth_reg_weight: of the mean ``||P^T P - I||_F`` and ``||Q Q^T - I||_F`` over live and reserve ranks.
+        shrink: at the last growth go on as plain LoRA; otherwise with E to the end.
+        seed: of the initial values, N(0, 0.02).
+
+    Source: IncreLoRA (Zhang et al. 2023) and its code. Departs: growth comes after the optimizer's step; micro-batches
+    add up in the score; ties go to the earlier adapter; the last round is cut to what is left of the budget.
+    """
+
+    name: ClassVar[str] = "increlora"
+    presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {
+        "recommended": {},
+        "paper": {"shrink": False},
+        "official": {"shrink": False},
+    }
+    in_shares: ClassVar[tuple[str, ...]] = ("init_warmup", "incre_interval")
+
+    incre_rank_num: int | None = None
+    top_h: int | float = 0.2
+    init_warmup: int | float = 0.02
+    incre_interval: int | float = 0.02
+    beta1: float = 0.85
+    beta2: float = 0.85
+    orth_reg_weight: float = 0.1
+    shrink: bool = True
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_k_value(self.top_h)
+        if self.incre_rank_num is not None and self.incre_rank_num < 1:
+            raise ConfigError(f"incre_rank_num={self.incre_rank_num!r} is not allowed; use 1 or more, or None")
+        for name, beta in (("beta1", self.beta1), ("beta2", self.beta2)):
+            if not 0 < beta < 1:
+                raise ConfigError(f"{name}={beta!r} is not allowed; use a number between 0 and 1 such as 0.85")
+        if not 0 <= self.orth_reg_weight < float("inf"):
+            raise ConfigError(f"orth_reg_weight={self.orth_reg_weight!r} is not usable; use 0 or more, such as 0.1")
+
+    def step_of(self, rank: float) -> int:
+        """Ranks that an adapter gains at a time, where the mean target is `rank`."""
+        return max(1, int(rank) // 2) if self.incre_rank_num is None else self.incre_rank_num
+
+    def most(self, target: int, n: int, top_h: int) -> int:
+        """The most ranks that one adapter can reach."""
+        add = self.step_of(target / n)
+        return min(1 + math.ceil((target - n) / (top_h * add)) * add, target - n + 1)
+
+    def within(self, params: int, shapes: Sequence[tuple[int, int]], rank: int) -> tuple[Any, int]:
+        n = len(shapes)
+        top_h = resolve_k(self.top_h, n)
+        return self, mean_rank_for_params(params, shapes, lambda r: max(r, self.most(r * n, n, top_h)))
+
+    def begin(self, adapters: tuple[Adapter, ...], max_steps: int) -> IncreLoRAPolicy:
+        return IncreLoRAPolicy(self, adapters, max_steps)
+
+
+class GrowingGates(RankGates):
+    """E, divided by the number of live ranks: ``dW = s B diag(E r / (ranknum + 1e-5)) A`` with ``s r = alpha``."""
+
+    def __init__(self, ranks: Sequence[int], device: torch.device) -> None:
+        super().__init__(ranks, value=0.0, trainable=True, device=device)
+        self.factor = torch.ones(len(ranks), dtype=torch.float32, device=device)
+
+    def constants(self) -> dict[str, Tensor]:
+        return super().constants() | {"factor": self.factor}
+
+    def of(self, index: int) -> Tensor:
+        return super().of(index) * self.factor[index]
+
+
+class IncreLoRAPolicy(Policy):
+    """Allocates what an adapter can reach at most, and opens ranks; see :class:`IncreLoRA`."""
+
+    def __init__(self, method: IncreLoRA, adapters: tuple[Adapter, ...], max_steps: int) -> None:
+        super().__init__(adapters)
+        self.method, n = method, len(adapters)
+        self.target = sum(a.rank for a in adapters)
+        self.top_h = check_k(method.top_h, adapters)
+        self.add = method.step_of(self.target / n)
+        self.interval = check_interval(method.incre_interval, max_steps, "incre_interval")
+        first = check_warmup(method.init_warmup, max_steps, "init_warmup") // self.interval + 1
+        rounds = math.ceil((self.target - n) / (self.top_h * self.add))
+        self.first, self.last = first * self.interval, (first + rounds - 1) * self.interval
+        if rounds and self.last >= max_steps:
+            raise ScheduleError(
+                f"increlora needs {rounds} rounds of growth, the last at step {self.last} of {max_steps}; lower"
+                " incre_interval or init_warmup, raise top_h or incre_rank_num, or train longer"
+            )
+        self.seam = self.last if method.shrink and rounds else None
+        self.most = method.most(self.target, n, self.top_h)
+        self.watches = rounds > 0
+        self.live_ranks = [1] * n
+        self.stats = torch.zeros(2, n, dtype=torch.float64)
+        self.alive = torch.zeros(n * self.most, dtype=torch.bool)
+        self._fresh: list[Fresh] = []
+
+    def allocate(self) -> Sequence[tuple[int, float]]:
+        return [(self.most, a.scale) for a in self.adapters]
+
+    def form(self, factors: Factors) -> Form:
+        gates = GrowingGates([self.most] * len(factors), factors[0][0].device)
+        self._arrange(gates)
+        return gates
+
+    def prepare(self, factors: Factors, weights: Sequence[Tensor]) -> None:
+        for index, pair in enumerate(factors):
+            self._draw(index, pair, range(self.most))
+
+    def _draw(self, index: int, pair: tuple[Tensor, Tensor], ranks: Sequence[int]) -> None:
+        """New directions for some ranks of an adapter; they depend on the seed, the adapter and the rank alone."""
+        A, B = pair
+        with torch.no_grad():
+            for rank in ranks:
+                generator = torch.Generator().manual_seed(self.method.seed + 7919 * (index * self.most + rank))
+                A[rank] = 0.02 * torch.randn(A.shape[1], generator=generator)
+                B[:, rank] = 0.02 * torch.randn(B.shape[0], generator=generator)
+
+    def used(self) -> list[int]:
+        """Live and reserve ranks of every adapter; the first of its ranks are live, the next are the reserve."""
+        done = sum(self.live_ranks) == self.target
+        return [live if done else min(live + self.add, self.most) for live in self.live_ranks]
+
+    def _arrange(self, gates: GrowingGates) -> None:
+        """Open the live ranks, hold the reserve at 1e-5 (decay would move it) and the rest at 0."""
+        slot = torch.arange(self.most, device=gates.values.device).repeat(len(self.adapters))
+        live = torch.tensor(self.live_ranks, device=slot.device)[gates.owner]
+        used = torch.tensor(self.used(), device=slot.device)[gates.owner]
+        gates.open.copy_(slot < live)
+        closed = torch.where(slot < used, RESERVE, 0.0)
+        started = self.alive.to(slot.device)
+        values = torch.where(gates.open, torch.where(started | (slot == 0), gates.values.detach(), RESERVE), closed)
+        gates.set(values)
+        self.alive = gates.open & (values != 0)
+        numbers = zip(self.adapters, self.live_ranks, strict=True)
+        gates.factor.copy_(torch.tensor([a.rank / (live + 1e-5) for a, live in numbers]))
+
+    def penalty(self, view: StepView) -> Tensor | None:
+        weight = self.method.orth_reg_weight
+        pairs = zip(view.factors, self.used(), strict=True)
+        return weight * orthogonality([(A[:m], B[:, :m]) for (A, B), m in pairs]) if weight else None
+
+    def after_step(self, view: StepView) -> None:
+        gates, self._fresh = view.ranks, []
+        assert isinstance(gates, GrowingGates)
+        if sum(self.live_ranks) < self.target:
+            assert view.products is not None
+            sizes = torch.tensor([a.d_in * a.d_out for a in self.adapters], dtype=torch.float64)
+            score = view.products.cpu().double() / sizes.sqrt()
+            old = self.stats[0], self.stats[1]
+            self.stats = torch.stack(
+                smooth_sensitivity(score, torch.ones_like(score), *old, self.method.beta1, self.method.beta2)
+            )
+            if view.step >= self.first and view.step % self.interval == 0:
+                self._grow(view)
+        self._arrange(gates)
+
+    def _grow(self, view: StepView) -> None:
+        order = torch.sort(self.stats[0] * self.stats[1], descending=True, stable=True).indices.tolist()
+        for index in order[: self.top_h]:
+            before, live = self.used()[index], self.live_ranks[index]
+            self.live_ranks[index] += min(self.add, self.target - sum(self.live_ranks))
+            taken, reserve = range(live, self.live_ranks[index]), range(before, self.used()[index])
+            self._draw(index, view.factors[index], reserve)
+            self._fresh += [Fresh(index=index, ranks=tuple(taken), gates_only=True)] if taken else []
+            self._fresh += [Fresh(index=index, ranks=tuple(reserve))] if reserve else []
+
+    def fresh(self) -> Sequence[Fresh]:
+        return self._fresh
+
+    def decide(self, omegas: Sequence[float]) -> Selection:
+        counts = [float(part.sum()) for part in self.alive.cpu().view(-1, self.most)]
+        kept = [i for i, count in enumerate(counts) if count]
+        if not kept:
+            raise ScheduleError("every rank gate is still 0, so no adapter would be left; train at least one step")
+        why = (
+            f"{int(sum(counts))} ranks of a target of {self.target} are live, {int(max(counts))} on the most important"
+        )
+        return self.method.choose(self.adapters, kept, why, step=self.seam, scores=counts)
+
+    def live(self, form: Form) -> Sequence[Sequence[int]]:
+        return [torch.nonzero(part).flatten().tolist() for part in self.alive.cpu().view(-1, self.most)]
+
+    def count(self, live: Sequence[Adapter]) -> int:
+        return super().count(live) + (0 if self.method.shrink else sum(a.rank for a in live))
+
+    def state(self) -> dict[str, Tensor]:
+        return {"live_ranks": torch.tensor(self.live_ranks), "stats": self.stats, "alive": self.alive}
+
+    def load_state(self, state: Mapping[str, Tensor]) -> None:
+        self.live_ranks = state["live_ranks"].tolist()
+        self.stats, self.alive = state["stats"].clone(), state["alive"].clone()

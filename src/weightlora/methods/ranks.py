@@ -1,0 +1,142 @@
+"""What the methods that start with too many ranks and take some away have in common."""
+
+from __future__ import annotations
+
+import math
+from abc import abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from weightlora.core import mean_rank_for_params
+from weightlora.errors import ConfigError, ScheduleError
+from weightlora.graft import Adapter, Form, RankGates, Selection
+from weightlora.methods.base import Factors, Method, Policy, StepView, check_warmup
+
+UNKNOWN = 2**31  # what a loop that does not say how long it is passes for its optimizer steps
+
+
+@dataclass(frozen=True, kw_only=True)
+class RankMethod(Method):
+    """Settings of a method that trains ``init_r`` ranks per adapter and ends with ``target_r`` on average.
+
+    Args:
+        target_r: mean rank at the end; None: that of the model as built.
+        init_r: rank of every adapter at the start; None: 1.5 times the target, rounded up.
+        tinit: steps before the first cut (a count or a share of the run).
+        tfinal: steps after the last one.
+        deltaT: steps between cuts.
+        shrink: after the last cut take the masked ranks out and go on as plain LoRA; otherwise mask to the end.
+        seed: of the initial values.
+    """
+
+    in_shares: ClassVar[tuple[str, ...]] = ("tinit", "tfinal", "deltaT")
+
+    target_r: int | None = None
+    init_r: int | None = None
+    tinit: int | float = 0.15
+    tfinal: int | float = 0.5
+    deltaT: int | float = 0.002
+    shrink: bool = True
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name, value in (("target_r", self.target_r), ("init_r", self.init_r)):
+            if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
+                raise ConfigError(f"{name}={value!r} is not allowed; use 1 or more, or None")
+        if self.target_r is not None and self.init_r is not None and self.init_r < self.target_r:
+            raise ConfigError(f"init_r={self.init_r} is below target_r={self.target_r}; ranks are only taken away")
+
+    def start_rank(self, target: int) -> int:
+        """The rank that an adapter starts with."""
+        return math.ceil(1.5 * target) if self.init_r is None else self.init_r
+
+    def within(self, params: int, shapes: Sequence[tuple[int, int]], rank: int) -> tuple[Any, int]:
+        fitting = mean_rank_for_params(params, shapes, lambda r: max(r, self.start_rank(r)))
+        fitting = fitting if self.init_r is None else min(fitting, self.init_r)
+        return replace(self, target_r=None), fitting
+
+
+class RankPolicy(Policy):
+    """Rank gates from zero, cuts between tinit and M - tfinal; subclasses say which ranks fall."""
+
+    def __init__(self, method: RankMethod, adapters: tuple[Adapter, ...], max_steps: int) -> None:
+        super().__init__(adapters)
+        self.name = method.name
+        self.settings = method
+        targets = [a.rank if method.target_r is None else method.target_r for a in adapters]
+        self.ranks = [method.start_rank(target) for target in targets]
+        self.start, self.target = sum(self.ranks), sum(targets)
+        if self.start < self.target:
+            raise ScheduleError(
+                f"init_r={method.init_r} is below the mean target rank {self.target / len(adapters):g};"
+                " ranks are only taken away: raise init_r or lower target_r"
+            )
+        if max_steps >= UNKNOWN:
+            raise ScheduleError(f"{method.name} counts tfinal from the end of the run; give attach(..., max_steps=N)")
+        self.tinit = check_warmup(method.tinit, max_steps, "tinit")
+        self.last = max_steps - check_warmup(method.tfinal, max_steps, "tfinal")
+        self.interval = check_interval(method.deltaT, max_steps)
+        if self.last <= self.tinit:
+            raise ScheduleError(
+                f"tinit={method.tinit} and tfinal={method.tfinal} leave none of the {max_steps} optimizer steps for"
+                " cuts; make them smaller, or train longer"
+            )
+        self.seam = self.last if method.shrink else None
+        self.mask = torch.ones(self.start, dtype=torch.bool)
+        self.alive = torch.zeros(self.start, dtype=torch.bool)
+
+    @abstractmethod
+    def scale(self, adapter: Adapter, rank: int) -> float:
+        """PEFT's scale of an adapter that starts with `rank`."""
+
+    def allocate(self) -> Sequence[tuple[int, float]]:
+        return [(rank, self.scale(a, rank)) for a, rank in zip(self.adapters, self.ranks, strict=True)]
+
+    def form(self, factors: Factors) -> Form:
+        return RankGates(self.ranks, value=0.0, trainable=True, device=factors[0][0].device)
+
+    @abstractmethod
+    def cut(self, view: StepView) -> Tensor | None:
+        """Which ranks stay after this step, ``(sum r,)`` bool; None: no cut is due. Asked up to the last cut."""
+
+    def after_step(self, view: StepView) -> None:
+        gates = view.ranks
+        keep = self.cut(view) if view.step <= self.last else self.mask.to(gates.values.device)
+        if keep is not None:
+            gates.set(torch.where(keep, gates.values.detach(), 0.0))
+            self.mask = keep
+        self.alive = gates.values.detach() != 0
+
+    def decide(self, omegas: Sequence[float]) -> Selection:
+        counts = [float(part.sum()) for part in self.alive.cpu().split_with_sizes(self.ranks)]
+        kept = [i for i, count in enumerate(counts) if count]
+        if not kept:
+            raise ScheduleError("every rank gate is still 0, so no adapter would be left; train at least one step")
+        why = f"{int(sum(counts))} of {self.start} ranks are left, on {len(kept)} of {len(counts)} adapters"
+        return self.settings.choose(self.adapters, kept, why, step=self.seam, scores=counts)
+
+    def count(self, live: Sequence[Adapter]) -> int:
+        # Plain LoRA after the seam; otherwise every rank has trained its gate too.
+        return super().count(live) + (0 if self.settings.shrink else sum(a.rank for a in live))
+
+    def state(self) -> dict[str, Tensor]:
+        return {"mask": self.mask, "alive": self.alive}
+
+    def load_state(self, state: Mapping[str, Tensor]) -> None:
+        self.mask, self.alive = state["mask"].clone(), state["alive"].clone()
+
+
+def check_interval(interval: int | float, max_steps: int, name: str = "deltaT") -> int:
+    """Steps between events: a count, or a share of the run.
+
+    >>> check_interval(100, 50), check_interval(0.1, 50)
+    (100, 5)
+    """
+    if isinstance(interval, int) and not isinstance(interval, bool) and interval >= max_steps:
+        return interval  # legal: the last event comes whatever the interval
+    return check_warmup(interval, max_steps, name)
