@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from benchmarks.adapter_path import Bench, count, floor_bytes, main, parse, shape_of
+from adapter_path import Bench, count, floor_bytes, main, parse, shape_of
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 
