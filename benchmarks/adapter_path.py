@@ -34,7 +34,7 @@ from peft.tuners.lora.layer import LoraLayer, LoraVariant
 from torch import Tensor, nn
 
 import weightlora
-from clocks import OTHERS, clock, summary
+from clocks import clock, summary
 from weightlora.graft import Gates
 from weightlora.graft.adapters import adapters, factors, lora_layers
 from weightlora.graft.fast import fast_path, stock_path
