@@ -18,9 +18,7 @@ import platform
 import random
 import re
 import shlex
-import statistics
 import sys
-import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from importlib.metadata import version
@@ -36,6 +34,7 @@ from peft.tuners.lora.layer import LoraLayer, LoraVariant
 from torch import Tensor, nn
 
 import weightlora
+from clocks import clock, summary
 from weightlora.graft import Gates
 from weightlora.graft.adapters import adapters, factors, lora_layers
 from weightlora.graft.fast import fast_path, stock_path
@@ -306,32 +305,6 @@ def count(bench: Bench, names: Sequence[str]) -> dict[str, StepCost]:
     return costs
 
 
-def clock(bench: Bench, names: Sequence[str], seconds: float) -> dict[str, list[tuple[float, float]]]:
-    """Seconds per step, on the wall and of this process on all CPUs, a list per row.
-
-    All rows take turns, in an order that changes, until `seconds` are over. Where other work shares the machine, CPU
-    seconds tell more than wall seconds.
-    """
-    cuda = bench.args.device.startswith("cuda")
-    times: dict[str, list[tuple[float, float]]] = {name: [] for name in names}
-    order, stop = random.Random(0), time.perf_counter() + seconds
-    rounds = 0
-    # The first round warms up and is not recorded; three recorded rounds at least.
-    while rounds < 4 or time.perf_counter() < stop:
-        for name in order.sample(list(names), len(names)):
-            with bench.rows()[name]():
-                if cuda:
-                    torch.cuda.synchronize()
-                start, start_cpu = time.perf_counter(), time.process_time()
-                bench.step()
-                if cuda:
-                    torch.cuda.synchronize()
-                if rounds:
-                    times[name].append((time.perf_counter() - start, time.process_time() - start_cpu))
-        rounds += 1
-    return times
-
-
 def on_cuda(bench: Bench, names: Sequence[str]) -> dict[str, dict[str, int]]:
     """Peak memory and the number of kernels of one step, a dict per row; nothing without CUDA."""
     if not bench.args.device.startswith("cuda"):
@@ -387,24 +360,17 @@ def table(bench: Bench, names: Sequence[str], seconds: float) -> dict[str, dict[
     for name, more in on_cuda(bench, names).items():
         rows[name] |= more
     if seconds > 0:
-        times = clock(bench, chosen(names, bench.args.clock), seconds)
-        tokens = bench.batch["input_ids"].numel()
-        for name, own in times.items():
-            median, median_cpu = (statistics.median(column) for column in zip(*own, strict=True))
-            rows[name] |= {"seconds_median": median, "cpu_seconds_median": median_cpu}
-            rows[name] |= {"tokens_per_second": tokens / median, "rounds": len(own)}
-            for base in ("stock", "bare", "dense"):
-                if base in times:
-                    for column, kind in ((0, "times_faster_than"), (1, "cpu_times_faster_than")):
-                        ratios = [theirs[column] / mine[column] for theirs, mine in zip(times[base], own, strict=True)]
-                        rows[name][f"{kind}_{base}"] = statistics.median(ratios)
+        timed = {name: bench.rows()[name] for name in chosen(names, bench.args.clock)}
+        samples = clock(timed, bench.step, seconds, cuda=bench.args.device.startswith("cuda"))
+        for name, more in summary(samples, bench.batch["input_ids"].numel(), ("stock", "bare", "dense")).items():
+            rows[name] |= more
     return rows
 
 
 def show(name: str, row: dict[str, Any]) -> None:
     line = f"{name:20} {row['kept_activation_bytes'] / 2**20:9.1f} MiB {row['flops'] / 1e9:9.1f} GFLOP"
     if "seconds_median" in row:
-        line += f" {row['seconds_median']:8.3f} s"
+        line += f" {row['seconds_median']:8.3f} s ({row['rounds']} rounds, {row['disturbed']} disturbed)"
     if "times_faster_than_stock" in row:
         line += f"  {row['times_faster_than_stock']:5.2f}x of stock, CPU {row['cpu_times_faster_than_stock']:5.2f}x"
     if "peak_memory_bytes" in row:

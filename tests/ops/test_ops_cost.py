@@ -8,10 +8,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from benchmarks.adapter_path import Bench, count, floor_bytes, main, parse, shape_of
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 
+from adapter_path import Bench, count, floor_bytes, main, parse, shape_of
 from weightlora.graft import Gates
 from weightlora.graft.fast import fast_path
 from weightlora.training.measure import StepCost, step_cost

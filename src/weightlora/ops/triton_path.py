@@ -158,6 +158,7 @@ class TritonProducts:
 
     def _up(self, out: Tensor, h: Tensor, B: Tensor, scale: float, *, add: bool, p: float, seed: int) -> None:
         (tokens, width), rank = out.shape, h.shape[1]
+        h = h.contiguous()
         with torch.cuda.device_of(out):
             _up[triton.cdiv(tokens, TOKENS), triton.cdiv(width, WIDTH)](
                 out, h, B, tokens, width, rank, B.stride(1), B.stride(0), scale, seed, p,
