@@ -13,7 +13,7 @@ from weightlora.runs.build import base_model, read_task
 from weightlora.runs.config import RunConfig
 
 ASKED = 4000
-FLAGS = ("--params", "4k", "--max-steps", "20", "--warmup-steps", "5", "--save-strategy", "no")
+FLAGS = ("--params", "4k", "--max-steps", "60", "--warmup-steps", "10", "--save-strategy", "no")
 
 
 @pytest.mark.slow
