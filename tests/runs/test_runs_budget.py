@@ -12,8 +12,8 @@ from weightlora.methods import METHODS
 from weightlora.runs.build import base_model, read_task
 from weightlora.runs.config import RunConfig
 
-ASKED = 4000
-FLAGS = ("--params", "4k", "--max-steps", "60", "--warmup-steps", "10", "--save-strategy", "no")
+ASKED = 8000
+FLAGS = ("--params", "8k", "--max-steps", "60", "--warmup-steps", "10", "--save-strategy", "no")
 
 
 @pytest.mark.slow
