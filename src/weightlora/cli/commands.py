@@ -126,6 +126,19 @@ def export(parsed: argparse.Namespace, rest: list[str], parser: argparse.Argumen
     return 0
 
 
+def report(parsed: argparse.Namespace, rest: list[str], parser: argparse.ArgumentParser) -> int:
+    from weightlora.report import report as make
+
+    made = make(parsed.runs)
+    for line in made.left_out:
+        _say(f"left out: {line}")
+    out = made.write(parsed.out)
+    _write_json(parsed.json, made.json)
+    if parsed.json != "-":
+        print(f"report of {made.runs} run{'s' if made.runs > 1 else ''}: {out}")
+    return 0
+
+
 def _say(line: str) -> None:
     print(line, file=sys.stderr, flush=True)
 
