@@ -3,10 +3,25 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Sequence
 
 from weightlora.report.layout import layout
-from weightlora.report.picture import WIDTH, Axis, Path, Picture, Point, Text, box, dot, fitted, frame, line, thin
+from weightlora.report.picture import (
+    LETTER,
+    WIDTH,
+    Axis,
+    Path,
+    Picture,
+    Point,
+    Text,
+    box,
+    dot,
+    fitted,
+    frame,
+    line,
+    thin,
+)
 from weightlora.report.runfiles import RunFiles
 from weightlora.report.tables import PHASE_NUMBERS
 from weightlora.report.units import Unit, ratio
@@ -15,7 +30,7 @@ from weightlora.runs.record import Record
 LEFT, RIGHT, TOP, BOTTOM = 44, 10, 26, 206
 HEIGHT = BOTTOM + 36
 NAMED = 6  # paths with their names beside them
-NAME_ROOM = 92
+NAME_ROOM = 112
 
 
 def omega_picture(run: RunFiles, points: int) -> Picture | None:
@@ -50,7 +65,7 @@ def omega_picture(run: RunFiles, points: int) -> Picture | None:
         paths.append(Path(d=outlines[name], look="kept", title=words))
     ends = _apart([up.at(curves[name][-1][1]) for name in named])
     for name, y in zip(named, ends, strict=True):
-        words = fitted(short.get(name, name), NAME_ROOM - 8)
+        words = _brief(short.get(name, name), NAME_ROOM - 8)
         texts.append(Text(x=right + 6, y=y + 4, words=words, look="start kept-name"))
     if record.seam_step is not None and record.seam_step <= last:
         paths.append(_seam(across.at(record.seam_step)))
@@ -101,6 +116,20 @@ def _apart(places: Sequence[float], gap: float = 12) -> list[float]:
         limit = BOTTOM if index == len(moved) - 1 else moved[index + 1] - gap
         moved[index] = min(moved[index], limit) if over else moved[index]
     return moved
+
+
+def _brief(short: str, room: float) -> str:
+    """A short name cut in its middle, so that its layer and what it adapts both stay.
+
+    >>> _brief("10.attention.output.dense", 100)
+    '10…output.dense'
+    """
+    most = int(room / LETTER)
+    if len(short) <= most:
+        return short
+    head = re.match(r"[^\d]*\d*", short.partition(".")[0] if short[0].isdecimal() else short)
+    start = (head[0] if head else "")[: most // 2]
+    return f"{start}…{short[len(start) - most + 1 :].lstrip('.')}"
 
 
 def score_picture(record: Record) -> Picture | None:
@@ -167,7 +196,8 @@ def _curves(
     """Curves against the optimizer step, with the seam marked. A curve: look, name, points, whether to dot them."""
     curves = [curve for curve in curves if curve[2]]
     steps = [x for curve in curves for x, _ in curve[2]]
-    across = Axis(low=0, high=max([*steps, record.max_steps or 0]), start=LEFT, end=WIDTH - RIGHT)
+    last = max([*steps, (record.max_steps or 0) if record.status == "ok" else 0])
+    across = Axis(low=0, high=last, start=LEFT, end=WIDTH - RIGHT)
     up = Axis.around([y for curve in curves for _, y in curve[2]], BOTTOM, TOP)
     paths, texts = frame(across, up, across_name="optimizer step", up_name=fitted(unit, 200))
     seam = record.seam_step

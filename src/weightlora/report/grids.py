@@ -39,7 +39,10 @@ def selection_picture(record: Record, *, titles: bool) -> Picture:
     elif known:
         texts.append(Text(x=LEFT, y=bottom + 12, words=f"{what}: {low:.3g} everywhere", look="start name"))
         bottom += 18
-    keys = [("star", "kept"), ("q3", "disconnected")]
+    cells_of = Grid.of(places)
+    keys = [("star", "kept")]
+    if len(places) < len(cells_of.columns) * len(cells_of.rows):
+        keys.append(("hole", "no adapter"))
     return Picture(
         name="selection",
         title="What was kept",
@@ -47,7 +50,7 @@ def selection_picture(record: Record, *, titles: bool) -> Picture:
         height=bottom + 4,
         paths=tuple(paths),
         texts=tuple(texts),
-        keys=tuple(keys if len(kept) < len(places) else keys[:1]),
+        keys=tuple(keys),
     )
 
 
@@ -97,7 +100,7 @@ def _grid(
     grid = Grid.of(tuple(places))
     span, tall = max(grid.columns.values()) + 1, max(grid.rows.values()) + 1
     wide = min(WIDEST, (WIDTH - LEFT - 2) / span)
-    high = 22 if tall <= 14 else 14 if tall <= 40 else 9
+    high = 28 if tall <= 8 else 22 if tall <= 14 else 14 if tall <= 40 else 9
     at = {
         place.adapter.name: (
             LEFT + grid.columns[place.tower, place.kind] * wide,
@@ -105,6 +108,13 @@ def _grid(
         )
         for place in places
     }
+    taken = set(at.values())
+    every = [
+        (LEFT + column * wide, TOP + (tall - 1 - row) * high)
+        for column in grid.columns.values()
+        for row in grid.rows.values()
+    ]
+    holes = "".join(box(x + 2, y + 2, wide - 4, high - 4) for x, y in every if (x, y) not in taken)
     by_look: dict[str, list[str]] = {}
     paths, stars = [], []
     for place, look in zip(places, looks, strict=True):
@@ -121,7 +131,7 @@ def _grid(
             stars.append(Path(d=middle, look="star", title=marked[name]))
     paths += [Path(d="".join(outlines), look=f"cell {look}") for look, outlines in by_look.items()]
     texts, bottom = _names(grid, wide, high, tall)
-    return paths + stars, texts, bottom
+    return [*([Path(d=holes, look="hole")] if holes else []), *paths, *stars], texts, bottom
 
 
 def _names(grid: Grid, wide: float, high: float, tall: float) -> tuple[list[Text], float]:
@@ -183,6 +193,8 @@ def _ramp(top: float, what: str, low: str, high: str, steps: int = LEVELS) -> tu
     texts = [
         Text(x=LEFT, y=top + 12, words=low),
         Text(x=x + size * steps + 6, y=top + 12, words=high),
-        Text(x=x + size * steps + 16 + LETTER * len(high), y=top + 12, words=what, look="start name"),
     ]
-    return paths, texts, top + 18
+    beside = x + size * steps + 16 + LETTER * len(high)
+    fits = beside + LETTER * len(what) < WIDTH
+    texts.append(Text(x=beside if fits else LEFT, y=top + (12 if fits else 26), words=what, look="start name"))
+    return paths, texts, top + (18 if fits else 32)

@@ -25,17 +25,13 @@ def started_with(record: Record) -> str:
     words = list(record.argv)
     if words and PurePath(words[0]).name in OWN_NAMES:
         words[0] = "weightlora"
-    return shlex.join(words)
+    starts = [index for index, word in enumerate(words) if index and word.startswith("-")] or [len(words)]
+    flags = [words[first:last] for first, last in zip(starts, [*starts[1:], len(words)], strict=True)]
+    return _lines(shlex.join(words[: starts[0]]), flags)
 
 
 def alone(record: Record) -> str:
-    """The ``weightlora train`` command that makes this run and no other, every setting spelled out; "" without one.
-
-    >>> print(_lines("weightlora train", [["--k", "9"], ["--task", "my task"]]))
-    weightlora train \\
-      --k 9 \\
-      --task 'my task'
-    """
+    """The ``weightlora train`` command that makes this run and no other, every setting spelled out; "" without one."""
     config = record.config
     if not {"task", "model", "method"} <= set(config):
         return ""
@@ -60,8 +56,14 @@ def _flag(key: str, value: Any) -> list[str]:
     return [name, json.dumps(value) if isinstance(value, Mapping) else str(value)]
 
 
-def _lines(command: str, flags: list[list[str]], width: int = 76) -> str:
-    """The command with its flags, several to a line where they are short."""
+def _lines(command: str, flags: list[list[str]], width: int = 44) -> str:
+    r"""The command with its flags, several to a line where they are short.
+
+    >>> print(_lines("weightlora train", [["--k", "9"], ["--task", "my task"], ["--model", "one-with-a-long-name"]]))
+    weightlora train \
+      --k 9 --task 'my task' \
+      --model one-with-a-long-name
+    """
     lines = [command]
     for words in filter(None, flags):
         text = shlex.join(words)

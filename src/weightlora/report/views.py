@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import shlex
 from collections.abc import Iterable, Sequence
 
 from weightlora.report import charts, contrasts, grids, reproduce
@@ -42,6 +43,7 @@ class RunView:
     status_words: str
     headline: str
     warning: str
+    resume: str
     error: str
     why: str
     tiles: tuple[Tile, ...]
@@ -62,6 +64,7 @@ class ComparisonView:
 
     id: str
     title: str
+    lead: str
     table: Table
     heads: tuple[str, ...]
     notes: tuple[str, ...]
@@ -96,12 +99,13 @@ def _run_view(run: RunFiles, id: str, runs: Sequence[RunFiles]) -> RunView:
         status_words=STATUS[record.status],
         headline=_headline(record),
         warning=_warning(run),
+        resume="" if record.status == "ok" else shlex.join(["weightlora", "resume", str(run.path)]),
         error=run.error or record.error or "",
         why=" ".join(record.why.split()),
         tiles=_tiles(record),
         pictures=tuple(picture for picture in drawn.values() if picture is not None),
         absent=tuple(_absent(record, drawn)),
-        phases=tuple(map(tuple, phase_rows(record.phases))) if record.phases else (),
+        phases=_phases(record),
         predictions=_predictions(run),
         kept=_kept(record),
         command=reproduce.started_with(record),
@@ -112,8 +116,10 @@ def _run_view(run: RunFiles, id: str, runs: Sequence[RunFiles]) -> RunView:
 
 
 def _headline(record: Record) -> str:
-    """What stands beside the run's name while it is folded: the score and how much was kept."""
-    words = [] if record.score is None else [f"{record.metric} {record.score:.4f}"]
+    """What stands beside the run's name while it is folded: seed, score, and how much was kept."""
+    words = [f"seed {record.seed}"]
+    if record.score is not None:
+        words.append(f"{record.metric} {record.score:.4f}")
     if record.n_adapters and record.status == "ok":
         words.append(f"{len(record.kept)} of {record.n_adapters} adapters")
     return ", ".join(words)
@@ -135,7 +141,7 @@ def _warning(run: RunFiles) -> str:
         if record.status == "failed"
         else "This run has not finished: it is going on, or was stopped."
     )
-    return f"{what} {so_far} To go on with it: weightlora resume {run.path}"
+    return f"{what} {so_far}"
 
 
 def _tiles(record: Record) -> tuple[Tile, ...]:
@@ -162,12 +168,18 @@ def _absent(record: Record, drawn: dict[str, Picture | None]) -> Iterable[str]:
     if drawn["selection"] is None:
         full = record.status == "ok" and not record.n_adapters
         yield "No adapters: every weight trained." if full else "No selection is recorded."
-    elif drawn["gates"] is None:
+    elif drawn["gates"] is None and record.seam_step:
         yield "No paths of gates: this run's gates were not trained, or not logged."
     if drawn["loss"] is None:
         yield "No loss curve: the run's directory holds no log of the trainer."
     elif drawn["metric"] is None:
         yield f"No curve of {record.metric}: it was taken once at most (--eval-strategy steps takes it on the way)."
+
+
+def _phases(record: Record) -> tuple[tuple[str, ...], ...]:
+    rows = phase_rows(record.phases) if record.phases else []
+    columns = len(record.phases) + (2 if len(record.phases) > 1 else 1)  # one phase has nothing to be set against
+    return tuple(tuple(row[:columns]) for row in rows)
 
 
 def _predictions(run: RunFiles) -> tuple[tuple[str, ...], ...]:
@@ -232,6 +244,7 @@ def _comparison(records: Sequence[Record], id: str) -> ComparisonView:
     return ComparisonView(
         id=id,
         title=f"{records[0].task}, {records[0].model}",
+        lead=f"{records[0].metric}: mean ± sample standard deviation over seeds. Costs are those of the final phase.",
         table=table,
         heads=tuple(title.replace("~", "") for title in table.titles),
         notes=(*table.notes, *_unequal(records)),

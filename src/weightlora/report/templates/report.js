@@ -1,6 +1,6 @@
 "use strict";
 for (const button of document.querySelectorAll(".copy button")) {
-  const code = button.parentElement.querySelector("code");
+  const code = button.closest(".copy").querySelector("code");
   button.hidden = false;
   button.addEventListener("click", async () => {
     try {
