@@ -53,6 +53,8 @@ class Browser:
         self.session = self.call("Target.attachToTarget", targetId=tab, flatten=True)["sessionId"]
         for domain in ("Page", "Runtime", "Log", "Network"):
             self.tell(f"{domain}.enable")
+        self.tell("Page.setLifecycleEventsEnabled", enabled=True)
+        self.tell("Emulation.setFocusEmulationEnabled", enabled=True)
 
     def __enter__(self) -> Browser:
         return self
@@ -93,15 +95,25 @@ class Browser:
 
     def open(self, path: Path, width: int, *, dark: bool = False) -> Page:
         """Load a file as a screen of that width shows it, and wait until it is there."""
-        self.tell("Emulation.setDeviceMetricsOverride", width=width, height=900, deviceScaleFactor=1, mobile=width < 600)
+        self.tell(
+            "Emulation.setDeviceMetricsOverride", width=width, height=900, deviceScaleFactor=1, mobile=width < 600
+        )
         scheme = [{"name": "prefers-color-scheme", "value": "dark" if dark else "light"}]
         self.tell("Emulation.setEmulatedMedia", media="", features=scheme)
-        self.tell("Page.navigate", url="about:blank")
         self.events.clear()
-        self.tell("Page.navigate", url=path.as_uri())
-        while not any(event.get("method") == "Page.loadEventFired" for event in self.events):
+        loader = self.tell("Page.navigate", url=path.as_uri())["loaderId"]
+        while not any(self._loaded(event, loader) for event in self.events):
             self.events.append(self._read())
         return Page(self)
+
+    @staticmethod
+    def _loaded(event: dict[str, Any], loader: str) -> bool:
+        about = event.get("params", {})
+        return (event.get("method"), about.get("name"), about.get("loaderId")) == (
+            "Page.lifecycleEvent",
+            "load",
+            loader,
+        )
 
 
 class Page:

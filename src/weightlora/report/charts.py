@@ -22,7 +22,7 @@ from weightlora.report.picture import (
     line,
     thin,
 )
-from weightlora.report.runfiles import RunFiles
+from weightlora.report.runfiles import Log
 from weightlora.report.tables import PHASE_NUMBERS
 from weightlora.report.units import Unit, ratio
 from weightlora.runs.record import Record
@@ -33,15 +33,15 @@ NAMED = 6  # paths with their names beside them
 NAME_ROOM = 112
 
 
-def omega_picture(run: RunFiles, points: int) -> Picture | None:
+def omega_picture(record: Record, log: Log, points: int) -> Picture | None:
     """Every adapter's gate through warm-up, the survivors above the rest; None where no gates were logged.
 
     Args:
-        run: its log holds ``omega/<adapter>``, its record what each gate was when the selection was made.
+        record: says what each gate was when the selection was made.
+        log: holds ``omega/<adapter>``.
         points: how many points all paths together may have.
     """
-    record = run.record
-    curves = _omega_curves(run)
+    curves = _omega_curves(record, log)
     if not any(len(curve) > 1 for curve in curves.values()):
         return None
     kept = {entry.name for entry in record.kept} if len(record.kept) < record.n_adapters else set()
@@ -52,9 +52,11 @@ def omega_picture(run: RunFiles, points: int) -> Picture | None:
     across = Axis(low=min(curve[0][0] for curve in curves.values() if curve), high=last, start=LEFT, end=right)
     up = Axis.around(everything, BOTTOM, TOP)
     paths, texts = frame(across, up, across_name="optimizer step", up_name="gate ω")
-    each = max(6, points // max(1, len(curves)))
+    each = max(4, points // max(1, len(curves)))
+    digits = 1 if each > 50 else 0  # whole pixels, where there are many paths of few points
     outlines = {
-        name: line([(across.at(x), up.at(y)) for x, y in _evenly(curve, each)]) for name, curve in curves.items()
+        name: line([(across.at(x), up.at(y)) for x, y in _evenly(curve, each)], digits=digits)
+        for name, curve in curves.items()
     }
     rest = "".join(outline for name, outline in outlines.items() if name not in kept)
     if rest:
@@ -81,14 +83,14 @@ def omega_picture(run: RunFiles, points: int) -> Picture | None:
     )
 
 
-def _omega_curves(run: RunFiles) -> dict[str, list[Point]]:
+def _omega_curves(record: Record, log: Log) -> dict[str, list[Point]]:
     """The logged gates by adapter, in the record's order where it has one; the selection's value at the end."""
-    names = [adapter.name for adapter in run.record.adapters] or sorted(
-        {key[6:] for entry in run.log for key in entry if key.startswith("omega/")} - {"alive", "max", "min"}
+    names = [adapter.name for adapter in record.adapters] or sorted(
+        {key[6:] for entry in log for key in entry if key.startswith("omega/")} - {"alive", "max", "min"}
     )
-    curves = {name: [(e["step"], e[f"omega/{name}"]) for e in run.log if f"omega/{name}" in e] for name in names}
-    seam = run.record.seam_step
-    for adapter in run.record.adapters:
+    curves = {name: [(e["step"], e[f"omega/{name}"]) for e in log if f"omega/{name}" in e] for name in names}
+    seam = record.seam_step
+    for adapter in record.adapters:
         curve = curves[adapter.name]
         if seam is not None and curve and curve[-1][0] < seam and math.isfinite(adapter.omega):
             curve.append((seam, adapter.omega))
@@ -129,7 +131,9 @@ def _brief(short: str, room: float) -> str:
         return short
     head = re.match(r"[^\d]*\d*", short.partition(".")[0] if short[0].isdecimal() else short)
     start = (head[0] if head else "")[: most // 2]
-    return f"{start}…{short[len(start) - most + 1 :].lstrip('.')}"
+    tail = short[len(start) - most + 1 :].lstrip(".")
+    whole = tail.partition(".")[2]  # without the half of a word, where enough is left
+    return f"{start}…{whole if '.' in whole.strip('.') else tail}"
 
 
 def score_picture(record: Record) -> Picture | None:
@@ -146,12 +150,12 @@ def score_picture(record: Record) -> Picture | None:
     across = Axis(low=0.5, high=len(ranked) + 0.5, start=LEFT, end=WIDTH - RIGHT)
     up = Axis.around([score for score, _, _ in ranked], BOTTOM, TOP)
     paths, texts = frame(across, up, across_name="adapters, best first", up_name="score")
-    radius = 3.2 if len(ranked) <= 80 else 1.8
-    spots = [(dot(across.at(rank), up.at(score), radius), kept, f"{short}: {score:.4g}")
+    size = "dot" if len(ranked) <= 80 else "dot small"
+    spots = [(dot(across.at(rank), up.at(score)), kept, f"{short}: {score:.4g}")
              for rank, (score, kept, short) in enumerate(ranked, start=1)]  # fmt: skip
     rest = "".join(outline for outline, kept, _ in spots if not kept)
-    paths += [Path(d=rest, look="dot rest")] if rest else []
-    paths += [Path(d=outline, look="dot kept", title=words) for outline, kept, words in spots if kept]
+    paths += [Path(d=rest, look=f"{size} rest")] if rest else []
+    paths += [Path(d=outline, look=f"{size} kept", title=words) for outline, kept, words in spots if kept]
     return Picture(
         name="scores",
         title="Scores at the selection",
@@ -163,20 +167,19 @@ def score_picture(record: Record) -> Picture | None:
     )
 
 
-def loss_picture(run: RunFiles, points: int) -> Picture | None:
+def loss_picture(record: Record, log: Log, points: int) -> Picture | None:
     """Training loss, and validation loss where it was taken; None without a log of at least two losses."""
-    training = [(entry["step"], entry["loss"]) for entry in run.log if "loss" in entry]
-    validation = [(entry["step"], entry["eval_loss"]) for entry in run.log if "eval_loss" in entry]
+    training = [(entry["step"], entry["loss"]) for entry in log if "loss" in entry]
+    validation = [(entry["step"], entry["eval_loss"]) for entry in log if "eval_loss" in entry]
     if len(training) < 2:
         return None
     curves = [("kept", "training", thin(training, points), False), ("second", "validation", validation, True)]
-    return _curves(run.record, "loss", "Loss", "loss", curves)
+    return _curves(record, "loss", "Loss", "loss", curves)
 
 
-def metric_picture(run: RunFiles) -> Picture | None:
+def metric_picture(record: Record, log: Log) -> Picture | None:
     """The headline metric on the validation rows, its final value last; None unless it was taken at least twice."""
-    record = run.record
-    taken = [(entry["step"], entry[f"eval_{record.metric}"]) for entry in run.log if f"eval_{record.metric}" in entry]
+    taken = [(entry["step"], entry[f"eval_{record.metric}"]) for entry in log if f"eval_{record.metric}" in entry]
     score = record.score
     if (
         score is not None
@@ -215,7 +218,7 @@ def _curves(
         places = [(across.at(x), up.at(y)) for x, y in points]
         paths.append(Path(d=line(places), look=look, title=words))
         if dotted:
-            paths.append(Path(d="".join(dot(x, y, 2.6) for x, y in places), look=f"dot {look}"))
+            paths.append(Path(d="".join(dot(x, y) for x, y in places), look=f"dot {look}"))
     keys = [(look, words) for look, words, _, _ in curves] if len(curves) > 1 else []
     return Picture(
         name=name,

@@ -49,7 +49,7 @@ def spread_picture(records: Sequence[Record], table: Table) -> Picture | None:
         if spread:
             paths.append(Path(d=line([(across.at(mean - spread), y), (across.at(mean + spread), y)]), look="spread"))
         for seed, score in scores[label]:
-            paths.append(Path(d=dot(across.at(score), y, 3.4), look="dot kept", title=f"seed {seed}: {score:.4f}"))
+            paths.append(Path(d=dot(across.at(score), y), look="dot kept", title=f"seed {seed}: {score:.4f}"))
         paths.append(Path(d=line([(across.at(mean), y - 7), (across.at(mean), y + 7)]), look="mean"))
     texts.append(Text(x=WIDTH, y=bottom + 28, words=fitted(records[0].metric, 200), look="end name"))
     return Picture(

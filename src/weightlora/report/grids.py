@@ -16,13 +16,8 @@ WIDEST = 56  # a column
 NARROWEST_LABEL = 12  # a column that can carry a name of its own
 
 
-def selection_picture(record: Record, *, titles: bool) -> Picture:
-    """Which adapters a run kept; the colour is omega, or the score where all omegas are equal.
-
-    Args:
-        record: lists its adapters.
-        titles: say name and value of every cell to who points at it; else of the survivors only.
-    """
+def selection_picture(record: Record) -> Picture:
+    """Which adapters a run kept; the colour is omega, or the score where all omegas are equal."""
     what, values = shown_values(record)
     places = layout(record.adapters)
     kept = {entry.name for entry in record.kept}
@@ -30,9 +25,7 @@ def selection_picture(record: Record, *, titles: bool) -> Picture:
     known = [value for value in values if math.isfinite(value)]
     low, high = (min(known), max(known)) if known else (0.0, 0.0)
     marked = {name: f"{words[name]}, kept" for name in kept if name in words}
-    paths, texts, bottom = _grid(
-        places, [_level(value, low, high) for value in values], words if titles else {}, marked
-    )
+    paths, texts, bottom = _grid(places, [_level(value, low, high) for value in values], words, marked)
     if low < high:
         ramp, names, bottom = _ramp(bottom, what, f"{low:.3g}", f"{high:.3g}")
         paths, texts = paths + ramp, texts + names
@@ -100,6 +93,7 @@ def _grid(
     grid = Grid.of(tuple(places))
     span, tall = max(grid.columns.values()) + 1, max(grid.rows.values()) + 1
     wide = min(WIDEST, (WIDTH - LEFT - 2) / span)
+    wide = float(int(wide)) if wide > 12 else wide  # whole numbers are sharp, and short to write
     high = 28 if tall <= 8 else 22 if tall <= 14 else 14 if tall <= 40 else 9
     at = {
         place.adapter.name: (

@@ -85,7 +85,9 @@ def _environment() -> Environment:
         import jinja2
         import matplotlib.ticker  # noqa: F401  # places the ticks of the charts
     except ImportError as error:
-        raise ConfigError(f"a report needs {error.name}: pip install 'weightlora[report]'") from error
+        raise ConfigError(
+            f"a report needs {(error.name or '').partition('.')[0]}: pip install 'weightlora[report]'"
+        ) from error
     return jinja2.Environment(
         loader=jinja2.FileSystemLoader(TEMPLATES),
         autoescape=True,

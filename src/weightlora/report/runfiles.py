@@ -30,8 +30,8 @@ class RunFiles:
     Args:
         path: where it lies, as the user named it.
         record: its record; where the run did not finish, completed by its latest checkpoint.
-        log: the trainer's entries in order of time, numbers only.
-        checkpoint: the step of the checkpoint that ``log`` and the completion came from; None: the run's end.
+        log_file: the file with the trainer's log, if there is one.
+        checkpoint: the step of the checkpoint that the log and the completion came from; None: the run's end.
         predicted: ``{phase: {field of Phase: number}}``, if the record has predictions.
         adapter_config: PEFT's own file for the adapter, if it was written.
         error: the end of the traceback of a failed run.
@@ -39,11 +39,15 @@ class RunFiles:
 
     path: Path
     record: Record
-    log: Log = ()
+    log_file: Path | None = None
     checkpoint: int | None = None
     predicted: dict[str, dict[str, float]] = dataclasses.field(default_factory=dict)
     adapter_config: dict[str, Any] | None = None
     error: str = ""
+
+    def read_log(self) -> Log:
+        """The trainer's entries in order of time, numbers only. Read anew: fifty logs in memory would be too many."""
+        return () if self.log_file is None else _numbers(_entries(_object(self.log_file)))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -107,20 +111,18 @@ def read_run(path: Path) -> RunFiles:
     folder = path.parent if path.name == RECORD else None
     if folder is None:
         return RunFiles(path=path, record=record, predicted=_predicted(_object(path)))
-    log: Any = _object(folder / MANIFEST).get("data", {})
-    log, checkpoint = log.get("log") if isinstance(log, dict) else None, None
-    if record.status != "ok" or not log:
-        state, checkpoint = _latest_checkpoint(folder / CHECKPOINTS)
-        log = _object(state / TRAINER_STATE).get("log_history") if state else []
+    log_file: Path | None = folder / MANIFEST
+    checkpoint = None
+    if record.status != "ok" or not _entries(_object(folder / MANIFEST)):
+        state, step = _latest_checkpoint(folder / CHECKPOINTS)
+        log_file = state / TRAINER_STATE if state else None
         if state and record.status != "ok":
-            record = _completed(record, _object(state / MANIFEST))
-        if record.status == "ok":
-            checkpoint = None
+            record, checkpoint = _completed(record, _object(state / MANIFEST)), step
     text = _text(folder / "error.txt") if record.status == "failed" else ""
     return RunFiles(
         path=folder,
         record=record,
-        log=_numbers(log),
+        log_file=log_file,
         checkpoint=checkpoint,
         predicted=_predicted(_object(path)),
         adapter_config=_object(folder / "adapter" / "adapter_config.json") or None,
@@ -146,6 +148,12 @@ def _object(path: Path) -> dict[str, Any]:
 
 def _number(value: Any) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _entries(data: dict[str, Any]) -> Any:
+    """The log in a run's manifest, or in a trainer's state."""
+    inside = data.get("data")
+    return data.get("log_history") if not isinstance(inside, dict) else inside.get("log")
 
 
 def _numbers(log: Any) -> Log:

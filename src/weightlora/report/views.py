@@ -17,9 +17,9 @@ from weightlora.report.units import BYTES, COUNT, FLOPS, MISSING, SECONDS, Scale
 from weightlora.runs.record import Record
 
 STATUS = {"ok": "finished", "failed": "failed", "running": "not finished"}
-# How many points the paths of all runs' gates may have together, and the cells that say their value when pointed at:
-# what keeps a page of fifty runs small.
-GATE_POINTS, LOSS_POINTS, TITLED_CELLS = 60_000, 8_000, 2_000
+# What keeps a page of fifty runs small: how many points the paths of all runs' gates, and of their losses, may have
+# together; and up to how many adapters in all each mark says its value when pointed at.
+GATE_POINTS, LOSS_POINTS, TITLED_CELLS = 40_000, 5_000, 2_000
 _SCALES: dict[str, Scale] = {"flops_per_step": FLOPS, "seconds_per_step": SECONDS, "trainable_params": COUNT}
 
 
@@ -80,15 +80,15 @@ def run_views(runs: Sequence[RunFiles]) -> tuple[RunView, ...]:
 
 
 def _run_view(run: RunFiles, id: str, runs: Sequence[RunFiles]) -> RunView:
-    record = run.record
+    record, log = run.record, run.read_log()
     cells = sum(len(other.record.adapters) for other in runs)
-    gates, losses = (max(least, most // len(runs)) for least, most in ((1200, GATE_POINTS), (100, LOSS_POINTS)))
+    gates, losses = (max(least, most // len(runs)) for least, most in ((800, GATE_POINTS), (100, LOSS_POINTS)))
     drawn = {
-        "selection": grids.selection_picture(record, titles=cells <= TITLED_CELLS) if record.adapters else None,
-        "gates": charts.omega_picture(run, min(gates, 6000)),
+        "selection": grids.selection_picture(record) if record.adapters else None,
+        "gates": charts.omega_picture(record, log, min(gates, 6000)),
         "scores": charts.score_picture(record),
-        "loss": charts.loss_picture(run, min(losses, 400)),
-        "metric": charts.metric_picture(run),
+        "loss": charts.loss_picture(record, log, min(losses, 400)),
+        "metric": charts.metric_picture(record, log),
         "costs": charts.cost_picture(record),
     }
     return RunView(
@@ -103,7 +103,7 @@ def _run_view(run: RunFiles, id: str, runs: Sequence[RunFiles]) -> RunView:
         error=run.error or record.error or "",
         why=" ".join(record.why.split()),
         tiles=_tiles(record),
-        pictures=tuple(picture for picture in drawn.values() if picture is not None),
+        pictures=tuple(p if cells <= TITLED_CELLS else p.plain() for p in drawn.values() if p is not None),
         absent=tuple(_absent(record, drawn)),
         phases=_phases(record),
         predictions=_predictions(run),
@@ -197,22 +197,18 @@ def _predictions(run: RunFiles) -> tuple[tuple[str, ...], ...]:
 
 
 def _kept(record: Record) -> tuple[tuple[str, ...], ...]:
-    if not record.kept:
-        return ()
+    """The survivors, with a column for whatever tells them apart: omega, score, rank."""
     scores = {adapter.name: adapter.score for adapter in record.adapters}
     places = {place.adapter.name: place.short for place in layout(record.adapters)}
-    rows = []
-    for entry in record.kept:
-        score = scores.get(entry.name)
-        rows.append(
-            (
-                places.get(entry.name, entry.name),
-                f"{entry.omega:.4g}" if math.isfinite(entry.omega) else MISSING,
-                MISSING if score is None else f"{score:.4g}",
-                str(entry.rank),
-            )
-        )
-    return (("adapter", "omega", "score", "rank"), *rows)
+    columns = {
+        "omega": [f"{entry.omega:.4g}" if math.isfinite(entry.omega) else MISSING for entry in record.kept],
+        "score": [MISSING if (s := scores.get(entry.name)) is None else f"{s:.4g}" for entry in record.kept],
+        "rank": [str(entry.rank) for entry in record.kept],
+    }
+    telling = {head: cells for head, cells in columns.items() if len(set(cells)) > 1}
+    names = [places.get(entry.name, entry.name) for entry in record.kept]
+    rows = zip(names, *telling.values(), strict=True)
+    return (("adapter", *telling), *rows) if names else ()
 
 
 def _facts(record: Record) -> tuple[tuple[str, str], ...]:
