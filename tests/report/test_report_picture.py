@@ -75,7 +75,7 @@ def test_names_beside_a_chart_never_overlap(ends: list[float]) -> None:
 def test_a_brief_name_keeps_layer_and_ending(kind: str, layer: int) -> None:
     short = f"{layer}.{kind}"
     brief = _brief(short, 100)
-    assert len(brief) <= 15
+    assert len(brief) <= 16
     assert brief.startswith(str(layer))
     assert brief == short or (brief.partition("…")[2] and short.endswith(brief.partition("…")[2]))
 

@@ -8,7 +8,6 @@ from collections.abc import Sequence
 
 from weightlora.report.layout import layout
 from weightlora.report.picture import (
-    LETTER,
     WIDTH,
     Axis,
     Path,
@@ -29,8 +28,9 @@ from weightlora.runs.record import Record
 
 LEFT, RIGHT, TOP, BOTTOM = 44, 10, 26, 206
 HEIGHT = BOTTOM + 36
+NAME_LETTER = 6.0  # names of modules are full of narrow letters
 NAMED = 6  # paths with their names beside them
-NAME_ROOM = 112
+NAME_ROOM = 128
 
 
 def omega_picture(record: Record, log: Log, points: int) -> Picture | None:
@@ -126,7 +126,7 @@ def _brief(short: str, room: float) -> str:
     >>> _brief("10.attention.output.dense", 100)
     '10…output.dense'
     """
-    most = int(room / LETTER)
+    most = int(room / NAME_LETTER)
     if len(short) <= most:
         return short
     head = re.match(r"[^\d]*\d*", short.partition(".")[0] if short[0].isdecimal() else short)

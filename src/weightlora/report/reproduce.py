@@ -13,6 +13,7 @@ from weightlora.runs.record import Record
 OWN_NAMES = {"weightlora", "__main__.py"}
 # Fields of a run's configuration that are not flags of the same name.
 NOT_FLAGS = ("schema_version", "settings", "training")
+FIRST = ("task", "data_dir", "model", "method", "preset")  # what a reader looks for; then the method's settings
 # Fields of PEFT's adapter_config.json that decide what an adapter is, in the order of LoraConfig's own signature.
 LORA_FIELDS = (
     "task_type", "r", "target_modules", "lora_alpha", "lora_dropout", "use_rslora", "modules_to_save", "rank_pattern",
@@ -39,7 +40,8 @@ def alone(record: Record) -> str:
     training = dict(_mapping(config.get("training")))
     if "warmup_steps" in training:  # that name is the method's
         training["lr_warmup_steps"] = training.pop("warmup_steps")
-    values |= dict(_mapping(config.get("settings"))) | training
+    values = {key: values[key] for key in FIRST if key in values} | dict(_mapping(config.get("settings"))) | values
+    values |= training
     return _lines("weightlora train", [_flag(key, value) for key, value in values.items() if value is not None])
 
 

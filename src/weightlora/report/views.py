@@ -97,7 +97,7 @@ def _run_view(run: RunFiles, id: str, runs: Sequence[RunFiles]) -> RunView:
         place=str(run.path),
         status=record.status,
         status_words=STATUS[record.status],
-        headline=_headline(record),
+        headline=_headline(record, alone=len({(r.record.task, r.record.model) for r in runs}) == 1),
         warning=_warning(run),
         resume="" if record.status == "ok" else shlex.join(["weightlora", "resume", str(run.path)]),
         error=run.error or record.error or "",
@@ -115,9 +115,13 @@ def _run_view(run: RunFiles, id: str, runs: Sequence[RunFiles]) -> RunView:
     )
 
 
-def _headline(record: Record) -> str:
-    """What stands beside the run's name while it is folded: seed, score, and how much was kept."""
-    words = [f"seed {record.seed}"]
+def _headline(record: Record, *, alone: bool) -> str:
+    """What stands beside the run's name while it is folded: seed, score, and how much was kept.
+
+    Args:
+        alone: all runs of the page are of one task and model, which need not be said each time.
+    """
+    words = [f"seed {record.seed}"] if alone else [record.task, record.model, f"seed {record.seed}"]
     if record.score is not None:
         words.append(f"{record.metric} {record.score:.4f}")
     if record.n_adapters and record.status == "ok":
