@@ -110,6 +110,7 @@ def test_the_configuration_is_the_one_of_the_adapter(ranks: list[int], make: Mak
     config.save_pretrained(str(tmp_path))
     stored = json.loads((tmp_path / "adapter_config.json").read_text())
     assert evaluated(lora_config(make(), stored)) == plain(config)
+    assert lora_config(make(), stored | {"peft_type": "VERA"}) == "", "no LoRA, so no LoraConfig"
 
 
 def test_a_record_alone_gives_what_it_knows(make: Make) -> None:
