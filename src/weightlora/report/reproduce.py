@@ -16,8 +16,8 @@ NOT_FLAGS = ("schema_version", "settings", "training")
 FIRST = ("task", "data_dir", "model", "method", "preset")  # what a reader looks for; then the method's settings
 # Fields of PEFT's adapter_config.json that decide what an adapter is, in the order of LoraConfig's own signature.
 LORA_FIELDS = (
-    "task_type", "r", "target_modules", "lora_alpha", "lora_dropout", "use_rslora", "use_dora", "modules_to_save", "rank_pattern",
-    "alpha_pattern",
+    "task_type", "r", "target_modules", "lora_alpha", "lora_dropout", "use_rslora", "use_dora", "modules_to_save",
+    "rank_pattern", "alpha_pattern",
 )  # fmt: skip
 
 
@@ -77,7 +77,7 @@ def _lines(command: str, flags: list[list[str]], width: int = 44) -> str:
 
 
 def lora_config(record: Record, adapter_config: Mapping[str, Any] | None) -> str:
-    """The placement as Python, from PEFT's own file if there is one, else from the record; "" where there is no LoRA."""
+    """The placement as Python, from PEFT's own file if there is one, else from the record; "" without LoRA."""
     if adapter_config is not None and adapter_config.get("peft_type", "LORA") != "LORA":
         return ""
     if adapter_config is not None:
