@@ -100,7 +100,7 @@ def _run_view(run: RunFiles, id: str, runs: Sequence[RunFiles]) -> RunView:
         headline=_headline(record, alone=len({(r.record.task, r.record.model) for r in runs}) == 1),
         warning=_warning(run),
         resume="" if record.status == "ok" else shlex.join(["weightlora", "resume", str(run.path)]),
-        error=run.error or record.error or "",
+        error=run.error,
         why=" ".join(record.why.split()),
         tiles=_tiles(record),
         pictures=tuple(p if cells <= TITLED_CELLS else p.plain() for p in drawn.values() if p is not None),
@@ -140,12 +140,9 @@ def _warning(run: RunFiles) -> str:
         if run.checkpoint is not None
         else "It left no checkpoint, so there are no curves."
     )
-    what = (
-        "This run failed."
-        if record.status == "failed"
-        else "This run has not finished: it is going on, or was stopped."
-    )
-    return f"{what} {so_far}"
+    if record.status == "failed":
+        return f"This run failed: {record.error or 'no reason is recorded'}. {so_far}"
+    return f"This run has not finished: it is going on, or was stopped. {so_far}"
 
 
 def _tiles(record: Record) -> tuple[Tile, ...]:
