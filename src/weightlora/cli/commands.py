@@ -103,10 +103,14 @@ def compare(parsed: argparse.Namespace, rest: list[str], parser: argparse.Argume
 
 
 def export(parsed: argparse.Namespace, rest: list[str], parser: argparse.ArgumentParser) -> int:
+    from weightlora.report import card_section
+    from weightlora.runs.record import Record
+    from weightlora.runs.run import RECORD, finished
     from weightlora.runs.serve import export_run
 
-    out = Path(parsed.out) if parsed.out else Path(parsed.run) / parsed.profile
-    done = export_run(Path(parsed.run), out, parsed.profile, overwrite=parsed.overwrite)
+    run, out = Path(parsed.run), Path(parsed.out) if parsed.out else Path(parsed.run) / parsed.profile
+    about = card_section(Record.read(run / RECORD)) if finished(run) else ""
+    done = export_run(run, out, parsed.profile, overwrite=parsed.overwrite, about=about)
     facts = {
         "path": str(done.path),
         "profile": done.profile,
@@ -123,6 +127,19 @@ def export(parsed: argparse.Namespace, rest: list[str], parser: argparse.Argumen
         )
         for note in done.notes:
             print(note)
+    return 0
+
+
+def report(parsed: argparse.Namespace, rest: list[str], parser: argparse.ArgumentParser) -> int:
+    from weightlora.report import report as make
+
+    made = make(parsed.runs)
+    for line in made.left_out:
+        _say(f"left out: {line}")
+    out = made.write(parsed.out)
+    _write_json(parsed.json, made.json)
+    if parsed.json != "-":
+        print(f"report of {made.runs} run{'s' if made.runs > 1 else ''}: {out}")
     return 0
 
 

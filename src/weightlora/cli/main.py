@@ -39,6 +39,10 @@ COMMANDS: dict[str, tuple[Command, bool, str, str, str]] = {
         commands.export, False, "write a run's adapter for a server, or merged into its base",
         "RUN [--profile PROFILE] [--out DIR]", "weightlora export runs/sst2 --profile portable --out served",
     ),
+    "report": (
+        commands.report, False, "show runs in one HTML file: what was kept, why, and what it saved",
+        "RUN... [--out FILE]", "weightlora report runs/sst2 runs/compare --out report.html",
+    ),
 }  # fmt: skip
 
 
@@ -67,7 +71,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             sub.error(f"unrecognized arguments: {' '.join(rest)}")
         if parsed.json is not None and Path(parsed.json).is_dir():
             raise ConfigError(f"{parsed.json} is a folder; give --json a file, or - for standard output")
-        _quiet_libraries()
+        if parsed.command != "report":  # which loads none of them
+            _quiet_libraries()
         return run(parsed, rest, sub)
     except WeightLoRAError as error:
         print(f"weightlora {command}: error: {error}", file=sys.stderr)
@@ -114,6 +119,10 @@ def build_parser() -> tuple[argparse.ArgumentParser, dict[str, tuple[argparse.Ar
         table[name] = sub, run, takes_rest
         if takes_rest:
             arguments.add_run_flags(sub)
+        elif name == "report":
+            sub.add_argument(
+                "runs", metavar="RUN", nargs="+", help="a run directory, a record.json, or a folder of runs"
+            )
         else:
             sub.add_argument("run", metavar="RUN", help="a run directory")
         sub.add_argument("--json", metavar="FILE", help="write the result for a machine, too (- for standard output)")
@@ -122,6 +131,7 @@ def build_parser() -> tuple[argparse.ArgumentParser, dict[str, tuple[argparse.Ar
     for name in ("train", "select", "compare"):
         table[name][0].add_argument("--out", metavar="DIR", default=f"runs/{name}", help=f"default: runs/{name}")
     table["export"][0].add_argument("--out", metavar="DIR", help="default: RUN/PROFILE")
+    table["report"][0].add_argument("--out", metavar="FILE", default="report.html", help="default: report.html")
     for name in ("train", "select", "export"):
         table[name][0].add_argument("--overwrite", action="store_true", help="replace what is in --out")
     _add_compare_flags(table["compare"][0])

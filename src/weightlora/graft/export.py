@@ -63,6 +63,7 @@ def export(
     adapter: str | None = None,
     base: nn.Module | None = None,
     overwrite: bool = False,
+    about: str = "",
 ) -> Export:
     """Write the adapter (or merged model) to a folder, reload it from there with stock software, compare the logits.
 
@@ -84,6 +85,7 @@ def export(
         adapter: PEFT's adapter name; default: the active one.
         base: merge into this full-precision model of the same structure instead of the base under the adapters.
         overwrite: replace whatever `out` holds.
+        about: Markdown for ``README.md``, such as what the run measured; it is put at the end.
 
     Returns:
         An :class:`Export`.
@@ -124,7 +126,7 @@ def export(
             done = Export(
                 path=path, profile=profile, max_difference=difference, tolerance=tolerance, rank=rank, notes=notes
             )
-            _write_papers(folder, done, live, selection)
+            _write_papers(folder, done, live, selection, about)
     except OSError as error:
         reason = error.strerror or str(error)
         raise ExportError(f"cannot write the export to {path}: {reason}; use another folder") from error
@@ -170,7 +172,7 @@ def _free_folder(out: str | Path, overwrite: bool) -> Path:
     return path
 
 
-def _write_papers(folder: Path, done: Export, live: Live, selection: Selection | None) -> None:
+def _write_papers(folder: Path, done: Export, live: Live, selection: Selection | None, about: str) -> None:
     """``selection.json``, ``README.md``, and the record of the export, which also marks the folder as one."""
     if selection is not None:
         selection.save(folder / "selection.json")
@@ -188,7 +190,7 @@ def _write_papers(folder: Path, done: Export, live: Live, selection: Selection |
         notes=done.notes,
         verified=verified,
     )
-    write_text(folder / "README.md", card)
+    write_text(folder / "README.md", card + (f"\n{about.strip()}\n" if about else ""))
     record = {
         "schema_version": SCHEMA_VERSION,
         "profile": done.profile,

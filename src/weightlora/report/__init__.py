@@ -1,6 +1,8 @@
 """Pictures and words from record files. Imports no torch, and matplotlib only when something is drawn."""
 
+from weightlora.report.card import card_section
+from weightlora.report.page import Report, report
 from weightlora.report.selection_map import selection_map
 from weightlora.report.tables import Table, comparison_table, run_summary
 
-__all__ = ["Table", "comparison_table", "run_summary", "selection_map"]
+__all__ = ["Report", "Table", "card_section", "comparison_table", "report", "run_summary", "selection_map"]

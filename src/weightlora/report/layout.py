@@ -1,4 +1,4 @@
-"""Where each adapter of a record belongs: its tower, its layer and a short name. Shared by pictures and tables."""
+"""Where each adapter of a record belongs: its tower, layer, short name and cell. Shared by pictures and tables."""
 
 from __future__ import annotations
 
@@ -10,6 +10,8 @@ from weightlora.runs.record import AdapterScore
 
 OTHER = "other"
 """The tower of adapters outside every stack of layers, in a model that has several stacks."""
+GAP = 0.35
+"""The space between towers, and below what lies outside the layers; in columns or rows."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -54,6 +56,34 @@ def layout(adapters: Sequence[AdapterScore]) -> tuple[Place, ...]:
         Place(tower=where, block=adapter.block, kind=short[where, kind], adapter=adapter)
         for where, kind, adapter in zip(tower, kinds, adapters, strict=True)
     )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Grid:
+    """The columns (tower, kind) at their horizontal positions, and the rows (blocks) at their vertical ones."""
+
+    columns: dict[tuple[str, str], float]
+    rows: dict[int | None, float]
+
+    @classmethod
+    def of(cls, places: tuple[Place, ...]) -> Grid:
+        towers = list(dict.fromkeys(place.tower for place in places))
+        pairs = dict.fromkeys((place.tower, place.kind) for place in places)
+        ordered = sorted(pairs, key=lambda pair: towers.index(pair[0]))  # stable: module order inside a tower
+        columns = {pair: index + GAP * towers.index(pair[0]) for index, pair in enumerate(ordered)}
+        blocks = [place.block for place in places if place.block is not None]
+        rows: dict[int | None, float] = {block: float(block) for block in range(max(blocks, default=-1) + 1)}
+        if any(place.block is None for place in places):
+            rows[None] = len(rows) + GAP * bool(rows)
+        return cls(columns=columns, rows=rows)
+
+    @property
+    def towers(self) -> dict[str, list[float]]:
+        """The positions of each tower's columns."""
+        found: dict[str, list[float]] = {}
+        for (tower, _), x in self.columns.items():
+            found.setdefault(tower, []).append(x)
+        return found
 
 
 def _split(adapter: AdapterScore) -> tuple[tuple[str, ...] | None, str]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import io
 import math
 import os
@@ -12,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from weightlora.errors import ConfigError
 from weightlora.files import new_file
-from weightlora.report.layout import Place, layout
+from weightlora.report.layout import Grid, Place, layout
 from weightlora.runs.record import Record
 
 if TYPE_CHECKING:
@@ -24,7 +23,7 @@ WIDTH = 6.4  # inches, as are all lengths below; the picture is to be read at ha
 DPI = 200
 FONT = 11
 LEFT, RIGHT, TOP = 0.72, 1.05, 0.62
-COLUMN, GAP = 1.05, 0.35  # the widest a column may be; the space between towers, in columns
+COLUMN = 1.05  # the widest a column may be
 _NO_ADAPTER: dict[str, Any] = {"facecolor": "#e4e4e4", "edgecolor": "#9a9a9a", "hatch": "////", "linewidth": 0.0}
 
 
@@ -78,40 +77,12 @@ def _finite(values: tuple[float, ...]) -> set[float]:
     return {value for value in values if math.isfinite(value)}
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class _Grid:
-    """The columns (tower, kind) at their horizontal positions, and the rows (blocks) at their vertical ones."""
-
-    columns: dict[tuple[str, str], float]
-    rows: dict[int | None, float]
-
-    @classmethod
-    def of(cls, places: tuple[Place, ...]) -> _Grid:
-        towers = list(dict.fromkeys(place.tower for place in places))
-        pairs = dict.fromkeys((place.tower, place.kind) for place in places)
-        ordered = sorted(pairs, key=lambda pair: towers.index(pair[0]))  # stable: module order inside a tower
-        columns = {pair: index + GAP * towers.index(pair[0]) for index, pair in enumerate(ordered)}
-        blocks = [place.block for place in places if place.block is not None]
-        rows: dict[int | None, float] = {block: float(block) for block in range(max(blocks, default=-1) + 1)}
-        if any(place.block is None for place in places):
-            rows[None] = len(rows) + GAP * bool(rows)
-        return cls(columns=columns, rows=rows)
-
-    @property
-    def towers(self) -> dict[str, list[float]]:
-        """The positions of each tower's columns."""
-        found: dict[str, list[float]] = {}
-        for (tower, _), x in self.columns.items():
-            found.setdefault(tower, []).append(x)
-        return found
-
-
 def _figure(record: Record) -> Figure:
     """The whole picture. Every length is reckoned in inches, so that no shape of model squeezes the text."""
     from matplotlib.figure import Figure
 
     places = layout(record.adapters)
-    grid = _Grid.of(places)
+    grid = Grid.of(places)
     span, height = max(grid.columns.values()) + 1, max(grid.rows.values()) + 1
     width = min(WIDTH - LEFT - RIGHT, max(COLUMN * span, 1.2))
     labels, rotated = _column_labels(grid, width / span)
@@ -148,7 +119,7 @@ def _title(record: Record) -> str:
     return "\n".join("\n".join(textwrap.wrap(line, 58)) for line in lines)
 
 
-def _column_labels(grid: _Grid, column: float) -> tuple[list[str], bool]:
+def _column_labels(grid: Grid, column: float) -> tuple[list[str], bool]:
     """The kinds as tick labels, and whether they must stand upright to fit a column of that many inches."""
     kinds = [kind for _, kind in grid.columns]
     flat = [kind.replace(".", ".\n") for kind in kinds]
@@ -174,7 +145,7 @@ def _length(line: str) -> float:
     return float(TextPath((0, 0), line.replace("$", "S"), size=FONT).get_extents().width) / 72
 
 
-def _draw_cells(axes: Axes, record: Record, places: tuple[Place, ...], grid: _Grid) -> ScalarMappable:
+def _draw_cells(axes: Axes, record: Record, places: tuple[Place, ...], grid: Grid) -> ScalarMappable:
     """One rectangle per cell, hatched where there is no adapter, with "?" where there is no value."""
     from matplotlib import colormaps
     from matplotlib.cm import ScalarMappable
@@ -205,7 +176,7 @@ def _draw_cells(axes: Axes, record: Record, places: tuple[Place, ...], grid: _Gr
 
 
 def _draw_survivors(
-    axes: Axes, record: Record, places: tuple[Place, ...], grid: _Grid, inset: tuple[float, float]
+    axes: Axes, record: Record, places: tuple[Place, ...], grid: Grid, inset: tuple[float, float]
 ) -> None:
     """A star and a frame for each kept adapter, both black and white, so that any colour shows them."""
     from matplotlib.patches import Rectangle
@@ -235,7 +206,7 @@ def _star(size: float) -> dict[str, Any]:
     }
 
 
-def _draw_axes(axes: Axes, grid: _Grid, labels: list[str], rotated: bool, below: float) -> None:
+def _draw_axes(axes: Axes, grid: Grid, labels: list[str], rotated: bool, below: float) -> None:
     """Limits, ticks and names; ``below`` is the depth of the labels as a fraction of the axes' height."""
     axes.set_xlim(-0.5, max(grid.columns.values()) + 0.5)
     axes.set_ylim(-0.5, max(grid.rows.values()) + 0.5)

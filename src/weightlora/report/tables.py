@@ -35,6 +35,14 @@ _TITLES = {
     "seconds_per_step": "time per step",
     "relative_time": f"time vs {BASELINE}",
 }
+PHASE_NUMBERS: tuple[tuple[str, Callable[[Phase], float | None], Scale], ...] = (
+    ("trainable parameters", lambda phase: phase.trainable_params, COUNT),
+    ("kept activations", lambda phase: phase.kept_activation_bytes, BYTES),
+    ("FLOPs per step", lambda phase: phase.flops_per_step, FLOPS),
+    ("time per step", lambda phase: phase.seconds_per_step, SECONDS),
+    ("peak memory", lambda phase: phase.peak_memory_bytes, BYTES),
+)
+"""What a phase cost: name, how to read it, its units."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -148,7 +156,7 @@ def comparison_table(records: Sequence[Record]) -> Table:
         found = sorted({getattr(record, field) for record in records})
         if len(found) > 1:
             raise ConfigError(f"a comparison needs runs of one {field}, not of {', '.join(found)}; compare them apart")
-    rows = [_row(label, group) for label, group in _groups(records).items()]
+    rows = [_row(label, group) for label, group in groups(records).items()]
     finished = [record for record in records if record.status == "ok"]
     comparable = len({tuple(sorted(record.machine.items())) for record in finished}) <= 1
     for row in rows:
@@ -170,7 +178,7 @@ def comparison_table(records: Sequence[Record]) -> Table:
     )
 
 
-def _groups(records: Sequence[Record]) -> dict[str, list[Record]]:
+def groups(records: Sequence[Record]) -> dict[str, list[Record]]:
     """Records by the label of their row, in order of first appearance."""
     one_preset = len({record.preset for record in records}) == 1
     settings: dict[tuple[str, str], set[tuple[int | None, int | None]]] = {}
@@ -178,13 +186,13 @@ def _groups(records: Sequence[Record]) -> dict[str, list[Record]]:
         found = settings.setdefault((record.method, record.preset), set())
         if record.status == "ok":  # a run that failed early may not know its k
             found.add((record.k, record.r))
-    groups: dict[str, list[Record]] = {}
+    rows: dict[str, list[Record]] = {}
     for record in records:
         label = record.method if one_preset else f"{record.method} ({record.preset})"
         if len(settings[record.method, record.preset]) > 1:
             label += f" k={MISSING if record.k is None else record.k} r={MISSING if record.r is None else record.r}"
-        groups.setdefault(label, []).append(record)
-    return groups
+        rows.setdefault(label, []).append(record)
+    return rows
 
 
 def _row(label: str, group: Sequence[Record]) -> dict[str, Any]:
@@ -319,25 +327,28 @@ def _kept_names(record: Record, most: int = 12) -> list[str]:
     return names if len(names) <= most else [*names[:most], f"and {len(names) - most} more"]
 
 
-def _phase_lines(phases: Sequence[Phase]) -> list[str]:
-    """One column per phase and, with two or more, the last one against the first in words."""
-    numbers: list[tuple[str, Callable[[Phase], float | None], Scale]] = [
-        ("trainable parameters", lambda phase: phase.trainable_params, COUNT),
-        ("kept activations", lambda phase: phase.kept_activation_bytes, BYTES),
-        ("FLOPs per step", lambda phase: phase.flops_per_step, FLOPS),
-        ("time per step", lambda phase: phase.seconds_per_step, SECONDS),
-        ("peak memory", lambda phase: phase.peak_memory_bytes, BYTES),
-    ]
+def phase_rows(phases: Sequence[Phase]) -> list[list[str]]:
+    """A heading, then one row per number: a column per phase and, with two or more, the last against the first.
+
+    >>> phase_rows([])[0]
+    ['', '']
+    """
     several = len(phases) > 1
     table = [["", *(phase.name for phase in phases), "change" if several else ""]]
     table.append(["steps", *(str(phase.steps) for phase in phases), ""])
     table.append(["micro-batch", *(_batch(phase) for phase in phases), ""])
-    for name, number, scale in numbers:
+    for name, number, scale in PHASE_NUMBERS:
         values = [number(phase) for phase in phases]
         if any(value is not None for value in values):
             unit = Unit.fit(values, scale)
             change = ratio(values[0], values[-1]) if several else ""
             table.append([name, *(unit.text(value) for value in values), change])
+    return table
+
+
+def _phase_lines(phases: Sequence[Phase]) -> list[str]:
+    """The phases' numbers in columns."""
+    table = phase_rows(phases)
     widths = [max(len(row[column]) for row in table) for column in range(len(table[0]))]
     return ["  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]) for row in table]
 

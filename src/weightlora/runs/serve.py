@@ -15,7 +15,7 @@ from weightlora.runs.config import RunConfig
 from weightlora.runs.run import ADAPTER, SELECTION, finished
 
 
-def export_run(folder: Path, out: Path, profile: str, *, overwrite: bool = False) -> Export:
+def export_run(folder: Path, out: Path, profile: str, *, overwrite: bool = False, about: str = "") -> Export:
     """Export a finished run's adapter.
 
     Args:
@@ -23,6 +23,7 @@ def export_run(folder: Path, out: Path, profile: str, *, overwrite: bool = False
         out: where the export goes.
         profile: as :func:`weightlora.export`.
         overwrite: replace an earlier export.
+        about: as :func:`weightlora.export`.
 
     Raises:
         CheckpointError: no finished run there, or one without an adapter.
@@ -40,7 +41,7 @@ def export_run(folder: Path, out: Path, profile: str, *, overwrite: bool = False
     loaded = base_model(config, read_task(config))
     model = PeftModel.from_pretrained(loaded.model, folder / ADAPTER)
     model.eval()
-    return export(_Finished(model, Selection.load(folder / SELECTION)), out, profile, overwrite=overwrite)
+    return export(_Finished(model, Selection.load(folder / SELECTION)), out, profile, overwrite=overwrite, about=about)
 
 
 class _Finished:
