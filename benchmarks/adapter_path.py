@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import functools
 import hashlib
 import json
 import os
@@ -20,7 +21,6 @@ import re
 import shlex
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -34,82 +34,13 @@ from peft.tuners.lora.layer import LoraLayer, LoraVariant
 from torch import Tensor, nn
 
 import weightlora
-from clocks import clock, summary
+from benchlib.clocks import clock, summary
+from benchlib.shapes import SHAPES, Shape, build, resized
 from weightlora.graft import Gates
 from weightlora.graft.adapters import adapters, factors, lora_layers
 from weightlora.graft.fast import fast_path, stock_path
-from weightlora.ops import why_no_triton
+from weightlora.ops import engine, why_no_triton
 from weightlora.training.measure import StepCost, isolated_rng, step_cost
-
-QKV_BERT = ("query", "key", "value")
-ALL_BERT = (*QKV_BERT, r"attention\.output\.dense", r"intermediate\.dense", r"\d+\.output\.dense")
-ALL_LLAMA = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
-
-
-@dataclass(frozen=True, kw_only=True)
-class Shape:
-    """A model by its config (random weights), what is adapted, the batch, and what survives after the seam."""
-
-    model: str
-    config: str
-    sizes: dict[str, Any]
-    targets: tuple[str, ...]
-    batch: int
-    length: int
-    named: str
-    dtype: torch.dtype = torch.float32
-    k_random: int = 5
-    k_deepest: int = 5
-
-
-# Vocabularies of the encoders are cut to 1,000 rows: an embedding table is only looked up, and costs neither kept bytes
-# nor FLOPs. The language models' logits do cost; llama-3-8b has its real vocabulary.
-_DEBERTA = {"vocab_size": 1000, "hidden_size": 768, "num_hidden_layers": 12, "num_attention_heads": 12,
-            "intermediate_size": 3072, "relative_attention": True, "position_buckets": 256,
-            "pos_att_type": ["p2c", "c2p"], "share_att_key": True, "norm_rel_ebd": "layer_norm",
-            "max_relative_positions": -1, "position_biased_input": False, "type_vocab_size": 0,
-            "max_position_embeddings": 512, "hidden_dropout_prob": 0.0,
-            "attention_probs_dropout_prob": 0.0}  # fmt: skip
-SHAPES: dict[str, Shape] = {
-    "minilm": Shape(
-        model="BertForSequenceClassification", config="BertConfig", targets=ALL_BERT, batch=32, length=64,
-        sizes={"vocab_size": 1000, "hidden_size": 384, "num_hidden_layers": 6, "num_attention_heads": 12,
-               "intermediate_size": 1536, "hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0},
-        named=r"layer\.[45]\.attention\.self\.(query|value)|layer\.5\.attention\.self\.key",
-    ),
-    # The anchor of the paper's q/k/v setting; `named` is the paper's five: values of 8, 10, 11, query and key of 11.
-    "deberta-v3-base": Shape(
-        model="DebertaV2ForSequenceClassification", config="DebertaV2Config", sizes=_DEBERTA, batch=8, length=128,
-        targets=("query_proj", "key_proj", "value_proj"),
-        named=r"layer\.(8|10|11)\.attention\.self\.value_proj|layer\.11\.attention\.self\.(query|key)_proj",
-    ),
-    "bart-large": Shape(
-        model="BartForConditionalGeneration", config="BartConfig", batch=4, length=128,
-        sizes={"vocab_size": 1000, "d_model": 1024, "encoder_layers": 12, "decoder_layers": 12,
-               "encoder_attention_heads": 16, "decoder_attention_heads": 16, "encoder_ffn_dim": 4096,
-               "decoder_ffn_dim": 4096, "dropout": 0.0},
-        targets=("q_proj", "k_proj", "v_proj"), named=r"decoder\.layers\.(9|10|11)\.self_attn\.v_proj",
-    ),
-    "llama-3-8b": Shape(
-        model="LlamaForCausalLM", config="LlamaConfig", batch=1, length=2048, dtype=torch.bfloat16, targets=ALL_LLAMA,
-        sizes={"vocab_size": 128256, "hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32,
-               "num_attention_heads": 32, "num_key_value_heads": 8, "max_position_embeddings": 8192,
-               "rope_theta": 500000.0}, k_random=100, k_deepest=56,
-        named=r"layers\.(2[4-9]|3[01])\.(self_attn\.[qv]_proj|mlp\.down_proj)",
-    ),
-    "llama-512": Shape(
-        model="LlamaForCausalLM", config="LlamaConfig", batch=4, length=256, dtype=torch.bfloat16, targets=ALL_LLAMA,
-        sizes={"vocab_size": 1000, "hidden_size": 512, "intermediate_size": 1376, "num_hidden_layers": 8,
-               "num_attention_heads": 8, "num_key_value_heads": 8},
-        named=r"layers\.[67]\.(self_attn\.[qv]_proj|mlp\.down_proj)",
-    ),
-    "tiny": Shape(
-        model="LlamaForCausalLM", config="LlamaConfig", batch=2, length=16, targets=ALL_LLAMA,
-        sizes={"vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
-               "num_attention_heads": 2, "num_key_value_heads": 2},
-        named=r"layers\.1\.self_attn\.v_proj",
-    ),
-}  # fmt: skip
 
 
 class DenseVariant(LoraVariant):  # type: ignore[misc]
@@ -124,25 +55,6 @@ class DenseVariant(LoraVariant):  # type: ignore[misc]
         A, B = factors(module, active_adapter)
         delta = self.gate * (B @ A) * module.scaling[active_adapter]
         return result + F.linear(x.to(delta.dtype), delta).to(result.dtype)
-
-
-def build(shape: Shape, device: str, seed: int) -> tuple[nn.Module, dict[str, Tensor]]:
-    """The frozen model in training mode, with random weights, and one batch."""
-    torch.manual_seed(seed)
-    config = getattr(transformers, shape.config)(**shape.sizes)
-    config.use_cache = False
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(shape.dtype)
-    try:
-        with torch.device(device):
-            model = getattr(transformers, shape.model)(config)
-    finally:
-        torch.set_default_dtype(before)
-    generator = torch.Generator().manual_seed(seed)
-    ids = torch.randint(4, shape.sizes["vocab_size"], (shape.batch, shape.length), generator=generator)
-    labels = torch.arange(shape.batch) % 2 if shape.model.endswith("Classification") else ids
-    batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": labels}
-    return model.train().requires_grad_(False), {key: value.to(device) for key, value in batch.items()}
 
 
 class Bench:
@@ -165,18 +77,19 @@ class Bench:
         self.engine = args.engine
 
     def rows(self) -> dict[str, Callable[[], contextlib.AbstractContextManager[None]]]:
-        return {
+        rows: dict[str, Callable[[], contextlib.AbstractContextManager[None]]] = {
             "bare": self.bare,
             "stock": lambda: self.stock(self.layers),
             "ours": lambda: self.ours(self.layers),
             "ours-gated": self.gated,
             "dense": self.dense,
-            f"ours-random-{len(self.random)}": lambda: self.ours(self.random),
-            f"ours-deepest-{len(self.deepest)}": lambda: self.ours(self.deepest),
-            f"ours-named-{len(self.named)}": lambda: self.ours(self.named),
-            f"stock-deepest-{len(self.deepest)}": lambda: self.stock(self.deepest),
             "full": self.full,
         }
+        for kind, live in (("random", self.random), ("deepest", self.deepest), ("named", self.named)):
+            if live:  # a model cut short may have none of the names
+                rows[f"ours-{kind}-{len(live)}"] = functools.partial(self.ours, live)
+        rows[f"stock-deepest-{len(self.deepest)}"] = functools.partial(self.stock, self.deepest)
+        return rows
 
     def loss(self) -> Tensor:
         device = self.args.device.split(":")[0]
@@ -305,32 +218,29 @@ def count(bench: Bench, names: Sequence[str]) -> dict[str, StepCost]:
     return costs
 
 
-def on_cuda(bench: Bench, names: Sequence[str]) -> dict[str, dict[str, int]]:
-    """Peak memory and the number of kernels of one step, a dict per row; nothing without CUDA."""
+def on_cuda(bench: Bench, name: str) -> dict[str, int]:
+    """Peak memory and the number of kernels of one step of a row; nothing without CUDA."""
     if not bench.args.device.startswith("cuda"):
         return {}
-    found = {}
-    for name in names:
-        with bench.rows()[name]():
+    with bench.rows()[name]():
+        bench.step()
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        bench.step()
+        torch.cuda.synchronize()
+        peak = torch.cuda.max_memory_allocated()
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
             bench.step()
             torch.cuda.synchronize()
-            torch.cuda.reset_peak_memory_stats()
-            bench.step()
-            torch.cuda.synchronize()
-            peak = torch.cuda.max_memory_allocated()
-            with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
-                bench.step()
-                torch.cuda.synchronize()
-            kernels = sum(1 for event in profile.events() if event.device_type == torch.autograd.DeviceType.CUDA)
-            found[name] = {"peak_memory_bytes": peak, "kernels": kernels}
-    return found
+        kernels = sum(1 for event in profile.events() if event.device_type == torch.autograd.DeviceType.CUDA)
+    return {"peak_memory_bytes": peak, "kernels": kernels}
 
 
 def provenance(args: argparse.Namespace) -> dict[str, Any]:
     """What is needed to run it again and to judge the figures."""
-    source = Path(weightlora.__file__).parent
+    source, here = Path(weightlora.__file__).parent, Path(__file__).parent
     digest = hashlib.sha256()
-    for file in sorted((*source.glob("ops/*.py"), *source.glob("graft/*.py"), Path(__file__))):
+    for file in sorted((*source.glob("ops/*.py"), *source.glob("graft/*.py"), *here.glob("**/*.py"))):
         digest.update(file.read_bytes())
     packages = {module.__name__: module.__version__ for module in (torch, transformers, peft, weightlora)}
     if why_no_triton() is None:
@@ -352,15 +262,19 @@ def chosen(names: Iterable[str], starts: Sequence[str] | None) -> list[str]:
 
 
 def table(bench: Bench, names: Sequence[str], seconds: float) -> dict[str, dict[str, Any]]:
-    """Everything measured, a dict per row."""
-    costs = count(bench, names)
-    rows: dict[str, dict[str, Any]] = {
-        name: {"kept_activation_bytes": c.kept_activation_bytes, "flops": c.flops} for name, c in costs.items()
-    }
-    for name, more in on_cuda(bench, names).items():
-        rows[name] |= more
-    if seconds > 0:
-        timed = {name: bench.rows()[name] for name in chosen(names, bench.args.clock)}
+    """Everything measured, a dict per row; a row that a CUDA device cannot hold says so, and the others go on."""
+    rows: dict[str, dict[str, Any]] = {}
+    for name in names:
+        try:
+            cost = count(bench, [name])[name]
+            rows[name] = {"kept_activation_bytes": cost.kept_activation_bytes, "flops": cost.flops}
+            rows[name] |= on_cuda(bench, name)
+        except torch.OutOfMemoryError:
+            torch.cuda.empty_cache()
+            rows[name] = {"out_of_memory": True}
+    fits = [name for name in chosen(names, bench.args.clock) if "out_of_memory" not in rows[name]]
+    if seconds > 0 and fits:
+        timed = {name: bench.rows()[name] for name in fits}
         samples = clock(timed, bench.step, seconds, cuda=bench.args.device.startswith("cuda"))
         for name, more in summary(samples, bench.batch["input_ids"].numel(), ("stock", "bare", "dense")).items():
             rows[name] |= more
@@ -368,6 +282,9 @@ def table(bench: Bench, names: Sequence[str], seconds: float) -> dict[str, dict[
 
 
 def show(name: str, row: dict[str, Any]) -> None:
+    if "out_of_memory" in row:
+        print(f"{name:20} does not fit on this device", flush=True)
+        return
     line = f"{name:20} {row['kept_activation_bytes'] / 2**20:9.1f} MiB {row['flops'] / 1e9:9.1f} GFLOP"
     if "seconds_median" in row:
         line += f" {row['seconds_median']:8.3f} s ({row['rounds']} rounds, {row['disturbed']} disturbed)"
@@ -399,6 +316,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--batch", type=int, help="default: the shape's")
     parser.add_argument("--length", type=int, help="tokens of a row; default: the shape's")
     parser.add_argument("--layers", type=int, help="fewer layers than the shape has, for a machine that cannot hold it")
+    parser.add_argument("--size", nargs="+", metavar="NAME=N", help="other sizes of the model's config, for a trial")
     parser.add_argument("--k-random", type=int, help="survivors chosen at random")
     parser.add_argument("--k-deepest", type=int, help="survivors in the highest layers")
     parser.add_argument("--names", help="regular expression: survivors by name")
@@ -412,11 +330,15 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 
 def shape_of(args: argparse.Namespace) -> Shape:
-    shape = SHAPES[args.shape]
-    sizes = dict(shape.sizes)
-    if args.layers:
-        sizes |= {key: args.layers for key in ("num_hidden_layers", "encoder_layers", "decoder_layers") if key in sizes}
-    return replace(shape, sizes=sizes, batch=args.batch or shape.batch, length=args.length or shape.length)
+    """The chosen shape with what the command line changes of it."""
+    changes = dict(pair.split("=", 1) for pair in args.size or ())
+    return resized(
+        SHAPES[args.shape],
+        {key: int(value) for key, value in changes.items()},
+        layers=args.layers,
+        batch=args.batch,
+        length=args.length,
+    )
 
 
 def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
@@ -433,8 +355,9 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     result = {
         "benchmark": "adapter_path", "shape": args.shape, "device": args.device, "dtype": str(bench.shape.dtype),
         "adapter_dtype": args.adapter_dtype, "autocast": args.autocast, "batch": bench.shape.batch,
-        "length": bench.shape.length, "layers": args.layers, "rank": args.rank, "dropout": args.dropout,
-        "engine": args.engine, "n": len(bench.layers), "floor_bytes": floor, "rows": rows,
+        "length": bench.shape.length, "sizes": bench.shape.sizes, "rank": args.rank, "dropout": args.dropout,
+        "engine": args.engine, "computed_by": engine(args.engine).__module__,
+        "n": len(bench.layers), "floor_bytes": floor, "rows": rows,
         "survivors": {"random": bench.random, "deepest": bench.deepest, "named": bench.named},
         "provenance": provenance(args),
     }  # fmt: skip

@@ -18,7 +18,8 @@ from typing import Any
 
 import torch
 
-from adapter_path import SHAPES, Bench, provenance, shape_of, write
+from adapter_path import Bench, provenance, shape_of, write
+from benchlib.shapes import SHAPES
 from weightlora.graft.adapters import factors
 from weightlora.training.measure import step_cost
 
@@ -108,6 +109,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--batch", type=int)
     parser.add_argument("--length", type=int)
     parser.add_argument("--layers", type=int)
+    parser.add_argument("--size", nargs="+", metavar="NAME=N", help="other sizes of the model's config, for a trial")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, help="of the JSON; the picture lies beside it, as .png")
     args = parser.parse_args(argv)

@@ -220,3 +220,22 @@ def test_nothing_below_the_lowest_survivor_is_kept(family: str, checkpointing: b
     base.enable_input_require_grads()
     # The third block's output is what the survivors in the fourth read.
     assert alive()[:2] == [False, False]
+
+
+@pytest.mark.parametrize("asked", [False, True])
+@families
+def test_checkpointing_draws_the_same_masks_again(family: str, asked: bool) -> None:
+    """Non-reentrant, with dropout: every gradient is bit by bit the one without checkpointing."""
+    found = []
+    for recompute in (False, True):
+        model = wrapped(family, dropout=0.3).train()
+        if recompute:
+            model.base_model.model.activation_checkpointing_enable({"use_reentrant": False})
+            if asked:
+                model.base_model.model.enable_input_require_grads()
+        fast_path(model, engine_name="autograd")
+        torch.manual_seed(11)
+        found.append(step(model))
+    assert torch.equal(found[0][0], found[1][0])
+    assert found[0][1].keys() == found[1][1].keys()
+    assert all(torch.equal(grad, found[1][1][name]) for name, grad in found[0][1].items())

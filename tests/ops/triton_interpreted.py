@@ -36,7 +36,7 @@ def mask(tokens: int, width: int, p: float, seed: int) -> Tensor:
     """What the kernels keep under this seed, drawn by the one that spreads."""
     if p == 0.0:
         return torch.ones(tokens, width, dtype=torch.float64)
-    ones = KERNELS.back(torch.ones(tokens, 1), None, torch.ones(1, width), p, seed)[1]
+    ones = KERNELS.back(torch.ones(tokens, 1), None, torch.ones(1, width), torch.float32, p, seed)[1]
     assert ones is not None
     return ones.double()
 
@@ -59,11 +59,11 @@ def test_products(x_dtype: torch.dtype, dtype: torch.dtype, tokens: int, width: 
     u, kept = random(tokens, rank, dtype=dtype, seed=2), mask(tokens, width, p, seed=77)
     dropped = x.double() * kept
     near(KERNELS.down(x, A, dtype, p, 77), dropped @ A.double().T, dtype)
-    grad_A, grad_x = KERNELS.back(u, x, A, p, 77)
+    grad_A, grad_x = KERNELS.back(u, x, A, x_dtype, p, 77)
     assert grad_A is not None
     assert grad_x is not None
     near(grad_A, u.double().T @ dropped, dtype)
-    near(grad_x, u.double() @ A.double() * kept, dtype)
+    near(grad_x, u.double() @ A.double() * kept, x_dtype)
     near(KERNELS.outer(u, x), u.double().T @ x.double(), dtype)
     out, B = random(tokens, width, dtype=x_dtype, seed=3), random(width, rank, dtype=dtype, seed=4)
     want = out.double() + 1.5 * u.double() @ B.double().T

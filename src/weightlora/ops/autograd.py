@@ -36,9 +36,9 @@ class Products(Protocol):
         ...
 
     def back(
-        self, u: Tensor, x: Tensor | None, A: Tensor | None, p: float, seed: int
+        self, u: Tensor, x: Tensor | None, A: Tensor | None, dtype: torch.dtype, p: float, seed: int
     ) -> tuple[Tensor | None, Tensor | None]:
-        """``u^T drop(x)`` (r, d) and ``drop(u A)`` (tokens, d) in u's dtype; None in, None out."""
+        """``u^T drop(x)`` (r, d) in u's dtype and ``drop(u A)`` (tokens, d) in `dtype`; None in, None out."""
         ...
 
 
@@ -68,7 +68,7 @@ class TorchProducts:
         return torch.mm(h.T, as_dtype(g, h.dtype))
 
     def back(
-        self, u: Tensor, x: Tensor | None, A: Tensor | None, p: float, seed: int
+        self, u: Tensor, x: Tensor | None, A: Tensor | None, dtype: torch.dtype, p: float, seed: int
     ) -> tuple[Tensor | None, Tensor | None]:
         grad_x = None if A is None else torch.mm(u, as_dtype(A, u.dtype))
         if p > 0.0:
@@ -79,7 +79,8 @@ class TorchProducts:
                 drop_(grad_x, dropped)
             if x is not None:
                 x = drop_(_copy(x, u.dtype), dropped)
-        return (None if x is None else torch.mm(u.T, as_dtype(x, u.dtype))), grad_x
+        grad_A = None if x is None else torch.mm(u.T, as_dtype(x, u.dtype))
+        return grad_A, (None if grad_x is None else as_dtype(grad_x, dtype))
 
 
 def as_dtype(t: Tensor, dtype: torch.dtype) -> Tensor:
@@ -214,11 +215,12 @@ def _gradients(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
                 as_dtype(gB * strength, dtype),
                 _flat(x) if need_A else None,
                 A if need_x else None,
+                ctx.x_dtype,
                 ctx.dropout,
                 0 if seed is None else int(seed),
             )
             grad_A = None if grad_A is None else as_dtype(grad_A, A.dtype)
-            grad_x = None if grad_x is None else as_dtype(grad_x, ctx.x_dtype).view(ctx.shape)
+            grad_x = None if grad_x is None else grad_x.view(ctx.shape)
     return grad_x, (g if need_result else None), grad_A, grad_B, grad_gate
 
 

@@ -142,17 +142,17 @@ class TritonProducts:
         return TORCH.outer(h, g) if g.dtype == h.dtype else self._outer(h, g, 0.0, 0)
 
     def back(
-        self, u: Tensor, x: Tensor | None, A: Tensor | None, p: float, seed: int
+        self, u: Tensor, x: Tensor | None, A: Tensor | None, dtype: torch.dtype, p: float, seed: int
     ) -> tuple[Tensor | None, Tensor | None]:
         grad_A = grad_x = None
         if x is not None:
             plain = p == 0.0 and x.dtype == u.dtype
-            grad_A = TORCH.back(u, x, None, p, seed)[0] if plain else self._outer(u, x, p, seed)
+            grad_A = TORCH.outer(u, x) if plain else self._outer(u, x, p, seed)
         if A is not None:
-            if p == 0.0:
-                grad_x = TORCH.back(u, None, A, p, seed)[1]
+            if p == 0.0 and dtype == u.dtype:
+                grad_x = torch.mm(u, autograd.as_dtype(A, u.dtype))
             else:
-                grad_x = torch.empty(u.shape[0], A.shape[1], dtype=u.dtype, device=u.device)
+                grad_x = torch.empty(u.shape[0], A.shape[1], dtype=dtype, device=u.device)
                 self._up(grad_x, u, A.T, 1.0, add=False, p=p, seed=seed)
         return grad_A, grad_x
 
