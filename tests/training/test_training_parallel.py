@@ -11,16 +11,17 @@ from pathlib import Path
 import pytest
 import torch
 from tests.builders import max_difference
-from tests.training.parallel_run import run
+from tests.training.parallel_run import METHODS, run
 
 from weightlora.graft import Selection
 
 ROOT = Path(__file__).resolve().parents[2]
 
 
-def test_two_processes_decide_and_train_as_one(tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", list(METHODS))
+def test_two_processes_decide_and_train_as_one(name: str, tmp_path: Path) -> None:
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    command += [str(ROOT / "tests" / "training" / "parallel_run.py"), str(tmp_path / "two"), "2"]
+    command += [str(ROOT / "tests" / "training" / "parallel_run.py"), name, str(tmp_path / "two"), "2"]
     (tmp_path / "two").mkdir()
     path = os.pathsep.join([str(ROOT), str(ROOT / "src"), os.environ.get("PYTHONPATH", "")])
     done = subprocess.run(
@@ -29,7 +30,7 @@ def test_two_processes_decide_and_train_as_one(tmp_path: Path) -> None:
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
     (tmp_path / "one").mkdir()
-    run(tmp_path / "one", 4)
+    run(name, tmp_path / "one", 4)
 
     folders = [(tmp_path / "one", 0), (tmp_path / "two", 0), (tmp_path / "two", 1)]
     assert [json.loads((f / f"seen-{r}.json").read_text()) for f, r in folders] == [[1, 12], [2, 12], [2, 12]]

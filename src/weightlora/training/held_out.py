@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.data import Subset
+from torch.utils.data import DataLoader, Subset
 from transformers import Trainer
 
 from weightlora.errors import ConfigError
@@ -77,6 +77,8 @@ def rows_to_hold_out(rows: int, batches: int, batch_size: int) -> int:
 def hold_out(trainer: Trainer, batches: int) -> HeldOutBatches | None:
     """Take rows out of the trainer's training set, the same for the same seed and set, and make batches of them.
 
+    Every process of a parallel run gets the same batches, whole: what is decided from them is decided alike everywhere.
+
     Raises:
         ConfigError: the set has no length, or too few rows.
     """
@@ -100,10 +102,16 @@ def hold_out(trainer: Trainer, batches: int) -> HeldOutBatches | None:
         with trainer.accelerator.autocast(), trainer.compute_loss_context_manager():
             return trainer.compute_loss(model, dict(trainer._prepare_inputs(dict(batch))))  # type: ignore[return-value]
 
-    return HeldOutBatches(model, list(trainer.get_eval_dataloader(parts[0])), compute)
+    # Not the trainer's evaluation loader, which hands each process a share.
+    loader = DataLoader(
+        parts[0],
+        batch_size=trainer.args.per_device_eval_batch_size,
+        collate_fn=trainer._get_collator_with_removed_columns(trainer.data_collator),
+    )
+    return HeldOutBatches(model, list(loader), compute)
 
 
 def _rows(data: Any, indices: list[int]) -> Any:
-    """Some rows; a ``datasets.Dataset`` stays one, so that the trainer goes on removing its unused columns."""
+    """Some rows; a ``datasets.Dataset`` stays one, as the trainer likes to have it."""
     select = getattr(data, "select", None)
     return Subset(data, indices) if select is None else select(indices)
