@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from typing import Any, Literal, get_args
 
-from peft.tuners.lora.layer import Linear, LoraLayer, LoraVariant
-from torch import Tensor, nn
+from peft.tuners.lora.layer import Linear, LoraLayer
+from torch import nn
 
 from weightlora.errors import ConfigError
-from weightlora.graft.adapters import adapter_name, factors, lora_layers
-from weightlora.ops import AdapterPath, Engine, engine
+from weightlora.graft.adapters import adapter_name, lora_layers
+from weightlora.graft.variant import PathVariant
+from weightlora.ops import Engine, engine
 
 PathName = Literal["auto", "autograd", "triton", "reference", "stock"]
 PATHS: tuple[str, ...] = get_args(PathName)
@@ -31,33 +32,8 @@ def check_path(name: str) -> Engine:
     return chosen  # type: ignore[no-any-return]
 
 
-class LeanVariant(LoraVariant):
+class LeanVariant(PathVariant):
     """``y = base(x) + s B A drop(x)``, as stock LoRA, by one of our engines."""
-
-    is_gate = True  # one of ours: a gate may take its place
-
-    def __init__(self, path: AdapterPath) -> None:
-        self.path = path
-
-    def forward(self, module: Any, active_adapter: str, x: Tensor, result: Tensor, **_: Any) -> Tensor:  # type: ignore[override]
-        A, B = factors(module, active_adapter)
-        dropout = module.lora_dropout[active_adapter]
-        p = dropout.p if isinstance(dropout, nn.Dropout) and module.training else 0.0
-        return self.path(x, result, A, B, None, module.scaling[active_adapter], p)
-
-    @staticmethod
-    def merge_safe(module: Any, active_adapter: str, orig_weight: Tensor) -> Tensor:
-        delta: Tensor = module.get_delta_weight(active_adapter)
-        return orig_weight + delta.to(orig_weight.dtype)
-
-    @staticmethod
-    def merge_unsafe(module: Any, active_adapter: str, orig_weight: Tensor) -> None:
-        orig_weight.data += module.get_delta_weight(active_adapter)
-
-    @staticmethod
-    def unmerge(module: Any, active_adapter: str, orig_weight: Tensor) -> Tensor:
-        delta: Tensor = module.get_delta_weight(active_adapter)
-        return orig_weight - delta.to(orig_weight.dtype)
 
 
 def _is_plain(layer: LoraLayer, name: str) -> bool:

@@ -6,12 +6,13 @@ from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
-from peft.tuners.lora.layer import LoraVariant
+from peft.utils.other import transpose
 from torch import Tensor, nn
 
 from weightlora.graft.adapters import adapters, factors, lora_layers
 from weightlora.graft.optimizer import Change
 from weightlora.graft.surgery import set_factors, sync_config
+from weightlora.graft.variant import PathVariant
 from weightlora.ops import AdapterPath, Engine, engine
 
 PREFIX = "form_"  # of extra parameters on the model; PEFT saves only names with "lora_" in them, so these stay out
@@ -110,40 +111,23 @@ class RankGates(Form):
         return A, B * c.to(B), c
 
 
-class FormVariant(LoraVariant):
-    """``y = base(x) + s B' A' drop(x)`` with the factors that a form makes, in any layer kind that honours variants."""
-
-    is_gate = True
+class FormVariant(PathVariant):
+    """``y = base(x) + s B' A' drop(x)`` with the factors that a form makes."""
 
     def __init__(self, form: Form, index: int, path: AdapterPath) -> None:
-        self.form, self.index, self.path = form, index, path
+        super().__init__(path)
+        self.form, self.index = form, index
 
     def supports_lora_conversion(self) -> bool:
         return False
 
-    def factors(self, module: Any, name: str) -> tuple[Tensor, Tensor]:
-        """The factors that compute now."""
-        return self.form.effective(self.index, *factors(module, name))
+    def computing(self, module: Any, name: str) -> tuple[Tensor, Tensor, Tensor | None]:
+        return (*self.form.effective(self.index, *factors(module, name)), None)
 
-    def forward(self, module: Any, active_adapter: str, x: Tensor, result: Tensor, **_: Any) -> Tensor:  # type: ignore[override]
-        A, B = self.factors(module, active_adapter)
-        dropout = module.lora_dropout[active_adapter]
-        p = dropout.p if isinstance(dropout, nn.Dropout) and module.training else 0.0
-        return self.path(x, result, A, B, None, module.scaling[active_adapter], p)
-
-    def _delta(self, module: Any, name: str) -> Tensor:
-        A, B = (factor.detach() for factor in self.factors(module, name))
-        delta: Tensor = module.scaling[name] * (B @ A)
+    def delta(self, module: Any, name: str) -> Tensor:
+        A, B, _ = self.computing(module, name)
+        delta: Tensor = transpose(module.scaling[name] * (B @ A).detach(), module.fan_in_fan_out)
         return delta
-
-    def merge_safe(self, module: Any, active_adapter: str, orig_weight: Tensor) -> Tensor:  # type: ignore[override]
-        return orig_weight + self._delta(module, active_adapter).to(orig_weight.dtype)
-
-    def merge_unsafe(self, module: Any, active_adapter: str, orig_weight: Tensor) -> None:  # type: ignore[override]
-        orig_weight.data += self._delta(module, active_adapter).to(orig_weight.dtype)
-
-    def unmerge(self, module: Any, active_adapter: str, orig_weight: Tensor) -> Tensor:  # type: ignore[override]
-        return orig_weight - self._delta(module, active_adapter).to(orig_weight.dtype)
 
 
 class Formed:

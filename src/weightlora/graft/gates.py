@@ -5,47 +5,29 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from peft.tuners.lora.layer import LoraVariant
 from torch import Tensor, nn
 
 from weightlora.graft.adapters import Adapter, adapters, factors, lora_layers, refuse_tied
+from weightlora.graft.variant import PathVariant
 from weightlora.ops import AdapterPath, Engine, engine
 
 
-class OmegaVariant(LoraVariant):
-    """``y = base(x) + s * omega_i * B A drop(x)``: puts the gate into every layer kind that honours variants.
-
-    PEFT declares these methods static and calls them on the instance; here they are plain methods, which know their
-    gate.
-    """
-
-    is_gate = True
+class OmegaVariant(PathVariant):
+    """``y = base(x) + s * omega_i * B A drop(x)``."""
 
     def __init__(self, gates: Gates, index: int, path: AdapterPath) -> None:
-        self.gates, self.index, self.path = gates, index, path
+        super().__init__(path)
+        self.gates, self.index = gates, index
 
     def supports_lora_conversion(self) -> bool:
         return False
 
-    def forward(self, module: Any, active_adapter: str, x: Tensor, result: Tensor, **_: Any) -> Tensor:  # type: ignore[override]
-        A, B = factors(module, active_adapter)
-        dropout = module.lora_dropout[active_adapter]
-        p = dropout.p if isinstance(dropout, nn.Dropout) and module.training else 0.0
-        return self.path(x, result, A, B, self.gates.omega[self.index], module.scaling[active_adapter], p)
+    def computing(self, module: Any, name: str) -> tuple[Tensor, Tensor, Tensor | None]:
+        return (*factors(module, name), self.gates.omega[self.index])
 
-    def _delta(self, module: Any, active_adapter: str) -> Tensor:
-        omega = self.gates.omega[self.index].detach()
-        delta: Tensor = module.get_delta_weight(active_adapter)
-        return delta * omega.to(delta)
-
-    def merge_safe(self, module: Any, active_adapter: str, orig_weight: Tensor) -> Tensor:  # type: ignore[override]
-        return orig_weight + self._delta(module, active_adapter).to(orig_weight.dtype)
-
-    def merge_unsafe(self, module: Any, active_adapter: str, orig_weight: Tensor) -> None:  # type: ignore[override]
-        orig_weight.data += self._delta(module, active_adapter).to(orig_weight.dtype)
-
-    def unmerge(self, module: Any, active_adapter: str, orig_weight: Tensor) -> Tensor:  # type: ignore[override]
-        return orig_weight - self._delta(module, active_adapter).to(orig_weight.dtype)
+    def delta(self, module: Any, name: str) -> Tensor:
+        delta = super().delta(module, name)
+        return delta * self.gates.omega[self.index].detach().to(delta)
 
 
 class Gates:

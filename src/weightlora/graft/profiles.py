@@ -20,9 +20,8 @@ from transformers import PreTrainedModel
 
 from weightlora.errors import ExportError
 from weightlora.files import write_text
-from weightlora.graft.adapters import adapter_name, adapters, base_of, factors, lora_layers
-from weightlora.graft.forms import FormVariant
-from weightlora.graft.gates import OmegaVariant
+from weightlora.graft.adapters import adapter_name, adapters, base_of, lora_layers
+from weightlora.graft.variant import computing_factors
 from weightlora.graft.verify import HEAD, PREFIX, WEIGHTS, device_of, plain_base
 
 # Linear layers of one parent that servers fuse into one, so that they want adapters on all of them or on none.
@@ -116,10 +115,8 @@ def read(model: nn.Module, name: str | None, *, whole: bool, stock: bool) -> Liv
     pairs: dict[str, Pair] = {}
     zeros = 0
     for path, layer in lora_layers(model, name):
-        gate = layer.lora_variant.get(name)
-        computing = gate.factors(layer, name) if isinstance(gate, FormVariant) else factors(layer, name)
-        A, B = (factor.detach().cpu() for factor in computing)
-        omega = float(gate.gates.omega[gate.index].detach()) if isinstance(gate, OmegaVariant) else 1.0
+        A, B, gate = computing_factors(layer, name)
+        A, B, omega = A.detach().cpu(), B.detach().cpu(), 1.0 if gate is None else float(gate.detach())
         if omega == 0.0:
             zeros += 1
         else:

@@ -10,13 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from weightlora.graft.adapters import factors, lora_layers
-from weightlora.graft.forms import FormVariant
-
-
-def _factors(layer: Any, name: str) -> tuple[Tensor, Tensor]:
-    """The factors that compute in a layer, whatever form they have."""
-    variant = layer.lora_variant.get(name)
-    return variant.factors(layer, name) if isinstance(variant, FormVariant) else factors(layer, name)
+from weightlora.graft.variant import computing_factors
 
 
 @contextlib.contextmanager
@@ -32,7 +26,7 @@ def output_energy(model: nn.Module, name: str = "default") -> Iterator[Tensor]:
     def hook(index: int) -> Any:
         def see(layer: Any, inputs: tuple[Any, ...], _output: Any) -> None:
             with torch.no_grad():
-                A, B = _factors(layer, name)
+                A, B, _ = computing_factors(layer, name)
                 h = inputs[0].to(A.dtype) @ A.T
                 gram = (B.T @ B).double()
                 h = h.reshape(-1, h.shape[-1]).double()
@@ -101,9 +95,9 @@ class ProductWatch:
             x = inputs[0].detach()
 
             def backward(grad: Tensor) -> None:
-                A, B = (t.detach() for t in _factors(layer, self.name))
+                A, B, _ = computing_factors(layer, self.name)
                 G = grad.reshape(-1, grad.shape[-1]).to(A.dtype).T @ x.reshape(-1, x.shape[-1]).to(A.dtype)
-                self.products[index] += layer.scaling[self.name] * ((B @ A) * G).abs().sum().double()
+                self.products[index] += layer.scaling[self.name] * ((B @ A).detach() * G).abs().sum().double()
 
             output.register_hook(backward)  # type: ignore[no-untyped-call]
 

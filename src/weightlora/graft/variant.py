@@ -1,0 +1,54 @@
+"""What all our LoRA variants share: one forward through the adapter path, and merging by what the adapter adds."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from peft.tuners.lora.layer import LoraVariant
+from torch import Tensor, nn
+
+from weightlora.graft.adapters import factors
+from weightlora.ops import AdapterPath
+
+
+class PathVariant(LoraVariant):
+    """``y = base(x) + s omega B A drop(x)`` in any layer kind that honours variants.
+
+    Subclasses say with which factors and gate (:meth:`computing`), and what that adds to W (:meth:`delta`). PEFT
+    declares these methods static and calls them on the instance; here they are plain methods, which know their state.
+    """
+
+    is_gate = True  # one of ours: another of ours may take its place
+
+    def __init__(self, path: AdapterPath) -> None:
+        self.path = path
+
+    def computing(self, module: Any, name: str) -> tuple[Tensor, Tensor, Tensor | None]:
+        """``(A, B, omega)`` as they compute now; omega is None where there is no gate."""
+        return (*factors(module, name), None)
+
+    def delta(self, module: Any, name: str) -> Tensor:
+        """What the adapter adds to the base weight, in the weight's own layout."""
+        delta: Tensor = module.get_delta_weight(name)
+        return delta
+
+    def forward(self, module: Any, active_adapter: str, x: Tensor, result: Tensor, **_: Any) -> Tensor:  # type: ignore[override]
+        A, B, omega = self.computing(module, active_adapter)
+        dropout = module.lora_dropout[active_adapter]
+        p = dropout.p if isinstance(dropout, nn.Dropout) and module.training else 0.0
+        return self.path(x, result, A, B, omega, module.scaling[active_adapter], p)
+
+    def merge_safe(self, module: Any, active_adapter: str, orig_weight: Tensor) -> Tensor:  # type: ignore[override]
+        return orig_weight + self.delta(module, active_adapter).to(orig_weight.dtype)
+
+    def merge_unsafe(self, module: Any, active_adapter: str, orig_weight: Tensor) -> None:  # type: ignore[override]
+        orig_weight.data += self.delta(module, active_adapter).to(orig_weight.dtype)
+
+    def unmerge(self, module: Any, active_adapter: str, orig_weight: Tensor) -> Tensor:  # type: ignore[override]
+        return orig_weight - self.delta(module, active_adapter).to(orig_weight.dtype)
+
+
+def computing_factors(layer: Any, name: str) -> tuple[Tensor, Tensor, Tensor | None]:
+    """``(A, B, omega)`` with which a layer computes now, whatever is on it."""
+    variant = layer.lora_variant.get(name)
+    return variant.computing(layer, name) if isinstance(variant, PathVariant) else (*factors(layer, name), None)
