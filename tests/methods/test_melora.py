@@ -71,19 +71,7 @@ def test_minis_start_with_their_own_fan_in_and_cost_what_lora_costs(n: int) -> N
     assert policy.count(adapters(loop.model)) == trained == 6 * 4 * (16 + 16)
 
 
-def test_learns_in_bf16_with_accumulation_and_exports_what_it_computes(tmp_path: Path) -> None:
-    model = lora().to(torch.bfloat16)
-    model.train()
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
-    tuner = attach(model, MELoRA(minis=4), optimizer)
-    for step in range(4):
-        model(**batch(seed=step)).loss.backward()
-        if step % 2:
-            optimizer.step()
-            tuner.step()
-            optimizer.zero_grad()
-    tuner.finish()
-    assert {p.dtype for name, p in model.named_parameters() if "lora_" in name} == {torch.bfloat16}
+def test_exports_what_it_computes(tmp_path: Path) -> None:
 
     loop = Loop.start(MELoRA(minis=4)).run(STEPS)
     live = logits(loop.model, batch())

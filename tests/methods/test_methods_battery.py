@@ -141,6 +141,24 @@ def test_state_round_trip_in_mid_warm_up(name: str, preset: str, cut: int) -> No
     assert max_difference(adapter_state(second.model), adapter_state(whole.model)) == 0.0
 
 
+@pytest.mark.parametrize("name", LORA)
+def test_a_bfloat16_model_with_accumulation_goes_through_the_seam_and_on(name: str) -> None:
+    """What changes shape keeps its dtype, and takes steps of two micro-batches before and after."""
+    model = lora().to(torch.bfloat16)
+    loop = Loop.start(build(name, "recommended"), model)
+    stream = batches()
+    for _ in range(STEPS):
+        for _ in range(2):
+            (model(**next(stream)).loss / 2).backward()
+        loop.optimizer.step()
+        loop.tuner.step()
+        loop.optimizer.zero_grad()
+    selection = loop.tuner.finish()
+    assert {p.dtype for n, p in model.named_parameters() if "lora_" in n} == {torch.bfloat16}
+    assert selection.names == tuple(a.name for a in adapters(model))
+    assert bool(logits(model, batch()).isfinite().all())
+
+
 @every_case
 def test_settings_are_plain_data(name: str, preset: str) -> None:
     made = build(name, preset)

@@ -120,21 +120,6 @@ def test_activations_weigh_the_approximation() -> None:
     assert len(HeldOutBatches(model, rows).input_size(0)) == 6
 
 
-def test_bf16_with_accumulation() -> None:
-    model = lora().to(torch.bfloat16)
-    model.train()
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
-    tuner = attach(model, NoRA(), optimizer)
-    for step in range(4):
-        model(**batch(seed=step)).loss.backward()
-        if step % 2:
-            optimizer.step()
-            tuner.step()
-            optimizer.zero_grad()
-    tuner.finish()
-    assert {p.dtype for name, p in model.named_parameters() if "lora_" in name} == {torch.bfloat16}
-
-
 def test_ranks_and_settings_that_cannot_be() -> None:
     with pytest.raises(AdapterError, match=r"rank 17 on .*query is more than the 16 singular values that nora finds"):
         Loop.start(NoRA(outer_rank=17))

@@ -14,7 +14,6 @@ import weightlora as wl
 from weightlora.errors import ConfigError
 from weightlora.graft import adapters, parameters
 from weightlora.methods import TiedLoRA
-from weightlora.training import attach
 
 L, R, D = 2, 4, 16
 
@@ -118,21 +117,6 @@ def test_all_four_learn_and_tl5_stays_shared(tmp_path: Path) -> None:
     assert len({id(A) for A, _ in parameters(five.model, "default").values()}) == 3
     assert max_difference(adapter_state(five.model), adapter_state(loop.model)) > 1e-3
     assert wl.export(five.model, tmp_path / "out").max_difference < 1e-5
-
-
-def test_bf16_with_accumulation() -> None:
-    model = lora().to(torch.bfloat16)
-    model.train()
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
-    tuner = attach(model, TiedLoRA(), optimizer)
-    for step in range(4):
-        model(**batch(seed=step)).loss.backward()
-        if step % 2:
-            optimizer.step()
-            tuner.step()
-            optimizer.zero_grad()
-    tuner.finish()
-    assert {p.dtype for name, p in model.named_parameters() if "lora_" in name} == {torch.bfloat16}
 
 
 def test_settings_and_budget() -> None:

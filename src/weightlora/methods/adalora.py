@@ -10,10 +10,9 @@ import torch
 from torch import Tensor
 
 from weightlora.core import above_smallest, cubic_budget, orthogonality, smooth_sensitivity, triplet_scores
-from weightlora.errors import ConfigError
 from weightlora.graft import Adapter
 from weightlora.methods.base import Factors, StepView
-from weightlora.methods.ranks import RankMethod, RankPolicy
+from weightlora.methods.ranks import RankMethod, RankPolicy, check_smoothing
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,7 +39,7 @@ class AdaLoRA(RankMethod):
     presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {
         "recommended": {},
         "paper": {"shrink": False},
-        "official": {"shrink": False},  # its schedules differ from task to task: 0.1 to 0.2, 0.3 to 0.6 of a run
+        "official": {"shrink": False},  # its schedules are steps, task by task; the shares are ours
     }
 
     beta1: float = 0.85
@@ -49,11 +48,7 @@ class AdaLoRA(RankMethod):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name, beta in (("beta1", self.beta1), ("beta2", self.beta2)):
-            if not 0 < beta < 1:
-                raise ConfigError(f"{name}={beta!r} is not allowed; use a number between 0 and 1 such as 0.85")
-        if not 0 <= self.orth_reg_weight < float("inf"):
-            raise ConfigError(f"orth_reg_weight={self.orth_reg_weight!r} is not usable; use 0 or more, such as 0.1")
+        check_smoothing(self.beta1, self.beta2, self.orth_reg_weight)
 
     def begin(self, adapters: tuple[Adapter, ...], max_steps: int) -> AdaLoRAPolicy:
         return AdaLoRAPolicy(self, adapters, max_steps)

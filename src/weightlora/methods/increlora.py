@@ -14,7 +14,7 @@ from weightlora.core import mean_rank_for_params, orthogonality, resolve_k, smoo
 from weightlora.errors import ConfigError, ScheduleError
 from weightlora.graft import Adapter, Form, RankGates, Selection
 from weightlora.methods.base import Factors, Fresh, Method, Policy, StepView, check_k, check_k_value, check_warmup
-from weightlora.methods.ranks import check_interval
+from weightlora.methods.ranks import check_interval, check_smoothing
 
 RESERVE = 1e-5  # E of a rank that learns its direction before it counts
 
@@ -63,11 +63,7 @@ class IncreLoRA(Method):
         check_k_value(self.top_h)
         if self.incre_rank_num is not None and self.incre_rank_num < 1:
             raise ConfigError(f"incre_rank_num={self.incre_rank_num!r} is not allowed; use 1 or more, or None")
-        for name, beta in (("beta1", self.beta1), ("beta2", self.beta2)):
-            if not 0 < beta < 1:
-                raise ConfigError(f"{name}={beta!r} is not allowed; use a number between 0 and 1 such as 0.85")
-        if not 0 <= self.orth_reg_weight < float("inf"):
-            raise ConfigError(f"orth_reg_weight={self.orth_reg_weight!r} is not usable; use 0 or more, such as 0.1")
+        check_smoothing(self.beta1, self.beta2, self.orth_reg_weight)
 
     def step_of(self, rank: float) -> int:
         """Ranks that an adapter gains at a time, where the mean target is `rank`."""
