@@ -74,6 +74,14 @@ def test_every_command_has_help_with_an_example(capsys: pytest.CaptureFixture[st
     assert "--json" in said
 
 
+def test_the_help_names_every_method() -> None:
+    from weightlora.cli.main import METHOD_HELP
+    from weightlora.methods import METHODS
+
+    named = METHOD_HELP.partition(": ")[2].partition(" (")[0].split(", ")
+    assert sorted(named) == sorted(METHODS)
+
+
 def run_words(data: Path, out: Path) -> list[str]:
     words = ["--task", "sst2", "--data-dir", str(data), *TINY, "--max-steps", "6", "--logging-steps", "2"]
     return ["-m", "weightlora", "train", *words, "--k", "3", "--warmup-steps", "2", "--out", str(out)]

@@ -215,12 +215,14 @@ def _kept(record: Record) -> tuple[tuple[str, ...], ...]:
 def _facts(record: Record) -> tuple[tuple[str, str], ...]:
     steps = MISSING if record.max_steps is None else str(record.max_steps)
     seam = "none" if record.seam_step is None else f"after step {record.seam_step}"
+    budget = ", ".join(f"{key.replace('_', ' ')} {value:,}" for key, value in record.budget.items())
     return (
         ("task", record.task),
         ("model", record.model),
         ("seed", str(record.seed)),
         ("steps", steps),
         ("seam", seam),
+        *((("adapter parameters", budget),) if budget else ()),
         ("machine", ", ".join(f"{key} {value}" for key, value in record.machine.items())),
         ("versions", ", ".join(f"{key} {value}" for key, value in record.versions.items())),
     )
