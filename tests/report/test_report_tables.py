@@ -124,6 +124,8 @@ def test_presets_are_rows_and_lora_of_the_same_preset_is_the_baseline(make: Make
 def test_runs_of_different_k_are_not_one_row(make: Make) -> None:
     table = comparison_table([run(make, "weightlora", 0, 0.9), run(make, "weightlora", 0, 0.8, k=9)])
     assert column(table, "method") == ["weightlora k=5 r=8", "weightlora k=9 r=8"]
+    chosen = [dataclasses.replace(run(make, "adalora", seed, 0.8, k=4 + seed), k=None) for seed in (0, 1)]
+    assert column(comparison_table(chosen), "method") == ["adalora"]  # how many survived is an outcome
     early = dataclasses.replace(failed(make, "weightlora", 1), k=None, r=None)
     together = comparison_table([run(make, "weightlora", 0, 0.9), early])
     assert column(together, "seeds") == ["1/2, 1 failed"]

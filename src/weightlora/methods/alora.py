@@ -50,6 +50,7 @@ class ALoRA(Method):
         # 1 epoch, then 8 rounds of a quarter: 3 in all.
         "paper": {"warmup_steps": 1 / 3, "round_steps": 1 / 12, "rounds": 8, "scoring": "exact"},
     }
+    chooses_k: ClassVar[bool] = True
     in_shares: ClassVar[tuple[str, ...]] = ("warmup_steps", "round_steps")
 
     warmup_steps: int | float = 0.1

@@ -179,6 +179,7 @@ class Method(ABC):
     presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {}
     # "lora": a policy over plain LoRA adapters. "peft": a tuner of PEFT's own, trained as it is. "full": no adapters.
     trains: ClassVar[Literal["lora", "peft", "full"]] = "lora"
+    chooses_k: ClassVar[bool] = False  # how many adapters survive is an outcome, and differs from run to run
     kind: ClassVar[str] = "LORA"  # of the model's PEFT adapters
     rates: ClassVar[Mapping[str, float]] = {}  # learning rates over the run's, by a part of the parameter's name
     in_shares: ClassVar[tuple[str, ...]] = ("warmup_steps",)  # settings that may be shares of the run

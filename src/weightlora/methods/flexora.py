@@ -42,6 +42,7 @@ class Flexora(Method):
     """
 
     name: ClassVar[str] = "flexora"
+    chooses_k: ClassVar[bool] = True
     presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {
         "paper": {"warmup_steps": 0.25, "outer_batches": 8},  # 1 epoch, then 3; 8 batches after each step
         "official": {"warmup_steps": 0.25, "outer_batches": 8},

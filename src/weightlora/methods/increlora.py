@@ -46,6 +46,7 @@ class IncreLoRA(Method):
         "paper": {"shrink": False},
         "official": {"shrink": False},
     }
+    chooses_k: ClassVar[bool] = True
     in_shares: ClassVar[tuple[str, ...]] = ("init_warmup", "incre_interval")
 
     incre_rank_num: int | None = None

@@ -33,6 +33,7 @@ class RankMethod(Method):
         seed: of the initial values.
     """
 
+    chooses_k: ClassVar[bool] = True
     in_shares: ClassVar[tuple[str, ...]] = ("tinit", "tfinal", "deltaT")
 
     target_r: int | None = None

@@ -111,7 +111,8 @@ class Record:
     Args:
         schema_version: 1.
         status: ``"running"``, ``"ok"`` or ``"failed"``.
-        method, preset, task, model, seed: what was run. ``k`` and ``r``: adapters to keep and rank, as resolved.
+        method, preset, task, model, seed: what was run. ``k`` and ``r``: adapters to keep and rank, as resolved
+            (``k`` is None where the method chooses how many).
         n_adapters: adapters at the start; 0 for full fine-tuning.
         kept: the adapters at the end. ``adapters``: all n of them in module order, or empty.
         trainable_params: ``{"warmup": int, "final": int}``; both are there once the status is ``"ok"``.

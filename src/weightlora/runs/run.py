@@ -298,7 +298,7 @@ def _last_record(record: Record, parts: Parts, result: FitResult, metrics: dict[
     return replace(
         record,
         status="ok",
-        k=record.n_adapters or None if selection is None else selection.k,
+        k=_fixed_k(parts, selection, record.n_adapters),
         kept=_kept(parts, selection),
         adapters=() if selection is None else _scores(selection),
         trainable_params={"warmup": phases[0].trainable_params, "final": phases[-1].trainable_params},
@@ -307,6 +307,13 @@ def _last_record(record: Record, parts: Parts, result: FitResult, metrics: dict[
         seam_step=result.seam_step,
         why=selection.why if selection else _why_all(parts),
     )
+
+
+def _fixed_k(parts: Parts, selection: Selection | None, n: int) -> int | None:
+    """How many adapters the settings say, or None where that is an outcome or there are none."""
+    if parts.method.chooses_k:
+        return None
+    return (n or None) if selection is None else selection.k
 
 
 def _kept(parts: Parts, selection: Selection | None) -> tuple[Kept, ...]:
