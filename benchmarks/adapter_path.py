@@ -79,6 +79,7 @@ class Bench:
     def rows(self) -> dict[str, Callable[[], contextlib.AbstractContextManager[None]]]:
         rows: dict[str, Callable[[], contextlib.AbstractContextManager[None]]] = {
             "bare": self.bare,
+            "free": self.free,
             "stock": lambda: self.stock(self.layers),
             "ours": lambda: self.ours(self.layers),
             "ours-gated": self.gated,
@@ -149,6 +150,25 @@ class Bench:
         """No adapter; the gradient goes down to the embeddings' output and stops there."""
         tables = [module for module in self.root.modules() if isinstance(module, nn.Embedding)]
         hooks = [table.register_forward_hook(lambda _m, _i, out: out.requires_grad_()) for table in tables]
+        with self.stock(()):
+            try:
+                yield
+            finally:
+                for hook in hooks:
+                    hook.remove()
+
+    @contextlib.contextmanager
+    def free(self) -> Iterator[None]:
+        """Adapters at no cost: no arithmetic of theirs, but every output that they would change is differentiated.
+
+        The bound of every adapter path. Where a projection is also applied to something else than the hidden states (to
+        DeBERTa's relative positions), its adapter needs gradients there that the bare base never computes.
+        """
+
+        def differentiated(_module: nn.Module, _given: tuple[Tensor, ...], out: Tensor) -> Tensor:
+            return out if out.requires_grad else out.requires_grad_()
+
+        hooks = [layer.get_base_layer().register_forward_hook(differentiated) for layer in self.layers.values()]
         with self.stock(()):
             try:
                 yield
@@ -276,7 +296,7 @@ def table(bench: Bench, names: Sequence[str], seconds: float) -> dict[str, dict[
     if seconds > 0 and fits:
         timed = {name: bench.rows()[name] for name in fits}
         samples = clock(timed, bench.step, seconds, cuda=bench.args.device.startswith("cuda"))
-        for name, more in summary(samples, bench.batch["input_ids"].numel(), ("stock", "bare", "dense")).items():
+        for name, more in summary(samples, bench.batch["input_ids"].numel(), ("stock", "bare", "free", "dense")).items():
             rows[name] |= more
     return rows
 
