@@ -105,6 +105,9 @@ class Policy(ABC):
 
     # Before the first step, in this order; in a resumed run too, but for `prepare`.
 
+    def check(self, weights: Sequence[Tensor]) -> None:
+        """Refuse base layers that the method cannot work on; nothing has been changed yet."""
+
     def allocate(self) -> Sequence[tuple[int, float]] | None:
         """Rank and scale to give each adapter, or None for those it has. What is added is zero: see :meth:`prepare`."""
         return None
