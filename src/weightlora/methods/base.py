@@ -272,6 +272,17 @@ class Method(ABC):
         )
 
 
+def slope(held_out: HeldOut, index: int, leaf: Tensor) -> Tensor:
+    """``dL/dleaf`` on one held-out batch, of gates that training itself leaves alone; nothing is left in ``.grad``."""
+    leaf.requires_grad_(True)
+    try:
+        with torch.enable_grad():
+            (grad,) = torch.autograd.grad(held_out.loss(index), leaf)
+    finally:
+        leaf.requires_grad_(False)
+    return grad
+
+
 def check_choice(name: str, value: str, allowed: tuple[str, ...]) -> None:
     """Refuse a word that the setting `name` does not know.
 
