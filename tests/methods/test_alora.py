@@ -15,7 +15,7 @@ from tests.methods.test_methods_battery import HELD_OUT, STEPS, Loop
 from torch import nn
 
 import weightlora as wl
-from weightlora.core import hand_out
+from weightlora.core import hand_out, one_round
 from weightlora.errors import ConfigError, ScheduleError
 from weightlora.graft import Formed, RankGates, adapters, parameters
 from weightlora.methods import ALoRA, StepView
@@ -133,7 +133,30 @@ def test_hand_out(data: st.DataObject) -> None:
                     assert (-scores[j], j) < (-scores[i], i)
 
 
+@given(st.data())
+def test_a_round_against_its_rules(data: st.DataObject) -> None:
+    n, most = data.draw(st.integers(1, 5)), 4
+    live = [sorted(data.draw(st.sets(st.integers(0, most - 1)))) for _ in range(n)]
+    scores = [[float(data.draw(st.integers(-3, 3))) for _ in ranks] for ranks in live]
+    moves = data.draw(st.integers(0, 6))
+    gone, came = one_round(live, scores, moves, [most] * n)
+    every = sorted(score for part in scores for score in part)
+    lost = sorted(part[ranks.index(r)] for ranks, part, out in zip(live, scores, gone, strict=True) for r in out)
+    assert lost == every[:moves]  # exactly so many, and the lowest
+    room = sum(most - len(ranks) for ranks, out in zip(live, gone, strict=True) if ranks and not out)
+    assert sum(map(len, came)) == min(moves, room)
+    for ranks, out, new in zip(live, gone, came, strict=True):
+        assert not (out and new)  # receivers are disjoint from losers
+        assert set(out) <= set(ranks)
+        assert not set(new) & set(ranks)
+        assert ranks or not new
+    with pytest.raises(ConfigError, match="live ranks and scores differ in number"):
+        one_round([[0, 1]], [[0.5]], 1, [4])
+
+
 def test_the_papers_example_and_bad_input() -> None:
+    scores = [[0.9] * 8, [0.8] * 8, [0.7] * 8, [0.1] * 8]
+    assert [len(new) for new in one_round([list(range(8))] * 4, scores, 8, [16] * 4)[1]] == [3, 3, 2, 0]
     assert hand_out(8, [0.3, 0.2, 0.1], [8, 8, 8]) == [3, 3, 2]
     with pytest.raises(ConfigError, match="2 scores for 1 receivers"):
         hand_out(1, [0.1, 0.2], [1])

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from datasets import Dataset
 from hypothesis import given
 from hypothesis import strategies as st
-from tests.builders import QKV, batch, batches, logits, lora, trainer, warm
+from tests.builders import QKV, batch, batches, examples, logits, lora, trainer, warm
 from tests.methods.test_methods_battery import HELD_OUT, STEPS, Loop
 from torch import nn
 
@@ -19,7 +21,7 @@ from weightlora.errors import ConfigError, ScheduleError
 from weightlora.graft import adapters
 from weightlora.methods import LoRADrop, Method
 from weightlora.training import attach
-from weightlora.training.held_out import HeldOutBatches
+from weightlora.training.held_out import HeldOutBatches, hold_out, stratified
 
 
 def rough(made: Method, until: int = STEPS) -> tuple[nn.Module, torch.optim.Optimizer, Any]:
@@ -189,6 +191,54 @@ def test_fit_and_export(tmp_path: Path) -> None:
     assert result.selection.groups
     done = wl.export(result, tmp_path / "out")
     assert done.max_difference <= 1e-5
+
+
+@given(st.lists(st.integers(-1, 3), min_size=1, max_size=60), st.data())
+def test_every_class_gives_its_share(classes: list[int], data: st.DataObject) -> None:
+    held = data.draw(st.integers(1, len(classes)))
+    order = data.draw(st.permutations(range(len(classes))))
+    taken = stratified(order, classes, held)
+    assert len(set(taken)) == len(taken) == held
+    for label, count in Counter(classes).items():
+        share = held * count / len(classes)
+        assert abs(sum(classes[row] == label for row in taken) - share) < 1
+    for label in set(classes):  # drawn at random within a class: from all over it, not from its front
+        members = [row for row in order if classes[row] == label]
+        whole = stratified(members, classes, len(members))
+        assert whole == members
+
+
+@pytest.mark.parametrize("rows", ["list", "dataset", "tensors"])
+def test_the_sample_is_stratified(tmp_path: Path, rows: str) -> None:
+    """40 of 200 rows, from classes of 150, 40 and 10."""
+    plain = [{**row, "labels": 0 if i < 150 else 1 if i < 190 else 2} for i, row in enumerate(examples(200))]
+    data: Any = plain
+    if rows == "dataset":
+        data = Dataset.from_list([{**{k: v.tolist() for k, v in row.items() if k != "labels"}, "label": row["labels"]}
+                                  for row in plain])  # fmt: skip
+    elif rows == "tensors":
+        data = [{**row, "labels": torch.tensor(row["labels"])} for row in plain]
+    for seed in (0, 1):
+        each = trainer(tmp_path, data=data, per_device_eval_batch_size=10, seed=seed)
+        sample = hold_out(each, 4)
+        assert sample is not None
+        labels = [int(label) for inputs in sample.batches for label in inputs["labels"]]
+        assert Counter(labels) == {0: 30, 1: 8, 2: 2}
+        rest = [each.train_dataset[i] for i in range(len(each.train_dataset))]
+        assert Counter(int(row.get("labels", row.get("label"))) for row in rest) == {0: 120, 1: 32, 2: 8}
+        ids = [tuple(ids.tolist()) for inputs in sample.batches for ids in inputs["input_ids"]]
+        assert not {tuple(torch.as_tensor(row["input_ids"]).tolist()) for row in rest} & set(ids)
+        assert sorted(ids) != sorted(tuple(row["input_ids"].tolist()) for row in plain[:40])
+
+
+def test_rows_without_classes_are_drawn_too(tmp_path: Path) -> None:
+    for label in (0.5, [1, 2], None):
+        data = [{**row, "labels": label} for row in examples(20)]
+        data = data if label is not None else [{k: v for k, v in row.items() if k != "labels"} for row in data]
+        each = trainer(tmp_path, data=data, per_device_eval_batch_size=2)
+        sample = hold_out(each, 1)
+        assert sample is not None
+        assert (len(sample), len(each.train_dataset)) == (1, 18)
 
 
 def test_outputs_that_say_nothing_are_refused() -> None:

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from tests.builders import adapter_state, base, batch, logits, lora, max_difference
+from tests.builders import adapter_state, base, batch, logits, lora, max_difference, trainer
 from tests.methods.test_methods_battery import STEPS, Loop
 from torch import nn
 
@@ -15,7 +15,7 @@ import weightlora as wl
 from weightlora.core import major_pair
 from weightlora.errors import AdapterError, ConfigError, ScheduleError
 from weightlora.graft import adapters, layer_weights, parameters
-from weightlora.methods import NoRA
+from weightlora.methods import Method, MiLoRA, NoRA
 from weightlora.training import attach
 from weightlora.training.held_out import HeldOutBatches
 
@@ -118,6 +118,28 @@ def test_activations_weigh_the_approximation() -> None:
     with pytest.raises(ScheduleError, match="nora looks at rows that it does not train on"):
         attach(fresh, NoRA(calibration_batches=1), optimizer, max_steps=9)
     assert len(HeldOutBatches(model, rows).input_size(0)) == 6
+
+
+@pytest.mark.parametrize("made", [NoRA(calibration_batches=1), MiLoRA()], ids=lambda made: made.name)
+def test_a_quantised_base_is_refused_before_anything_is_touched(made: Method, tmp_path: Path) -> None:
+    """One layer, the last, is stored in another format; no rank, row or layer may have changed."""
+    each = trainer(tmp_path, count=40)
+    model, rows = each.model, each.train_dataset
+    last = [m for name, m in model.named_modules() if name.endswith("value.base_layer")][-1]
+    last.weight = nn.Parameter(last.weight.detach().to(torch.float8_e4m3fn), requires_grad=False)
+    before, live = adapter_state(model), adapters(model)
+    modules = [type(module) for module in model.modules()]
+    with pytest.raises(
+        AdapterError, match=rf"value is quantised \(torch.float8_e4m3fn, .*; {made.name} needs its sing"
+    ):
+        wl.fit(each, made)
+    assert max_difference(adapter_state(model), before) == 0.0
+    assert adapters(model) == live
+    assert [type(module) for module in model.modules()] == modules
+    assert not any(getattr(module, "lora_variant", None) for module in model.modules())
+    assert each.train_dataset is rows
+    assert each.optimizer is None
+    assert not list(tmp_path.iterdir())
 
 
 def test_ranks_and_settings_that_cannot_be() -> None:

@@ -76,6 +76,7 @@ def test_the_table_in_words(make: Make) -> None:
     assert column(table, "seeds") == ["1/1", "3/3", "1/2, 1 failed", "0/1, 1 failed", "1/1"]
     assert column(table, "accuracy") == ["0.8800 ± -", "0.9100 ± 0.0100", "0.9000 ± -", "failed", "0.9300 ± -"]
     assert column(table, "adapters alive") == ["36/36", "5/36", "5/36", "-", "-"]
+    assert column(table, "ranks alive") == ["288", "40", "40", "-", "-"]
     assert column(table, "trainable params (k)") == ["61.4"] * 3 + ["-", "61.4"]
     assert column(table, "kept activations (MiB)") == ["455.0"] * 3 + ["-", "455.0"]
     assert column(table, "FLOPs per step (GFLOP)") == ["280.3"] * 3 + ["-", "280.3"]
@@ -125,7 +126,9 @@ def test_runs_of_different_k_are_not_one_row(make: Make) -> None:
     table = comparison_table([run(make, "weightlora", 0, 0.9), run(make, "weightlora", 0, 0.8, k=9)])
     assert column(table, "method") == ["weightlora k=5 r=8", "weightlora k=9 r=8"]
     chosen = [dataclasses.replace(run(make, "adalora", seed, 0.8, k=4 + seed), k=None) for seed in (0, 1)]
-    assert column(comparison_table(chosen), "method") == ["adalora"]  # how many survived is an outcome
+    together = comparison_table(chosen)
+    assert column(together, "method") == ["adalora"]  # how many survived is an outcome
+    assert (column(together, "adapters alive"), column(together, "ranks alive")) == (["4-5/36"], ["32-40"])
     early = dataclasses.replace(failed(make, "weightlora", 1), k=None, r=None)
     together = comparison_table([run(make, "weightlora", 0, 0.9), early])
     assert column(together, "seeds") == ["1/2, 1 failed"]
@@ -195,7 +198,9 @@ def test_text_fits_its_width_and_loses_nothing(make: Make, width: int) -> None:
             assert cell in words
     assert " ".join(table.notes[0].split()) in words
     side_by_side = any("lora " in line and "0.9000" in line for line in text.splitlines())
-    assert side_by_side == (width >= 80)
+    assert side_by_side == (width >= 100)
+    whole = comparison_table(records).to_text(width)  # without words of failure a usual terminal is wide enough
+    assert any("lora " in line and "0.9000" in line for line in whole.splitlines()) == (width >= 80)
 
 
 def test_json_holds_plain_numbers(make: Make) -> None:

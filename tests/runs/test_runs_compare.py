@@ -11,6 +11,8 @@ import numpy as np
 import pytest
 from tests.runs.commands import TINY, read, read_rows, weightlora, write_rows
 
+from weightlora.methods import METHODS
+
 STEPS = ("--max-steps", "6", "--save-steps", "3", "--k", "3")
 
 
@@ -165,18 +167,68 @@ def test_tuning_does_not_open_the_validation_file(small_data: Path, tmp_path: Pa
     assert read(tmp_path / "tune" / "lr-1e+30" / "record.json")["status"] == "failed"
 
 
-def test_all_methods_are_the_default_and_each_takes_the_settings_it_has(
+@pytest.mark.slow
+def test_all_methods_are_the_default_and_one_that_cannot_start_stops_no_other(
     small_data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Settings of one method must not stop another; here the run is too short for `gradient`, which says so first."""
-    words = ("--growth", "qr", "--gate-lr", "0", "--warmup-steps", "2")
-    assert compare(small_data, tmp_path / "out", *words) == 2
-    assert capsys.readouterr().err.startswith("weightlora compare: error: gradient: ")
-    assert not (tmp_path / "out").exists()
-    assert compare(small_data, tmp_path / "out", *words, "--methods", "weightlora+,random", "--seeds", "0") == 0
-    settings = {name: read(tmp_path / "out" / f"{name}-recommended" / "seed-0" / "config.json")["settings"]
+    """Each takes the settings it has. The run is too short for some, which is a row with their reason."""
+    out = tmp_path / "out"
+    words = ("--growth", "qr", "--gate-lr", "0", "--warmup-steps", "2", "--seeds", "0")
+    assert compare(small_data, out, *words) == 1
+    table = read(out / "compare.json")
+    rows = {row["method"]: row for row in table["rows"]}
+    assert list(rows) == list(METHODS)
+    failed = {name for name, row in rows.items() if row["failed"]}
+    assert "gradient" in failed
+    assert {name: (row["ok"], row["total"]) for name, row in rows.items()} == {
+        name: (0 if name in failed else 1, 1) for name in METHODS
+    }
+    for name in failed:
+        assert not (out / f"{name}-recommended").exists()
+        assert sum(note.startswith(f"failed: {name} (recommended), seed 0: ") for note in table["notes"]) == 1
+    assert any("batches=8 needs more than the 6 optimizer steps" in note for note in table["notes"])
+    assert "gradient-recommended cannot start: " in capsys.readouterr().err
+    for name, row in rows.items():
+        if name not in failed:
+            kept = read(out / f"{name}-recommended" / "seed-0" / "record.json")["kept"]
+            assert (row["adapters_min"], row["ranks_min"]) == (len(kept), sum(one["rank"] for one in kept))
+    settings = {name: read(out / f"{name}-recommended" / "seed-0" / "config.json")["settings"]
                 for name in ("weightlora+", "random")}  # fmt: skip
     assert settings == {"weightlora+": {"k": 3, "growth": "qr", "gate_lr": 0.0, "warmup_steps": 2}, "random": {"k": 3}}
+
+
+def test_a_method_that_cannot_start_is_a_row_and_can_be_mended(small_data: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    words = ("--methods", "weightlora,top", "--seeds", "0,1", "--warmup-steps")
+    assert compare(small_data, out, *words, "99") == 1
+    bad, top = read(out / "compare.json")["rows"]
+    assert (bad["method"], bad["failed"], bad["total"], bad["score_mean"]) == ("weightlora", 2, 2, None)
+    assert (top["ok"], top["total"], top["adapters_min"], top["ranks_min"]) == (2, 2, 3, 3 * 8)
+    before = run_files(out)
+    assert compare(small_data, out, *words, "99") == 1, "again: nothing to run, the same table"
+    assert run_files(out) == before
+    assert read(out / "compare.json")["rows"] == [bad, top]
+    assert compare(small_data, out, *words, "2") == 0
+    assert {name: files for name, files in run_files(out).items() if name in before} == before
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (("--methods", "gradient"), "gradient: batches=8"),
+        (("--methods", "gradient,top", "--k", "99"), "gradient: k=99"),
+        (("--methods", "lora,top", "--data-dir", "nowhere"), "nowhere"),
+        (("--methods", "lora,top", "--task", "sst3"), "sst3"),
+        (("--methods", "lora,full", "--targets", "qeury"), "qeury"),
+        (("--methods", "lora,full", "--micro-batch", "3"), "micro_batch=3"),
+    ],
+)
+def test_what_hits_every_method_stops_at_once(
+    small_data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], words: tuple[str, ...], message: str
+) -> None:
+    assert compare(small_data, tmp_path / "out", *words) == 2
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
 
 
 def test_the_preset_flag_holds_for_methods_that_name_none(small_data: Path, tmp_path: Path) -> None:

@@ -22,7 +22,7 @@ from weightlora.core.importance import coverage, credit, gate_gradient, one_shot
 from weightlora.core.merging import svd_merge
 from weightlora.core.prefix import smallest_prefix
 from weightlora.core.projection import Rule, support, top_k
-from weightlora.core.rounds import hand_out
+from weightlora.core.rounds import hand_out, one_round
 from weightlora.core.triplets import (
     above_smallest,
     cubic_budget,
@@ -55,6 +55,7 @@ __all__ = [
     "major_pair",
     "mean_rank_for_params",
     "minor_pair",
+    "one_round",
     "one_shot",
     "orthogonality",
     "parse_params",

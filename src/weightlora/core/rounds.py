@@ -1,7 +1,8 @@
-"""Who receives the ranks that others lost."""
+"""Who loses ranks and who receives them."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 from weightlora.core._check import check_count
@@ -39,3 +40,39 @@ def hand_out(count: int, scores: Sequence[float], free: Sequence[int]) -> list[i
             break
         given[min(open_to, key=lambda i: given[i])] += 1  # the first of the least served
     return given
+
+
+def one_round(
+    live: Sequence[Sequence[int]], scores: Sequence[Sequence[float]], moves: int, room: Sequence[int]
+) -> tuple[list[list[int]], list[list[int]]]:
+    """Which ranks go and which come: the `moves` lowest of all go, and modules that lost none share as many new ones.
+
+    Args:
+        live: ranks of each module that are on, ascending; a module without any receives none.
+        scores: of these ranks, in the same order; of equal ones the earlier module's goes first.
+        moves: how many go.
+        room: how many ranks each module can have; a new rank is the lowest that is off.
+
+    Returns:
+        Ranks that go and ranks that come, by module.
+
+    Raises:
+        ConfigError: lengths differ or a count is negative.
+
+    Source: ALoRA (Liu et al. 2024); the cap is ours.
+
+    >>> one_round([[0, 1], [0, 1], [0]], [[0.1, 0.9], [0.5, 0.6], [0.8]], 1, [4, 4, 4])
+    ([[0], [], []], [[], [], [1]])
+    """
+    if [len(ranks) for ranks in live] != [len(part) for part in scores]:
+        raise ConfigError("live ranks and scores differ in number; give one score for each live rank")
+    check_count("moves", moves, 0)
+    flat = [(score, i, rank) for i, part in enumerate(scores) for rank, score in zip(live[i], part, strict=True)]
+    lowest = sorted(flat)[:moves]
+    gone = [sorted(rank for _, i, rank in lowest if i == module) for module in range(len(live))]
+    takers = [i for i, ranks in enumerate(live) if ranks and not gone[i]]
+    means = [math.fsum(scores[i]) / len(scores[i]) for i in takers]
+    came: list[list[int]] = [[] for _ in live]
+    for i, count in zip(takers, hand_out(moves, means, [room[i] - len(live[i]) for i in takers]), strict=True):
+        came[i] = [rank for rank in range(room[i]) if rank not in live[i]][:count]
+    return gone, came

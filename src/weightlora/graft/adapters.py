@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from peft.tuners.lora.layer import LoraLayer
 from torch import Tensor, nn
 
@@ -165,12 +166,17 @@ def factors(layer: LoraLayer, name: str) -> tuple[nn.Parameter, nn.Parameter]:
 
 
 def layer_weights(model: nn.Module, name: str) -> tuple[Tensor, ...]:
-    """The frozen weight ``(d_out, d_in)`` under every adapter, in module order; to be read, not written."""
+    """The frozen weight ``(d_out, d_in)`` under every adapter, in module order; to be read, not written.
+
+    Empty where a quantised layer keeps no tensor of that name.
+    """
     bases: list[Any] = [layer.get_base_layer() for _, layer in lora_layers(model, name)]
-    return tuple(base.weight.detach() for base in bases)
+    return tuple(base.weight.detach() if hasattr(base, "weight") else torch.empty(0) for base in bases)
 
 
-def parameters(model: nn.Module, name: str, names: Sequence[str] | None = None) -> dict[str, tuple[Tensor, Tensor]]:
+def parameters(
+    model: nn.Module, name: str, names: Sequence[str] | None = None
+) -> dict[str, tuple[nn.Parameter, nn.Parameter]]:
     """``{module name: (A, B)}`` of the adapters in `names` (default: all), in module order."""
     wanted = None if names is None else set(names)
     return {path: factors(layer, name) for path, layer in lora_layers(model, name) if wanted is None or path in wanted}

@@ -21,6 +21,7 @@ from weightlora.graft.adapters import base_of
 from weightlora.graft.card import model_card
 from weightlora.graft.profiles import Live, merge, read, write_adapter
 from weightlora.graft.selection import Selection
+from weightlora.graft.tuners import refuse_own_format
 from weightlora.graft.verify import compare, logits, plain_base, reload_adapter, sample_logits, save_and_reload
 
 Profile = Literal["native", "portable", "dense", "merged"]
@@ -107,6 +108,7 @@ def export(
     if base is not None and profile != "merged":
         raise ConfigError(f"base= is a model to merge into, but profile {profile!r} merges nothing; use 'merged'")
     model, selection = (result, None) if isinstance(result, nn.Module) else (result.model, result.selection)
+    refuse_own_format(model)
     path = _free_folder(out, overwrite)
     live = read(model, adapter, whole=profile == "merged", stock=profile != "merged" or base is not None)
     sample, truth = sample_logits(live.root, sample)

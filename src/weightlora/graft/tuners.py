@@ -55,14 +55,33 @@ def check_tuner(model: nn.Module, kind: str) -> None:
     Raises:
         AdapterError: there are no adapters, or of another kind.
     """
-    configs: Mapping[str, Any] = getattr(model, "peft_config", None) or {}
-    found = {"DORA" if getattr(c, "use_dora", False) else str(getattr(c.peft_type, "value", c.peft_type))
-             for c in configs.values()}  # fmt: skip
+    found = _kinds(model)
     if found != {kind}:
         raise AdapterError(
             f"this method trains {kind} adapters, the model has {', '.join(sorted(found)) or 'none'}; build it with"
             " get_peft_model(base, method.peft_config(LoraConfig(...), shapes))"
         )
+
+
+def refuse_own_format(model: nn.Module) -> None:
+    """Refuse to write as plain LoRA what is none.
+
+    Raises:
+        AdapterError: the model has adapters, all of another kind.
+    """
+    found = _kinds(model)
+    if found and "LORA" not in found:
+        raise AdapterError(
+            f"{', '.join(sorted(found))} is no plain LoRA, so no profile can hold this adapter; save it in PEFT's own"
+            " format with model.save_pretrained(FOLDER)"
+        )
+
+
+def _kinds(model: nn.Module) -> set[str]:
+    """PEFT's names for the kinds of adapters on a model."""
+    configs: Mapping[str, Any] = getattr(model, "peft_config", None) or {}
+    return {"DORA" if getattr(c, "use_dora", False) else str(getattr(c.peft_type, "value", c.peft_type))
+            for c in configs.values()}  # fmt: skip
 
 
 def tuner_params(model: nn.Module) -> dict[str, int]:

@@ -9,10 +9,10 @@ from typing import Any, ClassVar, Literal, get_args
 import torch
 from torch import Tensor
 
-from weightlora.core import hand_out
+from weightlora.core import one_round
 from weightlora.errors import ConfigError, ScheduleError
 from weightlora.graft import Adapter, Form, RankGates, Selection
-from weightlora.methods.base import Factors, Fresh, Method, Policy, StepView, check_choice, check_warmup
+from weightlora.methods.base import Factors, Fresh, Method, Policy, StepView, check_choice, check_warmup, slope
 
 Scoring = Literal["exact", "gradient"]
 
@@ -104,18 +104,14 @@ def gradient_scores(view: StepView, batch: int) -> Tensor:
     """The first-order part of IS: ``-dL/dc`` with the gates as they are, plus ``-dL/dc`` with all at 0."""
     assert view.held_out is not None
     gates = view.ranks
-    found, scores = gates.values.detach().clone(), torch.zeros(len(gates.values), dtype=torch.float64)
-    with torch.enable_grad():
-        gates.values.requires_grad_(True)
-        try:
-            for values in (found, torch.zeros_like(found)):
-                gates.set(values)
-                (grad,) = torch.autograd.grad(view.held_out.loss(batch), gates.values)
-                scores -= grad.double().cpu()
-        finally:
-            gates.values.requires_grad_(False)
-            gates.set(found)
-    return scores * (found != 0).cpu()
+    found = gates.values.detach().clone()
+    total = -slope(view.held_out, batch, gates.values)
+    try:
+        gates.set(torch.zeros_like(found))
+        total = total.double() - slope(view.held_out, batch, gates.values)
+    finally:
+        gates.set(found)
+    return (total * (found != 0)).cpu()
 
 
 class ALoRAPolicy(Policy):
@@ -168,25 +164,19 @@ class ALoRAPolicy(Policy):
 
     def _move(self, factors: Factors, scores: Tensor) -> None:
         """One round, given the score of every rank."""
-        owner, values = self.gates.owner.tolist(), self.gates.values.detach().clone()
-        before, first = self.gates.live(), self.gates.bounds
-        on = sorted((first[i] + rank for i, ranks in enumerate(before) for rank in ranks), key=lambda r: scores[r])
-        lost: dict[int, list[int]] = {}
-        for rank in on[: self.moves]:
-            values[rank] = 0.0
-            lost.setdefault(owner[rank], []).append(rank - first[owner[rank]])
-        for i, ranks in enumerate(before):
-            self.means[i] = scores[[first[i] + rank for rank in ranks]].mean() if ranks else 0.0
-        takers = [i for i, ranks in enumerate(before) if ranks and i not in lost]
-        given = hand_out(self.moves, self.means[takers].tolist(), [self.room[i] - len(before[i]) for i in takers])
-        gained: dict[int, list[int]] = {}
-        for i, count in zip(takers, given, strict=True):
-            gained[i] = [rank for rank in range(self.room[i]) if rank not in before[i]][:count]
-            for rank in gained[i]:
+        live, values = self.gates.live(), self.gates.values.detach().clone()
+        parts = [part[ranks].tolist() for part, ranks in zip(scores.split_with_sizes(self.room), live, strict=True)]
+        self.means = torch.tensor([sum(part) / max(1, len(part)) for part in parts], dtype=torch.float64)
+        gone, came = one_round(live, parts, self.moves, self.room)
+        for i, first in enumerate(self.gates.bounds[:-1]):
+            for rank in gone[i]:
+                values[first + rank] = 0.0
+            for rank in came[i]:
                 self._start(factors[i], rank)
-                values[first[i] + rank] = 1.0
+                values[first + rank] = 1.0
         self.gates.set(values)
-        self._fresh = [Fresh(index=i, ranks=tuple(ranks)) for i, ranks in (lost | gained).items() if ranks]
+        changed = [(i, gone[i] or came[i]) for i in range(len(live))]  # a module that loses receives nothing
+        self._fresh = [Fresh(index=i, ranks=tuple(ranks)) for i, ranks in changed if ranks]
 
     def _start(self, pair: tuple[Tensor, Tensor], rank: int) -> None:
         """A new rank: A normal with the variance of LoRA's own start, B zero, so that the output does not change."""

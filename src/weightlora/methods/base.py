@@ -105,6 +105,9 @@ class Policy(ABC):
 
     # Before the first step, in this order; in a resumed run too, but for `prepare`.
 
+    def check(self, weights: Sequence[Tensor]) -> None:
+        """Refuse base layers that the method cannot work on; nothing has been changed yet."""
+
     def allocate(self) -> Sequence[tuple[int, float]] | None:
         """Rank and scale to give each adapter, or None for those it has. What is added is zero: see :meth:`prepare`."""
         return None
@@ -267,6 +270,17 @@ class Method(ABC):
             step=step,
             why=why,
         )
+
+
+def slope(held_out: HeldOut, index: int, leaf: Tensor) -> Tensor:
+    """``dL/dleaf`` on one held-out batch, of gates that training itself leaves alone; nothing is left in ``.grad``."""
+    leaf.requires_grad_(True)
+    try:
+        with torch.enable_grad():
+            (grad,) = torch.autograd.grad(held_out.loss(index), leaf)
+    finally:
+        leaf.requires_grad_(False)
+    return grad
 
 
 def check_choice(name: str, value: str, allowed: tuple[str, ...]) -> None:

@@ -13,7 +13,7 @@ from torch import Tensor
 from weightlora.core import block_gates
 from weightlora.errors import ConfigError, ScheduleError
 from weightlora.graft import Adapter, Selection
-from weightlora.methods.base import Method, Policy, StepView, check_warmup
+from weightlora.methods.base import Method, Policy, StepView, check_warmup, slope
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -107,13 +107,8 @@ class FlexoraPolicy(Policy):
         """``dL/dalpha`` on held-out batch `index`, with A and B as they are."""
         assert view.gates is not None
         assert view.held_out is not None
-        omega = view.gates.omega
+        inner = slope(view.held_out, index, view.gates.omega)
         with torch.enable_grad():
-            omega.requires_grad_(True)
-            try:
-                (inner,) = torch.autograd.grad(view.held_out.loss(index), omega)
-            finally:
-                omega.requires_grad_(False)
             (outer,) = torch.autograd.grad(self.gate_values(), self.alpha, inner.to(self.alpha))
         return outer
 

@@ -162,7 +162,8 @@ class IncreLoRAPolicy(Policy):
         gates.set(values)
         self.alive = gates.open & (values != 0)
         numbers = zip(self.adapters, self.live_ranks, strict=True)
-        gates.factor.copy_(torch.tensor([a.rank / (live + 1e-5) for a, live in numbers]))
+        factors = [a.rank / (live + 1e-5) for a, live in numbers]
+        gates.factor.copy_(torch.tensor(factors, dtype=torch.float64))
 
     def penalty(self, view: StepView) -> Tensor | None:
         weight = self.method.orth_reg_weight

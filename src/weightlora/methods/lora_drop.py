@@ -21,8 +21,9 @@ class LoRADrop(Method):
     """Plain LoRA for a while; then, in each kind of module, those adapters whose output carries the most keep factors
     of their own and all others share a single pair. Everything starts again from LoRA's initial values.
 
-    ``g_i = sum over tokens of ||dW_i x_i||^2`` on held-out training rows, ``I_i = g_i / sum over the kind of g_j``; the
-    smallest prefix of the sorted I that reaches `threshold` keeps its own.
+    ``g_i = sum over tokens of ||dW_i x_i||^2`` on held-out training rows (each class gives its share),
+    ``I_i = g_i / sum over the kind of g_j``; the smallest prefix of the sorted I that reaches `threshold` keeps its
+    own.
 
     Args:
         warmup_steps: length of the first stage, in optimizer steps or as a share of the run.
@@ -34,7 +35,7 @@ class LoRADrop(Method):
         ConfigError: a setting has a value that is not allowed.
 
     Source: Zhou et al. 2024. Departs in that the first stage trains on the run's own rows and is part of its steps,
-    that rows are held out at random and not by class, and that schedule and head run on across the seam.
+    and that schedule and head run on across the seam.
 
     >>> LoRADrop(threshold=0.8).threshold
     0.8

@@ -71,8 +71,10 @@ def check_dense(method: str, adapters: Sequence[Adapter], weights: Sequence[Tens
 class MiLoRAPolicy(Fixed):
     """Sets where A and B start and what is taken away again; see :class:`MiLoRA`."""
 
-    def prepare(self, factors: Factors, weights: Sequence[Tensor]) -> None:
+    def check(self, weights: Sequence[Tensor]) -> None:
         check_dense("milora", self.adapters, weights)
+
+    def prepare(self, factors: Factors, weights: Sequence[Tensor]) -> None:
         with torch.no_grad():
             for adapter, (A, B), W in zip(self.adapters, factors, weights, strict=True):
                 for factor, start in zip((A, B), minor_pair(W, adapter.rank, adapter.scale), strict=True):

@@ -105,8 +105,10 @@ class NoRAPolicy(Fixed):
     def allocate(self) -> Sequence[tuple[int, float]]:
         return [(r, a.scale) for r, a in zip(self.outer, self.adapters, strict=True)]
 
-    def prepare(self, factors: Factors, weights: Sequence[Tensor]) -> None:
+    def check(self, weights: Sequence[Tensor]) -> None:
         check_dense("nora", self.adapters, weights)
+
+    def prepare(self, factors: Factors, weights: Sequence[Tensor]) -> None:
         sizes: list[Tensor | None] = [None] * len(weights)
         if self.method.calibration_batches and self.held_out is not None:
             seen = [self.held_out.input_size(index) for index in range(len(self.held_out))]

@@ -29,6 +29,7 @@ _TITLES = {
     "seeds": "seeds",
     "score": "score",
     "adapters": "adap~ters alive",
+    "ranks": "ranks alive",
     "trainable_params": "train~able params",
     "kept_activation_bytes": "kept activ~ations",
     "flops_per_step": "FLOPs per step",
@@ -143,9 +144,10 @@ def comparison_table(records: Sequence[Record]) -> Table:
     """Methods side by side: one row per (method, preset), mean and spread over its seeds.
 
     The spread is the sample standard deviation, ``sqrt(sum((x - mean)^2) / (m - 1))`` over m finished runs. Costs
-    are those of the final phase, averaged. Runs that failed or did not finish are counted and named below the table,
-    never averaged. Where one (method, preset) was run with several k or r, each of them gets its own row. Times are
-    set against plain LoRA's only if all runs were made on one kind of machine.
+    are those of the final phase, averaged; adapters and ranks (of all adapters together) are those alive at the end.
+    Runs that failed or did not finish are counted and named below the table, never averaged. Where one (method,
+    preset) was run with several k or r, each of them gets its own row. Times are set against plain LoRA's only if all
+    runs were made on one kind of machine.
 
     Raises:
         ConfigError: no records, or records of different tasks, models or metrics, which have no common mean.
@@ -200,6 +202,7 @@ def _row(label: str, group: Sequence[Record]) -> dict[str, Any]:
     done = [record for record in group if record.status == "ok"]
     scores = [record.score for record in done if record.score is not None]
     alive = [len(record.kept) for record in done]
+    ranks = [sum(entry.rank for entry in record.kept) for record in done]
     return {
         "label": label,
         "method": group[0].method,
@@ -213,6 +216,8 @@ def _row(label: str, group: Sequence[Record]) -> dict[str, Any]:
         "score_spread": statistics.stdev(scores) if len(scores) > 1 and all(map(math.isfinite, scores)) else None,
         "adapters_min": min(alive, default=None),
         "adapters_max": max(alive, default=None),
+        "ranks_min": min(ranks, default=None),
+        "ranks_max": max(ranks, default=None),
         "n_adapters": max((record.n_adapters for record in done), default=None),
         "trainable_params": _mean([record.trainable_params["final"] for record in done]),
         "kept_activation_bytes": _final(done, lambda phase: phase.kept_activation_bytes),
@@ -254,7 +259,8 @@ def _cell(key: str, row: dict[str, Any], units: dict[str, Unit]) -> str:
         "method": lambda row: str(row["label"]),
         "seeds": lambda row: f"{row['ok']}/{row['total']}" + (f", {row['failed']} failed" if row["failed"] else ""),
         "score": _score_cell,
-        "adapters": _adapters_cell,
+        "adapters": lambda row: _alive_cell(row, "adapters", f"/{row['n_adapters']}"),
+        "ranks": lambda row: _alive_cell(row, "ranks"),
         "relative_time": lambda row: MISSING if row["relative_time"] is None else f"{row['relative_time']:.2f}x",
     }
     return words[key](row) if key in words else units[key].cell(row[key])
@@ -269,11 +275,12 @@ def _score_cell(row: dict[str, Any]) -> str:
     return f"{row['score_mean']:.4f} ± {spread}"
 
 
-def _adapters_cell(row: dict[str, Any]) -> str:
+def _alive_cell(row: dict[str, Any], what: str, of: str = "") -> str:
+    """How many are left at the end: one number, or the least and the most over the seeds."""
     if not row["n_adapters"]:
         return MISSING
-    low, high = row["adapters_min"], row["adapters_max"]
-    return f"{low if low == high else f'{low}-{high}'}/{row['n_adapters']}"
+    low, high = row[f"{what}_min"], row[f"{what}_max"]
+    return f"{low if low == high else f'{low}-{high}'}{of}"
 
 
 def _notes(records: Sequence[Record], rows: Sequence[dict[str, Any]], comparable: bool) -> tuple[str, ...]:

@@ -134,6 +134,16 @@ def with_adapters(config: RunConfig, loaded: LoadedModel, method: Method, rank: 
     return peft.get_peft_model(loaded.model, method.peft_config(lora, target_shapes(config, loaded)))
 
 
+def check_shared(config: RunConfig) -> None:
+    """Check what a run needs whatever its method.
+
+    Raises:
+        WeightLoRAError: the task, its data, the model, the targets or the training arguments cannot be used.
+    """
+    training_arguments(config, Path("unused"))
+    targets(config.targets, base_model(config, read_task(config)))
+
+
 def build(config: RunConfig) -> Parts:
     """Load and check everything a run needs, without writing anything.
 

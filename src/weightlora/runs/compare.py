@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
 from weightlora.errors import ConfigError, WeightLoRAError
 from weightlora.methods import METHODS
-from weightlora.runs.build import build, training_arguments
+from weightlora.runs.build import build, check_shared, training_arguments
 from weightlora.runs.config import CONFIG, RunConfig
 from weightlora.runs.record import Record
-from weightlora.runs.run import RECORD, finished, resume, train
+from weightlora.runs.run import RECORD, finished, refused, resume, train
 
 log = logging.getLogger("weightlora")
 
@@ -56,10 +55,12 @@ def compare(
         say: takes a line of progress.
 
     Returns:
-        The records of all runs, failed ones included: a failure is recorded and the others go on.
+        The records of all runs, failed ones included: a failure is recorded and the others go on. A method that cannot
+        start gets such a record too, but no folder: there is nothing to resume.
 
     Raises:
-        WeightLoRAError: settings that cannot work, before the first run.
+        WeightLoRAError: task, data, model, targets or arguments cannot work, or no method can start; before the first
+            run. Or a folder holds a run with other settings.
     """
     if any(not 0 < factor < math.inf for factor in tune):
         raise ConfigError(f"tune={','.join(f'{factor:g}' for factor in tune)} must be factors above 0, such as 0.3,1,3")
@@ -67,17 +68,22 @@ def compare(
     for text in methods:
         name, preset = parse_method(text, config.preset)
         plan.append((name, preset, _for_method(config, name, preset)))
-    for name, preset, base in plan:
-        if not all(finished(folder / f"{name}-{preset}" / f"seed-{seed}") for seed in seeds):
-            with _named(name):
-                build(base)  # a mistake must show now, not after hours of other methods
+    failures = _cannot_start(config, plan, seeds, folder)
     records = []
     for number, (name, preset, base) in enumerate(plan):
         label = f"{name}-{preset}"
+        if number in failures:
+            say(f"[{number + 1}/{len(plan)}] {label} cannot start: {failures[number]}")
+            records += [refused(replace(base, seed=seed), failures[number]) for seed in seeds]
+            continue
         chosen = base
         if tune:
             default = training_arguments(base, folder).learning_rate
             rate = best_rate(base, [default * factor for factor in tune], folder / "tune" / label, say)
+            if rate is None:
+                why = f"no learning rate worked; see {folder / 'tune' / label}"
+                records += [refused(replace(base, seed=seed), why) for seed in seeds]
+                continue
             chosen = replace(base, training={**base.training, "learning_rate": rate})
         for seed in seeds:
             say(f"[{number + 1}/{len(plan)}] {label}, seed {seed}")
@@ -87,11 +93,10 @@ def compare(
     return records
 
 
-def best_rate(config: RunConfig, rates: Sequence[float], folder: Path, say: Callable[[str], None]) -> float:
+def best_rate(config: RunConfig, rates: Sequence[float], folder: Path, say: Callable[[str], None]) -> float | None:
     """The learning rate with the best score on a held-out tenth of the training rows; the lower rate on a tie.
 
-    Raises:
-        ConfigError: every rate failed.
+    None where every rate failed.
     """
     results: list[tuple[float, float]] = []
     for rate in sorted(float(f"{rate:.6g}") for rate in rates):
@@ -104,10 +109,30 @@ def best_rate(config: RunConfig, rates: Sequence[float], folder: Path, say: Call
         say(
             f"    tuning {config.method}: rate {rate:g} gives {record.score if record.status == 'ok' else record.error}"
         )
-    if not results:
-        raise ConfigError(f"no learning rate of {sorted(rates)} worked for {config.method}; see {folder}")
-    best = max(score for score, _ in results)
-    return next(rate for score, rate in results if score == best)
+    best = max((score for score, _ in results), default=None)
+    return next((rate for score, rate in results if score == best), None)
+
+
+def _cannot_start(
+    config: RunConfig, plan: Sequence[tuple[str, str, RunConfig]], seeds: Sequence[int], folder: Path
+) -> dict[int, str]:
+    """Why some methods of the plan cannot start: a mistake must show now, not after hours of other methods."""
+    waiting = [
+        number
+        for number, (name, preset, _) in enumerate(plan)
+        if not all(finished(folder / f"{name}-{preset}" / f"seed-{seed}") for seed in seeds)
+    ]
+    if waiting:
+        check_shared(config)
+    errors: dict[int, WeightLoRAError] = {}
+    for number in waiting:
+        try:
+            build(plan[number][2])
+        except WeightLoRAError as error:
+            errors[number] = error
+    if errors and len(errors) == len(plan):
+        raise type(errors[0])(f"{plan[0][0]}: {errors[0]}")
+    return {number: str(error) for number, error in errors.items()}
 
 
 def _for_method(config: RunConfig, name: str, preset: str) -> RunConfig:
@@ -120,21 +145,13 @@ def _for_method(config: RunConfig, name: str, preset: str) -> RunConfig:
 
 
 def _once(config: RunConfig, folder: Path) -> Record:
-    """Run, resume, or read what is there, if it is the same run."""
-    if (folder / CONFIG).is_file():
-        if RunConfig.load(folder).to_dict() != config.to_dict():
-            raise ConfigError(f"{folder} holds a run with other settings; choose another --out, or remove it")
-        if finished(folder):
-            return Record.read(folder / RECORD)
-        return resume(folder)
-    with _named(config.method):
-        return train(config, folder)
-
-
-@contextlib.contextmanager
-def _named(method: str) -> Iterator[None]:
-    """Say which method an error is about."""
+    """Run, resume, or read what is there, if it is the same run; a refusal on the way is a failure like another."""
+    there = (folder / CONFIG).is_file()
+    if there and RunConfig.load(folder).to_dict() != config.to_dict():
+        raise ConfigError(f"{folder} holds a run with other settings; choose another --out, or remove it")
+    if there and finished(folder):
+        return Record.read(folder / RECORD)
     try:
-        yield
+        return resume(folder) if there else train(config, folder)
     except WeightLoRAError as error:
-        raise type(error)(f"{method}: {error}") from None
+        return refused(config, str(error))

@@ -21,7 +21,7 @@ from weightlora.errors import CheckpointError, WeightLoRAError
 from weightlora.files import leftovers, new_folder, sweep, write_text
 from weightlora.graft import MANIFEST, Manifest, Selection, adapters, block_of, save_own_format, tuned_layers
 from weightlora.graft.export import export
-from weightlora.runs.build import Parts, build, make_trainer
+from weightlora.runs.build import Parts, build, make_trainer, read_task
 from weightlora.runs.config import CONFIG, RunConfig
 from weightlora.runs.progress import Progress
 from weightlora.runs.record import AdapterScore, Kept, Phase, Record, collect_versions, machine
@@ -262,9 +262,13 @@ def _omega_log(result: FitResult) -> list[dict[str, Any]]:
     ]
 
 
-def _first_record(parts: Parts, config: RunConfig, argv: Sequence[str]) -> Record:
-    live = adapters(parts.model) if parts.method.uses_adapters else ()
-    tuned = tuned_layers(parts.model) if parts.method.trains == "peft" else ()
+def refused(config: RunConfig, error: str) -> Record:
+    """The record of a run that could not start, for a table; there is no folder it belongs to."""
+    return replace(_blank(config, read_task(config).metric), status="failed", error=error)
+
+
+def _blank(config: RunConfig, metric: str) -> Record:
+    """The record of a run that has built nothing yet."""
     return Record(
         status="running",
         method=config.method,
@@ -273,22 +277,34 @@ def _first_record(parts: Parts, config: RunConfig, argv: Sequence[str]) -> Recor
         model=config.model,
         seed=config.seed,
         k=None,
-        r=parts.rank if live else None,
-        n_adapters=len(live) + len(tuned),
+        r=None,
+        n_adapters=0,
         kept=(),
         adapters=(),
         trainable_params={},
         metrics={},
-        metric=parts.task.metric,
+        metric=metric,
         phases=(),
         seam_step=None,
-        max_steps=parts.max_steps,
+        max_steps=None,
         why="",
         versions=collect_versions(),
-        argv=tuple(argv) or tuple(sys.argv),
+        argv=tuple(sys.argv),
         config=config.to_dict(),
         error=None,
         machine={**machine(), "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"},
+    )
+
+
+def _first_record(parts: Parts, config: RunConfig, argv: Sequence[str]) -> Record:
+    live = adapters(parts.model) if parts.method.uses_adapters else ()
+    tuned = tuned_layers(parts.model) if parts.method.trains == "peft" else ()
+    return replace(
+        _blank(config, parts.task.metric),
+        r=parts.rank if live else None,
+        n_adapters=len(live) + len(tuned),
+        max_steps=parts.max_steps,
+        argv=tuple(argv) or tuple(sys.argv),
     )
 
 

@@ -73,6 +73,7 @@ class Driver:
         if method.held_out_batches and held_out is None:
             raise ScheduleError(f"{method.name} looks at rows that it does not train on; give them as held_out=")
         self.policy = method.begin(self.adapters, max_steps)
+        self.policy.check(layer_weights(model, self.name))
         self.policy.held_out = held_out
         self.gates: Gates | None = None
         self.formed: Formed | None = None
@@ -225,6 +226,8 @@ class Driver:
             self.formed = None
             if optimizer is not None:
                 remap(optimizer, folded)
+                # Layers that shared a factor have one each now, and those of a frozen form train from here on.
+                adopt(optimizer, [p for pair in parameters(self.model, self.name).values() for p in pair])
         kept = set(selection.names)
         changes = disconnect(self.model, [a.name for a in self.adapters if a.name not in kept], self.name)
         changes |= fold(self.model, {c.name: c.omega for c in selection.kept}, self.name)

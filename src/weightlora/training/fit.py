@@ -15,7 +15,7 @@ import torch
 from torch import nn
 from transformers import Trainer
 
-from weightlora.errors import AdapterError, CheckpointError, ConfigError, ScheduleError
+from weightlora.errors import AdapterError, CheckpointError, ConfigError, ScheduleError, WeightLoRAError
 from weightlora.graft import (
     Manifest,
     PathName,
@@ -128,7 +128,13 @@ def fit(
     check_trainer(trainer)
     if not method.uses_adapters:
         return _train_plain(trainer, method, resume, measure)
-    return _Fit(trainer, method, resume, micro_batch, measure, log_omegas, adapter_path).run(select_only)
+    rows = trainer.train_dataset
+    try:
+        made = _Fit(trainer, method, resume, micro_batch, measure, log_omegas, adapter_path)
+    except WeightLoRAError:
+        trainer.train_dataset = rows  # some may have been set aside
+        raise
+    return made.run(select_only)
 
 
 class _Fit:

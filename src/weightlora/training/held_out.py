@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import operator
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -77,6 +78,7 @@ def rows_to_hold_out(rows: int, batches: int, batch_size: int) -> int:
 def hold_out(trainer: Trainer, batches: int) -> HeldOutBatches | None:
     """Take rows out of the trainer's training set, the same for the same seed and set, and make batches of them.
 
+    Where labels are classes every class gives its share of the rows, to within one row.
     Every process of a parallel run gets the same batches, whole: what is decided from them is decided alike everywhere.
 
     Raises:
@@ -94,7 +96,8 @@ def hold_out(trainer: Trainer, batches: int) -> HeldOutBatches | None:
         raise ConfigError(f"{count} training rows are too few to set some aside; use 5 or more")
     generator = torch.Generator().manual_seed(trainer.args.seed)
     order = torch.randperm(count, generator=generator).tolist()
-    parts = [_rows(data, sorted(part)) for part in (order[:held], order[held:])]
+    taken = stratified(order, _classes(data, count), held)
+    parts = [_rows(data, part) for part in (sorted(taken), sorted(set(order) - set(taken)))]
     trainer.train_dataset = parts[1]
     model: Any = trainer.model
 
@@ -109,6 +112,28 @@ def hold_out(trainer: Trainer, batches: int) -> HeldOutBatches | None:
         collate_fn=trainer._get_collator_with_removed_columns(trainer.data_collator),
     )
     return HeldOutBatches(model, list(loader), compute)
+
+
+def stratified(order: Sequence[int], classes: Sequence[int], held: int) -> list[int]:
+    """`held` of the rows in `order`, evenly spaced once they lie class by class: a class of c rows gives c held / n.
+
+    >>> stratified([3, 0, 2, 1], [0, 1, 0, 1], 2)
+    [2, 1]
+    """
+    lined = sorted(order, key=classes.__getitem__)  # stable: within a class the order stays random
+    return [lined[(2 * i + 1) * len(lined) // (2 * held)] for i in range(held)]
+
+
+def _classes(data: Any, count: int) -> list[int]:
+    """The class of every row; one class for all where labels are numbers, tokens or not there."""
+    key = next((name for name in ("labels", "label") if name in data[0]), None)
+    if key is None:
+        return [0] * count
+    column = (data[i][key] for i in range(count)) if getattr(data, "select", None) is None else data[key]
+    try:
+        return [operator.index(label) for label in column]
+    except TypeError:
+        return [0] * count
 
 
 def _rows(data: Any, indices: list[int]) -> Any:
