@@ -77,7 +77,8 @@ def test_grows_to_the_target_and_ends_as_plain_lora(preset: str, tmp_path: Path)
                 used = ranks[i] + 2  # what was live or in reserve keeps its memory
                 assert moments is not None
                 assert torch.equal(optimizer.state[A]["exp_avg"][:used], moments[i][:used])
-        elif step > 12:
+        assert (tuner._driver.watch is not None) == (sum(now) < TARGET)  # no hooks after the target
+        if step > 12:
             assert torch.equal(gates.values == 0, ~gates.open)  # no reserve contributes any more
         ranks = now
     last = logits(model, batch())

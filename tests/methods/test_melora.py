@@ -86,6 +86,11 @@ def test_a_count_that_does_not_divide_is_refused_and_nothing_is_changed() -> Non
     with pytest.raises(AdapterError, match=r"minis=3 does not divide the 16 inputs of .*query; use a divisor of 16"):
         Loop.start(MELoRA(minis=3), model)
     assert max_difference(dict(model.state_dict()), before) == 0.0
+    from peft import LoraConfig, get_peft_model
+
+    net: Any = get_peft_model(nn.Sequential(nn.Linear(8, 12)), LoraConfig(r=2, target_modules=["0"]))
+    with pytest.raises(AdapterError, match=r"minis=8 does not divide the 12 outputs of 0; use a divisor of 12"):
+        attach(net, MELoRA(minis=8), torch.optim.SGD(net.parameters(), lr=0.1))
     for wrong in (0, True, 2.0):
         with pytest.raises(ConfigError, match=r"minis=.* is not allowed"):
             MELoRA(minis=wrong)  # type: ignore[arg-type]

@@ -9,7 +9,7 @@ import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from tests.builders import QKV, adapter_state, base, batch, batches, logits, lora, max_difference, trainer
-from tests.methods.test_methods_battery import CASES, RANK, STEPS, K, Loop, build
+from tests.methods.test_methods_battery import CASES, HELD_OUT, RANK, STEPS, K, Loop, build
 from torch import nn
 
 import weightlora as wl
@@ -100,6 +100,28 @@ def test_at_the_end_the_optimizer_holds_exactly_what_trains(name: str, preset: s
         optimizer.zero_grad()
     after = adapter_state(model)
     assert all(not torch.equal(after[key], before[key]) for key in before if "lora_" in key)
+
+
+@pytest.mark.parametrize("implementation", ["foreach", "fused"])
+@pytest.mark.parametrize("name", sorted({name for name, _ in CASES}))
+def test_every_implementation_of_adam_goes_through_the_changes(name: str, implementation: str) -> None:
+    """They keep their step counters in different places, and look at parameters in lists."""
+    model = lora()
+    trained = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=1e-2, weight_decay=0.1, **{implementation: True})
+    tuner = wl.attach(model.train(), build(name, "recommended"), optimizer, max_steps=STEPS, held_out=HELD_OUT)
+    for _, inputs in zip(range(STEPS), batches(), strict=False):
+        for _ in range(2):
+            alive = model(**inputs).loss / 2  # this graph outlives every change of shape
+            alive.backward(retain_graph=True)
+        optimizer.step()
+        tuner.step()
+        optimizer.zero_grad()
+    tuner.finish()
+    model(**batch()).loss.backward()
+    optimizer.step()
+    assert {id(p) for p in optimizer.state} == {id(p) for p in model.parameters() if p.requires_grad}
+    assert bool(logits(model, batch()).isfinite().all())
 
 
 @each_different

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, VBLoRAConfig, VeraConfig, get_peft_model
+from safetensors.torch import load_file
 from tests.builders import QKV, base, batch, logits, lora, trainer
 from torch import nn
 
@@ -147,3 +148,60 @@ def test_mistakes_are_named(made: Any, message: str) -> None:
 def test_a_model_of_another_kind_is_refused(tmp_path: Path) -> None:
     with pytest.raises(AdapterError, match="this method trains VERA adapters, the model has LORA; build it with"):
         fit(trainer(tmp_path, lora()), VeRA())
+
+
+def test_vera_saved_without_its_projections_is_the_same_by_its_key(tmp_path: Path) -> None:
+    config = MADE["vera"].peft_config(LoraConfig(**LORA), SHAPES)
+    config.save_projection = False
+    model = wrapped(config)
+    assert {n.split(".")[-2] for n, p in model.named_parameters() if p.requires_grad and "vera" in n} == {
+        "vera_lambda_b", "vera_lambda_d",
+    }  # fmt: skip
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "vera_lambda_b" in name:
+                parameter.normal_()
+    model.save_pretrained(tmp_path)
+    loads, saved = (pytest.warns(UserWarning, match=f"Specified to not {what} vera_A") for what in ("load", "save"))
+    with loads, saved:
+        again = PeftModel.from_pretrained(base("bert"), tmp_path)
+    assert not [key for key in load_file(tmp_path / "adapter_model.safetensors") if "vera_A" in key or "vera_B" in key]
+    torch.testing.assert_close(logits(again, batch()), logits(model, batch()), rtol=0, atol=1e-6)
+
+
+def test_vb_lora_mixes_two_vectors_whose_weights_are_one_and_only_those_learn() -> None:
+    model = ours("vb_lora")
+    layer = next(m for m in model.modules() if getattr(m, "vblora_logits_A", None))
+    others = [p for n, p in model.named_parameters() if "vblora_logits" in n]
+    (bank,) = (p for n, p in model.named_parameters() if "vector_bank" in n)
+    chosen: set[int] = set()
+    for logits_ in others:
+        weights, indices = logits_.detach().topk(2, dim=-1)
+        torch.testing.assert_close(torch.softmax(weights, -1).sum(-1), torch.ones(logits_.shape[:-1]))
+        chosen |= set(indices.flatten().tolist())
+    A, B = layer._get_lora_matrices("default")
+    own = layer.vblora_logits_A["default"].detach()
+    weights, indices = own.topk(2, dim=-1)
+    mixed = (torch.softmax(weights, -1).unsqueeze(-1) * bank.detach()[indices]).sum(-2)
+    torch.testing.assert_close(A.detach(), mixed.reshape(A.shape))
+    with torch.no_grad():
+        for logits_ in others:  # vector 5 is nobody's choice
+            logits_[..., 5] = -9.0
+    model(**batch()).loss.backward()
+    moved = bank.grad.abs().sum(1) > 0
+    assert not moved[5]
+    assert int(moved.sum()) == 5
+    assert B.shape == (WIDTH, 2)
+
+
+def test_dora_merged_is_dora() -> None:
+    model = wrapped(LoraConfig(**LORA, use_dora=True))
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_(std=0.3)
+            elif "lora_magnitude" in name:
+                parameter.mul_(1.5)
+    live = logits(model, batch())
+    assert not torch.allclose(live, logits(base("bert"), batch()), atol=1e-2)
+    torch.testing.assert_close(logits(model.merge_and_unload(), batch()), live, rtol=1e-4, atol=1e-4)

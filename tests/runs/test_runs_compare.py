@@ -212,6 +212,24 @@ def test_a_method_that_cannot_start_is_a_row_and_can_be_mended(small_data: Path,
     assert {name: files for name, files in run_files(out).items() if name in before} == before
 
 
+def test_what_shows_only_when_training_would_begin_is_a_row_too(
+    small_data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "out"
+    best = ("--load-best-model-at-end", "--eval-strategy", "steps", "--eval-steps", "3")
+    assert compare(small_data, out, "--methods", "weightlora:official,top", "--seeds", "0", *best) == 1
+    table = read(out / "compare.json")
+    assert [(row["method"], row["failed"], row["ok"]) for row in table["rows"]] == [("weightlora", 1, 0), ("top", 0, 1)]
+    assert any("decides only at the end" in note for note in table["notes"])
+    assert not (out / "weightlora-official" / "seed-0").exists()
+    capsys.readouterr()
+    # And a method for which no rate works when rates are tuned.
+    assert compare(small_data, tmp_path / "tuned", "--methods", "top", "--seeds", "0,1", "--tune", "1e33") == 1
+    (row,) = read(tmp_path / "tuned" / "compare.json")["rows"]
+    assert (row["failed"], row["total"]) == (2, 2)
+    assert "no learning rate worked" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [

@@ -89,8 +89,9 @@ class Policy(ABC):
 
     ``seam`` is the optimizer step after which surgery happens: 0 before training, None never (then :meth:`decide` is
     asked once, at the end). ``gated`` says whether the run needs the omega vector, ``watches`` whether it needs
-    ``StepView.products``. ``restart``: after the seam the survivors train from LoRA's initial values again, drawn from
-    this generator. ``held_out``: the batches that the method asked for, there from :meth:`prepare` on.
+    ``StepView.products`` (False after some step: no more). ``restart``: after the seam the survivors train from LoRA's
+    initial values again, drawn from this generator. ``held_out``: the batches that the method asked for, there from
+    :meth:`prepare` on.
     """
 
     seam: int | None = None

@@ -183,6 +183,7 @@ class IncreLoRAPolicy(Policy):
             )
             if view.step >= self.first and view.step % self.interval == 0:
                 self._grow(view)
+        self.watches = sum(self.live_ranks) < self.target
         self._arrange(gates)
 
     def _grow(self, view: StepView) -> None:

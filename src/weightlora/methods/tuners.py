@@ -52,7 +52,7 @@ class VeRA(Tuner):
     Args:
         r: rank of the frozen pair; the trained vectors are r and d_out long.
         d_initial: lambda_d at the start (lambda_b starts at 0, so dW = 0).
-        key: seed of the projections, which are not stored.
+        key: seed of the projections.
 
     Parameters: ``n r + sum d_out``. Its learning rate is 10 times the run's: the authors of WeightLoRA run it at 8e-3
     where LoRA has 8e-4. Source: Kopiczko et al. 2024; PEFT's ``VeraConfig``.

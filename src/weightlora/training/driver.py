@@ -182,6 +182,9 @@ class Driver:
             self.policy.after_step(view)
             if self.watch is not None:
                 self.watch.take()
+                if not self.policy.watches:
+                    self.watch.close()
+                    self.watch = None
             if self.gates is not None:
                 self.gates.omega.grad = None
             if optimizer is not None:
