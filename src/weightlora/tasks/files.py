@@ -7,7 +7,7 @@ import io
 import json
 import math
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -30,6 +30,13 @@ class Table:
     def error(self, row: int, problem: str) -> DataError:
         """Return the error for ``row`` in the form ``file:line: problem``."""
         return DataError(f"{self.path}:{self.lines[row]}: {problem}")
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def take(self, rows: Sequence[int]) -> Table:
+        """Return the given rows, in the given order."""
+        return Table(path=self.path, rows=[self.rows[row] for row in rows], lines=[self.lines[row] for row in rows])
 
     def column(self, name: str, remedy: str) -> list[object]:
         """Return one column; a row without it is an error that lists what the row has, then the remedy."""
