@@ -17,6 +17,7 @@ from tests.runs.test_runs_killed import Killer, differences, last_checkpoint, ou
 from tests.tasks.test_tasks_completions import CHATML
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from weightlora.runs import progress
 from weightlora.tasks import LoadedModel, load_model, text_metrics
 
 HEADS = {"squad": "question-answering", "squad_v2": "question-answering", "xsum": "seq2seq-lm"}
@@ -122,13 +123,26 @@ def test_summaries_are_generated_and_judged(text_data: Path, tmp_path: Path, tas
     assert record["metrics"]["rouge1"] > 0.1, "something was generated that was asked for"
 
 
-def test_a_summarizers_adapter_is_plain_and_portable(text_data: Path, tmp_path: Path) -> None:
-    lengths = ("--max-length", "32", "--max-target-length", "8", "--generation-num-beams", "2")
+def test_a_summarizers_adapter_is_plain_and_portable(
+    text_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(progress, "EVALUATION_EVERY", 0.0)  # as if it took long
+    lengths = (
+        "--max-length",
+        "32",
+        "--max-target-length",
+        "8",
+        "--generation-num-beams",
+        "2",
+        "--per-device-eval-batch-size",
+        "2",
+    )
     flags = ("--task", "xsum", "--data-dir", text_data, "--model", "bart-small-shape", *lengths, *SEAM, *COMMON)
     record = train(tmp_path / "run", *flags)
     assert (record["metric"], len(record["kept"]), record["n_adapters"]) == ("rouge1", 3, 32)
     config = read(tmp_path / "run" / "adapter" / "adapter_config.json")
     assert (config["task_type"], config["modules_to_save"]) == ("SEQ_2_SEQ_LM", None)
+    assert "weightlora on xsum: evaluating, batch 2/3  about " in capsys.readouterr().err
     assert weightlora("export", tmp_path / "run", "--profile", "portable", "--out", tmp_path / "served") == 0
 
 

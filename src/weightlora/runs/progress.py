@@ -64,14 +64,15 @@ class Progress(TrainerCallback):
         total = len(eval_dataloader)
         now = time.monotonic()
         if not self.evaluated:
-            self.evaluation_began = self.told = now
+            self.evaluation_began = self.told = now  # the first batch is done
         self.evaluated += 1
-        if self.evaluated == total or now - self.told > EVALUATION_EVERY:
-            left = (now - self.evaluation_began) / max(self.evaluated - 1, 1) * (total - self.evaluated)
+        if self.evaluated > 1 and now - self.told > EVALUATION_EVERY:  # short ones end before anybody wonders
+            left = (now - self.evaluation_began) / (self.evaluated - 1) * (total - self.evaluated)
+            said = f"evaluating, batch {self.evaluated}/{total}  about {left:.0f} s left"
             if self.bar is not None:
-                self.bar.set_postfix_str(f"evaluating {self.evaluated}/{total}, about {left:.0f} s left")
-            elif now - self.evaluation_began > EVALUATION_EVERY:  # short ones end before anybody wonders
-                self.say(f"{self.title}: evaluating, batch {self.evaluated}/{total}  about {left:.0f} s left")
+                self.bar.set_postfix_str(said)
+            else:
+                self.say(f"{self.title}: {said}")
             self.told = now
 
     def on_evaluate(self, args: Any, state: Any, control: Any, **_: Any) -> None:
