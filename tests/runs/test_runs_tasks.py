@@ -253,6 +253,7 @@ def test_killed_before_at_and_after_the_seam_it_ends_the_same(
             ("--task", "squad", "--generation-num-beams", "2"),
             "generation_num_beams is set, but task 'squad' generates no",
         ),
+        (("--task", "squad", "--train-sampling-strategy", "group_by_length"), "group_by_length reorders evaluation"),
         (("--task", "squad", "--max-target-length", "9"), "max_target_length belongs to task"),
         (("--task", "squad", "--max-length", "40"), "leaves"),
         (("--task", "no-such.jsonl"), "no-such.jsonl: no such file"),

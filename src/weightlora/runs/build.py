@@ -199,6 +199,14 @@ def training_arguments(
     generates = prepared is None or "predict_with_generate" in own
     if not generates and (idle := GENERATION & set(config.training)):
         raise ConfigError(f"{sorted(idle)[0]} is set, but task {config.task!r} generates no text; drop it")
+    if (
+        prepared is not None
+        and prepared.ordered
+        and config.training.get("train_sampling_strategy") == "group_by_length"
+    ):
+        raise ConfigError(
+            f"group_by_length reorders evaluation too, and task {config.task!r} needs it in order; drop it"
+        )
     values = {**TRAINING_DEFAULTS, **own, "seed": config.seed, "output_dir": str(output_dir)}
     values["dataloader_pin_memory"] = torch.cuda.is_available()
     if config.method == "full":

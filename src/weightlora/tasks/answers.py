@@ -82,6 +82,7 @@ class QuestionAnswering(Task):
             validation=validation,
             collator=DataCollatorWithPadding(right),
             compute_metrics=compute_metrics,
+            ordered=True,
             # Encoder-decoder models hand over their encoder's states as well.
             preprocess_logits=lambda logits, labels: tuple(logits[:2]),
         )

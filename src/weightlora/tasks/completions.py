@@ -94,6 +94,7 @@ class Completion(Task):
 
         return {
             "compute_metrics": compute_metrics,
+            "ordered": True,
             "trainer": PromptTrainer,
             "training": {
                 "predict_with_generate": True,

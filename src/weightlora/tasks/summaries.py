@@ -65,6 +65,7 @@ class Summarization(Task):
             validation=self._tokens(self.validation, tokenizer, max_length),
             collator=DataCollatorForSeq2Seq(tokenizer, model=loaded.model),
             compute_metrics=compute_metrics,
+            ordered=True,
             trainer=Seq2SeqTrainer,
             training={
                 "predict_with_generate": True,

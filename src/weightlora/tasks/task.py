@@ -27,10 +27,11 @@ class Prepared:
 
     Args:
         train: tokenized rows to train on.
-        validation: tokenized rows to judge by, in the order that ``compute_metrics`` expects.
+        validation: tokenized rows to judge by.
         collator: makes a batch of rows.
         compute_metrics: from the trainer's predictions to the task's numbers.
         preprocess_logits: cuts a batch's outputs down to what ``compute_metrics`` needs; None: nothing to cut.
+        ordered: whether ``compute_metrics`` takes predictions by their place: row i of the validation rows.
         trainer: the trainer's class.
         training: training arguments whose defaults differ for this task.
     """
@@ -40,6 +41,7 @@ class Prepared:
     collator: Callable[[list[Any]], dict[str, Any]]
     compute_metrics: Metric
     preprocess_logits: Callable[[Any, torch.Tensor], Any] | None = None
+    ordered: bool = False
     trainer: type[Trainer] = Trainer
     training: Mapping[str, Any] = field(default_factory=dict)
 
