@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import logging
 import math
@@ -9,6 +10,7 @@ import re
 from pathlib import Path
 from typing import Any
 
+import datasets
 import numpy as np
 import pytest
 import torch
@@ -18,6 +20,7 @@ from weightlora.errors import ConfigError, DataError
 from weightlora.tasks import LoadedModel, Task, load_model, load_task
 from weightlora.tasks.completions import final_number, token_metrics, token_scores
 from weightlora.tasks.generate import PromptTrainer, prompts_of
+from weightlora.tasks.sources import SOURCES
 
 CHATML = (
     "{% for m in messages %}<{{ m.role }}> {{ m.content }} <end>{% endfor %}"
@@ -190,6 +193,7 @@ GOOD, TALK = {"prompt": "p", "completion": "c"}, {"messages": chat("u", "a")}
         ((TALK, {"messages": [{"role": "teacher", "content": "x"}]}), "the role 'teacher' is not one of system, user"),
         ((TALK, {"messages": chat("u")}), "a chat needs a message before"),
         ((TALK, {"messages": chat("u", "a", "u")}), "a chat must end in one message of the assistant"),
+        ((TALK, {"messages": chat("\ud800", "a")}), "half of a surrogate pair"),
         ((TALK, {"messages": chat("u", "")}), "the assistant's message is empty"),
         (
             (
@@ -224,3 +228,20 @@ def test_files_that_cannot_be(tmp_path: Path) -> None:
         load_task("gsm8k", data_dir=tmp_path)
     with pytest.raises(DataError, match="unknown task 'gsm8'; did you mean 'gsm8k'"):
         load_task("gsm8")
+
+
+def test_the_hubs_layout(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """A folder with the hub repository's layout, read by the same call."""
+    files = "".join(f"  - split: {split}\n    path: main/{split}.jsonl\n" for split in ("train", "test"))
+    (tmp_path / "hub" / "main").mkdir(parents=True)
+    (tmp_path / "hub" / "README.md").write_text(f"---\nconfigs:\n- config_name: main\n  data_files:\n{files}---\n")
+    for split, answer in (("train", "#### 1"), ("test", "no number")):
+        write(tmp_path / "hub" / "main" / f"{split}.jsonl", {"question": split, "answer": answer})
+    monkeypatch.setitem(SOURCES, "gsm8k", dataclasses.replace(SOURCES["gsm8k"], hub=str(tmp_path / "hub")))
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    with pytest.raises(DataError, match=r"hub/test:1: the answer does not end in ####"):
+        load_task("gsm8k")
+    write(tmp_path / "hub" / "main" / "test.jsonl", {"question": "two", "answer": "#### 2"})
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "another")
+    task = load_task("gsm8k")
+    assert (task.train["prompt"][0], task.validation["completion"][0]) == ("Question: train\nAnswer:", " #### 2")

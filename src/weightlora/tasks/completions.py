@@ -14,7 +14,7 @@ from datasets import Dataset, Features, Sequence, Value
 from transformers import DataCollatorForSeq2Seq, EvalPrediction, PreTrainedTokenizerBase
 
 from weightlora.errors import ConfigError
-from weightlora.tasks.files import Table, read_texts
+from weightlora.tasks.files import Table, half_a_pair, read_texts
 from weightlora.tasks.generate import PromptTrainer
 from weightlora.tasks.models import LoadedModel
 from weightlora.tasks.summaries import decode
@@ -117,7 +117,7 @@ class Completion(Task):
         ):
             start = [*before, *prompt]
             ids = [*start, *completion, *after][:length]
-            if len(ids) > len(start) > 0:
+            if len(ids) > max(len(start), 1):  # nothing foretells the first token of all
                 columns["input_ids"].append(ids)
                 columns["attention_mask"].append([1] * len(ids))
                 columns["labels"].append([IGNORED] * len(start) + ids[len(start) :])
@@ -241,27 +241,29 @@ def read_completions(table: Table) -> tuple[Dataset, bool]:
     Raises:
         DataError: a row of another form, or of another kind than the first; an empty completion.
     """
+    chats: list[list[Message]]
     if "messages" in table.rows[0]:
         chats = [_messages(table, row, value, "messages") for row, value in enumerate(table.column("messages", _FORM))]
-        for row, chat in enumerate(chats):
-            if len(chat) < 2:
-                raise table.error(row, "a chat needs a message before the assistant's answer; add one or drop the row")
-            _check_answer(table, row, chat[-1:])
-        return _dataset(
-            *([json.dumps(part) for part in parts] for parts in ([c[:-1] for c in chats], [c[-1:] for c in chats]))
-        ), True
-    prompts, completions = (table.column(name, _FORM) for name in ("prompt", "completion"))
-    if not isinstance(prompts[0], list):
-        texts = [read_texts(table, name, _FORM) for name in ("prompt", "completion")]
-        for row, text in enumerate(texts[1]):
-            if not text.strip():
-                raise table.error(row, "the completion is empty; write one or drop the row")
-        return _dataset(*texts), False
-    before = [_messages(table, row, value, "prompt") for row, value in enumerate(prompts)]
-    answers = [_messages(table, row, value, "completion") for row, value in enumerate(completions)]
-    for row, answer in enumerate(answers):
-        _check_answer(table, row, answer)
-    return _dataset([json.dumps(chat) for chat in before], [json.dumps(chat) for chat in answers]), True
+        lengths = [len(chat) - 1 for chat in chats]
+    else:
+        prompts, completions = (table.column(name, _FORM) for name in ("prompt", "completion"))
+        if not isinstance(prompts[0], list):
+            return _read_plain(table), False
+        before = [_messages(table, row, value, "prompt") for row, value in enumerate(prompts)]
+        answers = [_messages(table, row, value, "completion") for row, value in enumerate(completions)]
+        chats = [first + last for first, last in zip(before, answers, strict=True)]
+        lengths = [len(chat) for chat in before]
+    for row, (chat, length) in enumerate(zip(chats, lengths, strict=True)):
+        _check_chat(table, row, chat, length)
+    return _dataset([json.dumps(chat[:-1]) for chat in chats], [json.dumps(chat[-1:]) for chat in chats]), True
+
+
+def _read_plain(table: Table) -> Dataset:
+    prompts, completions = (read_texts(table, name, _FORM) for name in ("prompt", "completion"))
+    for row, text in enumerate(completions):
+        if not text.strip():
+            raise table.error(row, "the completion is empty; write one or drop the row")
+    return _dataset(prompts, completions)
 
 
 _FORM = 'a row is {"prompt": ..., "completion": ...} or {"messages": [...]}, and all rows are of one kind'
@@ -275,16 +277,20 @@ def _messages(table: Table, row: int, value: object, column: str) -> list[Messag
             raise table.error(row, f'column {column!r}: a message is {{"role": text, "content": text}}')
         if message["role"] not in ROLES:
             raise table.error(row, f"column {column!r}: the role {message['role']!r} is not one of {', '.join(ROLES)}")
+        if half_a_pair(message["content"]):
+            raise table.error(row, f"column {column!r} holds half of a surrogate pair; repair or drop the row")
     return [{"role": message["role"], "content": message["content"]} for message in value]
 
 
-def _check_answer(table: Table, row: int, answer: list[Message]) -> None:
-    last = answer[-1]
-    if len(answer) != 1 or last["role"] != "assistant":
+def _check_chat(table: Table, row: int, chat: list[Message], prompt: int) -> None:
+    """Raise DataError unless one message of the assistant, with content, follows a prompt of so many messages."""
+    if not prompt:
+        raise table.error(row, "a chat needs a message before the assistant's answer; add one or drop the row")
+    if len(chat) != prompt + 1 or chat[-1]["role"] != "assistant":
         raise table.error(
             row, "a chat must end in one message of the assistant, which is learned; add it or drop the row"
         )
-    if not last["content"].strip():
+    if not chat[-1]["content"].strip():
         raise table.error(row, "the assistant's message is empty; write one or drop the row")
 
 

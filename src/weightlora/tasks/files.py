@@ -128,6 +128,11 @@ def _csv_rows(path: Path, text: str, delimiter: str) -> Iterator[tuple[int, dict
             yield start, dict(zip(header, cells, strict=True))
 
 
+def half_a_pair(text: str) -> bool:
+    """Whether a text holds half of a surrogate pair, which JSON can spell and UTF-8 cannot."""
+    return not text.isascii() and any("\ud800" <= letter <= "\udfff" for letter in text)
+
+
 def read_texts(table: Table, column: str, remedy: str) -> list[str]:
     """Return a column of strings.
 
@@ -139,7 +144,7 @@ def read_texts(table: Table, column: str, remedy: str) -> list[str]:
         if not isinstance(value, str):
             shown = _shown(value)
             raise table.error(number, f"column {column!r} holds {shown}, not text; make it a string or drop the row")
-        if not value.isascii() and any("\ud800" <= letter <= "\udfff" for letter in value):
+        if half_a_pair(value):
             raise table.error(number, f"column {column!r} holds half of a surrogate pair; repair or drop the row")
         texts.append(value)
     return texts
