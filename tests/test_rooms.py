@@ -55,7 +55,8 @@ ROOMS: dict[str, Room] = {
     "methods": Room(rooms=names("core graft"), packages=names("torch")),
     "training": Room(rooms=names("methods graft files"), packages=names("torch numpy transformers accelerate")),
     "tasks": Room(
-        rooms=names("files"), packages=names(f"torch numpy datasets transformers sklearn scipy safetensors {MODELS}")
+        rooms=names("files"),
+        packages=names(f"torch numpy datasets transformers sklearn scipy rouge_score safetensors {MODELS}"),
     ),
     "runs": Room(
         rooms=names(f"{INNER} files"),

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from weightlora.errors import ConfigError, DataError
-from weightlora.tasks import TASKS, Task, glue, load_task
+from weightlora.tasks import TASKS, Classification, Task, glue, load_task
 from weightlora.tasks.docstrings import TOPICS, clean, load_docstrings
 from weightlora.tasks.examples import Examples, hold_out
 
@@ -206,7 +206,7 @@ def test_the_task_checks_itself() -> None:
     split = datasets.Dataset.from_dict({"text": ["a"], "label": [0]})
     good = {"name": "t", "train": split, "validation": split, "text_columns": ("text",), "labels": ("a", "b")}
     good |= {"metric": "m", "compute_metrics": lambda prediction: {}}
-    assert Task(**good).num_labels == 2
+    assert Classification(**good).num_labels == 2
     for change, problem in (
         ({"text_columns": ()}, "names 0 text columns"),
         ({"text_columns": ("body",)}, "no column 'body' in its training rows; there are: text, label"),
@@ -214,7 +214,7 @@ def test_the_task_checks_itself() -> None:
         ({"validation": split.select([])}, "has no validation rows"),
     ):
         with pytest.raises(DataError, match=problem):
-            Task(**good | change)
+            Classification(**good | change)
 
 
 def test_docstrings_of_this_python() -> None:

@@ -10,7 +10,7 @@ from datasets import Dataset
 from transformers import DataCollatorWithPadding, PreTrainedTokenizerBase
 
 from weightlora.errors import ConfigError
-from weightlora.tasks import Task, load_model, load_task, tokenize
+from weightlora.tasks import Classification, load_model, load_task, tokenize
 
 
 @pytest.fixture(scope="module")
@@ -52,7 +52,7 @@ def test_batches_are_padded_by_the_collator(data_dir: Path, tokenizer: PreTraine
 def test_a_tokenizer_without_token_types_and_its_own_limit() -> None:
     tokenizer = load_model("llama-small-shape", num_labels=2).tokenizer
     rows = Dataset.from_dict({"text": ["word " * 900], "label": [1]})
-    task = Task(
+    task = Classification(
         name="t",
         train=rows,
         validation=rows,

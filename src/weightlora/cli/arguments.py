@@ -12,7 +12,13 @@ from weightlora.errors import ConfigError
 
 # Flags that set a field of RunConfig of the same name.
 TASK_FLAGS: tuple[tuple[str, dict[str, Any]], ...] = (
-    ("--task", {"help": "a GLUE task, docstrings (embedded, the default), or files (your own)"}),
+    (
+        "--task",
+        {
+            "help": "a GLUE task, squad, squad_v2, xsum, cnn_dailymail, gsm8k, docstrings (embedded, the default),"
+            " files (your own labels), or the path of a JSONL file with prompt and completion, or with chats"
+        },
+    ),
     ("--data-dir", {"help": "folder with TASK/train.jsonl and TASK/validation.jsonl; default: the hub"}),
     ("--train-file", {"help": "CSV or JSONL with your training rows (task files)"}),
     ("--validation-file", {"help": "CSV or JSONL with your validation rows; default: a tenth of the training rows"}),
@@ -23,7 +29,20 @@ TASK_FLAGS: tuple[tuple[str, dict[str, Any]], ...] = (
     ("--max-train-samples", {"type": int, "metavar": "N", "help": "train on N random rows"}),
     ("--max-eval-samples", {"type": int, "metavar": "N", "help": "judge by N random rows"}),
     ("--holdout", {"type": float, "metavar": "SHARE", "help": "judge by this share of the training rows instead"}),
-    ("--max-length", {"type": int, "metavar": "N", "help": "tokens per example (default: 128)"}),
+    (
+        "--max-length",
+        {"type": int, "metavar": "N", "help": "tokens per input (default: 128; squad 384, summaries 256, text 512)"},
+    ),
+    ("--doc-stride", {"type": int, "metavar": "N", "help": "squad: tokens that windows share (default: a third)"}),
+    ("--max-answer-length", {"type": int, "metavar": "N", "help": "squad: tokens per answer (default: 30)"}),
+    (
+        "--null-score-diff-threshold",
+        {"type": float, "metavar": "X", "help": "squad_v2: how far 'no answer' must lead to be given (default: 0)"},
+    ),
+    (
+        "--max-target-length",
+        {"type": int, "metavar": "N", "help": "tokens per summary (default: 160) or generated answer (gsm8k: 256)"},
+    ),
 )
 MODEL_FLAGS: tuple[tuple[str, dict[str, Any]], ...] = (
     ("--model", {"help": "minilm (default), a small shape such as bert-tiny-shape, a hub name, or a folder"}),
@@ -162,9 +181,9 @@ def whole(text: str, what: str) -> int:
 
 def training_flags(words: Sequence[str], parser: argparse.ArgumentParser) -> dict[str, Any]:
     """The fields of ``TrainingArguments`` that were named on the command line; anything else is a usage error."""
-    from transformers import HfArgumentParser, TrainingArguments
+    from transformers import HfArgumentParser, Seq2SeqTrainingArguments
 
-    kind: Any = TrainingArguments
+    kind: Any = Seq2SeqTrainingArguments
     known = HfArgumentParser(kind, add_help=False, allow_abbrev=False)
     known.error = parser.error  # type: ignore[method-assign]  # one usage line: ours
     for action in known._actions:

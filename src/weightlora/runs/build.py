@@ -11,14 +11,14 @@ import peft
 import torch
 from datasets import Dataset
 from torch import nn
-from transformers import DataCollatorWithPadding, PreTrainedModel, Trainer, TrainerCallback, TrainingArguments
+from transformers import PreTrainedModel, Seq2SeqTrainingArguments, Trainer, TrainerCallback
 
 from weightlora.core import parse_params
 from weightlora.errors import AdapterError, ConfigError
 from weightlora.graft import adapters
 from weightlora.methods import Method
 from weightlora.runs.config import RunConfig
-from weightlora.tasks import LoadedModel, Task, load_model, load_task, tokenize
+from weightlora.tasks import Head, LoadedModel, Prepared, Task, load_model, load_task
 from weightlora.training import rows_to_hold_out
 
 # Where the arguments of a run differ from Transformers' defaults.
@@ -37,6 +37,14 @@ TRAINING_DEFAULTS: dict[str, Any] = {
     "report_to": "none",
     "disable_tqdm": True,
 }
+GENERATION = {"predict_with_generate", "generation_max_length", "generation_num_beams", "generation_config"}
+# PEFT's name of what a model is for.
+TASK_TYPES: dict[Head, str] = {
+    "sequence-classification": "SEQ_CLS",
+    "question-answering": "QUESTION_ANS",
+    "seq2seq-lm": "SEQ_2_SEQ_LM",
+    "causal-lm": "CAUSAL_LM",
+}
 FULL_LEARNING_RATE = 5e-5  # every weight moves: the adapters' rate would destroy the model
 
 
@@ -49,13 +57,23 @@ class Parts:
     model: nn.Module
     method: Method
     rank: int
-    train: Dataset
-    validation: Dataset
+    prepared: Prepared
     max_steps: int
 
-    def collator(self) -> DataCollatorWithPadding:
-        """Pads to the longest of a batch."""
-        return DataCollatorWithPadding(self.loaded.tokenizer)
+    @property
+    def train(self) -> Dataset:
+        """Tokenized rows to train on."""
+        return self.prepared.train
+
+    @property
+    def validation(self) -> Dataset:
+        """Tokenized rows to judge by."""
+        return self.prepared.validation
+
+    @property
+    def task_type(self) -> str:
+        """PEFT's name of what the model is for."""
+        return TASK_TYPES[self.task.head]
 
 
 def read_task(config: RunConfig) -> Task:
@@ -74,16 +92,18 @@ def read_task(config: RunConfig) -> Task:
         max_train_samples=config.max_train_samples,
         max_eval_samples=config.max_eval_samples,
         holdout=config.holdout,
+        doc_stride=config.doc_stride,
+        max_answer_length=config.max_answer_length,
+        null_score_diff_threshold=config.null_score_diff_threshold,
+        max_target_length=config.max_target_length,
         # The same rows for every seed: seeds vary the model and the order, not the task.
         seed=0,
     )
 
 
 def base_model(config: RunConfig, task: Task) -> LoadedModel:
-    """The base with its new head, drawn from the run's seed."""
-    return load_model(
-        config.model, num_labels=task.num_labels, labels=task.labels, regression=task.is_regression, seed=config.seed
-    )
+    """The base with the task's head; what is new in it is drawn from the run's seed."""
+    return load_model(config.model, **task.model_settings, seed=config.seed)
 
 
 def targets(patterns: str, loaded: LoadedModel) -> list[str]:
@@ -117,14 +137,14 @@ def target_shapes(config: RunConfig, loaded: LoadedModel) -> list[tuple[int, int
     return [(int(module.in_features), int(module.out_features)) for module in modules]
 
 
-def with_adapters(config: RunConfig, loaded: LoadedModel, method: Method, rank: int) -> peft.PeftModel:
+def with_adapters(config: RunConfig, task: Task, loaded: LoadedModel, method: Method, rank: int) -> peft.PeftModel:
     """A PEFT model with one adapter on each target; heads train and are saved. Drawn from the run's seed."""
     from transformers import set_seed
 
     set_seed(config.seed)
     alpha: Any = config.alpha * rank / config.r  # a budget changes the rank, not the scale
     lora = peft.LoraConfig(
-        task_type="SEQ_CLS",
+        task_type=TASK_TYPES[task.head],
         r=rank,
         lora_alpha=int(alpha) if float(alpha).is_integer() else alpha,
         lora_dropout=config.dropout,
@@ -155,11 +175,12 @@ def build(config: RunConfig) -> Parts:
     chosen, rank = within_budget(config, config.make_method(), loaded)
     model: PreTrainedModel | peft.PeftModel = loaded.model
     if chosen.trains != "full":
-        model = with_adapters(config, loaded, chosen, rank)
-    train, validation = tokenize(task, loaded.tokenizer, config.max_length)
-    args = training_arguments(config, Path("unused"))
-    held = rows_to_hold_out(len(train), chosen.held_out_batches, args.per_device_eval_batch_size)
-    steps = _steps(args, len(train) - held)
+        model = with_adapters(config, task, loaded, chosen, rank)
+    prepared = task.prepare(loaded, config.max_length)
+    args = training_arguments(config, Path("unused"), prepared)
+    rows = len(prepared.train)
+    held = rows_to_hold_out(rows, chosen.held_out_batches, args.per_device_eval_batch_size)
+    steps = _steps(args, rows - held)
     if chosen.uses_adapters:
         chosen.begin(adapters(model), steps)
     return Parts(
@@ -168,14 +189,15 @@ def build(config: RunConfig) -> Parts:
         model=model,
         method=chosen,
         rank=rank,
-        train=train,
-        validation=validation,
+        prepared=prepared,
         max_steps=steps,
     )
 
 
-def training_arguments(config: RunConfig, output_dir: Path) -> TrainingArguments:
-    """The trainer's arguments: our defaults, the user's on top.
+def training_arguments(
+    config: RunConfig, output_dir: Path, prepared: Prepared | None = None
+) -> Seq2SeqTrainingArguments:
+    """The trainer's arguments: our defaults, those of the task once it is prepared, the user's on top.
 
     Raises:
         ConfigError: an argument that Transformers refuses, or one that the run decides itself.
@@ -183,7 +205,19 @@ def training_arguments(config: RunConfig, output_dir: Path) -> TrainingArguments
     owned = {"output_dir", "seed", "data_seed"} & set(config.training)
     if owned:
         raise ConfigError(f"{sorted(owned)[0]} is set by the run itself; use --out and --seed")
-    values = {**TRAINING_DEFAULTS, "seed": config.seed, "output_dir": str(output_dir)}
+    own = {} if prepared is None else prepared.training
+    generates = prepared is None or "predict_with_generate" in own
+    if not generates and (idle := GENERATION & set(config.training)):
+        raise ConfigError(f"{sorted(idle)[0]} is set, but task {config.task!r} generates no text; drop it")
+    if (
+        prepared is not None
+        and prepared.ordered
+        and config.training.get("train_sampling_strategy") == "group_by_length"
+    ):
+        raise ConfigError(
+            f"group_by_length reorders evaluation too, and task {config.task!r} needs it in order; drop it"
+        )
+    values = {**TRAINING_DEFAULTS, **own, "seed": config.seed, "output_dir": str(output_dir)}
     values["dataloader_pin_memory"] = torch.cuda.is_available()
     if config.method == "full":
         values["learning_rate"] = FULL_LEARNING_RATE
@@ -206,12 +240,12 @@ def training_arguments(config: RunConfig, output_dir: Path) -> TrainingArguments
             f"final_micro_batch={config.final_micro_batch} does not divide the effective batch of {effective}"
         )
     try:
-        return TrainingArguments(**values)
+        return Seq2SeqTrainingArguments(**values)
     except (TypeError, ValueError, ImportError) as error:
         raise ConfigError(f"the training arguments are not accepted: {' '.join(str(error).split())}") from None
 
 
-def _steps(args: TrainingArguments, rows: int) -> int:
+def _steps(args: Seq2SeqTrainingArguments, rows: int) -> int:
     """Optimizer steps, as the trainer counts them."""
     if args.max_steps > 0:
         return int(args.max_steps)
@@ -220,16 +254,18 @@ def _steps(args: TrainingArguments, rows: int) -> int:
 
 
 def make_trainer(parts: Parts, config: RunConfig, folder: Path, callbacks: list[TrainerCallback]) -> Trainer:
-    """A stock trainer over the parts; its checkpoints go to ``folder/checkpoints``."""
+    """The task's trainer over the parts; its checkpoints go to ``folder/checkpoints``."""
     from transformers import PrinterCallback
 
-    trainer = Trainer(
+    prepared = parts.prepared
+    trainer = prepared.trainer(
         model=parts.model,
-        args=training_arguments(config, folder / "checkpoints"),
-        train_dataset=parts.train,
-        eval_dataset=parts.validation,
-        data_collator=parts.collator(),
-        compute_metrics=parts.task.compute_metrics,
+        args=training_arguments(config, folder / "checkpoints", prepared),
+        train_dataset=prepared.train,
+        eval_dataset=prepared.validation,
+        data_collator=prepared.collator,
+        compute_metrics=prepared.compute_metrics,
+        preprocess_logits_for_metrics=prepared.preprocess_logits,
         callbacks=callbacks,
     )
     trainer.remove_callback(PrinterCallback)

@@ -14,6 +14,7 @@ from weightlora.errors import CheckpointError, ConfigError
 from weightlora.files import write_text
 from weightlora.graft import check_path
 from weightlora.methods import METHODS, Method, method
+from weightlora.tasks import default_max_length
 
 CONFIG = "config.json"
 SCHEMA_VERSION = 1
@@ -24,8 +25,8 @@ class RunConfig:
     """One run: task, model, adapters, method, seed, and whatever of ``transformers.TrainingArguments`` was set.
 
     Args:
-        task: as :func:`weightlora.tasks.load_task`; so are ``data_dir`` and all up to ``holdout``.
-        max_length: tokens per example.
+        task: as :func:`weightlora.tasks.load_task`; so are ``data_dir`` and all up to ``max_target_length``.
+        max_length: tokens per input; 0: what is usual for the task (128 for classification, 384 for SQuAD, ...).
         model: as :func:`weightlora.tasks.load_model`.
         targets: "all-linear", "attention", or endings of module names, comma-separated.
         r, alpha, dropout: of every adapter.
@@ -52,7 +53,11 @@ class RunConfig:
     max_train_samples: int | None = None
     max_eval_samples: int | None = None
     holdout: float | None = None
-    max_length: int = 128
+    doc_stride: int | None = None
+    max_answer_length: int | None = None
+    null_score_diff_threshold: float | None = None
+    max_target_length: int | None = None
+    max_length: int = 0
     model: str = "minilm"
     targets: str = "all-linear"
     r: int = 8
@@ -69,6 +74,8 @@ class RunConfig:
     training: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        if not self.max_length:
+            object.__setattr__(self, "max_length", default_max_length(self.task))
         for name in ("r", "max_length"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name}={getattr(self, name)} is not allowed; use 1 or more")

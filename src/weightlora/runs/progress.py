@@ -11,6 +11,7 @@ from typing import Any, TextIO
 from tqdm import tqdm
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+EVALUATION_EVERY = 10.0  # seconds between two words on an evaluation
 LOGGER = logging.getLogger("weightlora")
 
 
@@ -27,6 +28,7 @@ class Progress(TrainerCallback):
         self.bar: tqdm[Any] | None = None
         self.last: dict[str, float] = {}
         self.began, self.first_step = time.monotonic(), 0
+        self.evaluated, self.evaluation_began, self.told = 0, 0.0, 0.0
         self.handler = _Lines(self)
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
@@ -55,6 +57,26 @@ class Progress(TrainerCallback):
             left = (time.monotonic() - self.began) / max(done, 1) * (state.max_steps - state.global_step)
             loss = f"  loss {self.last['loss']:.4f}" if "loss" in self.last else ""
             self.say(f"{self.title}: step {state.global_step}/{state.max_steps}{loss}  about {left:.0f} s left")
+
+    def on_prediction_step(
+        self, args: Any, state: TrainerState, control: Any, eval_dataloader: Any = None, **_: Any
+    ) -> None:
+        total = len(eval_dataloader)
+        now = time.monotonic()
+        if not self.evaluated:
+            self.evaluation_began = self.told = now  # the first batch is done
+        self.evaluated += 1
+        if self.evaluated > 1 and now - self.told > EVALUATION_EVERY:  # short ones end before anybody wonders
+            left = (now - self.evaluation_began) / (self.evaluated - 1) * (total - self.evaluated)
+            said = f"evaluating, batch {self.evaluated}/{total}  about {left:.0f} s left"
+            if self.bar is not None:
+                self.bar.set_postfix_str(said)
+            else:
+                self.say(f"{self.title}: {said}")
+            self.told = now
+
+    def on_evaluate(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self.evaluated = 0
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **_: Any) -> None:
         self.last |= {key: value for key, value in (logs or {}).items() if key in ("loss", "omega/alive")}

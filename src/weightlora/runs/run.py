@@ -34,6 +34,7 @@ SELECTION = "selection.json"
 ERROR = "error.txt"
 PICTURE = "selection.png"
 SELECT = "select.json"
+SAMPLE_ROWS = 2
 # What a run writes under a temporary name first.
 WRITTEN = (CONFIG, RECORD, ADAPTER, MODEL, SELECTION, MANIFEST, ERROR, PICTURE)
 
@@ -107,7 +108,7 @@ def select(config: RunConfig, folder: Path, *, overwrite: bool = False, quiet: b
         assert result.selection is not None
         result.selection.save(temporary / SELECTION)
         result.selection.lora_config(
-            task_type="SEQ_CLS", lora_dropout=config.dropout, modules_to_save=list(parts.loaded.heads)
+            task_type=parts.task_type, lora_dropout=config.dropout, modules_to_save=list(parts.loaded.heads)
         ).save_pretrained(str(temporary))
         config.save(temporary, SELECT)  # not as a run's own file: there is no run to resume
         shutil.rmtree(temporary / "checkpoints", ignore_errors=True)
@@ -203,7 +204,7 @@ def _live(parts: Parts, config: RunConfig, folder: Path, *, resume: bool, argv: 
             adapter_path=config.adapter_path,  # type: ignore[arg-type]  # checked by the configuration
         )
         metrics = _evaluate(trainer)
-        _write_result(result, trainer, folder, config, described)
+        _write_result(result, trainer, folder, parts, described)
         recording.record = replace(
             _last_record(recording.record, parts, result, metrics), budget=_budget(config, result, folder)
         )
@@ -223,18 +224,19 @@ def _write_result(
     result: FitResult,
     trainer: Trainer,
     folder: Path,
-    config: RunConfig,
+    parts: Parts,
     described: tuple[tuple[str, int, int, int], ...],
 ) -> None:
+    sample = _sample(trainer, SAMPLE_ROWS if parts.task.head in ("seq2seq-lm", "causal-lm") else None)
     if result.method.trains == "peft":
-        save_own_format(result.model, folder / ADAPTER, _sample(trainer))
+        save_own_format(result.model, folder / ADAPTER, sample)
         return
     if result.selection is None:
         with new_folder(folder / MODEL) as temporary:
             model: Any = result.model
             model.save_pretrained(temporary)
         return
-    export(result, folder / ADAPTER, "native", sample=_sample(trainer), overwrite=True)
+    export(result, folder / ADAPTER, "native", sample=sample, overwrite=True)
     result.selection.save(folder / SELECTION)
     manifest = Manifest(
         stage="final",
@@ -248,10 +250,10 @@ def _write_result(
     write_text(folder / MANIFEST, manifest.to_json())
 
 
-def _sample(trainer: Trainer) -> dict[str, Any]:
-    """A batch to compare logits on."""
-    batch = next(iter(trainer.get_eval_dataloader()))
-    return {key: value for key, value in trainer._prepare_inputs(batch).items() if key != "labels"}
+def _sample(trainer: Trainer, rows: int | None) -> dict[str, Any]:
+    """A batch to compare logits on; its first rows only where each token has a logit per word of the vocabulary."""
+    batch = trainer._prepare_inputs(next(iter(trainer.get_eval_dataloader())))
+    return {key: value[:rows] for key, value in batch.items() if key not in trainer.label_names}
 
 
 def _omega_log(result: FitResult) -> list[dict[str, Any]]:

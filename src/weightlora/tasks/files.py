@@ -7,7 +7,7 @@ import io
 import json
 import math
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -30,6 +30,13 @@ class Table:
     def error(self, row: int, problem: str) -> DataError:
         """Return the error for ``row`` in the form ``file:line: problem``."""
         return DataError(f"{self.path}:{self.lines[row]}: {problem}")
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def take(self, rows: Sequence[int]) -> Table:
+        """Return the given rows, in the given order."""
+        return Table(path=self.path, rows=[self.rows[row] for row in rows], lines=[self.lines[row] for row in rows])
 
     def column(self, name: str, remedy: str) -> list[object]:
         """Return one column; a row without it is an error that lists what the row has, then the remedy."""
@@ -121,6 +128,11 @@ def _csv_rows(path: Path, text: str, delimiter: str) -> Iterator[tuple[int, dict
             yield start, dict(zip(header, cells, strict=True))
 
 
+def half_a_pair(text: str) -> bool:
+    """Whether a text holds half of a surrogate pair, which JSON can spell and UTF-8 cannot."""
+    return not text.isascii() and any("\ud800" <= letter <= "\udfff" for letter in text)
+
+
 def read_texts(table: Table, column: str, remedy: str) -> list[str]:
     """Return a column of strings.
 
@@ -132,7 +144,7 @@ def read_texts(table: Table, column: str, remedy: str) -> list[str]:
         if not isinstance(value, str):
             shown = _shown(value)
             raise table.error(number, f"column {column!r} holds {shown}, not text; make it a string or drop the row")
-        if not value.isascii() and any("\ud800" <= letter <= "\udfff" for letter in value):
+        if half_a_pair(value):
             raise table.error(number, f"column {column!r} holds half of a surrogate pair; repair or drop the row")
         texts.append(value)
     return texts

@@ -1,26 +1,25 @@
-"""Models for sequence classification and regression: the packaged MiniLM, small shapes, any hub name or folder."""
+"""Models with the head a task needs: the packaged MiniLM, small shapes, any hub name or folder."""
 
 from __future__ import annotations
 
 import difflib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import nn
 from transformers import (
     AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForQuestionAnswering,
+    AutoModelForSeq2SeqLM,
     AutoModelForSequenceClassification,
     AutoTokenizer,
-    BartConfig,
     BertConfig,
-    DebertaV2Config,
-    LlamaConfig,
-    PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
@@ -28,6 +27,8 @@ from transformers.utils import logging as transformers_logging
 
 from weightlora.errors import ConfigError
 from weightlora.tasks.pooling import MeanPooledBertConfig, MeanPooledBertForSequenceClassification
+from weightlora.tasks.shapes import SHAPES
+from weightlora.tasks.task import Head
 
 MODELS: Mapping[str, str] = MappingProxyType(
     {
@@ -46,9 +47,14 @@ ATTENTION_NAMES = (
     *("query", "key", "value", "query_proj", "key_proj", "value_proj", "q_proj", "k_proj", "v_proj"),
     *("q_lin", "k_lin", "v_lin", "q", "k", "v", "qkv", "Wqkv", "qkv_proj", "query_key_value", "in_proj"),
 )
-VOCABULARY = 30522  # MiniLM's: [PAD] = 0, [CLS] = 101, [SEP] = 102
-
-
+CLASSIFICATION: Head = "sequence-classification"
+LANGUAGE: tuple[Head, ...] = ("seq2seq-lm", "causal-lm")
+_CLASSES: dict[Head, Any] = {
+    CLASSIFICATION: AutoModelForSequenceClassification,
+    "question-answering": AutoModelForQuestionAnswering,
+    "seq2seq-lm": AutoModelForSeq2SeqLM,
+    "causal-lm": AutoModelForCausalLM,
+}
 Parts = tuple[PreTrainedModel, PreTrainedTokenizerBase, set[str]]  # and the keys that the checkpoint lacks
 
 
@@ -76,17 +82,19 @@ class LoadedModel:
 def load_model(
     name: str,
     *,
-    num_labels: int,
+    head: Head = CLASSIFICATION,
+    num_labels: int | None = None,
     labels: tuple[str, ...] | None = None,
     regression: bool = False,
     seed: int = 0,
     dtype: torch.dtype | None = None,
 ) -> LoadedModel:
-    """Load a sequence classifier with its tokenizer; what is new in it is drawn from ``seed`` alone.
+    """Load a model with its tokenizer; what is new in it is drawn from ``seed`` alone.
 
     Args:
         name: one of `MODELS`, a hub name, or a folder written by ``save_pretrained``.
-        num_labels: number of classes; 1 for regression.
+        head: what the model is for. A language model's head belongs to the pretrained model and stays as it is.
+        num_labels: number of classes; 1 for regression; for sequence classification only, as the next two.
         labels: their names, for ``config.id2label``.
         regression: squared error instead of cross entropy.
         seed: of the new weights; the global random state is left as it was.
@@ -102,30 +110,33 @@ def load_model(
     >>> loaded.heads, loaded.attention_targets, len(loaded.linear_targets)
     (('classifier',), ('query', 'key', 'value'), 12)
     """
-    settings = _label_settings(num_labels, labels, regression)
+    settings = _label_settings(num_labels, labels, regression) if head == CLASSIFICATION else {}
     with _quiet(), _seeded(seed):
-        if name in _SHAPES:
-            model, tokenizer, missing = _build_shape(name, settings, dtype)
+        if name in SHAPES:
+            model, tokenizer, missing = _build_shape(name, head, settings, dtype)
         elif name == "minilm":
-            model, tokenizer, missing = _load_minilm(settings, dtype)
+            model, tokenizer, missing = _load_minilm(head, settings, dtype)
         else:
-            model, tokenizer, missing = _load_pretrained(name, settings, dtype)
-    # The loss is a mean over the micro-batch and ignores num_items_in_batch. Left to guess from ``**kwargs`` in the
-    # signature, the trainer would not divide it by the gradient accumulation steps.
-    model.accepts_loss_kwargs = False  # type: ignore[assignment]
+            model, tokenizer, missing = _load_pretrained(name, head, settings, dtype)
+    if head != "causal-lm":
+        # The loss is a mean over the micro-batch and ignores num_items_in_batch. Left to guess from ``**kwargs`` in
+        # the signature, the trainer would not divide it by the gradient accumulation steps.
+        model.accepts_loss_kwargs = False  # type: ignore[assignment]
     linear_targets = _linear_targets(model)
     last_names = frozenset(target.rsplit(".", 1)[-1] for target in linear_targets)
     return LoadedModel(
         model=model.train(),
         tokenizer=tokenizer,
         name=name,
-        heads=_heads(name, model, missing),
+        heads=_heads(name, head, model, missing),
         attention_targets=tuple(last for last in ATTENTION_NAMES if last in last_names),
         linear_targets=linear_targets,
     )
 
 
-def _label_settings(num_labels: int, labels: tuple[str, ...] | None, regression: bool) -> dict[str, Any]:
+def _label_settings(num_labels: int | None, labels: tuple[str, ...] | None, regression: bool) -> dict[str, Any]:
+    if num_labels is None:
+        raise ConfigError("sequence classification needs num_labels; pass the number of classes, or 1 for regression")
     if regression and num_labels != 1:
         raise ConfigError(f"regression with num_labels={num_labels}: it has one output; pass num_labels=1")
     if not regression and num_labels < 2:
@@ -178,26 +189,38 @@ def _minilm_folder() -> Path:
     return folder
 
 
-def _build_shape(name: str, settings: dict[str, Any], dtype: torch.dtype | None) -> Parts:
-    config, inputs = _SHAPES[name](**settings)
+def _build_shape(name: str, head: Head, settings: dict[str, Any], dtype: torch.dtype | None) -> Parts:
+    build, heads = SHAPES[name]
+    if head not in heads:
+        _refuse(name, head, [other for other, (_, known) in SHAPES.items() if head in known])
+    config, inputs = build(**settings)
     tokenizer = AutoTokenizer.from_pretrained(_minilm_folder(), model_input_names=inputs)
-    model = AutoModelForSequenceClassification.from_config(config)
+    model = _CLASSES[head].from_config(config)
     return model if dtype is None else model.to(dtype), tokenizer, set()
 
 
-def _load_minilm(settings: dict[str, Any], dtype: torch.dtype | None) -> Parts:
+def _refuse(name: str, head: Head, others: list[str]) -> NoReturn:
+    raise ConfigError(f"model {name!r} has no {head} head; pass {', '.join(others)}, a hub name, or a folder")
+
+
+def _load_minilm(head: Head, settings: dict[str, Any], dtype: torch.dtype | None) -> Parts:
+    if head in LANGUAGE:
+        _refuse("minilm", head, [other for other, (_, known) in SHAPES.items() if head in known])
     folder = _minilm_folder()
-    values = BertConfig.from_pretrained(folder).to_dict()
-    for own in ("model_type", "architectures", "id2label", "label2id", "problem_type"):
-        values.pop(own, None)
-    loader: Any = MeanPooledBertForSequenceClassification
-    model, info = loader.from_pretrained(
-        folder, config=MeanPooledBertConfig(**values, **settings), dtype=dtype or "auto", output_loading_info=True
-    )
+    loader: Any = _CLASSES[head]
+    if head == CLASSIFICATION:
+        values = BertConfig.from_pretrained(folder).to_dict()
+        for own in ("model_type", "architectures", "id2label", "label2id", "problem_type"):
+            values.pop(own, None)
+        settings, loader = (
+            {"config": MeanPooledBertConfig(**values, **settings)},
+            MeanPooledBertForSequenceClassification,
+        )
+    model, info = loader.from_pretrained(folder, dtype=dtype or "auto", output_loading_info=True, **settings)
     return model, AutoTokenizer.from_pretrained(folder), set(info["missing_keys"])
 
 
-def _load_pretrained(name: str, settings: dict[str, Any], dtype: torch.dtype | None) -> Parts:
+def _load_pretrained(name: str, head: Head, settings: dict[str, Any], dtype: torch.dtype | None) -> Parts:
     folder = Path(name).expanduser()
     if not name or folder.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1 or folder.is_dir():
         if not (folder / "config.json").is_file():
@@ -214,13 +237,13 @@ def _load_pretrained(name: str, settings: dict[str, Any], dtype: torch.dtype | N
         if config.get_text_config().pad_token_id is None:
             config.get_text_config().pad_token_id = tokenizer.pad_token_id
         # A head made for other labels is replaced by a new one.
-        model, info = AutoModelForSequenceClassification.from_pretrained(
+        model, info = _CLASSES[head].from_pretrained(
             name, config=config, dtype=dtype or "auto", ignore_mismatched_sizes=True, output_loading_info=True
         )
     except (OSError, ValueError, ImportError, KeyError, RuntimeError) as error:
         reason = (str(error).strip() or type(error).__name__).split("\n")[0].rstrip(".")
         raise ConfigError(
-            f"model {name!r} cannot be loaded for sequence classification ({reason});"
+            f"model {name!r} cannot be loaded for {head.replace('-', ' ')} ({reason});"
             f" pass {', '.join(MODELS)}, a hub name, or a folder written by save_pretrained"
         ) from None
     mismatched = {key if isinstance(key, str) else key[0] for key in info["mismatched_keys"]}
@@ -239,8 +262,17 @@ def _linear_targets(model: PreTrainedModel) -> tuple[str, ...]:
     )
 
 
-def _heads(name: str, model: PreTrainedModel, missing: set[str]) -> tuple[str, ...]:
-    """Children beside the backbone that have weights, and poolers of the backbone that the checkpoint lacks."""
+def _heads(name: str, head: Head, model: PreTrainedModel, missing: set[str]) -> tuple[str, ...]:
+    """Children beside the backbone that have weights, and poolers of the backbone that the checkpoint lacks.
+
+    A language model brings its head along, often tied to its embeddings: nothing of it is new.
+    """
+    if head in LANGUAGE:
+        if missing:
+            raise ConfigError(
+                f"model {name!r}: its checkpoint lacks {sorted(missing)[0]!r}; it is no {head}, pass one that is"
+            )
+        return ()
     base = model.base_model_prefix
     heads = [child for child, module in model.named_children() if child != base and _has_weights(module)]
     inside: dict[str, None] = {}
@@ -256,102 +288,3 @@ def _heads(name: str, model: PreTrainedModel, missing: set[str]) -> tuple[str, .
 
 def _has_weights(module: nn.Module) -> bool:
     return next(module.parameters(), None) is not None
-
-
-BERT_INPUTS = ["input_ids", "token_type_ids", "attention_mask"]
-PLAIN_INPUTS = ["input_ids", "attention_mask"]
-Shape = Callable[..., tuple[PreTrainedConfig, list[str]]]
-
-
-def _bert_tiny(**settings: Any) -> tuple[PreTrainedConfig, list[str]]:
-    config = BertConfig(
-        vocab_size=VOCABULARY,
-        hidden_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        intermediate_size=128,
-        pad_token_id=0,
-        **settings,
-    )
-    return config, BERT_INPUTS
-
-
-def _deberta(**settings: Any) -> DebertaV2Config:
-    """The shape and the relative attention that versions 2 and 3 share."""
-    # Read by the model, but not fields of the config class.
-    settings |= {"position_buckets": 256, "norm_rel_ebd": "layer_norm", "share_att_key": True}
-    return DebertaV2Config(
-        vocab_size=VOCABULARY,
-        hidden_size=64,
-        num_hidden_layers=3,
-        num_attention_heads=4,
-        intermediate_size=128,
-        relative_attention=True,
-        max_relative_positions=-1,
-        pos_att_type="p2c|c2p",
-        position_biased_input=False,
-        type_vocab_size=0,
-        layer_norm_eps=1e-7,
-        pooler_hidden_act="gelu",
-        pooler_dropout=0.0,
-        pad_token_id=0,
-        **settings,
-    )
-
-
-def _deberta_v2_small(**settings: Any) -> tuple[PreTrainedConfig, list[str]]:
-    return _deberta(conv_kernel_size=3, conv_act="gelu", **settings), BERT_INPUTS
-
-
-def _deberta_v3_small(**settings: Any) -> tuple[PreTrainedConfig, list[str]]:
-    return _deberta(**settings), BERT_INPUTS
-
-
-def _bart_small(**settings: Any) -> tuple[PreTrainedConfig, list[str]]:
-    # BART pools at the last end-of-sentence token: the tokenizer's [SEP].
-    config = BartConfig(
-        vocab_size=VOCABULARY,
-        d_model=64,
-        encoder_layers=2,
-        decoder_layers=2,
-        encoder_attention_heads=4,
-        decoder_attention_heads=4,
-        encoder_ffn_dim=128,
-        decoder_ffn_dim=128,
-        max_position_embeddings=512,
-        pad_token_id=0,
-        bos_token_id=101,
-        eos_token_id=102,
-        decoder_start_token_id=102,
-        forced_eos_token_id=None,
-        **settings,
-    )
-    return config, PLAIN_INPUTS
-
-
-def _llama_small(**settings: Any) -> tuple[PreTrainedConfig, list[str]]:
-    # Llama pools at the last token that is not padding, so it must know the padding token.
-    config = LlamaConfig(
-        vocab_size=VOCABULARY,
-        hidden_size=64,
-        num_hidden_layers=3,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        intermediate_size=128,
-        max_position_embeddings=512,
-        pad_token_id=0,
-        bos_token_id=101,
-        eos_token_id=102,
-        use_cache=False,
-        **settings,
-    )
-    return config, PLAIN_INPUTS
-
-
-_SHAPES: dict[str, Shape] = {
-    "bert-tiny-shape": _bert_tiny,
-    "deberta-v2-small-shape": _deberta_v2_small,
-    "deberta-v3-small-shape": _deberta_v3_small,
-    "bart-small-shape": _bart_small,
-    "llama-small-shape": _llama_small,
-}

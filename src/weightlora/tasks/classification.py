@@ -1,13 +1,13 @@
-"""A task: rows to train on, rows to judge by, and the judge; where it comes from, and how it becomes tokens."""
+"""Classification and regression: GLUE, the embedded docstrings, the user's own files; how they become tokens."""
 
 from __future__ import annotations
 
-import difflib
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, ClassVar
 
 from datasets import Dataset, Features, Sequence, Value
-from transformers import PreTrainedTokenizerBase
+from transformers import DataCollatorWithPadding, PreTrainedTokenizerBase
 
 from weightlora.errors import ConfigError, DataError
 from weightlora.tasks import metrics
@@ -15,36 +15,32 @@ from weightlora.tasks.docstrings import load_docstrings
 from weightlora.tasks.examples import Examples, hold_out, subset
 from weightlora.tasks.files import load_files
 from weightlora.tasks.glue import GLUE, load_glue
+from weightlora.tasks.models import LoadedModel
+from weightlora.tasks.sources import DEFAULT_HOLDOUT
+from weightlora.tasks.task import Head, Prepared, Task
 
-TASKS = (*GLUE, "docstrings", "files")
-DEFAULT_HOLDOUT = 0.1
+CLASSIFICATIONS = (*GLUE, "docstrings", "files")
 
 
 @dataclass(frozen=True, kw_only=True)
-class Task:
-    """One task, ready to be tokenized.
+class Classification(Task):
+    """Sequence classification, or regression: one label per text or pair of texts.
 
     Args:
-        name: its name in `TASKS`.
-        train: rows to train on.
-        validation: rows to judge by.
         text_columns: one text column, or two for pairs, in the order in which the tokenizer gets them.
         label_column: class index (int) or target (float).
         labels: class names by index; None for regression.
-        metric: the headline key of what ``compute_metrics`` returns.
         compute_metrics: as ``transformers.Trainer`` wants it.
 
     Raises:
-        DataError: an empty split, a missing column, not one or two text columns, fewer than two classes.
+        DataError: not one or two text columns, fewer than two classes.
     """
 
-    name: str
-    train: Dataset
-    validation: Dataset
+    head: ClassVar[Head] = "sequence-classification"
+
     text_columns: tuple[str, ...]
     label_column: str = "label"
     labels: tuple[str, ...] | None
-    metric: str
     compute_metrics: metrics.Metric
 
     def __post_init__(self) -> None:
@@ -56,13 +52,25 @@ class Task:
             raise DataError(
                 f"task {self.name!r} has {len(self.labels)} class; give two or more, or None for regression"
             )
-        for split, rows in (("training", self.train), ("validation", self.validation)):
-            if not len(rows):
-                raise DataError(f"task {self.name!r} has no {split} rows; give at least one")
-            for column in (*self.text_columns, self.label_column):
-                if column not in rows.column_names:
-                    there = ", ".join(rows.column_names)
-                    raise DataError(f"task {self.name!r}: no column {column!r} in its {split} rows; there are: {there}")
+        super().__post_init__()
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        return (*self.text_columns, self.label_column)
+
+    @property
+    def model_settings(self) -> dict[str, Any]:
+        labels = {"num_labels": self.num_labels, "labels": self.labels, "regression": self.is_regression}
+        return {"head": self.head, **labels}
+
+    def prepare(self, loaded: LoadedModel, max_length: int) -> Prepared:
+        train, validation = tokenize(self, loaded.tokenizer, max_length)
+        return Prepared(
+            train=train,
+            validation=validation,
+            collator=DataCollatorWithPadding(loaded.tokenizer),
+            compute_metrics=self.compute_metrics,
+        )
 
     @property
     def num_labels(self) -> int:
@@ -75,7 +83,7 @@ class Task:
         return self.labels is None
 
 
-def load_task(  # noqa: PLR0913 - one argument per user setting
+def load_classification(  # noqa: PLR0913 - one argument per user setting
     name: str,
     *,
     data_dir: Path | None = None,
@@ -89,54 +97,16 @@ def load_task(  # noqa: PLR0913 - one argument per user setting
     max_eval_samples: int | None = None,
     holdout: float | None = None,
     seed: int = 0,
-) -> Task:
-    """Load a task by name: a GLUE task, the embedded ``docstrings``, or your own ``files``.
-
-    Args:
-        name: ``cola``, ``sst2``, ``mrpc``, ``qqp``, ``stsb``, ``mnli`` (matched), ``qnli``, ``rte``, ``docstrings`` or
-            ``files``.
-        data_dir: folder with ``<task>/train.jsonl`` and ``<task>/validation.jsonl`` for GLUE; None for the hub.
-        train_file: the training rows of ``files``, JSONL or CSV.
-        validation_file: its validation rows; without one, a stratified tenth of the training rows is held out.
-        text_column: its text column, by default ``text``.
-        pair_column: its second text column, if any.
-        label_column: its label column.
-        regression: whether that label is a number to predict.
-        max_train_samples: keep so many random training rows, in random order.
-        max_eval_samples: keep so many random validation rows, in random order.
-        holdout: leave the validation rows unread and hold out this part of the training rows instead, stratified by
-            class: the honest place to tune a learning rate.
-        seed: of every random choice here; the global random states are neither read nor changed.
-
-    Returns:
-        The task, in memory.
-
-    Raises:
-        DataError: an unknown task, or unusable data.
-        ConfigError: a setting out of range, or one that the task does not have.
-
-    >>> task = load_task("docstrings", max_train_samples=100, max_eval_samples=20)
-    >>> len(task.train), len(task.validation), task.num_labels, task.metric
-    (100, 20, 7, 'accuracy')
-    """
-    if name not in TASKS:
-        close = difflib.get_close_matches(name.lower(), TASKS, n=1, cutoff=0.5)
-        hint = f"did you mean {close[0]!r}? " if close else ""
-        raise DataError(f"unknown task {name!r}; {hint}the tasks are {', '.join(TASKS)}")
-    _check_numbers(max_train_samples=max_train_samples, max_eval_samples=max_eval_samples, holdout=holdout, seed=seed)
+) -> Classification:
+    """Load a GLUE task, ``docstrings`` or ``files``; arguments and errors as :func:`weightlora.tasks.load_task`."""
     if name == "files":
         source = _files(train_file, validation_file, text_column, pair_column, label_column, regression)
     else:
-        own = {"train_file": train_file, "validation_file": validation_file, "text_column": text_column}
-        given = [option for option, value in own.items() if value is not None]
-        given += ["pair_column"] * (pair_column is not None) + ["regression"] * regression
-        if given:
-            raise ConfigError(f"{given[0]} belongs to task 'files', not to {name!r}; drop it, or use task 'files'")
         source = _docstrings() if name == "docstrings" else _glue(name, data_dir, validation=holdout is None)
     train, validation = source.train, source.validation
     if holdout is not None or validation is None:
         train, validation = _hold_out(name, train, holdout, seed=seed, stratify=source.labels is not None)
-    return Task(
+    return Classification(
         name=name,
         train=source.dataset(subset(train, max_train_samples, seed=seed, stream="train")),
         validation=source.dataset(subset(validation, max_eval_samples, seed=seed, stream="eval")),
@@ -230,8 +200,10 @@ def _hold_out(
     return rest, held
 
 
-def tokenize(task: Task, tokenizer: PreTrainedTokenizerBase, max_length: int = 128) -> tuple[Dataset, Dataset]:
-    """Turn both splits of a task into token ids, without padding (leave that to ``DataCollatorWithPadding``).
+def tokenize(
+    task: Classification, tokenizer: PreTrainedTokenizerBase, max_length: int = 128
+) -> tuple[Dataset, Dataset]:
+    """Turn both splits into token ids, without padding (leave that to ``DataCollatorWithPadding``).
 
     Args:
         task: what to tokenize.
@@ -260,15 +232,3 @@ def tokenize(task: Task, tokenizer: PreTrainedTokenizerBase, max_length: int = 1
         )
         tokenized.append(Dataset.from_dict({**columns, "labels": list(split[task.label_column])}, features=features))
     return tokenized[0], tokenized[1]
-
-
-def _check_numbers(
-    *, max_train_samples: int | None, max_eval_samples: int | None, holdout: float | None, seed: int
-) -> None:
-    for option, limit in (("max_train_samples", max_train_samples), ("max_eval_samples", max_eval_samples)):
-        if limit is not None and limit < 1:
-            raise ConfigError(f"{option}={limit} is below 1; give a positive count, or leave it out for all rows")
-    if holdout is not None and not 0.0 < holdout < 1.0:
-        raise ConfigError(f"holdout={holdout:g} is not between 0 and 1; give a part of the training rows such as 0.1")
-    if seed < 0:
-        raise ConfigError(f"seed={seed} is negative; give 0 or more")

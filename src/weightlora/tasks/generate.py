@@ -1,0 +1,75 @@
+"""Evaluation of decoders by generation: from the prompt alone, which the labels tell apart from its completion."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import Seq2SeqTrainer, Trainer
+
+
+def prompts_of(input_ids: Tensor, attention_mask: Tensor, labels: Tensor, padding: int) -> tuple[Tensor, Tensor]:
+    """Cut a batch down to its prompts, padded on the left as generation needs it.
+
+    Args:
+        input_ids: (rows, tokens), prompt and completion.
+        attention_mask: (rows, tokens), 0 for padding on either side.
+        labels: (rows, tokens), -100 for the prompt and for padding.
+        padding: the padding token.
+
+    Returns:
+        Token ids and attention mask, (rows, longest prompt).
+
+    >>> ids = torch.tensor([[5, 6, 7, 0], [5, 8, 9, 9]])
+    >>> labels = torch.tensor([[-100, -100, 7, -100], [-100, 8, 9, 9]])
+    >>> prompts_of(ids, torch.tensor([[1, 1, 1, 0], [1, 1, 1, 1]]), labels, padding=0)
+    (tensor([[5, 6],
+            [0, 5]]), tensor([[1, 1],
+            [0, 1]]))
+    """
+    prompts = (attention_mask != 0) & (labels == -100)
+    lengths = prompts.sum(1)
+    width = int(lengths.max())
+    mask = torch.arange(width, device=input_ids.device) >= (width - lengths)[:, None]
+    ids = input_ids.new_full((len(input_ids), width), padding)
+    ids[mask] = input_ids[prompts]
+    return ids, mask.to(attention_mask.dtype)
+
+
+class PromptTrainer(Seq2SeqTrainer):
+    """``Seq2SeqTrainer`` for decoders: the loss is taken on whole rows, generation starts from their prompts.
+
+    ``generation_max_length`` counts the tokens that are generated. Sampling is off, so that a result can be repeated.
+    """
+
+    def prediction_step(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        prediction_loss_only: bool,
+        ignore_keys: list[str] | None = None,
+        **gen_kwargs: Any,
+    ) -> tuple[Any, Any, Any]:
+        inputs = dict(self._prepare_inputs(inputs))
+        loss, _, _ = Trainer.prediction_step(self, model, inputs, True, ignore_keys)
+        if prediction_loss_only or not self.args.predict_with_generate:  # type: ignore[attr-defined]
+            return loss, None, None
+        generator: Any = self.model
+        ids, mask = prompts_of(
+            inputs["input_ids"],
+            inputs["attention_mask"],
+            inputs["labels"],
+            generator.config.get_text_config().pad_token_id,
+        )
+        tokens = generator.generate(
+            input_ids=ids,
+            attention_mask=mask,
+            max_new_tokens=self.args.generation_max_length,  # type: ignore[attr-defined]
+            num_beams=self.args.generation_num_beams or 1,  # type: ignore[attr-defined]
+            do_sample=False,
+            use_cache=True,
+        )
+        # As wide as it can get: batches are put together, and padding of -100 is told apart when they are decoded.
+        answers = tokens[:, ids.shape[1] :]
+        return loss, answers.contiguous(), inputs["labels"]

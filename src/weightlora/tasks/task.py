@@ -1,0 +1,99 @@
+"""What every task is: rows to train on, rows to judge by, and how both become batches and a metric."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
+
+import torch
+from datasets import Dataset
+from transformers import Trainer
+
+from weightlora.errors import DataError
+from weightlora.tasks.metrics import Metric
+
+if TYPE_CHECKING:
+    from weightlora.tasks.models import LoadedModel
+
+Head = Literal["sequence-classification", "question-answering", "seq2seq-lm", "causal-lm"]
+"""What a model puts on its backbone, as the ``AutoModelFor...`` classes are called."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Prepared:
+    """A task for one model, as a ``transformers.Trainer`` takes it.
+
+    Args:
+        train: tokenized rows to train on.
+        validation: tokenized rows to judge by.
+        collator: makes a batch of rows.
+        compute_metrics: from the trainer's predictions to the task's numbers.
+        preprocess_logits: cuts a batch's outputs down to what ``compute_metrics`` needs; None: nothing to cut.
+        ordered: whether ``compute_metrics`` takes predictions by their place: row i of the validation rows.
+        trainer: the trainer's class.
+        training: training arguments whose defaults differ for this task.
+    """
+
+    train: Dataset
+    validation: Dataset
+    collator: Callable[[list[Any]], dict[str, Any]]
+    compute_metrics: Metric
+    preprocess_logits: Callable[[Any, torch.Tensor], Any] | None = None
+    ordered: bool = False
+    trainer: type[Trainer] = Trainer
+    training: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Task(ABC):
+    """One task, ready to be tokenized.
+
+    Args:
+        name: as :func:`weightlora.tasks.load_task` knows it.
+        train: rows to train on.
+        validation: rows to judge by.
+        metric: the headline key of the task's metrics; more of it is better.
+
+    Raises:
+        DataError: an empty split, or a missing column.
+    """
+
+    head: ClassVar[Head]
+
+    name: str
+    train: Dataset
+    validation: Dataset
+    metric: str
+
+    def __post_init__(self) -> None:
+        for split, rows in (("training", self.train), ("validation", self.validation)):
+            if not len(rows):
+                raise DataError(f"task {self.name!r} has no {split} rows; give at least one")
+            for column in self.columns:
+                if column not in rows.column_names:
+                    there = ", ".join(rows.column_names)
+                    raise DataError(f"task {self.name!r}: no column {column!r} in its {split} rows; there are: {there}")
+
+    @property
+    @abstractmethod
+    def columns(self) -> tuple[str, ...]:
+        """The columns that both splits must have."""
+
+    @property
+    def model_settings(self) -> dict[str, Any]:
+        """What :func:`weightlora.tasks.load_model` must know to load a model for this task."""
+        return {"head": self.head}
+
+    @abstractmethod
+    def prepare(self, loaded: LoadedModel, max_length: int) -> Prepared:
+        """Tokenize both splits for a model.
+
+        Args:
+            loaded: a model loaded with `model_settings`.
+            max_length: the most tokens per input, special tokens included.
+
+        Raises:
+            ConfigError: ``max_length`` or another setting does not fit the data.
+        """
