@@ -23,6 +23,10 @@ TASK_FLAGS: tuple[tuple[str, dict[str, Any]], ...] = (
     ("--max-train-samples", {"type": int, "metavar": "N", "help": "train on N random rows"}),
     ("--max-eval-samples", {"type": int, "metavar": "N", "help": "judge by N random rows"}),
     ("--holdout", {"type": float, "metavar": "SHARE", "help": "judge by this share of the training rows instead"}),
+    (
+        "--split-seed",
+        {"type": int, "metavar": "N", "help": "draws the rows of --holdout and --max-...-samples (default: 0)"},
+    ),
     ("--max-length", {"type": int, "metavar": "N", "help": "tokens per example (default: 128)"}),
 )
 MODEL_FLAGS: tuple[tuple[str, dict[str, Any]], ...] = (

@@ -19,6 +19,7 @@ from weightlora.graft import adapters
 from weightlora.methods import Method
 from weightlora.runs.config import RunConfig
 from weightlora.tasks import LoadedModel, Task, load_model, load_task, tokenize
+from weightlora.tasks.base import DEFAULT_HOLDOUT
 from weightlora.training import rows_to_hold_out
 
 # Where the arguments of a run differ from Transformers' defaults.
@@ -74,9 +75,15 @@ def read_task(config: RunConfig) -> Task:
         max_train_samples=config.max_train_samples,
         max_eval_samples=config.max_eval_samples,
         holdout=config.holdout,
-        # The same rows for every seed: seeds vary the model and the order, not the task.
-        seed=0,
+        seed=config.split_seed,
     )
+
+
+def scored_on(config: RunConfig, task: Task) -> dict[str, Any]:
+    """Which rows judge the run: ``split`` and the number of ``rows``, and how a part of the training rows was drawn."""
+    drawn = {"holdout": config.holdout or DEFAULT_HOLDOUT, "split_seed": config.split_seed}
+    held = config.holdout is not None or (config.task == "files" and config.validation_file is None)
+    return {"split": "train" if held else "validation", **(drawn if held else {}), "rows": len(task.validation)}
 
 
 def base_model(config: RunConfig, task: Task) -> LoadedModel:

@@ -6,15 +6,17 @@ import contextlib
 import logging
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 
 from weightlora.errors import ConfigError, WeightLoRAError
 from weightlora.methods import METHODS
 from weightlora.runs.build import build, training_arguments
-from weightlora.runs.config import CONFIG, RunConfig
+from weightlora.runs.cluster import Cluster
+from weightlora.runs.config import RunConfig
+from weightlora.runs.jobs import Job, execute
 from weightlora.runs.record import Record
-from weightlora.runs.run import RECORD, finished, resume, train
+from weightlora.runs.run import finished
 
 log = logging.getLogger("weightlora")
 
@@ -41,9 +43,10 @@ def compare(
     folder: Path,
     *,
     tune: Sequence[float] = (),
+    cluster: Cluster | None = None,
     say: Callable[[str], None] = log.info,
 ) -> list[Record]:
-    """Run every method with every seed, one after the other; what is finished already is not run again.
+    """Run every method with every seed; what is finished already is not run again.
 
     Args:
         config: what all runs share; its preset is that of every method which names none.
@@ -53,6 +56,7 @@ def compare(
         tune: multiples of the learning rate (of each method's own default: full fine-tuning starts lower). Each method
             is first trained once with each on nine tenths of the *training* rows and judged on the other tenth; its
             best rate is used for its runs. Validation rows play no part in that.
+        cluster: as :func:`weightlora.runs.jobs.execute`.
         say: takes a line of progress.
 
     Returns:
@@ -63,28 +67,34 @@ def compare(
     """
     if any(not 0 < factor < math.inf for factor in tune):
         raise ConfigError(f"tune={','.join(f'{factor:g}' for factor in tune)} must be factors above 0, such as 0.3,1,3")
-    plan = []
+    plan: dict[str, RunConfig] = {}
     for text in methods:
         name, preset = parse_method(text, config.preset)
-        plan.append((name, preset, _for_method(config, name, preset)))
-    for name, preset, base in plan:
-        if not all(finished(folder / f"{name}-{preset}" / f"seed-{seed}") for seed in seeds):
-            with _named(name):
+        plan[f"{name}-{preset}"] = for_method(config, name, preset)
+    for label, base in plan.items():
+        if not all(finished(folder / label / f"seed-{seed}") for seed in seeds):
+            with _named(base.method):
                 build(base)  # a mistake must show now, not after hours of other methods
-    records = []
-    for number, (name, preset, base) in enumerate(plan):
-        label = f"{name}-{preset}"
-        chosen = base
-        if tune:
+    if tune:
+        trials = {}
+        for label, base in plan.items():
             default = training_arguments(base, folder).learning_rate
-            rate = best_rate(base, [default * factor for factor in tune], folder / "tune" / label, say)
-            chosen = replace(base, training={**base.training, "learning_rate": rate})
-        for seed in seeds:
-            say(f"[{number + 1}/{len(plan)}] {label}, seed {seed}")
-            records.append(_once(replace(chosen, seed=seed), folder / label / f"seed-{seed}"))
-            outcome = records[-1]
-            say(f"    {outcome.error}" if outcome.status != "ok" else f"    {outcome.metric} {outcome.score:.4f}")
-    return records
+            trials[label] = _trials(base, [default * factor for factor in tune], folder / "tune" / label)
+        tried = iter(execute([job for jobs in trials.values() for job in jobs], cluster=cluster, say=say))
+        for label, jobs in trials.items():
+            rate = _best(jobs, [next(tried) for _ in jobs])
+            say(f"{label}: learning rate {rate:g}")
+            plan[label] = replace(plan[label], training={**plan[label].training, "learning_rate": rate})
+    jobs = [
+        Job(
+            config=replace(base, seed=seed),
+            folder=folder / label / f"seed-{seed}",
+            title=f"{label}, seed {seed}",
+        )
+        for label, base in plan.items()
+        for seed in seeds
+    ]
+    return execute(jobs, cluster=cluster, say=say)
 
 
 def best_rate(config: RunConfig, rates: Sequence[float], folder: Path, say: Callable[[str], None]) -> float:
@@ -93,42 +103,41 @@ def best_rate(config: RunConfig, rates: Sequence[float], folder: Path, say: Call
     Raises:
         ConfigError: every rate failed.
     """
-    results: list[tuple[float, float]] = []
+    jobs = _trials(config, rates, folder)
+    return _best(jobs, execute(jobs, say=say))
+
+
+def _trials(config: RunConfig, rates: Sequence[float], folder: Path) -> list[Job]:
+    """One run per rate, lowest first, judged on held-out training rows."""
+    jobs = []
     for rate in sorted(float(f"{rate:.6g}") for rate in rates):
-        trial = replace(
-            config, seed=TUNE_SEED, holdout=TUNE_HOLDOUT, training={**config.training, "learning_rate": rate}
-        )
-        record = _once(trial, folder / f"lr-{rate:g}")
-        if record.status == "ok" and record.score is not None and record.score == record.score:
-            results.append((record.score, rate))
-        say(
-            f"    tuning {config.method}: rate {rate:g} gives {record.score if record.status == 'ok' else record.error}"
-        )
+        training = {**config.training, "learning_rate": rate}
+        trial = replace(config, seed=TUNE_SEED, holdout=TUNE_HOLDOUT, training=training)
+        jobs.append(Job(config=trial, folder=folder / f"lr-{rate:g}", title=f"tuning {config.method}, rate {rate:g}"))
+    return jobs
+
+
+def _best(jobs: Sequence[Job], records: Sequence[Record]) -> float:
+    """The rate of the best record; the first on a tie."""
+    results = [
+        (record.score, -index)
+        for index, record in enumerate(records)
+        if record.status == "ok" and record.score is not None and record.score == record.score
+    ]
     if not results:
-        raise ConfigError(f"no learning rate of {sorted(rates)} worked for {config.method}; see {folder}")
-    best = max(score for score, _ in results)
-    return next(rate for score, rate in results if score == best)
+        rates = [job.config.training["learning_rate"] for job in jobs]
+        raise ConfigError(
+            f"no learning rate of {rates} worked for {jobs[0].config.method}; see {jobs[0].folder.parent}"
+        )
+    rate: float = jobs[-max(results)[1]].config.training["learning_rate"]
+    return rate
 
 
-def _for_method(config: RunConfig, name: str, preset: str) -> RunConfig:
+def for_method(config: RunConfig, name: str, preset: str) -> RunConfig:
     """The shared settings, less those that this method does not have (``k`` for plain LoRA, say)."""
-    from dataclasses import fields
-
     own = {f.name for f in fields(METHODS[name])}
     settings = {key: value for key, value in config.settings.items() if key in own}
     return replace(config, method=name, preset=preset, settings=settings)
-
-
-def _once(config: RunConfig, folder: Path) -> Record:
-    """Run, resume, or read what is there, if it is the same run."""
-    if (folder / CONFIG).is_file():
-        if RunConfig.load(folder).to_dict() != config.to_dict():
-            raise ConfigError(f"{folder} holds a run with other settings; choose another --out, or remove it")
-        if finished(folder):
-            return Record.read(folder / RECORD)
-        return resume(folder)
-    with _named(config.method):
-        return train(config, folder)
 
 
 @contextlib.contextmanager

@@ -25,6 +25,8 @@ class RunConfig:
 
     Args:
         task: as :func:`weightlora.tasks.load_task`; so are ``data_dir`` and all up to ``holdout``.
+        split_seed: of the rows that are held out or sampled. Runs of every `seed` see the same rows: seeds vary the
+            model and the order, not the task.
         max_length: tokens per example.
         model: as :func:`weightlora.tasks.load_model`.
         targets: "all-linear", "attention", or endings of module names, comma-separated.
@@ -52,6 +54,7 @@ class RunConfig:
     max_train_samples: int | None = None
     max_eval_samples: int | None = None
     holdout: float | None = None
+    split_seed: int = 0
     max_length: int = 128
     model: str = "minilm"
     targets: str = "all-linear"
@@ -79,8 +82,9 @@ class RunConfig:
                 raise ConfigError(f"{name}={value} is not a finite number; use one")
         if self.alpha <= 0:
             raise ConfigError(f"alpha={self.alpha} is not allowed; use a positive number (the paper uses 32)")
-        if not 0 <= self.seed < 2**32:
-            raise ConfigError(f"seed={self.seed} is not allowed; use 0 or more, below 2^32")
+        for name in ("seed", "split_seed"):
+            if not 0 <= getattr(self, name) < 2**32:
+                raise ConfigError(f"{name}={getattr(self, name)} is not allowed; use 0 or more, below 2^32")
         check_path(self.adapter_path)
         if self.params is not None:
             parse_params(self.params)

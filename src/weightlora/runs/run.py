@@ -21,7 +21,7 @@ from weightlora.errors import CheckpointError, WeightLoRAError
 from weightlora.files import leftovers, new_folder, sweep, write_text
 from weightlora.graft import MANIFEST, Manifest, Selection, adapters, block_of, save_own_format, tuned_layers
 from weightlora.graft.export import export
-from weightlora.runs.build import Parts, build, make_trainer
+from weightlora.runs.build import Parts, build, make_trainer, scored_on
 from weightlora.runs.config import CONFIG, RunConfig
 from weightlora.runs.progress import Progress
 from weightlora.runs.record import AdapterScore, Kept, Phase, Record, collect_versions, machine
@@ -289,6 +289,7 @@ def _first_record(parts: Parts, config: RunConfig, argv: Sequence[str]) -> Recor
         config=config.to_dict(),
         error=None,
         machine={**machine(), "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"},
+        scored_on=scored_on(config, parts.task),
     )
 
 
