@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -40,7 +40,7 @@ class Cluster:
                 raise ConfigError(f"ray_{name}={value} is not allowed; use what one run takes, such as 1")
 
 
-def spread(jobs: Sequence[tuple[str, str]], cluster: Cluster) -> Iterator[tuple[int, str | None, str]]:
+def spread(jobs: Sequence[tuple[str, str]], cluster: Cluster) -> Generator[tuple[int, str | None, str], None, None]:
     """Run jobs (configuration as JSON, folder) at once, and give back ``(index, record as JSON or None, error)``.
 
     In the order in which they end. A run whose worker dies is started again elsewhere and resumes by itself.

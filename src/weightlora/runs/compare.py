@@ -14,7 +14,7 @@ from weightlora.methods import METHODS
 from weightlora.runs.build import build, training_arguments
 from weightlora.runs.cluster import Cluster
 from weightlora.runs.config import RunConfig
-from weightlora.runs.jobs import Job, execute
+from weightlora.runs.jobs import Job, execute, on_training_rows
 from weightlora.runs.record import Record
 from weightlora.runs.run import finished
 
@@ -112,7 +112,7 @@ def _trials(config: RunConfig, rates: Sequence[float], folder: Path) -> list[Job
     jobs = []
     for rate in sorted(float(f"{rate:.6g}") for rate in rates):
         training = {**config.training, "learning_rate": rate}
-        trial = replace(config, seed=TUNE_SEED, holdout=TUNE_HOLDOUT, training=training)
+        trial = on_training_rows(replace(config, seed=TUNE_SEED, training=training), TUNE_HOLDOUT)
         jobs.append(Job(config=trial, folder=folder / f"lr-{rate:g}", title=f"tuning {config.method}, rate {rate:g}"))
     return jobs
 

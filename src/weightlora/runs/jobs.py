@@ -105,6 +105,19 @@ def same_run(folder: Path, config: RunConfig) -> None:
         raise ConfigError(f"{folder} holds a run with other settings; choose another --out, or remove it")
 
 
+def on_training_rows(config: RunConfig, share: float) -> RunConfig:
+    """The run of `config` that chooses settings: judged on a held-out `share` of the training rows.
+
+    Raises:
+        ConfigError: the reported rows would be among them.
+    """
+    if config.task == "files" and config.validation_file is None:
+        raise ConfigError(
+            "without --validation-file, settings would be chosen on the rows that are reported; give a validation file"
+        )
+    return replace(config, holdout=share)
+
+
 def attempt(config: RunConfig, folder: Path, *, quiet: bool = False) -> Record:
     """Run, resume or read one run, its failure recorded. Two processes that try the same run do it once."""
     if finished(folder):
