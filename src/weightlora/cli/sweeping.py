@@ -68,7 +68,8 @@ def dry_run(grid: Any, folder: Path, target: str | None) -> int:
     finals = [job for cell in grid.cells for job in grid.finals(cell, grid.settings[0], folder)]
     unique = {kind: len({job.folder for job in jobs}) for kind, jobs in (("trials", trials), ("runs", finals))}
     cells = [
-        {"row": cell.row, "config": cell.config.to_dict(), "describes": describe(cell.config)} for cell in grid.cells
+        {"row": cell.row, "config": cell.config.to_dict(), "describes": describe(cell.config, grid.settings[0])}
+        for cell in grid.cells
     ]
     commands._write_json(target, json.dumps({"dry_run": True, **unique, "cells": cells}, indent=1))
     if target != "-":

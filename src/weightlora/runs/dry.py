@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -33,14 +34,17 @@ def check(config: RunConfig) -> None:
     training_arguments(config, Path("unused"))
 
 
-def describe(config: RunConfig) -> str:
-    """The run in one line."""
+def describe(config: RunConfig, tuned: Collection[str] = ()) -> str:
+    """The run in one line; ``tuned`` names the fields of ``TrainingArguments`` that are still to be chosen."""
     args: Any = training_arguments(config, Path("unused"))
     length = f"{args.max_steps} steps" if args.max_steps > 0 else f"{args.num_train_epochs:g} epochs"
     batch = args.per_device_train_batch_size * args.gradient_accumulation_steps
     settings = "".join(f", {name} {value}" for name, value in config.settings.items())
     rank = "" if config.method == "full" else f" r {config.r} on {config.targets}"
+    chosen = {
+        name: "tuned" if name in tuned else f"{getattr(args, name):g}" for name in ("learning_rate", "warmup_steps")
+    }
     return (
         f"{config.method} ({config.preset}{settings}){rank}: {config.task}, {config.model}, {length} of {batch},"
-        f" lr {args.learning_rate:g}, warm-up {args.warmup_steps:g}, seed {config.seed}"
+        f" lr {chosen['learning_rate']}, warm-up {chosen['warmup_steps']}"
     )
