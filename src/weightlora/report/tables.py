@@ -136,6 +136,8 @@ def _markdown_row(cells: Sequence[str]) -> str:
 
 
 def _finite(value: Any) -> Any:
+    if isinstance(value, (list, tuple)):
+        return [_finite(item) for item in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
