@@ -11,7 +11,7 @@ from tests.runs.commands import TINY, read, weightlora
 
 from weightlora.cli import arguments, grids
 from weightlora.cli.main import build_parser
-from weightlora.cli.sweeping import TABLES
+from weightlora.cli.sweeping import TABLES, figure_words
 from weightlora.runs.paper import compared, recipe
 
 QUICK = ("--model", "bert-tiny-shape", "--max-length", "16", "--max-steps", "4", "--max-eval-samples", "20")
@@ -36,8 +36,13 @@ def test_a_small_table_stands_beside_the_papers(
         for run in cell["runs"]:
             assert run["metrics"] == read(out / run["folder"] / "record.json")["metrics"]
         reasons = "; ".join(cell["differs"])
-        for one in ("model bert-tiny-shape, not microsoft/deberta-v3-base", "max_steps 4, not 512", "2 seeds, not 5",
-                    "learning rates 0.0005, not 5e-05,0.0005,0.005", "the head (with DeBERTa's pooler) trains"):  # fmt: skip
+        for one in (
+            "model bert-tiny-shape, not microsoft/deberta-v3-base",
+            "max_steps 4, not 512",
+            "2 seeds, not 5",
+            "learning rates 0.0005, not 5e-05,0.0005,0.005",
+            "the head (with DeBERTa's pooler) trains",
+        ):
             assert one in reasons
     assert "0.8897/0.9220" in said
     assert "max_steps 4, not 512" in said
@@ -80,6 +85,7 @@ def test_small_keeps_the_share_of_adapters(tmp_path: Path) -> None:
     ("words", "message"),
     [
         (("table9",), "'table9' is no experiment of this release; there are table1, table2"),
+        (("figure2",), "figure2 "),
         (("table1", "--task", "squad"), "this table has no task 'squad'; it has mnli, sst2, cola"),
         (("table1", "--methods", "dora"), "this table has no method 'dora'; it has Full Fine-Tuning, LoRA"),
         (("table1", "--scale", "tiny"), "argument --scale: invalid choice: 'tiny'"),
@@ -91,6 +97,23 @@ def test_what_is_not_in_the_paper_is_one_line(
 ) -> None:
     assert weightlora("reproduce", *words, "--dry-run") == 2
     assert message in capsys.readouterr().err.strip().splitlines()[-1]
+
+
+def test_figure_2_is_the_probe_with_the_papers_settings() -> None:
+    words = figure_words("figure2", False, ["--data-dir", "here", "--scale", "full", "--seeds", "1"], None)
+    assert words[0] == "probe"
+    for flag, value in (
+        ("--mode", "paper"),
+        ("--targets", "attention"),
+        ("--data-dir", "here"),
+        ("--out", "runs/figure2"),
+    ):
+        assert words[words.index(flag) + 1] == value
+    assert "--scale" not in words
+    assert [words[at + 1] for at, word in enumerate(words) if word == "--seeds"] == ["18,52,1917,0,1", "1"]
+    small = figure_words("figure2", True, [], "there")
+    assert [small[at + 1] for at, word in enumerate(small) if word == "--model"][-1] == "minilm"
+    assert small[-2:] == ["--out", "there"]
 
 
 @pytest.mark.slow

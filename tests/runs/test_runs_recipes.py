@@ -16,7 +16,7 @@ from weightlora.cli.sweeping import TABLES
 from weightlora.core import total_params
 from weightlora.runs.paper import FOLDER, printed, recipe
 from weightlora.runs.sweep import Grid
-from weightlora.tasks.base import TASKS
+from weightlora.tasks import TASKS
 
 ROOT = Path(__file__).resolve().parents[2]
 RECIPES = sorted(FOLDER.glob("*.yaml"))

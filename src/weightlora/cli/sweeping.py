@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,10 +13,9 @@ from typing import Any
 from weightlora.cli import arguments, commands, grids
 from weightlora.errors import ConfigError
 
-Figure = Callable[[argparse.Namespace, list[str], argparse.ArgumentParser], int]
 TABLES = ("table1", "table2", "table3", "table4", "table5", "table6")
-FIGURES: dict[str, Figure] = {}
-"""The figures of the paper that `reproduce` can make: a name, and a command of its own."""
+FIGURES = {"figure2": "probe"}
+"""The command that makes a figure from its recipe and from the recipe's section ``reproduce: <command>:``."""
 
 
 def sweep(parsed: argparse.Namespace, rest: list[str], parser: argparse.ArgumentParser) -> int:
@@ -37,11 +36,11 @@ def reproduce(parsed: argparse.Namespace, rest: list[str], parser: argparse.Argu
     from weightlora.runs import sweep as sweeping
 
     name = parsed.experiment
+    small = parsed.scale == "small"
     if name in FIGURES:
-        return FIGURES[name](parsed, rest, parser)
+        return _figure(name, small, parsed)
     if name not in TABLES:
         raise ConfigError(f"{name!r} is no experiment of this release; there are {', '.join((*TABLES, *FIGURES))}")
-    small = parsed.scale == "small"
     recipe, section = arguments.read_recipe(str(paper.recipe(name))), arguments.read_section(str(paper.recipe(name)))
     papers = grids.make_grid(parser, [name], recipe, [])
     given = [*(arguments.flag_words(section["small"]) if small else []), *parsed.given]
@@ -56,6 +55,27 @@ def reproduce(parsed: argparse.Namespace, rest: list[str], parser: argparse.Argu
     data = paper.compared(data, name, ours, papers, section["departures"])
     write_text(folder / f"{name}.json", json.dumps(data, indent=1, allow_nan=False) + "\n")
     return _show(paper_table(data), data, folder / f"{name}.md", parsed.json)
+
+
+def figure_words(name: str, small: bool, given: Sequence[str], out: str | None) -> list[str]:
+    """A figure as words of the command that makes it."""
+    from weightlora.runs.paper import recipe
+
+    path, command = str(recipe(name)), FIGURES[name]
+    section = arguments.read_section(path)
+    words = [command, *arguments.read_recipe(path), *arguments.flag_words(section[command])]
+    words += arguments.flag_words(section["small"]) if small else []
+    return [*words, *arguments.without(given, "--scale", "--out"), "--out", out or f"runs/{name}"]
+
+
+def _figure(name: str, small: bool, parsed: argparse.Namespace) -> int:
+    from weightlora.cli.main import COMMANDS, main
+
+    if FIGURES[name] not in COMMANDS:
+        raise ConfigError(f"{name} is made by `weightlora {FIGURES[name]}`, which this release does not have")
+    if parsed.dry_run:
+        raise ConfigError(f"{name} has no dry run; see recipes/paper/{name}.yaml for what it runs")
+    return main(figure_words(name, small, parsed.given, parsed.out))
 
 
 def dry_run(grid: Any, folder: Path, target: str | None) -> int:

@@ -19,7 +19,6 @@ from weightlora.graft import adapters
 from weightlora.methods import Method
 from weightlora.runs.config import RunConfig
 from weightlora.tasks import LoadedModel, Task, load_model, load_task, tokenize
-from weightlora.tasks.base import DEFAULT_HOLDOUT
 from weightlora.training import rows_to_hold_out
 
 # Where the arguments of a run differ from Transformers' defaults.
@@ -80,10 +79,16 @@ def read_task(config: RunConfig) -> Task:
 
 
 def scored_on(config: RunConfig, task: Task) -> dict[str, Any]:
-    """Which rows judge the run: ``split`` and the number of ``rows``, and how a part of the training rows was drawn."""
-    drawn = {"holdout": config.holdout or DEFAULT_HOLDOUT, "split_seed": config.split_seed}
-    held = config.holdout is not None or (config.task == "files" and config.validation_file is None)
-    return {"split": "train" if held else "validation", **(drawn if held else {}), "rows": len(task.validation)}
+    """Which rows judge the run: ``split``, the number of ``rows``, and how a part of the training rows was drawn."""
+    where: dict[str, Any] = {"split": "validation", "rows": len(task.validation)}
+    if config.holdout is not None or lacks_validation(config):
+        where |= {"split": "train", "split_seed": config.split_seed}
+    return where if config.holdout is None else {**where, "holdout": config.holdout}
+
+
+def lacks_validation(config: RunConfig) -> bool:
+    """Whether the task is a file of the user's without validation rows, so that training rows are held out."""
+    return config.validation_file is None and (config.task == "files" or config.task.endswith(".jsonl"))
 
 
 def base_model(config: RunConfig, task: Task) -> LoadedModel:

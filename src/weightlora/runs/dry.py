@@ -10,8 +10,7 @@ from typing import Any
 from weightlora.errors import ConfigError, DataError
 from weightlora.runs.build import training_arguments
 from weightlora.runs.config import RunConfig
-from weightlora.tasks import MODELS
-from weightlora.tasks.base import TASKS
+from weightlora.tasks import MODELS, TASKS
 
 
 def check(config: RunConfig) -> None:
@@ -21,7 +20,7 @@ def check(config: RunConfig) -> None:
     Raises:
         WeightLoRAError: what is wrong, as the run itself would say it.
     """
-    if config.task not in TASKS:
+    if config.task not in TASKS and not config.task.endswith(".jsonl"):
         close = difflib.get_close_matches(config.task.lower(), TASKS, n=1, cutoff=0.5)
         hint = f"did you mean {close[0]!r}? " if close else ""
         raise DataError(f"unknown task {config.task!r}; {hint}the tasks are {', '.join(TASKS)}")

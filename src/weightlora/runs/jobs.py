@@ -6,6 +6,7 @@ import contextlib
 import hashlib
 import json
 import logging
+import re
 import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
@@ -17,6 +18,7 @@ from filelock import FileLock
 
 from weightlora.errors import ConfigError
 from weightlora.files import write_text
+from weightlora.runs.build import lacks_validation
 from weightlora.runs.cluster import Cluster, spread
 from weightlora.runs.config import CONFIG, RunConfig
 from weightlora.runs.record import Record, collect_versions, machine
@@ -46,7 +48,8 @@ def run_name(config: RunConfig) -> str:
     default, values = asdict(RunConfig()), asdict(config)
     own = {f.name: values[f.name] for f in fields(config) if values[f.name] != default[f.name]}
     digest = hashlib.sha256(json.dumps(own, sort_keys=True).encode()).hexdigest()
-    return f"{config.task}-{config.method}-seed{config.seed}-{digest[:12]}"
+    task = re.sub(r"[^\w.+-]", "_", Path(config.task).name)  # a task may be a path
+    return f"{task}-{config.method}-seed{config.seed}-{digest[:12]}"
 
 
 def execute(
@@ -111,7 +114,7 @@ def on_training_rows(config: RunConfig, share: float) -> RunConfig:
     Raises:
         ConfigError: the reported rows would be among them.
     """
-    if config.task == "files" and config.validation_file is None:
+    if lacks_validation(config):
         raise ConfigError(
             "without --validation-file, settings would be chosen on the rows that are reported; give a validation file"
         )

@@ -125,7 +125,7 @@ class Record:
         budget: adapter parameters, heads excluded: ``asked`` (``--params``, if given), ``allocated``, ``trainable`` at
             the most, ``effective`` at the end, and ``stored_bytes`` of the adapter's files. Empty in older records.
         scored_on: the rows behind ``metrics``: ``split`` ("validation", or "train" for training rows that were held
-            out, with their share ``holdout`` and ``split_seed``) and ``rows``. Empty in older records.
+            out, by ``split_seed`` and the share ``holdout`` if one was asked for) and ``rows``. Empty in older records.
 
     Raises:
         ConfigError: the fields contradict each other.
