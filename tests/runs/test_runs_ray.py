@@ -98,8 +98,10 @@ def test_a_worker_is_killed_and_nothing_is_lost_or_run_twice(
     killer = Killer(tmp_path / "out" / "runs")
     killer.start()
     words += ["--ray", "auto", "--out", "out"]  # relative: workers must not take it for a path of theirs
+    comparison = ["compare", *words[1 : words.index("--methods")], "--methods", "top", "--seeds", "0,1"]
+    comparison += ["--max-steps", "4", "--ray", "auto", "--out", "compared"]
     # The second time all is there already.
-    with on_ray([words, words], tmp_path) as command:
+    with on_ray([words, words, comparison], tmp_path) as command:
         said = command.communicate(timeout=200)[1]
     assert command.returncode == 0, said
     killer.join(timeout=5)
@@ -115,6 +117,9 @@ def test_a_worker_is_killed_and_nothing_is_lost_or_run_twice(
     assert killer.finished
     assert {path: os.stat(path).st_mtime_ns for path in killer.finished} == killer.finished
     assert {path: os.stat(path).st_mtime_ns for path in killer.checkpoints} == killer.checkpoints
+
+    compared = read(tmp_path / "compared" / "compare.json")["rows"]
+    assert [(row["method"], row["seeds"], row["failed"]) for row in compared] == [("top", [0, 1], 0)]
 
     # The same run without Ray and without a death ends in the same adapter.
     values = json.loads((killer.killed / "config.json").read_text(encoding="utf-8"))

@@ -117,4 +117,4 @@ def test_the_text_of_a_recipe_is_plain_yaml_for_other_programs() -> None:
     for path in RECIPES:
         data: Any = yaml.safe_load(path.read_text(encoding="utf-8"))
         assert isinstance(data, dict)
-        assert {"model", "targets", "methods", "seeds", "reproduce"} <= set(data)
+        assert {"model", "targets", "seeds", "reproduce"} <= set(data)
