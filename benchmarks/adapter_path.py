@@ -296,7 +296,9 @@ def table(bench: Bench, names: Sequence[str], seconds: float) -> dict[str, dict[
     if seconds > 0 and fits:
         timed = {name: bench.rows()[name] for name in fits}
         samples = clock(timed, bench.step, seconds, cuda=bench.args.device.startswith("cuda"))
-        for name, more in summary(samples, bench.batch["input_ids"].numel(), ("stock", "bare", "free", "dense")).items():
+        for name, more in summary(
+            samples, bench.batch["input_ids"].numel(), ("stock", "bare", "free", "dense")
+        ).items():
             rows[name] |= more
     return rows
 

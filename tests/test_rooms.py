@@ -60,7 +60,7 @@ ROOMS: dict[str, Room] = {
     ),
     "runs": Room(
         rooms=names(f"{INNER} files"),
-        packages=names(f"torch numpy datasets transformers accelerate safetensors yaml tqdm {MODELS}"),
+        packages=names(f"torch numpy datasets transformers accelerate safetensors yaml tqdm filelock ray {MODELS}"),
         public=names("peft"),
     ),
     "runs.record": Room(rooms=names("files")),

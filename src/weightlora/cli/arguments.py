@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +29,10 @@ TASK_FLAGS: tuple[tuple[str, dict[str, Any]], ...] = (
     ("--max-train-samples", {"type": int, "metavar": "N", "help": "train on N random rows"}),
     ("--max-eval-samples", {"type": int, "metavar": "N", "help": "judge by N random rows"}),
     ("--holdout", {"type": float, "metavar": "SHARE", "help": "judge by this share of the training rows instead"}),
+    (
+        "--split-seed",
+        {"type": int, "metavar": "N", "help": "draws the rows of --holdout and --max-...-samples (default: 0)"},
+    ),
     (
         "--max-length",
         {"type": int, "metavar": "N", "help": "tokens per input (default: 128; squad 384, summaries 256, text 512)"},
@@ -79,7 +83,9 @@ METHOD_FLAGS: tuple[tuple[str, dict[str, Any]], ...] = (
 )
 
 # Flags without a value: in a recipe, `false` is the same as leaving them out.
-SWITCHES = ("--regression", "--overwrite")
+SWITCHES = ("--regression", "--overwrite", "--dry-run")
+# A recipe's section for the command of that name alone; see docs/reproduce.md.
+REPRODUCE = "reproduce"
 
 
 def dashed(words: Sequence[str]) -> list[str]:
@@ -131,6 +137,20 @@ def read_recipe(path: str) -> list[str]:
     Raises:
         ConfigError: no such file, no YAML, or no mapping of flags to plain values.
     """
+    data = _read_yaml(path)
+    data.pop(REPRODUCE, None)
+    return flag_words(data)
+
+
+def read_section(path: str) -> dict[str, Any]:
+    """What a recipe says to `reproduce` alone."""
+    section = _read_yaml(path).get(REPRODUCE)
+    if not isinstance(section, dict):
+        raise ConfigError(f"the recipe {path} has no section `{REPRODUCE}:`; see docs/reproduce.md")
+    return section
+
+
+def _read_yaml(path: str) -> dict[Any, Any]:
     import yaml
 
     try:
@@ -141,20 +161,45 @@ def read_recipe(path: str) -> list[str]:
         raise ConfigError(f"the recipe {path} is not YAML: {str(error).splitlines()[0]}") from None
     if not isinstance(data, dict):
         raise ConfigError(f"the recipe {path} must map flags to values, such as `task: sst2`")
+    return data
+
+
+def flag_words(data: Mapping[Any, Any]) -> list[str]:
+    """A mapping of flags as command-line words.
+
+    >>> flag_words({"max_steps": 9, "seeds": [0, 1], "bf16": True, "tasks": [{"task": "cola"}]})
+    ['--max-steps', '9', '--seeds', '0,1', '--bf16', '--tasks', '[{"task": "cola"}]']
+    """
     words: list[str] = []
     for key, value in data.items():
         flag = "--" + str(key).replace("_", "-")
         if value is True:
             words.append(flag)
+        elif isinstance(value, dict) or (isinstance(value, list) and any(isinstance(item, dict) for item in value)):
+            words += [flag, json.dumps(value)]
         elif isinstance(value, list):
             words += [flag, ",".join(map(str, value))]
-        elif isinstance(value, dict):
-            words += [flag, json.dumps(value)]
         elif value is False and flag in SWITCHES:
             continue
         elif value is not None:
             words += [flag, str(value)]
     return words
+
+
+def without(words: Sequence[str], *flags: str) -> list[str]:
+    """Words less some flags and the value of each.
+
+    >>> without(["--seed", "1", "--task", "cola", "--methods=lora"], "--task", "--methods")
+    ['--seed', '1']
+    """
+    kept: list[str] = []
+    rest = iter(words)
+    for word in rest:
+        if word in flags:
+            next(rest, None)
+        elif word.partition("=")[0] not in flags:
+            kept.append(word)
+    return kept
 
 
 def number(text: str, what: str) -> int | float:

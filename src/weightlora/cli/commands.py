@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from weightlora.cli import arguments
+from weightlora.cli import arguments, grids
 from weightlora.errors import ConfigError
 
 
@@ -56,8 +56,20 @@ def train(parsed: argparse.Namespace, rest: list[str], parser: argparse.Argument
     from weightlora.runs import run
 
     config = arguments.run_config(parsed, rest, parser, getattr(parsed, "method", "weightlora"))
+    if parsed.dry_run:
+        return _dry_run(config, parsed.json)
     record = run.train(config, Path(parsed.out), overwrite=parsed.overwrite, argv=_argv())
     return _report(record, Path(parsed.out), parsed.json)
+
+
+def _dry_run(config: Any, target: str | None) -> int:
+    from weightlora.runs.dry import check, describe
+
+    check(config)
+    _write_json(target, json.dumps({"dry_run": True, "config": config.to_dict()}, indent=1))
+    if target != "-":
+        print(f"would run {describe(config)}")
+    return 0
 
 
 def resume(parsed: argparse.Namespace, rest: list[str], parser: argparse.ArgumentParser) -> int:
@@ -92,7 +104,8 @@ def compare(parsed: argparse.Namespace, rest: list[str], parser: argparse.Argume
     folder = Path(parsed.out)
     # The method with the most settings: each method takes those it has.
     config = arguments.run_config(parsed, rest, parser, "weightlora+")
-    records = comparing.compare(config, methods, seeds, folder, tune=rates, say=_say)
+    cluster = grids.cluster(parsed)
+    records = comparing.compare(config, methods, seeds, folder, tune=rates, cluster=cluster, say=_say)
     table = comparison_table(records)
     write_text(folder / "compare.md", table.to_markdown())
     write_text(folder / "compare.json", table.to_json())

@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from weightlora import __version__
-from weightlora.cli import arguments, commands
+from weightlora.cli import arguments, commands, grids, sweeping
 from weightlora.errors import ConfigError, WeightLoRAError
 
 Command = Callable[[argparse.Namespace, list[str], argparse.ArgumentParser], int]
@@ -34,6 +34,16 @@ COMMANDS: dict[str, tuple[Command, bool, str, str, str]] = {
     "compare": (
         commands.compare, True, "run methods against each other, over seeds, in one table", "[RECIPE.yaml] [FLAGS]",
         "weightlora compare --methods weightlora,random,lora --seeds 0,1,2 --task sst2 --data-dir DATA --k 9",
+    ),
+    "sweep": (
+        sweeping.sweep, True, "tune and run a grid of tasks and methods over seeds, here or on a Ray cluster",
+        "[RECIPE.yaml] [FLAGS]",
+        "weightlora sweep --tasks cola,sst2 --methods lora,weightlora --learning-rates 3e-4,1e-3,3e-3 --data-dir DATA",
+    ),
+    "reproduce": (
+        sweeping.reproduce, True, "run an experiment of the paper, and set its numbers beside ours",
+        "EXPERIMENT [--scale small] [FLAGS]",
+        "weightlora reproduce table1 --task cola --methods lora,weightlora --scale small --data-dir DATA",
     ),
     "export": (
         commands.export, False, "write a run's adapter for a server, or merged into its base",
@@ -61,9 +71,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     command = words[0]
     try:
         takes_rest = command in table and table[command][2]
-        if takes_rest and len(words) > 1 and not words[1].startswith("-"):
-            words = [command, *arguments.read_recipe(words[1]), *words[2:]]
-        parsed, rest = parser.parse_known_args(words)
+        recipe, given = [], words[1:]
+        if command == "reproduce":  # whose first word is an experiment
+            given = words[2:]
+        elif takes_rest and given and not given[0].startswith("-"):
+            recipe, given = arguments.read_recipe(given[0]), given[1:]
+            words = [command, *recipe, *given]
+        parsed, rest = parser.parse_known_args(words, argparse.Namespace(recipe=recipe, given=given))
         if parsed.command is None:
             parser.error(f"unrecognized arguments: {' '.join(rest)}")
         sub, run, _ = table[parsed.command]
@@ -86,7 +100,7 @@ def _how_to_go_on(command: str, parsed: argparse.Namespace) -> str:
     if command in ("train", "resume"):
         run = parsed.out if command == "train" else parsed.run
         return f"; `weightlora resume {run}` goes on from the last checkpoint"
-    return "; the same command again goes on where it was" if command == "compare" else ""
+    return "; the same command again goes on where it was" if command in ("compare", "sweep", "reproduce") else ""
 
 
 METHOD_HELP = (
@@ -118,6 +132,8 @@ def build_parser() -> tuple[argparse.ArgumentParser, dict[str, tuple[argparse.Ar
         )
         table[name] = sub, run, takes_rest
         if takes_rest:
+            if name == "reproduce":
+                sub.add_argument("experiment", metavar="EXPERIMENT", help="table1 to table6, figure2, figure3")
             arguments.add_run_flags(sub)
         elif name == "report":
             sub.add_argument(
@@ -128,13 +144,25 @@ def build_parser() -> tuple[argparse.ArgumentParser, dict[str, tuple[argparse.Ar
         sub.add_argument("--json", metavar="FILE", help="write the result for a machine, too (- for standard output)")
     for name in ("train", "select"):
         table[name][0].add_argument("--method", default=argparse.SUPPRESS, help=METHOD_HELP)
-    for name in ("train", "select", "compare"):
+    for name in ("train", "select", "compare", "sweep"):
         table[name][0].add_argument("--out", metavar="DIR", default=f"runs/{name}", help=f"default: runs/{name}")
     table["export"][0].add_argument("--out", metavar="DIR", help="default: RUN/PROFILE")
     table["report"][0].add_argument("--out", metavar="FILE", default="report.html", help="default: report.html")
     for name in ("train", "select", "export"):
         table[name][0].add_argument("--overwrite", action="store_true", help="replace what is in --out")
     _add_compare_flags(table["compare"][0])
+    for name in ("sweep", "reproduce"):
+        grids.add_grid_flags(table[name][0])
+    for name in ("compare", "sweep", "reproduce"):
+        grids.add_cluster_flags(table[name][0])
+    for name in ("train", "sweep", "reproduce"):
+        table[name][0].add_argument(
+            "--dry-run", action="store_true", help="check all that needs no weights or data, and print what would run"
+        )
+    table["reproduce"][0].add_argument("--out", metavar="DIR", help="default: runs/EXPERIMENT")
+    table["reproduce"][0].add_argument(
+        "--scale", default="full", choices=("full", "small"), help="small: a small model, few steps and rows"
+    )
     table["export"][0].add_argument(
         "--profile",
         default="native",

@@ -2,7 +2,19 @@
 
 from weightlora.report.card import card_section
 from weightlora.report.page import Report, report
+from weightlora.report.paper import paper_table
 from weightlora.report.selection_map import selection_map
+from weightlora.report.sweeps import sweep_table
 from weightlora.report.tables import Table, comparison_table, run_summary
 
-__all__ = ["Report", "Table", "card_section", "comparison_table", "report", "run_summary", "selection_map"]
+__all__ = [
+    "Report",
+    "Table",
+    "card_section",
+    "comparison_table",
+    "paper_table",
+    "report",
+    "run_summary",
+    "selection_map",
+    "sweep_table",
+]

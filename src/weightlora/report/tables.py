@@ -137,6 +137,8 @@ def _markdown_row(cells: Sequence[str]) -> str:
 
 
 def _finite(value: Any) -> Any:
+    if isinstance(value, (list, tuple)):
+        return [_finite(item) for item in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
@@ -155,7 +157,7 @@ def comparison_table(records: Sequence[Record]) -> Table:
     if not records:
         raise ConfigError("there are no records to compare; name one run directory or more")
     for field in ("task", "model", "metric"):
-        found = sorted({getattr(record, field) for record in records})
+        found = sorted({getattr(record, field) for record in records} - {""})  # "": it failed before it knew
         if len(found) > 1:
             raise ConfigError(f"a comparison needs runs of one {field}, not of {', '.join(found)}; compare them apart")
     rows = [_row(label, group) for label, group in groups(records).items()]
@@ -164,15 +166,16 @@ def comparison_table(records: Sequence[Record]) -> Table:
     for row in rows:
         base = _baseline(rows, row["preset"]) if comparable else None
         row["relative_time"] = _quotient(row["seconds_per_step"], base)
+    metric = next((record.metric for record in records if record.metric), "score")
     presets = {record.preset for record in records}
     preset = f", preset {presets.pop()}" if len(presets) == 1 else ""
     units = {key: Unit.fit([row[key] for row in rows], scale) for key, scale in _SCALES.items()}
     shown: dict[str, str] = {
         key: f"{title} ({units[key].sign})" if key in units and units[key].sign else title
         for key, title in _TITLES.items()
-    } | {"score": records[0].metric}
+    } | {"score": metric}
     return Table(
-        caption=f"{records[0].task}, {records[0].model}{preset}: {records[0].metric}, mean ± spread over seeds",
+        caption=f"{records[0].task}, {records[0].model}{preset}: {metric}, mean ± spread over seeds",
         titles=tuple(shown.values()),
         cells=tuple(tuple(_cell(key, row, units) for key in _TITLES) for row in rows),
         notes=_notes(records, rows, comparable),

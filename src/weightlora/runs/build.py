@@ -96,9 +96,21 @@ def read_task(config: RunConfig) -> Task:
         max_answer_length=config.max_answer_length,
         null_score_diff_threshold=config.null_score_diff_threshold,
         max_target_length=config.max_target_length,
-        # The same rows for every seed: seeds vary the model and the order, not the task.
-        seed=0,
+        seed=config.split_seed,
     )
+
+
+def scored_on(config: RunConfig, task: Task) -> dict[str, Any]:
+    """Which rows judge the run: ``split``, the number of ``rows``, and how a part of the training rows was drawn."""
+    where: dict[str, Any] = {"split": "validation", "rows": len(task.validation)}
+    if config.holdout is not None or lacks_validation(config):
+        where |= {"split": "train", "split_seed": config.split_seed}
+    return where if config.holdout is None else {**where, "holdout": config.holdout}
+
+
+def lacks_validation(config: RunConfig) -> bool:
+    """Whether the task is a file of the user's without validation rows, so that training rows are held out."""
+    return config.validation_file is None and (config.task == "files" or config.task.endswith(".jsonl"))
 
 
 def base_model(config: RunConfig, task: Task) -> LoadedModel:

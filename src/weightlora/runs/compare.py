@@ -5,15 +5,17 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 
 from weightlora.errors import ConfigError, WeightLoRAError
 from weightlora.methods import METHODS
-from weightlora.runs.build import build, check_shared, training_arguments
-from weightlora.runs.config import CONFIG, RunConfig
+from weightlora.runs.build import build, check_shared, read_task, training_arguments
+from weightlora.runs.cluster import Cluster
+from weightlora.runs.config import RunConfig
+from weightlora.runs.jobs import Job, execute, on_training_rows
 from weightlora.runs.record import Record
-from weightlora.runs.run import RECORD, finished, refused, resume, train
+from weightlora.runs.run import finished, refused
 
 log = logging.getLogger("weightlora")
 
@@ -40,9 +42,10 @@ def compare(
     folder: Path,
     *,
     tune: Sequence[float] = (),
+    cluster: Cluster | None = None,
     say: Callable[[str], None] = log.info,
 ) -> list[Record]:
-    """Run every method with every seed, one after the other; what is finished already is not run again.
+    """Run every method with every seed; what is finished already is not run again.
 
     Args:
         config: what all runs share; its preset is that of every method which names none.
@@ -52,6 +55,7 @@ def compare(
         tune: multiples of the learning rate (of each method's own default: full fine-tuning starts lower). Each method
             is first trained once with each on nine tenths of the *training* rows and judged on the other tenth; its
             best rate is used for its runs. Validation rows play no part in that.
+        cluster: as :func:`weightlora.runs.jobs.execute`.
         say: takes a line of progress.
 
     Returns:
@@ -64,33 +68,37 @@ def compare(
     """
     if any(not 0 < factor < math.inf for factor in tune):
         raise ConfigError(f"tune={','.join(f'{factor:g}' for factor in tune)} must be factors above 0, such as 0.3,1,3")
-    plan = []
+    plan: dict[str, RunConfig] = {}
     for text in methods:
         name, preset = parse_method(text, config.preset)
-        plan.append((name, preset, _for_method(config, name, preset)))
-    failures = _cannot_start(config, plan, seeds, folder)
-    records = []
-    for number, (name, preset, base) in enumerate(plan):
-        label = f"{name}-{preset}"
-        if number in failures:
-            say(f"[{number + 1}/{len(plan)}] {label} cannot start: {failures[number]}")
-            records += [refused(replace(base, seed=seed), failures[number]) for seed in seeds]
-            continue
-        chosen = base
-        if tune:
-            default = training_arguments(base, folder).learning_rate
-            rate = best_rate(base, [default * factor for factor in tune], folder / "tune" / label, say)
+        plan[f"{name}-{preset}"] = for_method(config, name, preset)
+    waiting = [label for label in plan if not all(finished(folder / label / f"seed-{seed}") for seed in seeds)]
+    failures = _cannot_start(config, {label: plan[label] for label in waiting}, of=len(plan))
+    for label, why in failures.items():
+        say(f"{label} cannot start: {why}")
+    if tune:
+        trials = {}
+        for label, base in plan.items():
+            if label not in failures:
+                default = training_arguments(base, folder).learning_rate
+                trials[label] = _trials(base, [default * factor for factor in tune], folder / "tune" / label)
+        tried = iter(execute([job for jobs in trials.values() for job in jobs], cluster=cluster, say=say))
+        for label, jobs in trials.items():
+            rate = _best(jobs, [next(tried) for _ in jobs])
             if rate is None:
-                why = f"no learning rate worked; see {folder / 'tune' / label}"
-                records += [refused(replace(base, seed=seed), why) for seed in seeds]
+                failures[label] = f"no learning rate worked; see {folder / 'tune' / label}"
                 continue
-            chosen = replace(base, training={**base.training, "learning_rate": rate})
-        for seed in seeds:
-            say(f"[{number + 1}/{len(plan)}] {label}, seed {seed}")
-            records.append(_once(replace(chosen, seed=seed), folder / label / f"seed-{seed}"))
-            outcome = records[-1]
-            say(f"    {outcome.error}" if outcome.status != "ok" else f"    {outcome.metric} {outcome.score:.4f}")
-    return records
+            say(f"{label}: learning rate {rate:g}")
+            plan[label] = replace(plan[label], training={**plan[label].training, "learning_rate": rate})
+    runs = [(label, replace(base, seed=seed)) for label, base in plan.items() for seed in seeds]
+    jobs = [
+        Job(config=run, folder=folder / label / f"seed-{run.seed}", title=f"{label}, seed {run.seed}")
+        for label, run in runs
+        if label not in failures
+    ]
+    done = iter(execute(jobs, cluster=cluster, say=say))
+    metric = read_task(config).metric if failures else ""
+    return [refused(run, failures[label], metric) if label in failures else next(done) for label, run in runs]
 
 
 def best_rate(config: RunConfig, rates: Sequence[float], folder: Path, say: Callable[[str], None]) -> float | None:
@@ -98,60 +106,53 @@ def best_rate(config: RunConfig, rates: Sequence[float], folder: Path, say: Call
 
     None where every rate failed.
     """
-    results: list[tuple[float, float]] = []
+    jobs = _trials(config, rates, folder)
+    return _best(jobs, execute(jobs, say=say))
+
+
+def _trials(config: RunConfig, rates: Sequence[float], folder: Path) -> list[Job]:
+    """One run per rate, lowest first, judged on held-out training rows."""
+    jobs = []
     for rate in sorted(float(f"{rate:.6g}") for rate in rates):
-        trial = replace(
-            config, seed=TUNE_SEED, holdout=TUNE_HOLDOUT, training={**config.training, "learning_rate": rate}
-        )
-        record = _once(trial, folder / f"lr-{rate:g}")
-        if record.status == "ok" and record.score is not None and record.score == record.score:
-            results.append((record.score, rate))
-        say(
-            f"    tuning {config.method}: rate {rate:g} gives {record.score if record.status == 'ok' else record.error}"
-        )
-    best = max((score for score, _ in results), default=None)
-    return next((rate for score, rate in results if score == best), None)
+        training = {**config.training, "learning_rate": rate}
+        trial = on_training_rows(replace(config, seed=TUNE_SEED, training=training), TUNE_HOLDOUT)
+        jobs.append(Job(config=trial, folder=folder / f"lr-{rate:g}", title=f"tuning {config.method}, rate {rate:g}"))
+    return jobs
 
 
-def _cannot_start(
-    config: RunConfig, plan: Sequence[tuple[str, str, RunConfig]], seeds: Sequence[int], folder: Path
-) -> dict[int, str]:
-    """Why some methods of the plan cannot start: a mistake must show now, not after hours of other methods."""
-    waiting = [
-        number
-        for number, (name, preset, _) in enumerate(plan)
-        if not all(finished(folder / f"{name}-{preset}" / f"seed-{seed}") for seed in seeds)
+def _best(jobs: Sequence[Job], records: Sequence[Record]) -> float | None:
+    """The rate of the best record, the first on a tie; None where all failed."""
+    results = [
+        (record.score, -index)
+        for index, record in enumerate(records)
+        if record.status == "ok" and record.score is not None and record.score == record.score
     ]
-    if waiting:
+    rate: float | None = jobs[-max(results)[1]].config.training["learning_rate"] if results else None
+    return rate
+
+
+def _cannot_start(config: RunConfig, plan: dict[str, RunConfig], of: int) -> dict[str, str]:
+    """Why some methods of the plan cannot start: a mistake must show now, not after hours of other methods.
+
+    Raises:
+        WeightLoRAError: what they share cannot work, or none `of` all methods can start.
+    """
+    if plan:
         check_shared(config)
-    errors: dict[int, WeightLoRAError] = {}
-    for number in waiting:
+    errors: dict[str, WeightLoRAError] = {}
+    for label, base in plan.items():
         try:
-            build(plan[number][2])
+            build(base)
         except WeightLoRAError as error:
-            errors[number] = error
-    if errors and len(errors) == len(plan):
-        raise type(errors[0])(f"{plan[0][0]}: {errors[0]}")
-    return {number: str(error) for number, error in errors.items()}
+            errors[label] = error
+    if errors and len(errors) == of:
+        label, first = next(iter(errors.items()))
+        raise type(first)(f"{plan[label].method}: {first}")
+    return {label: str(why) for label, why in errors.items()}
 
 
-def _for_method(config: RunConfig, name: str, preset: str) -> RunConfig:
+def for_method(config: RunConfig, name: str, preset: str) -> RunConfig:
     """The shared settings, less those that this method does not have (``k`` for plain LoRA, say)."""
-    from dataclasses import fields
-
     own = {f.name for f in fields(METHODS[name])}
     settings = {key: value for key, value in config.settings.items() if key in own}
     return replace(config, method=name, preset=preset, settings=settings)
-
-
-def _once(config: RunConfig, folder: Path) -> Record:
-    """Run, resume, or read what is there, if it is the same run; a refusal on the way is a failure like another."""
-    there = (folder / CONFIG).is_file()
-    if there and RunConfig.load(folder).to_dict() != config.to_dict():
-        raise ConfigError(f"{folder} holds a run with other settings; choose another --out, or remove it")
-    if there and finished(folder):
-        return Record.read(folder / RECORD)
-    try:
-        return resume(folder) if there else train(config, folder)
-    except WeightLoRAError as error:
-        return refused(config, str(error))

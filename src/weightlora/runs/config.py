@@ -27,6 +27,8 @@ class RunConfig:
     Args:
         task: as :func:`weightlora.tasks.load_task`; so are ``data_dir`` and all up to ``max_target_length``.
         max_length: tokens per input; 0: what is usual for the task (128 for classification, 384 for SQuAD, ...).
+        split_seed: of the rows that are held out or sampled. Runs of every `seed` see the same rows: seeds vary the
+            model and the order, not the task.
         model: as :func:`weightlora.tasks.load_model`.
         targets: "all-linear", "attention", or endings of module names, comma-separated.
         r, alpha, dropout: of every adapter.
@@ -58,6 +60,7 @@ class RunConfig:
     null_score_diff_threshold: float | None = None
     max_target_length: int | None = None
     max_length: int = 0
+    split_seed: int = 0
     model: str = "minilm"
     targets: str = "all-linear"
     r: int = 8
@@ -86,8 +89,9 @@ class RunConfig:
                 raise ConfigError(f"{name}={value} is not a finite number; use one")
         if self.alpha <= 0:
             raise ConfigError(f"alpha={self.alpha} is not allowed; use a positive number (the paper uses 32)")
-        if not 0 <= self.seed < 2**32:
-            raise ConfigError(f"seed={self.seed} is not allowed; use 0 or more, below 2^32")
+        for name in ("seed", "split_seed"):
+            if not 0 <= getattr(self, name) < 2**32:
+                raise ConfigError(f"{name}={getattr(self, name)} is not allowed; use 0 or more, below 2^32")
         check_path(self.adapter_path)
         if self.params is not None:
             parse_params(self.params)

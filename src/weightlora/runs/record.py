@@ -124,6 +124,8 @@ class Record:
         error: one line when the status is ``"failed"``.
         budget: adapter parameters, heads excluded: ``asked`` (``--params``, if given), ``allocated``, ``trainable`` at
             the most, ``effective`` at the end, and ``stored_bytes`` of the adapter's files. Empty in older records.
+        scored_on: the rows behind ``metrics``: ``split`` ("validation", or "train" for training rows that were held
+            out, by ``split_seed`` and the share ``holdout`` if one was asked for) and ``rows``. Empty in older records.
 
     Raises:
         ConfigError: the fields contradict each other.
@@ -154,6 +156,7 @@ class Record:
     error: str | None
     machine: dict[str, str | int]
     budget: dict[str, int] = dataclasses.field(default_factory=dict)
+    scored_on: dict[str, str | int | float] = dataclasses.field(default_factory=dict)
 
     def __post_init__(self) -> None:
         known = self.schema_version == SCHEMA_VERSION

@@ -21,7 +21,7 @@ from weightlora.errors import CheckpointError, WeightLoRAError
 from weightlora.files import leftovers, new_folder, sweep, write_text
 from weightlora.graft import MANIFEST, Manifest, Selection, adapters, block_of, save_own_format, tuned_layers
 from weightlora.graft.export import export
-from weightlora.runs.build import Parts, build, make_trainer, read_task
+from weightlora.runs.build import Parts, build, make_trainer, scored_on
 from weightlora.runs.config import CONFIG, RunConfig
 from weightlora.runs.progress import Progress
 from weightlora.runs.record import AdapterScore, Kept, Phase, Record, collect_versions, machine
@@ -264,9 +264,9 @@ def _omega_log(result: FitResult) -> list[dict[str, Any]]:
     ]
 
 
-def refused(config: RunConfig, error: str) -> Record:
-    """The record of a run that could not start, for a table; there is no folder it belongs to."""
-    return replace(_blank(config, read_task(config).metric), status="failed", error=error)
+def refused(config: RunConfig, error: str, metric: str = "") -> Record:
+    """The record of a run that could not start."""
+    return replace(_blank(config, metric), status="failed", error=error)
 
 
 def _blank(config: RunConfig, metric: str) -> Record:
@@ -306,6 +306,7 @@ def _first_record(parts: Parts, config: RunConfig, argv: Sequence[str]) -> Recor
         r=parts.rank if live else None,
         n_adapters=len(live) + len(tuned),
         max_steps=parts.max_steps,
+        scored_on=scored_on(config, parts.task),
         argv=tuple(argv) or tuple(sys.argv),
     )
 

@@ -1,0 +1,104 @@
+"""Runs on a Ray cluster. What crosses is text: a configuration and a folder there, a record back."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Generator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from weightlora.errors import ConfigError
+
+RETRIES = 3  # lives that a run has left after its worker has died under it; each goes on from the last checkpoint
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cluster:
+    """A Ray cluster and what one run takes of it. The run directories must lie where every node sees them.
+
+    Args:
+        address: "auto" (the cluster this machine belongs to), "local" (a Ray of its own on this machine, which ends
+            with the command), ``host:port`` or ``ray://host:port``.
+        cpus: of one run.
+        gpus: of one run, also a part of one; None: one where the cluster has any.
+
+    Raises:
+        ConfigError: a value that is not allowed.
+    """
+
+    address: str
+    cpus: float = 1
+    gpus: float | None = None
+
+    def __post_init__(self) -> None:
+        if not self.address:
+            raise ConfigError("the address of the Ray cluster is empty; use auto, local, or host:port")
+        for name, value in (("cpus", self.cpus), ("gpus", self.gpus)):
+            if value is not None and not 0 <= value < 1000:
+                raise ConfigError(f"ray_{name}={value} is not allowed; use what one run takes, such as 1")
+
+
+def spread(jobs: Sequence[tuple[str, str]], cluster: Cluster) -> Generator[tuple[int, str | None, str], None, None]:
+    """Run jobs (configuration as JSON, folder) at once, and give back ``(index, record as JSON or None, error)``.
+
+    In the order in which they end. A run whose worker dies is started again elsewhere and resumes by itself.
+
+    Raises:
+        ConfigError: Ray is not installed, or there is no cluster at this address.
+    """
+    if not jobs:
+        return
+    ray = _import_ray()
+    own = not ray.is_initialized()
+    if own:
+        _connect(ray, cluster.address)
+    try:
+        gpus = cluster.gpus if cluster.gpus is not None else min(1, ray.cluster_resources().get("GPU", 0))
+        run = ray.remote(num_cpus=cluster.cpus, num_gpus=gpus, max_retries=RETRIES)(run_one)
+        here = str(Path.cwd())
+        waiting = {run.remote(config, folder, here): index for index, (config, folder) in enumerate(jobs)}
+        while waiting:
+            (reference,), _ = ray.wait(list(waiting), num_returns=1)
+            index = waiting.pop(reference)
+            try:
+                yield index, ray.get(reference), ""
+            except ray.exceptions.RayError as error:
+                yield index, None, f"{type(error).__name__}: {str(error).strip().splitlines()[0]}"
+    finally:
+        if own:
+            ray.shutdown()
+
+
+def run_one(config: str, folder: str, directory: str) -> str:
+    """What a worker does. Relative paths in the configuration are those of the `directory` it was asked from."""
+    from weightlora.runs.config import RunConfig
+    from weightlora.runs.jobs import attempt
+
+    os.chdir(directory)
+    values = json.loads(config)
+    values.pop("schema_version")
+    return attempt(RunConfig(**values), Path(folder), quiet=True).to_json()
+
+
+def _import_ray() -> Any:
+    try:
+        import ray
+    except ImportError:
+        raise ConfigError("Ray is not installed; run: pip install weightlora[ray], or leave --ray out") from None
+    return ray
+
+
+def _connect(ray: Any, address: str) -> None:
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    # Ray's coming behaviour: a task without GPUs leaves CUDA_VISIBLE_DEVICES alone. Said now, it does not warn.
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    options = {} if address != "local" else {"include_dashboard": False}
+    try:
+        ray.init(address=address, log_to_driver=False, logging_level="WARNING", **options)
+    except (ConnectionError, ValueError, RuntimeError, OSError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise ConfigError(
+            f"no Ray cluster at {address!r} ({reason}); start one with `ray start --head`, or use --ray local"
+        ) from None

@@ -1,0 +1,199 @@
+"""Many runs, here one after the other or spread over a Ray cluster: none is lost, none is run twice."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import logging
+import re
+import time
+import traceback
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, fields, replace
+from pathlib import Path
+from types import TracebackType
+
+from filelock import FileLock
+
+from weightlora.errors import ConfigError
+from weightlora.files import write_text
+from weightlora.runs.build import lacks_validation
+from weightlora.runs.cluster import Cluster, spread
+from weightlora.runs.config import CONFIG, RunConfig
+from weightlora.runs.record import Record
+from weightlora.runs.run import ERROR, RECORD, finished, refused, resume, train
+
+log = logging.getLogger("weightlora")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """One run that is to be there in the end: its configuration, its directory, and what to call it in a line."""
+
+    config: RunConfig
+    folder: Path
+    title: str
+
+
+def run_name(config: RunConfig) -> str:
+    """A directory name that follows from everything that defines a run, and from nothing else.
+
+    Task, method and seed for people, then a hash of all values that are not the default: a field that a later
+    release adds leaves the names of old runs alone.
+
+    >>> run_name(RunConfig(method="lora"))
+    'docstrings-lora-seed0-e9881fb148d2'
+    """
+    default, values = asdict(RunConfig()), asdict(config)
+    own = {f.name: values[f.name] for f in fields(config) if values[f.name] != default[f.name]}
+    digest = hashlib.sha256(json.dumps(own, sort_keys=True).encode()).hexdigest()
+    task = re.sub(r"[^\w.+-]", "_", Path(config.task).name)  # a task may be a path
+    return f"{task}-{config.method}-seed{config.seed}-{digest[:12]}"
+
+
+def execute(
+    jobs: Sequence[Job],
+    *,
+    cluster: Cluster | None = None,
+    quiet: bool = False,
+    say: Callable[[str], None] = log.info,
+) -> list[Record]:
+    """Bring every job to its end: what is finished is read, what was interrupted goes on, the rest is run.
+
+    A run that fails is recorded (``record.json``, ``error.txt``) and the others go on; the next call tries it again.
+
+    Args:
+        jobs: jobs with one folder are one run.
+        cluster: where to run them at once; None: here, one after the other.
+        quiet: no progress within a run that happens here.
+        say: takes a line of progress.
+
+    Returns:
+        The record of every job, in their order.
+
+    Raises:
+        ConfigError: a folder holds a run with other settings; nothing was run.
+    """
+    unique = {job.folder: job for job in jobs}
+    for job in jobs:
+        same_run(job.folder, job.config)
+        if unique[job.folder].config != job.config:
+            raise ConfigError(f"{job.folder} is asked to hold two different runs; give each its own folder")
+    records = {folder: Record.read(folder / RECORD) for folder in unique if finished(folder)}
+    waiting = [job for folder, job in unique.items() if folder not in records]
+    if records:
+        say(f"{len(records)} of {len(unique)} runs are there already")
+    began = time.monotonic()
+    done = _here(waiting, quiet) if cluster is None else _there(waiting, cluster)
+    for number, (index, record) in enumerate(done, start=1):
+        job = waiting[index]
+        records[job.folder] = record
+        left = (time.monotonic() - began) / number * (len(waiting) - number)
+        about = f"  about {_duration(left)} left" if number < len(waiting) else ""
+        say(f"[{len(records)}/{len(unique)}] {job.title}: {outcome(record)}{about}")
+    return [records[job.folder] for job in jobs]
+
+
+def outcome(record: Record) -> str:
+    """What came of a run, in a few words."""
+    if record.status != "ok":
+        return f"failed: {record.error}"
+    return f"{record.metric} {record.score:.4f}" if record.score is not None else f"no {record.metric}"
+
+
+def same_run(folder: Path, config: RunConfig) -> None:
+    """Raise ConfigError if `folder` holds a run with other settings."""
+    if (folder / CONFIG).is_file() and RunConfig.load(folder).to_dict() != config.to_dict():
+        raise ConfigError(f"{folder} holds a run with other settings; choose another --out, or remove it")
+
+
+def on_training_rows(config: RunConfig, share: float) -> RunConfig:
+    """The run of `config` that chooses settings: judged on a held-out `share` of the training rows.
+
+    Raises:
+        ConfigError: the reported rows would be among them.
+    """
+    if lacks_validation(config):
+        raise ConfigError(
+            "without --validation-file, settings would be chosen on the rows that are reported; give a validation file"
+        )
+    return replace(config, holdout=share)
+
+
+def attempt(config: RunConfig, folder: Path, *, quiet: bool = False) -> Record:
+    """Run, resume or read one run, its failure recorded. Two processes that try the same run do it once."""
+    if finished(folder):
+        return Record.read(folder / RECORD)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    # The lock dies with its process, so a killed worker's run is free at once.
+    with FileLock(folder.parent / f".{folder.name}.lock"):
+        if finished(folder):
+            return Record.read(folder / RECORD)
+        with _Attempt(config, folder) as attempted:
+            started = (folder / CONFIG).is_file()
+            attempted.record = resume(folder, quiet=quiet) if started else train(config, folder, quiet=quiet)
+    assert attempted.record is not None
+    return attempted.record
+
+
+class _Attempt:
+    """Records what stops a run before it has a record of its own: data that are not there, a model that is too big."""
+
+    def __init__(self, config: RunConfig, folder: Path) -> None:
+        self.config, self.folder = config, folder
+        self.record: Record | None = None
+
+    def __enter__(self) -> _Attempt:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> bool:
+        if not isinstance(error, Exception):
+            return False
+        line = (str(error).strip() or type(error).__name__).splitlines()[0]
+        story = "".join(traceback.format_exception(kind, error, trace))
+        self.record = write_failure(self.config, self.folder, f"{type(error).__name__}: {line}", story)
+        return True
+
+
+def write_failure(config: RunConfig, folder: Path, error: str, story: str) -> Record:
+    """Write a run that could not even start as one that failed, so that it is counted and tried again."""
+    if (folder / RECORD).is_file():
+        record = replace(Record.read(folder / RECORD), status="failed", error=error)
+    else:
+        record = refused(config, error)
+    config.save(folder)
+    write_text(folder / ERROR, story)
+    record.write(folder / RECORD)
+    return record
+
+
+def _here(jobs: Sequence[Job], quiet: bool) -> Iterator[tuple[int, Record]]:
+    for index, job in enumerate(jobs):
+        yield index, attempt(job.config, job.folder, quiet=quiet)
+
+
+def _there(jobs: Sequence[Job], cluster: Cluster) -> Iterator[tuple[int, Record]]:
+    asked = [(json.dumps(job.config.to_dict()), str(job.folder.absolute())) for job in jobs]
+    # Closed on an exception here, too: a Ray that was started for this must not stay.
+    with contextlib.closing(spread(asked, cluster)) as answers:
+        for index, text, error in answers:
+            job = jobs[index]
+            if text is not None:
+                yield index, Record.from_json(text)
+            else:
+                yield index, write_failure(job.config, job.folder, error, f"{error}\n")
+
+
+def _duration(seconds: float) -> str:
+    """Seconds for people.
+
+    >>> _duration(42), _duration(200), _duration(9000)
+    ('42 s', '3 min', '2 h 30 min')
+    """
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    minutes = round(seconds / 60)
+    return f"{minutes} min" if minutes < 90 else f"{minutes // 60} h {minutes % 60} min"

@@ -1,0 +1,138 @@
+"""A sweep on a real Ray with two workers, of which one is killed midway: nothing is lost, nothing is run twice."""
+
+from __future__ import annotations
+
+import json
+import os
+import secrets
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+from tests.runs.commands import read, weightlora
+
+from weightlora.runs.config import RunConfig
+from weightlora.runs.jobs import attempt
+
+pytest.importorskip("ray", reason="NO RAY: pip install weightlora[ray]")
+
+SRC = Path(__file__).resolve().parents[2] / "src"
+
+STEPS, SAVE = 60, 10
+
+
+def on_ray(commands: list[list[str]], folder: Path) -> subprocess.Popen[str]:
+    """Start commands on a Ray of their own, in `folder`."""
+    own = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}  # else it writes one to the home folder
+    own |= {"RAY_USAGE_STATS_ENABLED": "0", "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0", "OMP_NUM_THREADS": "1"}
+    own |= {"RAY_worker_niceness": "0"}  # Ray's 15 would starve beside other tests
+    own["PYTHONPATH"] = os.pathsep.join([str(SRC), *filter(None, [os.environ.get("PYTHONPATH")])])
+    command = [sys.executable, str(Path(__file__).with_name("ray_run.py")), json.dumps(commands)]
+    return subprocess.Popen(command, cwd=folder, env=os.environ | own, stderr=subprocess.PIPE, text=True)
+
+
+class Killer(threading.Thread):
+    """Kills the worker of an unfinished run that has a checkpoint, once another run is finished."""
+
+    def __init__(self, runs: Path) -> None:
+        super().__init__(daemon=True)
+        self.runs = runs
+        self.killed: Path | None = None
+        self.checkpoints: dict[str, int] = {}  # of the killed run, with the times they were written
+        self.finished: dict[str, int] = {}  # files of finished runs, likewise
+
+    def run(self) -> None:
+        deadline = time.monotonic() + 150
+        while self.killed is None and time.monotonic() < deadline:
+            time.sleep(0.02)
+            done, live = [], []
+            for record in self.runs.glob("*/record.json"):
+                (done if read(record)["status"] == "ok" else live).append(record.parent)
+            for folder in live:
+                states = sorted(folder.glob("checkpoints/checkpoint-*/trainer_state.json"))
+                if done and states and self.kill(folder):
+                    self.killed = folder
+                    self.checkpoints = {str(path): path.stat().st_mtime_ns for path in states[:-1] or states}
+                    self.finished = times(done)
+                    return
+
+    def kill(self, folder: Path) -> bool:
+        """End the process that holds the run's lock; False if there is none any more."""
+        lock = str(folder.parent / f".{folder.name}.lock")
+        for process in Path("/proc").glob("[0-9]*"):
+            try:
+                if any(os.readlink(link) == lock for link in (process / "fd").iterdir()):
+                    os.kill(int(process.name), signal.SIGKILL)
+                    return True
+            except OSError:  # not ours, or gone
+                continue
+        return False
+
+
+def times(folders: list[Path]) -> dict[str, int]:
+    return {str(path): path.stat().st_mtime_ns for folder in folders for path in folder.rglob("*") if path.is_file()}
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/fd").is_dir(), reason="NO /proc: a worker cannot be found by its lock")
+def test_a_worker_is_killed_and_nothing_is_lost_or_run_twice(
+    tmp_path: Path,
+) -> None:
+    words = [
+        "sweep",
+        "--task",
+        "docstrings",
+        "--model",
+        "bert-tiny-shape",
+        "--max-length",
+        "24",
+        "--methods",
+        "top,lora",
+    ]
+    words += ["--per-device-train-batch-size", "8", "--max-train-samples", "200", "--max-eval-samples", "40"]
+    words += ["--max-steps", str(STEPS), "--save-steps", str(SAVE), "--save-total-limit", "9", "--seeds", "0,1"]
+    killer = Killer(tmp_path / "out" / "runs")
+    killer.start()
+    words += ["--ray", "auto", "--out", "out"]  # relative: workers must not take it for a path of theirs
+    comparison = ["compare", *words[1 : words.index("--methods")], "--methods", "top", "--seeds", "0,1"]
+    comparison += ["--max-steps", "4", "--ray", "auto", "--out", "compared"]
+    # The second time all is there already.
+    with on_ray([words, words, comparison], tmp_path) as command:
+        said = command.communicate(timeout=200)[1]
+    assert command.returncode == 0, said
+    killer.join(timeout=5)
+    assert killer.killed is not None, "the runs were over before one could be killed"
+
+    records = [read(path) for path in sorted((tmp_path / "out" / "runs").glob("*/record.json"))]
+    assert sorted((record["method"], record["seed"], record["status"]) for record in records) == [
+        (method, seed, "ok") for method in ("lora", "top") for seed in (0, 1)
+    ]
+    assert said.count("[4/4]") == 1
+    assert said.count("4 of 4 runs are there already") == 1
+    # What was done when the worker died was not touched again: finished runs, and the killed run's checkpoints.
+    assert killer.finished
+    assert {path: os.stat(path).st_mtime_ns for path in killer.finished} == killer.finished
+    assert {path: os.stat(path).st_mtime_ns for path in killer.checkpoints} == killer.checkpoints
+
+    compared = read(tmp_path / "compared" / "compare.json")["rows"]
+    assert [(row["method"], row["seeds"], row["failed"]) for row in compared] == [("top", [0, 1], 0)]
+
+    # The same run without Ray and without a death ends in the same adapter.
+    values = json.loads((killer.killed / "config.json").read_text(encoding="utf-8"))
+    values.pop("schema_version")
+    alone = attempt(RunConfig(**values), tmp_path / "alone", quiet=True)
+    assert alone.metrics == read(killer.killed / "record.json")["metrics"]
+    adapters = [folder / "adapter" / "adapter_model.safetensors" for folder in (tmp_path / "alone", killer.killed)]
+    assert adapters[0].read_bytes() == adapters[1].read_bytes()
+
+
+def test_without_a_cluster_there_is_one_clear_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ("sweep", "--model", "bert-tiny-shape", "--max-steps", "2", "--out", tmp_path / "out")
+    assert weightlora(*words, "--ray", "auto") == 2
+    said = capsys.readouterr().err.strip().splitlines()[-1]
+    assert said.startswith("weightlora sweep: error: no Ray cluster at 'auto' (")
+    assert said.endswith("start one with `ray start --head`, or use --ray local")
