@@ -221,7 +221,7 @@ def test_what_shows_only_when_training_would_begin_is_a_row_too(
     table = read(out / "compare.json")
     assert [(row["method"], row["failed"], row["ok"]) for row in table["rows"]] == [("weightlora", 1, 0), ("top", 0, 1)]
     assert any("decides only at the end" in note for note in table["notes"])
-    assert not (out / "weightlora-official" / "seed-0").exists()
+    assert read(out / "weightlora-official" / "seed-0" / "record.json")["status"] == "failed"
     capsys.readouterr()
     # And a method for which no rate works when rates are tuned.
     assert compare(small_data, tmp_path / "tuned", "--methods", "top", "--seeds", "0,1", "--tune", "1e33") == 1
