@@ -44,7 +44,14 @@ def uncheckpointed(model: nn.Module) -> Iterator[None]:
 
 
 class KnownMasks(TorchFunctionMode):
-    """Indexing by a mask whose values are known becomes indexing by positions, so that its result has a known shape."""
+    """Indexing by a mask whose values are known becomes indexing by positions, so that its result has a known shape.
+
+    ``stands_for``: the mask, by the storage of the positions; autograd would keep the mask.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stands_for: dict[int, Tensor] = {}
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is Tensor.__getitem__ and isinstance(args[0], FakeTensor):
@@ -52,10 +59,20 @@ class KnownMasks(TorchFunctionMode):
             if any(_is_known_mask(item) for item in items):
                 known: list[Any] = []
                 for item in items:
-                    known += item.nonzero(as_tuple=True) if _is_known_mask(item) else [item]
+                    known += self._positions(item) if _is_known_mask(item) else [item]
                 args = (args[0], tuple(known))
         return func(*args, **(kwargs or {}))
+
+    def _positions(self, mask: Tensor) -> tuple[Tensor, ...]:
+        positions = mask.nonzero(as_tuple=True)
+        self.stands_for |= {identity(position): mask for position in positions}
+        return positions
 
 
 def _is_known_mask(item: Any) -> bool:
     return isinstance(item, Tensor) and not isinstance(item, FakeTensor) and item.dtype == torch.bool
+
+
+def identity(tensor: Tensor) -> int:
+    """Of a tensor's memory, while that lives; views share it."""
+    return int(tensor.untyped_storage()._cdata)

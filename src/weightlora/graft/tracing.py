@@ -15,7 +15,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from weightlora.errors import AdapterError
 from weightlora.graft.activations import ActivationTrace, Storage
 from weightlora.graft.adapters import adapter_name, adapters, base_of, lora_layers
-from weightlora.graft.standins import KnownMasks, stand_ins, uncheckpointed
+from weightlora.graft.standins import KnownMasks, identity, stand_ins, uncheckpointed
 from weightlora.graft.variant import PathVariant
 from weightlora.ops.autograd import AdapterFunction, Products, TorchProducts
 
@@ -71,7 +71,7 @@ def trace(
                 stack.enter_context(_traced_path(model, name, recorder))
             stack.enter_context(uncheckpointed(model))
             stack.enter_context(recorder.hooks())
-            stack.enter_context(KnownMasks())
+            stack.enter_context(recorder.masks)
             stack.enter_context(torch.enable_grad())
             value = torch.func.functional_call(wrapper, state)
     except (NotImplementedError, RuntimeError) as error:
@@ -164,6 +164,7 @@ class _Recorder:
         self.bits: dict[int, int] = {}
         self.seeds: list[int] = []
         self.stack: list[str] = []
+        self.masks = KnownMasks()
         self.owner, self.unit = -1, -1
         self.unit_inputs: dict[int, list[int]] = {}
         self.opened: list[_Event] = []  # what the graph has just unpacked
@@ -176,9 +177,9 @@ class _Recorder:
             for holder in (layer.lora_A[self.name], layer.lora_B[self.name]):
                 owners[id(holder.weight)] = owners.get(id(holder.weight), 0) | 1 << index
         for key, stand_in in parameters.items():
-            self.parameters.add(_identity(stand_in))
+            self.parameters.add(identity(stand_in))
             self.bits[id(stand_in)] = owners.get(id(real[key]), 1 << n)
-        self.parameters |= {_identity(b) for b in self.model.buffers()}
+        self.parameters |= {identity(b) for b in self.model.buffers()}
         self.alive += [*parameters.values(), *self.model.buffers()]
 
     def note_ranked(self, h: Tensor) -> None:
@@ -188,7 +189,8 @@ class _Recorder:
         self.seeds.append(index)
 
     def _storage(self, tensor: Tensor) -> int:
-        key = _identity(tensor)
+        tensor = self.masks.stands_for.get(identity(tensor), tensor)
+        key = identity(tensor)
         if key not in self.index:
             self.index[key] = len(self.sizes)
             self.sizes.append(0 if key in self.parameters else tensor.untyped_storage().nbytes())
@@ -197,7 +199,7 @@ class _Recorder:
         return self.index[key]
 
     def _pack(self, tensor: Tensor) -> _Event:
-        return _Event(tensor.detach(), self._storage(tensor), self.owner, self.unit)
+        return _Event(tensor, self._storage(tensor), self.owner, self.unit)
 
     def _unpack(self, event: _Event) -> Tensor:
         self.opened.append(event)
@@ -332,10 +334,6 @@ def _bottom_up(root: Any) -> Iterator[Any]:
             done.add(node)
             stack.append((node, True))
             stack += [(below, False) for below, _ in node.next_functions if below is not None]
-
-
-def _identity(tensor: Tensor) -> int:
-    return int(tensor.untyped_storage()._cdata)
 
 
 def _embeddings(model: nn.Module) -> list[nn.Module]:
