@@ -262,7 +262,7 @@ class _Recorder:
         return [module.register_forward_pre_hook(enter), module.register_forward_hook(leave)]
 
     def _require_grad(self, _module: nn.Module, _args: Any, out: Tensor) -> None:
-        if not out.requires_grad:
+        if out.grad_fn is None:
             out.requires_grad_()
             self.bits[id(out)] = 1 << (len(self.found) + 1)
             self.alive.append(out)

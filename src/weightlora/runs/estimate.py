@@ -41,45 +41,68 @@ class Phase:
     inputs: bool = False
 
 
-class Estimate:
-    """Closed form over a trace.
+@dataclass(frozen=True, kw_only=True)
+class Setting:
+    """What can be changed without tracing again.
 
-    Args:
-        model: with every adapter live; on the meta device or with weights.
-        loss: runs the model on batches; called once, with a batch size to trace.
-        length: tokens of a row (so that the traced batch size divides nothing else).
-        optimizer, momentum, quantization: as in :mod:`weightlora.runs.memory`.
-        checkpointing: blocks are computed anew in backward.
-        stock: adapters compute by PEFT's own forward.
-        cuda: dropout and attention as CUDA runs them, whatever the machine.
-        overhead: bytes that a probe measured beyond the prediction.
+    ``optimizer``, ``momentum``, ``quantization``: as in :mod:`weightlora.runs.memory`. ``checkpointing``: blocks are
+    computed anew in backward; ``every_n_layers``: only every so many-th. ``overhead``: bytes that a probe measured
+    beyond the prediction.
     """
 
-    def __init__(
-        self,
+    optimizer: str = "adamw_torch"
+    momentum: bool = False
+    quantization: str | None = None
+    checkpointing: bool = False
+    every_n_layers: int = 1
+    overhead: int = 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Traced:
+    """A model with what its forward keeps for a batch of `batch` rows."""
+
+    model: nn.Module
+    trace: ActivationTrace
+    batch: int
+
+    @classmethod
+    def of(
+        cls,
         model: nn.Module,
         loss: Callable[[int], Callable[[], Tensor]],
         *,
         length: int,
-        optimizer: str = "adamw_torch",
-        momentum: bool = False,
-        quantization: str | None = None,
-        checkpointing: bool = False,
         stock: bool = False,
         cuda: bool = False,
-        overhead: int = 0,
-    ) -> None:
-        self.checkpointing, self.optimizer, self.momentum, self.overhead = checkpointing, optimizer, momentum, overhead
-        self.traced_batch = _prime(model, length)
-        self.trace: ActivationTrace = trace(model, loss(self.traced_batch), stock=stock, cuda=cuda)
-        self.weights = weight_bytes(model, quantization)
+    ) -> Traced:
+        """Trace a model once, for any batch size.
+
+        Args:
+            model: with every adapter live; on the meta device or with weights.
+            loss: the forward pass of a batch of a given size.
+            length: tokens of a row (so that the traced batch size divides nothing else).
+            stock, cuda: as :func:`weightlora.graft.trace`.
+        """
+        batch = _prime(model, length)
+        return cls(model=model, trace=trace(model, loss(batch), stock=stock, cuda=cuda), batch=batch)
+
+
+class Estimate:
+    """Closed form over a trace."""
+
+    def __init__(self, traced: Traced, setting: Setting) -> None:
+        model = traced.model
+        self.traced, self.trace, self.setting = traced, traced.trace, setting
+        self.weights = weight_bytes(model, setting.quantization)
         self.adapter_width = next(p.element_size() for p in trained(model)[0])
         heads = trained(model)[1]
         self.heads, self.head_shapes = tensor_bytes(heads), shapes_of(heads)
         self.head_params = sum(p.numel() for p in heads)
         # A quantised weight is multiplied in full precision, one at a time.
         full = [m.weight.numel() * m.weight.element_size() for m in model.modules() if isinstance(m, nn.Linear)]
-        self.dequantised = 0 if quantization is None else max(full)
+        self.dequantised = 0 if setting.quantization is None else max(full)
+        self.pieces = [self.trace.pieces(i) for i in self.trace.every]
         self._at: dict[int, ActivationTrace] = {}
 
     @property
@@ -90,7 +113,7 @@ class Estimate:
     def at(self, micro_batch: int) -> ActivationTrace:
         """The trace for a micro-batch."""
         if micro_batch not in self._at:
-            self._at[micro_batch] = self.trace.at(micro_batch, self.traced_batch)
+            self._at[micro_batch] = self.trace.at(micro_batch, self.traced.batch)
         return self._at[micro_batch]
 
     def adapter_shapes(self, live: Sequence[int], ranks: Mapping[int, int]) -> list[tuple[tuple[int, ...], int]]:
@@ -110,7 +133,11 @@ class Estimate:
     def activations(self, phase: Phase, micro_batch: int) -> int:
         """Bytes kept between forward and backward, omega among them."""
         kept = self.at(micro_batch).kept(
-            phase.live, ranks=phase.ranks, checkpointing=self.checkpointing, inputs=phase.inputs
+            phase.live,
+            ranks=phase.ranks,
+            checkpointing=self.setting.checkpointing,
+            every_n_layers=self.setting.every_n_layers,
+            inputs=phase.inputs,
         )
         return kept + (4 * self.n if phase.gated else 0)
 
@@ -119,18 +146,18 @@ class Estimate:
         at, shapes = self.at(micro_batch), self.adapter_shapes(phase.live, phase.ranks)
         adapters = sum(math.prod(shape) * width for shape, width in shapes)
         gates = 4 * self.n if phase.gated else 0
-        options: dict[str, Any] = {"ranks": phase.ranks}
+        options: dict[str, Any] = {"ranks": phase.ranks, "every_n_layers": self.setting.every_n_layers}
         return Parts(
             weights=self.weights,
             adapters=adapters,
             heads=self.heads,
             gates=2 * gates,
             gradients=adapters + self.heads,
-            optimizer=optimizer_bytes(self.optimizer, [*shapes, *self.head_shapes], momentum=self.momentum),
+            optimizer=self._optimizer([*shapes, *self.head_shapes]),
             activations=self.activations(phase, micro_batch) - gates,
-            recomputed=at.recomputed(phase.live, **options) if self.checkpointing else 0,
+            recomputed=at.recomputed(phase.live, **options) if self.setting.checkpointing else 0,
             workspace=at.largest(phase.live) + self.dequantised,
-            overhead=self.overhead,
+            overhead=self.setting.overhead,
         )
 
     def state(self, rank: int | None = None) -> list[int]:
@@ -139,8 +166,11 @@ class Estimate:
         for i in range(self.n):
             shapes = self.adapter_shapes([i], {} if rank is None else {i: rank})
             own = sum(math.prod(shape) * width for shape, width in shapes)
-            found.append(2 * own + optimizer_bytes(self.optimizer, shapes, momentum=self.momentum))
+            found.append(2 * own + self._optimizer(shapes))
         return found
+
+    def _optimizer(self, shapes: Sequence[tuple[tuple[int, ...], int]]) -> int:
+        return optimizer_bytes(self.setting.optimizer, shapes, momentum=self.setting.momentum)
 
     def deepest(self, k: int) -> tuple[int, ...]:
         """The k adapters that are called last: the cheapest set."""
@@ -151,20 +181,20 @@ class Estimate:
         blocks = self.trace.blocks
         allowed = [i for i in range(self.n) if blocks[i] >= block]
         first = max((i for i in allowed if blocks[i] == block), key=lambda i: self.trace.kept([i]))
-        pieces = {i: self.trace.pieces(i) for i in allowed}
-        chosen, held = [first], set(pieces[first])
-        rest = [i for i in allowed if i != first]
-        while len(chosen) < k and rest:
-            # Inputs first: an adapter that shares one costs little more than its h.
-            best = max(rest, key=lambda i: sum(size for s, size in pieces[i].items() if s not in held))
-            rest.remove(best)
-            chosen.append(best)
-            held |= set(pieces[best])
-        return tuple(sorted(chosen))
+        # Inputs first: an adapter that shares one costs little more than its h.
+        by_size = sorted((i for i in allowed if i != first), key=lambda i: -sum(self.pieces[i].values()))
+        held, fresh, late = set(self.pieces[first]), list[int](), list[int]()
+        for i in by_size:
+            (late if self._input(i) in held else fresh).append(i)
+            held |= set(self.pieces[i])
+        return tuple(sorted([first, *fresh, *late][:k]))
+
+    def _input(self, index: int) -> int:
+        """The largest storage that an adapter keeps."""
+        return max(self.pieces[index], key=self.pieces[index].__getitem__)
 
     def _order(self, index: int) -> int:
-        ranked = [s for s in self.trace.pieces(index) if self.trace.storages[s].ranked]
-        return min(ranked, default=0)
+        return min((s for s in self.pieces[index] if self.trace.storages[s].ranked), default=0)
 
     def largest_micro_batch(self, phase: Phase, memory: int, batch: int) -> int | None:
         """The largest divisor of the effective batch with which a phase fits; None where not even 1 does."""

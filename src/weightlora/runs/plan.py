@@ -14,8 +14,8 @@ from torch import Tensor, nn
 
 from weightlora.errors import ConfigError, PlanError
 from weightlora.runs.build import match_targets
-from weightlora.runs.estimate import Estimate, Phase, autocast, divisors
-from weightlora.runs.memory import Parts, check_names, format_size
+from weightlora.runs.estimate import Estimate, Phase, Setting, Traced, autocast
+from weightlora.runs.memory import QUANTIZATIONS, Parts, check_names, format_size
 from weightlora.tasks.skeletons import HEADS, Skeleton, skeleton
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -41,6 +41,7 @@ class PlanConfig:
         adapter_path: "auto", or "stock" for PEFT's own forward.
         device: "cuda" or "cpu": whose kernels for dropout and attention are assumed.
         gated: omega is kept during warm-up.
+        lowest: the block of the lowest survivor, 0 = the first; None: the worst case, the first with a target.
 
     Raises:
         ConfigError: a value that is not allowed.
@@ -63,6 +64,7 @@ class PlanConfig:
     adapter_path: str = "auto"
     device: str = "cuda"
     gated: bool = True
+    lowest: int | None = None
 
     def __post_init__(self) -> None:
         for name in ("r", "batch", "length", "num_labels"):
@@ -140,37 +142,47 @@ class Plan:
         return json.dumps(data, indent=1, allow_nan=False) + "\n"
 
 
+Traces = dict[tuple[Any, ...], tuple[Skeleton, Traced]]
+
+
 class Planner:
     """Traces a model once and answers questions about it.
 
     Args:
         config: what is planned.
-        overhead: bytes that :func:`calibrate` measured beyond the prediction.
+        overhead: bytes that :func:`weightlora.runs.calibrate.calibrate` measured beyond the prediction.
+        traces: of other planners, to be used again.
     """
 
-    def __init__(self, config: PlanConfig, overhead: int = 0) -> None:
-        self.config = config
-        bones, model = adapted(config)
+    def __init__(self, config: PlanConfig, overhead: int = 0, traces: Traces | None = None) -> None:
+        self.config, self.overhead, self.traces = config, overhead, {} if traces is None else traces
+        key = tuple(getattr(config, name) for name in _TRACED)
+        if key not in self.traces:
+            self.traces[key] = _traced(config)
+        self.bones, traced = self.traces[key]
         self.estimate = Estimate(
-            model,
-            lambda size: loss_of(model, bones.batch(size, config.length), config.autocast),
-            length=config.length,
-            optimizer=config.optimizer,
-            quantization=config.quantization,
-            checkpointing=config.checkpointing,
-            stock=config.adapter_path == "stock",
-            cuda=config.device == "cuda",
-            overhead=overhead,
+            traced,
+            Setting(
+                optimizer=config.optimizer,
+                quantization=config.quantization,
+                checkpointing=config.checkpointing,
+                overhead=overhead,
+            ),
         )
         self.n = self.estimate.n
         if isinstance(config.k, int) and config.k > self.n:
             raise ConfigError(f"k={config.k} is more than the {self.n} adapters of this model; use {self.n} or less")
         self.k = config.k if isinstance(config.k, int) else max(1, round(config.k * self.n))
-        blocks = self.estimate.trace.blocks
-        self.lowest = min(blocks)
+        blocks = sorted(set(self.estimate.trace.blocks))
+        self.lowest = blocks[0] if config.lowest is None else config.lowest
+        if self.lowest not in blocks:
+            raise ConfigError(f"lowest={self.lowest} is no block with a target; use {blocks[0]} to {blocks[-1]}")
+        if config.checkpointing and not self.estimate.trace.units:
+            raise ConfigError(f"{config.model} has no blocks that can be checkpointed; plan without checkpointing")
 
     def _ranks(self, r: int | None) -> dict[int, int]:
-        return {} if r is None or r == self.config.r else dict.fromkeys(range(self.n), r)
+        r = r or self.config.r
+        return {i: r for i, a in enumerate(self.estimate.trace.adapters) if a.rank != r}
 
     def warmup(self, r: int | None = None) -> Phase:
         """All n adapters, gated."""
@@ -261,43 +273,58 @@ class Planner:
 
     def nearest(self, memory: int) -> str:
         """In words: the setting nearest to this one with which one example fits."""
-        for changes in _changes(self.config):
-            other = Planner(replace(self.config, **changes))
+        for changes in _changes(self.config, self.bones.model.dtype):
+            other = Planner(replace(self.config, **changes), self.overhead, self.traces)
             needs = max(
                 other.estimate.parts(phase, 1).total
                 for phase in (other.warmup(), other.final(other.estimate.dearest(other.k, other.lowest)))
             )
             if needs <= memory:
                 flags = " ".join(_flag(name, value) for name, value in changes.items())
-                return f"what fits is {flags} ({format_size(needs)})"
+                return f"the nearest that fits is {flags} ({format_size(needs)})"
         return "nothing near it fits: take a smaller model, or more memory"
 
 
-def _changes(config: PlanConfig) -> list[dict[str, Any]]:
+# What of a configuration decides a trace. The rank does not: it scales what it touches.
+_TRACED = ("model", "head", "num_labels", "targets", "dtype", "autocast", "dropout", "length", "adapter_path", "device")
+
+
+def _traced(config: PlanConfig) -> tuple[Skeleton, Traced]:
+    bones, model = adapted(config)
+    traced = Traced.of(
+        model,
+        lambda size: loss_of(model, bones.batch(size, config.length), config.autocast),
+        length=config.length,
+        stock=config.adapter_path == "stock",
+        cuda=config.device == "cuda",
+    )
+    return bones, traced
+
+
+def _changes(config: PlanConfig, dtype: torch.dtype) -> list[dict[str, Any]]:
     """Changes to a configuration that save memory, from the least to the most intrusive."""
     steps: list[dict[str, Any]] = []
     if config.r > 1:
         steps.append({"r": max(1, config.r // 4)})
-    if not config.checkpointing:
-        steps.append({"checkpointing": True})
-    base = {} if config.checkpointing else {"checkpointing": True}
-    if config.dtype in (None, "float32") and not config.autocast:
-        steps.append({**base, "dtype": "bfloat16"})
-    for name in ("8bit", "4bit"):
+    base: dict[str, Any] = {} if config.checkpointing else {"checkpointing": True}
+    steps += [base] if base else []
+    if dtype == torch.float32:
+        base = {**base, "dtype": "bfloat16", **({"autocast": False} if config.autocast else {})}
+        steps.append(base)
+    for name in QUANTIZATIONS[:2]:
         if config.quantization is None or (config.quantization == "8bit" and name == "4bit"):
-            steps.append({**base, "dtype": "bfloat16", "quantization": name, "autocast": False})
-    smallest = {**base, "dtype": "bfloat16", "quantization": config.quantization or "4bit", "autocast": False}
-    length = config.length // 2
+            steps.append({**base, "quantization": name})
+    last, length = steps[-1] if steps and "r" not in steps[-1] else {}, config.length // 2
     while length >= 64:
-        steps.append({**smallest, "length": length})
+        steps.append({**last, "length": length})
         length //= 2
     return steps
 
 
 def _flag(name: str, value: Any) -> str:
-    if name == "autocast":
-        return ""
-    return f"--{name}" if value is True else f"--{name} {value}"
+    if isinstance(value, bool):
+        return f"--{name}" if value else f"no --{name}"
+    return f"--{name} {value}"
 
 
 def _counts(n: int, k: int) -> list[int]:
@@ -352,4 +379,4 @@ def loss_of(model: nn.Module, batch: Mapping[str, Tensor], on: bool) -> Callable
     return loss
 
 
-__all__ = ["Plan", "PlanConfig", "Planner", "divisors"]
+__all__ = ["Plan", "PlanConfig", "Planner"]
