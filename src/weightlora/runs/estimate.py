@@ -7,7 +7,6 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from weightlora.errors import PlanError
@@ -235,8 +234,3 @@ def _prime(model: nn.Module, length: int) -> int:
     sizes = {size for p in model.parameters() for size in p.shape} | {length + i for i in (-1, 0, 1)}
     sizes |= {2 * length + i for i in (-1, 0, 1)}
     return next((p for p in _PRIMES if not any(size % p == 0 for size in sizes)), _PRIMES[-1])
-
-
-def autocast(on: bool) -> torch.autocast:
-    """bfloat16 autocast for a forward pass over weights without data."""
-    return torch.autocast("cpu", torch.bfloat16, enabled=on)

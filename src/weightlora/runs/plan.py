@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -12,9 +12,10 @@ import peft
 import torch
 from torch import Tensor, nn
 
+from weightlora.core import resolve_k
 from weightlora.errors import ConfigError, PlanError
 from weightlora.runs.build import match_targets
-from weightlora.runs.estimate import Estimate, Phase, Setting, Traced, autocast
+from weightlora.runs.estimate import Estimate, Phase, Setting, Traced
 from weightlora.runs.memory import QUANTIZATIONS, Parts, check_names, format_size
 from weightlora.tasks.skeletons import HEADS, Skeleton, skeleton
 
@@ -110,7 +111,6 @@ class Row:
     """
 
     k: int
-    r: int
     deepest: int
     dearest: int
     deepest_micro_batch: int | None
@@ -118,20 +118,33 @@ class Row:
 
 
 @dataclass(frozen=True, kw_only=True)
+class RankRow:
+    """What a rank costs: bytes of warm-up and of the dearest final phase, and largest micro-batches, as in `Row`."""
+
+    r: int
+    warmup: int
+    final: int
+    warmup_micro_batch: int | None
+    final_micro_batch: int | None
+
+
+@dataclass(frozen=True, kw_only=True)
 class Plan:
-    """The planner's answer; :meth:`to_json` for machines, :meth:`to_text` for people.
+    """The planner's answer; :meth:`to_json` for machines, :func:`weightlora.runs.plan_text.plan_text` for people.
 
     ``final`` is for the dearest K: whatever is selected, it fits. ``by_k``: what each K costs, at the final micro-batch
-    of ``final``. ``by_lowest``: bytes with K survivors of which the lowest lies in a block, in order of depth.
+    of ``final``. ``by_r``: what ranks cost, at the phases' micro-batches. ``by_lowest``: bytes with K survivors of which the lowest lies in a block, in order of depth.
     """
 
     config: PlanConfig
+    dtype: str
     n: int
     k: int
     memory: int | None
     warmup: PhasePlan
     final: PhasePlan
     by_k: tuple[Row, ...]
+    by_r: tuple[RankRow, ...]
     by_lowest: tuple[tuple[str, int], ...]
 
     def to_json(self) -> str:
@@ -170,9 +183,7 @@ class Planner:
             ),
         )
         self.n = self.estimate.n
-        if isinstance(config.k, int) and config.k > self.n:
-            raise ConfigError(f"k={config.k} is more than the {self.n} adapters of this model; use {self.n} or less")
-        self.k = config.k if isinstance(config.k, int) else max(1, round(config.k * self.n))
+        self.k = resolve_k(config.k, self.n)
         blocks = sorted(set(self.estimate.trace.blocks))
         self.lowest = blocks[0] if config.lowest is None else config.lowest
         if self.lowest not in blocks:
@@ -242,34 +253,45 @@ class Planner:
                 raise PlanError(f"{error.args[0].split(';')[0]}; {self.nearest(memory)}") from None
         return Plan(
             config=self.config,
+            dtype=str(self.bones.model.dtype).removeprefix("torch."),
             n=self.n,
             k=self.k,
             memory=memory,
             warmup=self.phase_plan(warmup, sizes[0]),
             final=self.phase_plan(final, sizes[1]),
             by_k=tuple(self.row(k, memory, sizes[1]) for k in _counts(self.n, self.k)),
+            by_r=tuple(self.rank_row(r, memory, sizes) for r in _ranks(self.config.r)),
             by_lowest=tuple(
                 (self.block_name(block), estimate.parts(self.final(estimate.dearest(self.k, block)), sizes[1]).total)
                 for block in sorted(set(estimate.trace.blocks))
             ),
         )
 
-    def row(self, k: int, memory: int | None, micro_batch: int, r: int | None = None) -> Row:
-        """What K survivors of rank r cost."""
-        deepest, dearest = (
-            self.final(live, r) for live in (self.estimate.deepest(k), self.estimate.dearest(k, self.lowest))
-        )
-        largest: list[int | None] = [None, None]
-        if memory is not None:
-            largest = [self.estimate.largest_micro_batch(p, memory, self.config.batch) or 0 for p in (deepest, dearest)]
+    def row(self, k: int, memory: int | None, micro_batch: int) -> Row:
+        """What K survivors cost."""
+        sets = self.estimate.deepest(k), self.estimate.dearest(k, self.lowest)
+        deepest, dearest = (self.final(live) for live in sets)
         return Row(
             k=k,
-            r=r or self.config.r,
             deepest=self.estimate.parts(deepest, micro_batch).total,
             dearest=self.estimate.parts(dearest, micro_batch).total,
-            deepest_micro_batch=largest[0],
-            dearest_micro_batch=largest[1],
+            deepest_micro_batch=self._largest(deepest, memory),
+            dearest_micro_batch=self._largest(dearest, memory),
         )
+
+    def rank_row(self, r: int, memory: int | None, micro_batches: Sequence[int]) -> RankRow:
+        """What adapters of rank r cost."""
+        warmup, final = self.warmup(r), self.final(self.estimate.dearest(self.k, self.lowest), r)
+        return RankRow(
+            r=r,
+            warmup=self.estimate.parts(warmup, micro_batches[0]).total,
+            final=self.estimate.parts(final, micro_batches[1]).total,
+            warmup_micro_batch=self._largest(warmup, memory),
+            final_micro_batch=self._largest(final, memory),
+        )
+
+    def _largest(self, phase: Phase, memory: int | None) -> int | None:
+        return None if memory is None else self.estimate.largest_micro_batch(phase, memory, self.config.batch) or 0
 
     def nearest(self, memory: int) -> str:
         """In words: the setting nearest to this one with which one example fits."""
@@ -333,6 +355,11 @@ def _counts(n: int, k: int) -> list[int]:
     return sorted(ladder)
 
 
+def _ranks(r: int) -> list[int]:
+    """A handful of ranks around the one asked for."""
+    return sorted({max(1, r // 4), max(1, r // 2), r, 2 * r, 4 * r, 8 * r, 16 * r})
+
+
 def _by_layer(modules: Mapping[str, int], units: tuple[str, ...]) -> dict[str, int]:
     """Bytes per block; what lies outside is called after its module's first name, the loss "logits and loss"."""
     found: dict[str, int] = {}
@@ -368,11 +395,11 @@ def adapted(config: PlanConfig, device: str = "meta") -> tuple[Skeleton, nn.Modu
     return bones, peft.get_peft_model(bones.model, lora).train()
 
 
-def loss_of(model: nn.Module, batch: Mapping[str, Tensor], on: bool) -> Callable[[], Tensor]:
-    """The forward pass of a batch."""
+def loss_of(model: nn.Module, batch: Mapping[str, Tensor], on: bool, device: str = "cpu") -> Callable[[], Tensor]:
+    """The forward pass of a batch, under bfloat16 autocast where `on`."""
 
     def loss() -> Tensor:
-        with autocast(on):
+        with torch.autocast(device, torch.bfloat16, enabled=on):
             found: Tensor = model(**batch).loss
             return found
 
