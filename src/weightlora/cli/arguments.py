@@ -61,12 +61,7 @@ METHOD_FLAGS: tuple[tuple[str, dict[str, Any]], ...] = (
 
 # Flags of `plan`; their defaults live in PlanConfig.
 PLAN_FLAGS: tuple[tuple[str, dict[str, Any]], ...] = (
-    (
-        "--model",
-        {
-            "help": "minilm (default), deberta-v3-base, bart-large, llama-3-8b, ..., a hub name, a folder or a config.json"
-        },
-    ),
+    ("--model", {"help": "minilm (default), deberta-v3-base, bart-large, llama-3-8b, a hub name, a folder, a config"}),
     ("--head", {"help": "classification, causal-lm or seq2seq-lm (default: what the config says)"}),
     ("--num-labels", {"type": int, "metavar": "N", "help": "of a classification (default: 2)"}),
     ("--targets", {"help": "all-linear (default), attention, or endings of module names, comma-separated"}),
@@ -120,7 +115,7 @@ def plan_config(parsed: argparse.Namespace) -> Any:
     """The PlanConfig that the flags describe."""
     from dataclasses import fields
 
-    from weightlora.runs.plan import PlanConfig
+    from weightlora.runs.plan_config import PlanConfig
 
     given = {f.name: getattr(parsed, f.name) for f in fields(PlanConfig) if f.name in vars(parsed)}
     if "k" in given:

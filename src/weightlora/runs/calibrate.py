@@ -12,7 +12,8 @@ from torch import nn
 from weightlora.errors import ConfigError
 from weightlora.graft import fast_path
 from weightlora.runs.memory import trained
-from weightlora.runs.plan import PlanConfig, Planner, adapted, loss_of
+from weightlora.runs.plan import Planner
+from weightlora.runs.plan_config import PlanConfig, adapted, loss_of
 from weightlora.training.measure import isolated_rng, kept_bytes
 
 

@@ -29,7 +29,8 @@ def plan_text(plan: Plan) -> str:
     bits += ["bf16 autocast"] if config.autocast else []
     bits += ["checkpointing"] if config.checkpointing else []
     lines = [
-        f"{config.model}, {', '.join(bits)}: {plan.n} adapters ({config.targets}) of rank {config.r}, {config.optimizer}",
+        f"{config.model}, {', '.join(bits)}, {config.optimizer}",
+        f"{plan.n} adapters of rank {config.r} ({config.targets})",
         f"{config.batch} examples of {config.length} tokens per optimizer step, kernels of {config.device}"
         + (f", {format_size(plan.memory)} of memory" if plan.memory else ""),
         "",
