@@ -29,8 +29,9 @@ def test_the_json_alone_on_standard_output(capsys: pytest.CaptureFixture[str]) -
 
 
 def test_a_probe(capsys: pytest.CaptureFixture[str]) -> None:
-    assert weightlora(*PLAN, "--device", "cpu", "--probe") == 0
+    assert weightlora(*PLAN, "--device", "cpu", "--probe", "--layers") == 0
     said = capsys.readouterr()
+    assert "What each block keeps for backward" in said.out
     assert "probe, micro-batch 1: kept for backward predicted" in said.err
     assert "warm-up: all 12" in said.out
 

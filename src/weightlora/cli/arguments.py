@@ -106,6 +106,7 @@ def add_plan_flags(parser: argparse.ArgumentParser) -> None:
     """Everything that defines a plan."""
     add_flags(parser, PLAN_FLAGS)
     parser.add_argument("--memory", metavar="SIZE", help="what there is, such as 16GiB: find what fits, or refuse")
+    parser.add_argument("--layers", action="store_true", help="show what each block keeps, too")
     parser.add_argument(
         "--probe", action="store_true", help="run one step on random weights, and correct the plan by it"
     )

@@ -122,7 +122,7 @@ def plan(parsed: argparse.Namespace, rest: list[str], parser: argparse.ArgumentP
     made = planner.plan(memory)
     _write_json(parsed.json, made.to_json())
     if parsed.json != "-":
-        print(plan_text(made), end="")
+        print(plan_text(made, parsed.layers), end="")
     return 0
 
 

@@ -18,7 +18,11 @@ from weightlora.tasks.skeletons import Skeleton
 
 @dataclass(frozen=True, kw_only=True)
 class PhasePlan:
-    """One phase with one micro-batch. ``lowest``: the name of the lowest live adapter's block."""
+    """One phase with one micro-batch.
+
+    ``lowest``: the name of the lowest live adapter's block. ``layers``, ``modules``: kept bytes by block and by module;
+    what is saved outside every module is called "logits and loss".
+    """
 
     name: str
     live: int
@@ -29,6 +33,7 @@ class PhasePlan:
     kept_activation_bytes: int
     parts: Parts
     layers: Mapping[str, int]
+    modules: Mapping[str, int]
 
     @property
     def total(self) -> int:
@@ -160,6 +165,7 @@ class Planner:
             kept_activation_bytes=estimate.activations(phase, micro_batch),
             parts=estimate.parts(phase, micro_batch),
             layers=_by_layer(modules, trace.units),
+            modules={module or _LOSS: size for module, size in modules.items() if size},
         )
 
     def block_name(self, block: int) -> str:
@@ -241,6 +247,7 @@ class Planner:
         return "nothing near it fits: take a smaller model, or more memory"
 
 
+_LOSS = "logits and loss"
 # What of a configuration decides a trace. The rank does not: it scales what it touches.
 _TRACED = ("model", "head", "num_labels", "targets", "dtype", "autocast", "dropout", "length", "adapter_path", "device")
 
@@ -269,11 +276,11 @@ def _ranks(r: int) -> list[int]:
 
 
 def _by_layer(modules: Mapping[str, int], units: tuple[str, ...]) -> dict[str, int]:
-    """Bytes per block; what lies outside is called after its module's first name, the loss "logits and loss"."""
+    """Bytes per block, and per module outside the blocks."""
     found: dict[str, int] = {}
     for module, size in modules.items():
         unit = next((u for u in units if module == u or module.startswith(f"{u}.")), None)
-        name = unit or (module if module else "logits and loss")
+        name = unit or module or _LOSS
         if size:
             found[name] = found.get(name, 0) + size
     return found

@@ -22,8 +22,8 @@ _PARTS = {
 }
 
 
-def plan_text(plan: Plan) -> str:
-    """What the plan says, in lines of at most about a hundred characters."""
+def plan_text(plan: Plan, layers: bool = False) -> str:
+    """What the plan says, in lines of at most about a hundred characters; `layers`: also what each block keeps."""
     config, final = plan.config, plan.final
     bits = [plan.dtype, *([config.quantization] if config.quantization else [])]
     bits += ["bf16 autocast"] if config.autocast else []
@@ -46,7 +46,18 @@ def plan_text(plan: Plan) -> str:
         f"What the lowest of {plan.k} survivors costs: nothing below it keeps anything",
         *_table([("lowest in", "total"), *((name, format_size(size)) for name, size in plan.by_lowest)]),
     ]
+    if layers:
+        lines += ["", "What each block keeps for backward", *_table(_layer_rows(plan))]
     return "\n".join(lines) + "\n"
+
+
+def _layer_rows(plan: Plan) -> list[tuple[str, ...]]:
+    phases = plan.warmup, plan.final
+    names = list(dict.fromkeys([*plan.warmup.layers, *plan.final.layers]))
+    return [
+        ("", "warm-up", "final"),
+        *((name, *(format_size(phase.layers.get(name, 0)) for phase in phases)) for name in names),
+    ]
 
 
 def _examples(count: int) -> str:
@@ -65,6 +76,9 @@ def _phase_rows(plan: Plan) -> list[tuple[str, ...]]:
         sizes = [_field(phase.parts, field) for phase in phases]
         if any(sizes):
             rows.append((name, *(format_size(size) for size in sizes)))
+        if field == "activations":
+            last = [phase.layers.get("logits and loss", 0) for phase in phases]
+            rows.append(("  of that logits and loss", *(format_size(size) for size in last)))
     rows.append(("total", *(format_size(phase.total) for phase in phases)))
     return rows
 
