@@ -290,3 +290,25 @@ def test_a_folder_or_a_config_file_is_enough(tmp_path: Path) -> None:
     for name in (tmp_path, tmp_path / "config.json"):
         made = Planner(replace(SMALL, model=str(name))).plan()
         assert made.warmup.total == planner().plan().warmup.total
+
+
+def test_state_of_each_adapter_adds_up() -> None:
+    """What an exact search over placements charges per adapter."""
+    estimate, phase = planner().estimate, planner().warmup()
+    parts = estimate.parts(phase, 1)
+    head = 2 * estimate.heads + optimizer_bytes("adamw_torch", estimate.head_shapes)
+    assert sum(estimate.state()) == parts.adapters + parts.heads + parts.gradients + parts.optimizer - head
+
+
+def test_the_benchmark_and_its_results(tmp_path: Path) -> None:
+    """The script runs, and what it found on the large shapes covers the whole product within three percent."""
+    from plan_accuracy import DEFAULT, main
+
+    out = tmp_path / "result.json"
+    result = main(["--shape", "tiny", "--out", str(out)])
+    assert json.loads(out.read_text())["largest_error"] == result["largest_error"] == 0.0
+    results = Path(__file__).parents[2] / "benchmarks" / "results" / "plan-accuracy-cpu.json"
+    rows = json.loads(results.read_text())["rows"]
+    seen = {(r["shape"], r["live"], r["dtype"], r["dropout"], r["checkpointing"]) for r in rows}
+    assert len(seen) == len(rows) == len(DEFAULT) * 4 * 2 * 2 * 2
+    assert all(abs(r["predicted_bytes"] / r["counted_bytes"] - 1) < 0.03 for r in rows)

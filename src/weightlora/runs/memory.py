@@ -5,9 +5,8 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from types import MappingProxyType
-from typing import Any
 
 from torch import Tensor, nn
 
@@ -85,10 +84,6 @@ class Parts:
     def total(self) -> int:
         """All of it."""
         return sum(asdict(self).values())
-
-    def with_(self, **changes: int) -> Parts:
-        """A copy with other values."""
-        return replace(self, **changes)
 
 
 def tensor_bytes(tensors: Sequence[Tensor]) -> int:
@@ -178,11 +173,8 @@ def shapes_of(parameters: Sequence[Tensor]) -> list[tuple[tuple[int, ...], int]]
     return [(tuple(p.shape), p.element_size()) for p in parameters]
 
 
-def check_names(**choices: Any) -> None:
+def check_names(optimizer: str, quantization: str | None) -> None:
     """Raise ConfigError for an unknown optimizer or quantisation."""
-    if choices["optimizer"] not in OPTIMIZERS:
-        optimizer_bytes(choices["optimizer"], [])
-    if choices["quantization"] not in (None, *QUANTIZATIONS):
-        raise ConfigError(
-            f"the quantisation {choices['quantization']!r} is unknown; use one of {', '.join(QUANTIZATIONS)}, or none"
-        )
+    optimizer_bytes(optimizer, [])
+    if quantization not in (None, *QUANTIZATIONS):
+        raise ConfigError(f"the quantisation {quantization!r} is unknown; use one of {', '.join(QUANTIZATIONS)}")

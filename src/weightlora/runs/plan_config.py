@@ -76,7 +76,7 @@ class PlanConfig:
             if getattr(self, name) not in allowed:
                 known = ", ".join(value for value in allowed if value)
                 raise ConfigError(f"{name}={getattr(self, name)!r} is unknown; use {known}")
-        check_names(optimizer=self.optimizer, quantization=self.quantization)
+        check_names(self.optimizer, self.quantization)
 
 
 def changes_of(config: PlanConfig, dtype: torch.dtype) -> list[dict[str, Any]]:
