@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Everything about the adapter path that needs a CUDA device of 80 GB; about 40 minutes. Results: benchmarks/results/.
+# Everything about the adapter path and the planner that needs a CUDA device of 80 GB; about 40 minutes. Results: benchmarks/results/.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 PYTHON=${PYTHON:-.venv/bin/python}
@@ -21,3 +21,7 @@ llama --layers 8 --dropout 0 --out "$out-8-layers.json"
 # Figure 3 of the paper: DeBERTaV3-base, batch 64.
 "$PYTHON" benchmarks/adapter_path.py --shape deberta-v3-base --device cuda --batch 64 --dropout 0.05 --seconds 60
 "$PYTHON" benchmarks/memory_vs_adapters.py --device cuda --batch 64 --length 256
+
+# The planner's totals beside the allocator's peak; one probe.
+"$PYTHON" benchmarks/plan_accuracy.py --device cuda --shape minilm deberta-v3-base bart-large llama-3-8b
+"$PYTHON" -m weightlora plan --model llama-3-8b --length 2048 --memory 80GB --probe

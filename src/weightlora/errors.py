@@ -27,3 +27,7 @@ class ExportError(WeightLoRAError):
 
 class ConfigError(WeightLoRAError):
     """A setting has a value that is not allowed."""
+
+
+class PlanError(WeightLoRAError):
+    """What was asked for does not fit into the memory given; the message names the nearest thing that does."""

@@ -126,6 +126,7 @@ class Record:
             the most, ``effective`` at the end, and ``stored_bytes`` of the adapter's files. Empty in older records.
         scored_on: the rows behind ``metrics``: ``split`` ("validation", or "train" for training rows that were held
             out, by ``split_seed`` and the share ``holdout`` if one was asked for) and ``rows``. Empty in older records.
+        predicted: ``{phase name: {field of Phase: number}}``, from one traced forward before the first step.
 
     Raises:
         ConfigError: the fields contradict each other.
@@ -157,6 +158,7 @@ class Record:
     machine: dict[str, str | int]
     budget: dict[str, int] = dataclasses.field(default_factory=dict)
     scored_on: dict[str, str | int | float] = dataclasses.field(default_factory=dict)
+    predicted: dict[str, dict[str, int]] = dataclasses.field(default_factory=dict)
 
     def __post_init__(self) -> None:
         known = self.schema_version == SCHEMA_VERSION

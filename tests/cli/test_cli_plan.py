@@ -1,0 +1,69 @@
+"""`weightlora plan` from the outside, and predictions in the record of a real run."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from tests.runs.commands import TINY, read, weightlora
+
+PLAN = ("plan", "--model", "bert-tiny-shape", "--length", "16", "--batch", "8", "--k", "3")
+
+
+def test_a_plan_in_words_and_as_json(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "plan.json"
+    assert weightlora(*PLAN, "--memory", "1GiB", "--json", out) == 0
+    said = capsys.readouterr().out
+    for words in ("warm-up: all 12", "final: 3 of 12", "activations kept", "micro-batch, lowest", "1.0 GiB of memory"):
+        assert words in said
+    made = read(out)
+    assert made["memory"] == 2**30
+    assert made["warmup"]["micro_batch"] == 8
+    assert {"weights", "adapters", "gradients", "optimizer", "activations"} <= set(made["final"]["parts"])
+
+
+def test_the_json_alone_on_standard_output(capsys: pytest.CaptureFixture[str]) -> None:
+    assert weightlora(*PLAN, "--json", "-") == 0
+    assert json.loads(capsys.readouterr().out)["k"] == 3
+
+
+def test_a_probe(capsys: pytest.CaptureFixture[str]) -> None:
+    assert weightlora(*PLAN, "--device", "cpu", "--probe", "--layers") == 0
+    said = capsys.readouterr()
+    assert "What each block keeps for backward" in said.out
+    assert "probe, micro-batch 1: kept for backward predicted" in said.err
+    assert "warm-up: all 12" in said.out
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (("--memory", "12 bananas"), "'12 bananas' is no size; write for example 16GiB"),
+        (("--memory", "8200KiB"), "the nearest that fits is --"),
+        (("--memory", "1KiB"), "nothing near it fits"),
+        (("--k", "many"), "k='many' is no number"),
+        (("--dtype", "float8"), "dtype='float8' is unknown"),
+        (("--model", "nobody"), "model 'nobody' is unknown"),
+        (("--unknown", "1"), "unrecognized arguments: --unknown"),
+    ],
+)
+def test_mistakes_are_one_line(words: tuple[str, ...], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert weightlora(*PLAN, *words) == 2
+    said = capsys.readouterr()
+    assert message in said.err
+    assert "Traceback" not in said.err
+    assert said.out == ""
+
+
+def test_a_run_records_what_was_predicted(tmp_path: Path) -> None:
+    words = (*TINY, "--method", "weightlora", "--k", "3", "--warmup-steps", "3", "--max-steps", "6", "--bf16")
+    words += ("--max-train-samples", "64", "--max-eval-samples", "8", "--micro-batch", "4", "--use-cpu")
+    assert weightlora("train", *words, "--out", tmp_path / "run") == 0
+    record = read(tmp_path / "run" / "record.json")
+    for phase in record["phases"]:
+        for field, number in record["predicted"][phase["name"]].items():
+            assert phase[field] == number
+    assert list(record["predicted"]) == ["final", "warmup"]
+    assert weightlora("report", tmp_path / "run", "--out", tmp_path / "r.html", "--json", tmp_path / "r.json") == 0
+    assert "prediction is off by" in (tmp_path / "r.html").read_text()

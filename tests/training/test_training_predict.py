@@ -1,0 +1,101 @@
+"""What a run said before its first step, against what it counted in each phase."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tests.builders import FAMILIES, LENGTH, VOCABULARY, lora, trainer
+from torch import Tensor
+
+from weightlora.methods import LoRA, MELoRA, Method, Random, WeightLoRA, WeightLoRAPlus
+from weightlora.training import FitResult, fit
+from weightlora.training.measure import isolated_rng
+
+
+def check(result: FitResult) -> None:
+    """Every phase that ran was predicted, to the byte and to the number."""
+    assert [phase.name for phase in result.phases] == list(result.predicted)
+    for phase in result.phases:
+        said = result.predicted[phase.name]
+        assert said == {
+            "kept_activation_bytes": phase.kept_activation_bytes,
+            "trainable_params": phase.trainable_params,
+        }
+
+
+def padded(rows: list[dict[str, Any]]) -> dict[str, Tensor]:
+    """A batch as long as its longest row."""
+    length = max(len(row["input_ids"]) for row in rows)
+    keys = ("input_ids", "attention_mask")
+    batch = {key: torch.tensor([row[key] + [0] * (length - len(row[key])) for row in rows]) for key in keys}
+    return {**batch, "labels": torch.tensor([row["labels"] for row in rows])}
+
+
+METHODS: dict[str, Method] = {
+    "weightlora": WeightLoRA(k=2, warmup_steps=4),
+    "paper": WeightLoRA(k=2, warmup_steps=4, score="omega", gate_lr=0.1, project_every=1),
+    "grown": WeightLoRAPlus(k=2, warmup_steps=4),
+    "random": Random(k=3, seed=1),
+    "all": LoRA(),
+}
+
+
+@pytest.mark.parametrize("kind", METHODS)
+def test_every_phase_is_predicted(tmp_path: Path, kind: str) -> None:
+    check(fit(trainer(tmp_path, lora("bert"), steps=8), METHODS[kind]))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_family_with_checkpointing(tmp_path: Path, family: str) -> None:
+    made = trainer(tmp_path, lora(family), steps=6, gradient_checkpointing=True)
+    check(fit(made, WeightLoRA(k=2, warmup_steps=3)))
+
+
+@pytest.mark.parametrize("arguments", [{"bf16": True}, {"activation_checkpointing_kwargs": {"use_reentrant": True}}])
+def test_arguments_of_the_trainer(tmp_path: Path, arguments: dict[str, Any]) -> None:
+    checkpointing = "bf16" not in arguments
+    made = trainer(tmp_path, lora("llama"), steps=6, gradient_checkpointing=checkpointing, **arguments)
+    check(fit(made, WeightLoRA(k=2, warmup_steps=3)))
+
+
+@pytest.mark.parametrize("path", ["stock", "reference"])
+def test_other_adapter_paths(tmp_path: Path, path: Any) -> None:
+    check(fit(trainer(tmp_path, lora("bert"), steps=6), Random(k=2, seed=0), adapter_path=path))
+
+
+def test_another_micro_batch_after_the_seam(tmp_path: Path) -> None:
+    made = trainer(tmp_path, lora("bert"), steps=6, per_device_train_batch_size=8)
+    result = fit(made, WeightLoRA(k=1, warmup_steps=3), micro_batch=(2, 8))
+    assert [phase.micro_batch for phase in result.phases] == [2, 8]
+    check(result)
+
+
+def test_rows_of_different_lengths(tmp_path: Path) -> None:
+    """The prediction is for the very batch that is counted."""
+    generator = torch.Generator().manual_seed(0)
+    rows = []
+    for index in range(32):
+        length = int(torch.randint(3, LENGTH + 12, (1,), generator=generator))
+        ids = torch.randint(5, VOCABULARY, (length,), generator=generator).tolist()
+        rows.append({"input_ids": ids, "attention_mask": [1] * length, "labels": index % 2})
+    made = trainer(tmp_path, lora("bert"), steps=6, data=rows)
+    made.data_collator = padded
+    check(fit(made, WeightLoRA(k=1, warmup_steps=3)))
+
+
+def test_a_run_with_a_prediction_is_the_run_without(tmp_path: Path) -> None:
+    found = []
+    for measure in (True, False):
+        with isolated_rng():
+            torch.manual_seed(0)
+            result = fit(trainer(tmp_path / str(measure), lora("bert"), steps=6), LoRA(), measure=measure)
+            found.append({k: v.clone() for k, v in result.model.state_dict().items() if "lora_" in k})
+        assert bool(result.predicted) is measure
+    assert all(torch.equal(found[0][key], found[1][key]) for key in found[0])
+
+
+def test_a_form_of_its_own_is_not_predicted(tmp_path: Path) -> None:
+    assert fit(trainer(tmp_path, lora("bert"), steps=4), MELoRA()).predicted == {}
