@@ -20,6 +20,7 @@ from weightlora.core.gates import Shape, gate_step, gradual_k
 from weightlora.core.growth import Grown, Growth, Noise, grow
 from weightlora.core.importance import coverage, credit, gate_gradient, one_shot
 from weightlora.core.merging import svd_merge
+from weightlora.core.placement import Placement, PlacementCosts, place
 from weightlora.core.prefix import smallest_prefix
 from weightlora.core.projection import Rule, support, top_k
 from weightlora.core.rounds import hand_out
@@ -35,6 +36,8 @@ __all__ = [
     "Grown",
     "Growth",
     "Noise",
+    "Placement",
+    "PlacementCosts",
     "Remainder",
     "Rule",
     "Shape",
@@ -58,6 +61,7 @@ __all__ = [
     "one_shot",
     "orthogonality",
     "parse_params",
+    "place",
     "rank_for_params",
     "resolve_k",
     "rising_cuts",
