@@ -102,6 +102,23 @@ def compare(parsed: argparse.Namespace, rest: list[str], parser: argparse.Argume
     return 0 if all(record.status == "ok" for record in records) else 1
 
 
+def probe(parsed: argparse.Namespace, rest: list[str], parser: argparse.ArgumentParser) -> int:
+    from weightlora.report.probe_plot import Probe, probe_plot
+    from weightlora.runs import probe as probing
+
+    run = arguments.run_config(parsed, rest, parser, getattr(parsed, "method", "weightlora"))
+    own = {name: getattr(parsed, name) for name in ("mode", "gradient_rows") if name in parsed}
+    seeds = tuple(arguments.whole(text, "seeds") for text in getattr(parsed, "seeds", "0,1,2").split(","))
+    folder = Path(parsed.out)
+    config = probing.ProbeConfig(run=run, seeds=seeds, **own)
+    data = probing.probe(config, folder, overwrite=parsed.overwrite, argv=_argv(), say=_say)
+    _write_json(parsed.json, json.dumps(data, indent=1))
+    probe_plot(Probe.from_dict(data), folder / probing.PICTURE)
+    if parsed.json != "-":
+        print(f"products: {folder / probing.PROBE}\npicture: {folder / probing.PICTURE}")
+    return 0
+
+
 def export(parsed: argparse.Namespace, rest: list[str], parser: argparse.ArgumentParser) -> int:
     from weightlora.report import card_section
     from weightlora.runs.record import Record

@@ -35,6 +35,11 @@ COMMANDS: dict[str, tuple[Command, bool, str, str, str]] = {
         commands.compare, True, "run methods against each other, over seeds, in one table", "[RECIPE.yaml] [FLAGS]",
         "weightlora compare --methods weightlora,random,lora --seeds 0,1,2 --task sst2 --data-dir DATA --k 9",
     ),
+    "probe": (
+        commands.probe, True, "the paper's Figure 2: how much each adapter would still change the loss, by layer",
+        "[RECIPE.yaml] [FLAGS]",
+        "weightlora probe --task sst2 --data-dir DATA --seeds 0,1,2 --k 9 --max-steps 400 --out probe",
+    ),
     "export": (
         commands.export, False, "write a run's adapter for a server, or merged into its base",
         "RUN [--profile PROFILE] [--out DIR]", "weightlora export runs/sst2 --profile portable --out served",
@@ -86,7 +91,7 @@ def _how_to_go_on(command: str, parsed: argparse.Namespace) -> str:
     if command in ("train", "resume"):
         run = parsed.out if command == "train" else parsed.run
         return f"; `weightlora resume {run}` goes on from the last checkpoint"
-    return "; the same command again goes on where it was" if command == "compare" else ""
+    return "; the same command again goes on where it was" if command in ("compare", "probe") else ""
 
 
 METHOD_HELP = (
@@ -126,15 +131,16 @@ def build_parser() -> tuple[argparse.ArgumentParser, dict[str, tuple[argparse.Ar
         else:
             sub.add_argument("run", metavar="RUN", help="a run directory")
         sub.add_argument("--json", metavar="FILE", help="write the result for a machine, too (- for standard output)")
-    for name in ("train", "select"):
+    for name in ("train", "select", "probe"):
         table[name][0].add_argument("--method", default=argparse.SUPPRESS, help=METHOD_HELP)
-    for name in ("train", "select", "compare"):
+    for name in ("train", "select", "compare", "probe"):
         table[name][0].add_argument("--out", metavar="DIR", default=f"runs/{name}", help=f"default: runs/{name}")
     table["export"][0].add_argument("--out", metavar="DIR", help="default: RUN/PROFILE")
     table["report"][0].add_argument("--out", metavar="FILE", default="report.html", help="default: report.html")
-    for name in ("train", "select", "export"):
+    for name in ("train", "select", "export", "probe"):
         table[name][0].add_argument("--overwrite", action="store_true", help="replace what is in --out")
     _add_compare_flags(table["compare"][0])
+    _add_probe_flags(table["probe"][0])
     table["export"][0].add_argument(
         "--profile",
         default="native",
@@ -154,6 +160,17 @@ def _add_compare_flags(sub: argparse.ArgumentParser) -> None:
         help="choose each method's learning rate on a held-out tenth of the training rows, from these multiples of its"
         " default (such as 0.3,1,3)",
     )
+
+
+def _add_probe_flags(sub: argparse.ArgumentParser) -> None:
+    flag = functools.partial(sub.add_argument, default=argparse.SUPPRESS)
+    flag(
+        "--mode",
+        choices=("cheap", "paper"),
+        help="cheap (default): all adapters in one run; paper: one adapter at a time, n runs of T steps for each seed",
+    )
+    flag("--seeds", help="comma-separated (default: 0,1,2)")
+    flag("--gradient-rows", type=int, metavar="N", help="training rows that the gradient is taken over (default: 512)")
 
 
 def _quiet_libraries() -> None:
