@@ -1,5 +1,6 @@
 """PEFT: handles, the omega vector, surgery, optimizer state, manifest, export. No other room knows PEFT's inside."""
 
+from weightlora.graft.activations import ActivationTrace, Storage
 from weightlora.graft.adapters import (
     Adapter,
     adapter_name,
@@ -15,10 +16,12 @@ from weightlora.graft.depth import end_backward_at_lowest
 from weightlora.graft.fast import PATHS, PathName, check_path, fast_path, stock_path
 from weightlora.graft.forms import Form, Formed, RankGates
 from weightlora.graft.gates import Gates, scalar_products
+from weightlora.graft.levels import placement_costs
 from weightlora.graft.manifest import MANIFEST, STATE, Manifest
 from weightlora.graft.optimizer import Change, adopt, forget, remap
 from weightlora.graft.selection import Choice, Selection, select
 from weightlora.graft.surgery import disconnect, fold, grow_adapters, reshape, resize, restart, tie
+from weightlora.graft.tracing import trace
 from weightlora.graft.tuners import check_tuner, dora_config, save_own_format, tuned_layers, tuner_config, tuner_params
 from weightlora.graft.watch import ProductWatch, input_size, output_energy
 
@@ -26,6 +29,7 @@ __all__ = [
     "MANIFEST",
     "PATHS",
     "STATE",
+    "ActivationTrace",
     "Adapter",
     "Blocks",
     "Change",
@@ -40,6 +44,7 @@ __all__ = [
     "ProductWatch",
     "RankGates",
     "Selection",
+    "Storage",
     "Vectors",
     "adapter_name",
     "adapters",
@@ -59,6 +64,7 @@ __all__ = [
     "layer_weights",
     "output_energy",
     "parameters",
+    "placement_costs",
     "refuse_tied",
     "remap",
     "reshape",
@@ -69,6 +75,7 @@ __all__ = [
     "select",
     "stock_path",
     "tie",
+    "trace",
     "tuned_layers",
     "tuner_config",
     "tuner_params",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import random
+import weakref
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
@@ -46,23 +47,33 @@ def isolated_rng() -> Iterator[None]:
             np.random.set_state(numpy)
 
 
-class _Kept:
-    """Adds up the storages that autograd saves while `counting`."""
+class _Saved:
+    """What autograd holds in the place of a tensor that it saved: alive as long as backward may ask for it."""
 
-    def __init__(self, model: nn.Module) -> None:
-        self.excluded = {t.untyped_storage().data_ptr() for t in (*model.parameters(), *model.buffers())}
-        self.storages: dict[int, int] = {}
-        self.counting = True
-        self.alive: list[Tensor] = []
+    __slots__ = ("__weakref__", "tensor")
 
-    def pack(self, tensor: Tensor) -> Tensor:
-        if self.counting:
-            storage = tensor.untyped_storage()
-            if storage.data_ptr() not in self.excluded:
-                self.storages[storage.data_ptr()] = storage.nbytes()
-                # Holding it keeps a freed address from being counted as the same storage again.
-                self.alive.append(tensor.detach())
-        return tensor
+    def __init__(self, tensor: Tensor) -> None:
+        self.tensor = tensor
+
+
+def kept_bytes(model: nn.Module, loss: Callable[[], Tensor]) -> tuple[int, Tensor]:
+    """Run a forward pass; bytes that autograd holds at its end, each storage once, parameters excluded; and the loss.
+
+    What was saved for a part of the graph that no gradient will reach is gone by then, and is not counted.
+    """
+    excluded = {t.untyped_storage().data_ptr() for t in (*model.parameters(), *model.buffers())}
+    saved: weakref.WeakSet[_Saved] = weakref.WeakSet()
+
+    def pack(tensor: Tensor) -> _Saved:
+        held = _Saved(tensor)
+        saved.add(held)
+        return held
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda held: held.tensor):
+        value = loss()
+    storages = [held.tensor.untyped_storage() for held in saved]
+    sizes = {storage.data_ptr(): storage.nbytes() for storage in storages}
+    return sum(size for pointer, size in sizes.items() if pointer not in excluded), value
 
 
 def step_cost(model: nn.Module, loss: Callable[[], Tensor]) -> StepCost:
@@ -73,8 +84,8 @@ def step_cost(model: nn.Module, loss: Callable[[], Tensor]) -> StepCost:
         loss: runs the forward pass and returns the loss.
 
     Returns:
-        The cost. Under gradient checkpointing the inputs that checkpoints hold are outside what autograd reports, so
-        the bytes are those of the parts that are not checkpointed.
+        The cost. Under gradient checkpointing a block counts with the inputs that it holds on to; what it computes anew
+        in backward comes on top while backward goes through it, and is not counted.
 
     >>> net = torch.nn.Linear(4, 2, bias=False)
     >>> x = torch.ones(3, 4)
@@ -84,14 +95,12 @@ def step_cost(model: nn.Module, loss: Callable[[], Tensor]) -> StepCost:
     grads = [(p, p.grad) for p in model.parameters()]
     for parameter, _ in grads:
         parameter.grad = None
-    kept, counter = _Kept(model), FlopCounterMode(display=False)
+    counter = FlopCounterMode(display=False)
     try:
         with isolated_rng(), counter:
-            with torch.autograd.graph.saved_tensors_hooks(kept.pack, lambda t: t):
-                value = loss()
-                kept.counting = False
+            kept, value = kept_bytes(model, loss)
             value.backward()
     finally:
         for parameter, grad in grads:
             parameter.grad = grad
-    return StepCost(kept_activation_bytes=sum(kept.storages.values()), flops=int(counter.get_total_flops()))
+    return StepCost(kept_activation_bytes=kept, flops=int(counter.get_total_flops()))

@@ -1,0 +1,78 @@
+"""Running a model without its weights: tensors that have a shape, a dtype and a device, and no memory."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.overrides import TorchFunctionMode
+
+
+def stand_ins(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Tensors without data in the place of parameters, and of buffers on the meta device. Ties stay ties."""
+    mode = FakeTensorMode(allow_non_fake_inputs=True)
+    made: dict[int, Tensor] = {}
+
+    def stand_in(t: Tensor) -> Tensor:
+        if id(t) not in made:
+            device = torch.device("cpu") if t.device.type == "meta" else t.device
+            with mode:
+                made[id(t)] = torch.empty(t.shape, dtype=t.dtype, device=device)
+            made[id(t)].requires_grad_(t.requires_grad)
+        return made[id(t)]
+
+    parameters = {key: stand_in(p) for key, p in model.named_parameters(remove_duplicate=False)}
+    buffers = {key: b for key, b in model.named_buffers(remove_duplicate=False)}
+    return parameters, {key: stand_in(b) for key, b in buffers.items() if b.device.type == "meta"}
+
+
+@contextlib.contextmanager
+def uncheckpointed(model: nn.Module) -> Iterator[None]:
+    """Checkpointing off: what it would keep follows from what is kept without it."""
+    modules: list[Any] = [m for m in model.modules() if getattr(m, "gradient_checkpointing", False) is True]
+    for module in modules:
+        module.gradient_checkpointing = False
+    try:
+        yield
+    finally:
+        for module in modules:
+            module.gradient_checkpointing = True
+
+
+class KnownMasks(TorchFunctionMode):
+    """Indexing by a mask whose values are known becomes indexing by positions, so that its result has a known shape.
+
+    ``stands_for``: the mask, by the storage of the positions; autograd would keep the mask.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stands_for: dict[int, Tensor] = {}
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is Tensor.__getitem__ and isinstance(args[0], FakeTensor):
+            items = args[1] if isinstance(args[1], tuple) else (args[1],)
+            if any(_is_known_mask(item) for item in items):
+                known: list[Any] = []
+                for item in items:
+                    known += self._positions(item) if _is_known_mask(item) else [item]
+                args = (args[0], tuple(known))
+        return func(*args, **(kwargs or {}))
+
+    def _positions(self, mask: Tensor) -> tuple[Tensor, ...]:
+        positions = mask.nonzero(as_tuple=True)
+        self.stands_for |= {identity(position): mask for position in positions}
+        return positions
+
+
+def _is_known_mask(item: Any) -> bool:
+    return isinstance(item, Tensor) and not isinstance(item, FakeTensor) and item.dtype == torch.bool
+
+
+def identity(tensor: Tensor) -> int:
+    """Of a tensor's memory, while that lives; views share it."""
+    return int(tensor.untyped_storage()._cdata)

@@ -1,0 +1,348 @@
+"""One forward pass over weights without data, and what its graph says about every set of live adapters."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any
+
+import torch
+from peft.tuners.lora.layer import LoraLayer
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+from weightlora.errors import AdapterError
+from weightlora.graft.activations import ActivationTrace, Storage
+from weightlora.graft.adapters import adapter_name, adapters, base_of, lora_layers
+from weightlora.graft.standins import KnownMasks, identity, stand_ins, uncheckpointed
+from weightlora.graft.variant import PathVariant
+from weightlora.ops.autograd import AdapterFunction, Products, TorchProducts
+
+# What a node of the graph saves only for the gradients of some of its inputs: {node: {saved: inputs}}. Of any other
+# node everything counts as saved as soon as one input needs a gradient, which can only overestimate.
+_ONLY_FOR: Mapping[str, Mapping[str, tuple[int, ...]]] = {
+    "MulBackward0": {"_saved_self": (1,), "_saved_other": (0,)},
+    "DivBackward0": {"_saved_self": (1,)},
+    "MmBackward0": {"_saved_self": (1,), "_saved_mat2": (0,)},
+    "MvBackward0": {"_saved_self": (1,), "_saved_vec": (0,)},
+    "BmmBackward0": {"_saved_self": (1,), "_saved_mat2": (0,)},
+    "AddmmBackward0": {"_saved_mat1": (2,), "_saved_mat2": (1,)},
+    "BaddbmmBackward0": {"_saved_batch1": (2,), "_saved_batch2": (1,)},
+    "AddcmulBackward0": {"_saved_tensor1": (2,), "_saved_tensor2": (1,)},
+}
+_SEED_BYTES = 8
+
+
+def trace(
+    model: nn.Module, loss: Callable[[], Tensor], *, name: str | None = None, stock: bool = False
+) -> ActivationTrace:
+    """Run one forward pass without computing or allocating anything, and note what autograd would keep.
+
+    Weights are stood in for by tensors without data (also where the model is on the meta device), so a model of any
+    size is traced anywhere, no random number is drawn, and the device's memory is not touched. What is traced is the
+    model with all adapters live; the recorded graph tells what any part of them would keep.
+
+    Args:
+        model: with LoRA adapters, ungated; given back as it was.
+        loss: runs the forward pass on a real batch and returns the loss.
+        name: PEFT's adapter name; default: the active one.
+        stock: adapters compute by PEFT's own forward, not by our path.
+
+    Raises:
+        AdapterError: the model has no adapters, or its forward needs the values of its weights (quantised kernels).
+
+    >>> from peft import LoraConfig, get_peft_model
+    >>> net = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.Linear(4, 4))
+    >>> model = get_peft_model(net, LoraConfig(r=2, target_modules=["0", "1"]))
+    >>> t = trace(model, lambda: model(torch.ones(3, 4)).sum())
+    >>> t.kept([0, 1]), t.kept([1])   # x and h of one adapter: 3 x 4 and 3 x 2 numbers of 4 bytes
+    (144, 72)
+    """
+    name = adapter_name(model, name)
+    recorder = _Recorder(model, name)
+    parameters, buffers = stand_ins(model)
+    recorder.leaves(parameters)
+    wrapper = _Loss(model, loss)
+    state = {f"model.{key}": value for key, value in {**parameters, **buffers}.items()}
+    try:
+        with contextlib.ExitStack() as stack:
+            if not stock:
+                stack.enter_context(_traced_path(model, name, recorder))
+            stack.enter_context(uncheckpointed(model))
+            stack.enter_context(recorder.hooks())
+            stack.enter_context(recorder.masks)
+            stack.enter_context(torch.enable_grad())
+            value = torch.func.functional_call(wrapper, state)
+    except (NotImplementedError, RuntimeError) as error:
+        line = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise AdapterError(f"what this model keeps cannot be traced without its weights: {line}") from None
+    return recorder.finish(value)
+
+
+class _Loss(nn.Module):
+    def __init__(self, model: nn.Module, loss: Callable[[], Tensor]) -> None:
+        super().__init__()
+        self.model, self.loss = model, loss
+
+    def forward(self) -> Tensor:
+        return self.loss()
+
+
+class _TracedProducts(TorchProducts):
+    """Notes each h, and drops nothing: dropout's seed is all that it would keep."""
+
+    def __init__(self, note: Callable[[Tensor], None]) -> None:
+        self.note = note
+
+    def down(self, x: Tensor, A: Tensor, dtype: torch.dtype, p: float, seed: int) -> Tensor:
+        h = super().down(x, A, dtype, 0.0, seed)
+        self.note(h)
+        return h
+
+
+class _TracedVariant(PathVariant):
+    """The lean path over stand-ins."""
+
+    def __init__(self, recorder: _Recorder, index: int) -> None:
+        products: Products = _TracedProducts(recorder.note_ranked)
+
+        def path(
+            x: Tensor, result: Tensor, A: Tensor, B: Tensor, gate: Tensor | None, scale: float, dropout: float = 0.0
+        ) -> Tensor:
+            if dropout > 0.0:
+                recorder.note_seed(index)
+            in_place = result.grad_fn is not None and result.is_contiguous()
+            apply: Any = AdapterFunction.apply
+            out: Tensor = apply(x, result, A, B, gate, scale, 0.0, in_place, products)
+            return out
+
+        super().__init__(path)
+
+
+@contextlib.contextmanager
+def _traced_path(model: nn.Module, name: str, recorder: _Recorder) -> Iterator[None]:
+    layers: list[Any] = [layer for _, layer in lora_layers(model, name)]
+    before = [(layer.lora_variant.get(name), layer.cast_input_dtype_enabled) for layer in layers]
+    for index, layer in enumerate(layers):
+        layer.lora_variant[name] = _TracedVariant(recorder, index)
+        layer.cast_input_dtype_enabled = False
+    try:
+        yield
+    finally:
+        for layer, (variant, cast) in zip(layers, before, strict=True):
+            layer.lora_variant.pop(name)
+            if variant is not None:
+                layer.lora_variant[name] = variant
+            layer.cast_input_dtype_enabled = cast
+
+
+class _Event:
+    """One tensor that autograd saved; autograd holds it, so it lives as long as what saved it."""
+
+    __slots__ = ("owner", "storage", "tensor", "unit")
+
+    def __init__(self, tensor: Tensor, storage: int, owner: int, unit: int) -> None:
+        self.tensor, self.storage, self.owner, self.unit = tensor, storage, owner, unit
+
+
+class _Recorder:
+    """Notes what is saved, where, and on whose behalf; then reads from the graph what each piece is needed for."""
+
+    def __init__(self, model: nn.Module, name: str) -> None:
+        self.model, self.name = model, name
+        self.found = adapters(model, name)
+        self.layers: list[Any] = [layer for _, layer in lora_layers(model, name)]
+        root = base_of(model)
+        self.units = [(path, m) for path, m in root.named_modules() if isinstance(m, GradientCheckpointingLayer)]
+        self.index: dict[int, int] = {}  # of storages, by identity
+        self.sizes: list[int] = []
+        self.modules: list[str] = []
+        self.ranked: set[int] = set()
+        self.alive: list[Any] = []  # so that no address is used twice
+        self.parameters: set[int] = set()
+        self.bits: dict[int, int] = {}
+        self.seeds: list[int] = []
+        self.stack: list[str] = []
+        self.masks = KnownMasks()
+        self.owner, self.unit = -1, -1
+        self.unit_inputs: dict[int, list[int]] = {}
+        self.opened: list[_Event] = []  # what the graph has just unpacked
+
+    def leaves(self, parameters: Mapping[str, Tensor]) -> None:
+        """Which bit each trained parameter stands for."""
+        n, real = len(self.found), dict(self.model.named_parameters(remove_duplicate=False))
+        owners: dict[int, int] = {}
+        for index, layer in enumerate(self.layers):
+            for holder in (layer.lora_A[self.name], layer.lora_B[self.name]):
+                owners[id(holder.weight)] = owners.get(id(holder.weight), 0) | 1 << index
+        for key, stand_in in parameters.items():
+            self.parameters.add(identity(stand_in))
+            self.bits[id(stand_in)] = owners.get(id(real[key]), 1 << n)
+        self.parameters |= {identity(b) for b in self.model.buffers()}
+        self.alive += [*parameters.values(), *self.model.buffers()]
+
+    def note_ranked(self, h: Tensor) -> None:
+        self.ranked.add(self._storage(h))
+
+    def note_seed(self, index: int) -> None:
+        self.seeds.append(index)
+
+    def _storage(self, tensor: Tensor) -> int:
+        tensor = self.masks.stands_for.get(identity(tensor), tensor)
+        key = identity(tensor)
+        if key not in self.index:
+            self.index[key] = len(self.sizes)
+            self.sizes.append(0 if key in self.parameters else tensor.untyped_storage().nbytes())
+            self.modules.append(self.stack[-1] if self.stack else "")
+            self.alive.append(tensor.detach())
+        return self.index[key]
+
+    def _pack(self, tensor: Tensor) -> _Event:
+        return _Event(tensor, self._storage(tensor), self.owner, self.unit)
+
+    def _unpack(self, event: _Event) -> Tensor:
+        self.opened.append(event)
+        return event.tensor
+
+    @contextlib.contextmanager
+    def hooks(self) -> Iterator[None]:
+        handles: list[Any] = []
+        try:
+            for path, module in base_of(self.model).named_modules():
+                handles += self._watch_module(path, module)
+            for index, layer in enumerate(self.layers):
+                handles += self._watch_adapter(index, layer)
+            for index, (_, module) in enumerate(self.units):
+                handles += self._watch_unit(index, module)
+            for table in _embeddings(self.model):
+                handles.append(table.register_forward_hook(self._require_grad))
+            with torch.autograd.graph.saved_tensors_hooks(self._pack, self._unpack):
+                yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def _watch_module(self, path: str, module: nn.Module) -> list[Any]:
+        return [
+            module.register_forward_pre_hook(lambda *_: self.stack.append(path)),
+            module.register_forward_hook(lambda *_: self._pop()),
+        ]
+
+    def _pop(self) -> None:
+        self.stack.pop()
+
+    def _set_owner(self, owner: int) -> None:
+        self.owner = owner
+
+    def _watch_adapter(self, index: int, layer: LoraLayer) -> list[Any]:
+        module: Any = layer
+        base = layer.get_base_layer()
+        down: Any = layer.lora_A[self.name]
+        return [
+            module.register_forward_pre_hook(lambda *_: self._set_owner(index)),
+            base.register_forward_pre_hook(lambda *_: self._set_owner(-1)),
+            base.register_forward_hook(lambda *_: self._set_owner(index)),
+            module.register_forward_hook(lambda *_: self._set_owner(-1)),
+            down.register_forward_hook(lambda _m, _i, h: self.note_ranked(h)),  # PEFT's own forward goes through it
+        ]
+
+    def _watch_unit(self, index: int, module: nn.Module) -> list[Any]:
+        def enter(_module: nn.Module, args: tuple[Any, ...]) -> None:
+            self.unit = index
+            # What a checkpoint saves are the positional arguments.
+            self.unit_inputs[index] = [self._storage(arg) for arg in args if isinstance(arg, Tensor)]
+
+        def leave(*_: Any) -> None:
+            self.unit = -1
+
+        return [module.register_forward_pre_hook(enter), module.register_forward_hook(leave)]
+
+    def _require_grad(self, _module: nn.Module, _args: Any, out: Tensor) -> None:
+        if not out.requires_grad:
+            out.requires_grad_()
+            self.bits[id(out)] = 1 << (len(self.found) + 1)
+            self.alive.append(out)
+
+    def finish(self, value: Tensor) -> ActivationTrace:
+        uses: list[set[tuple[int, int, int]]] = [set() for _ in self.sizes]
+        for event, reach in self._saved(value):
+            uses[event.storage].add((event.owner, reach, event.unit))
+        storages = [
+            Storage(size=size, ranked=index in self.ranked, module=module, uses=tuple(sorted(use)))
+            for index, (size, module, use) in enumerate(zip(self.sizes, self.modules, uses, strict=True))
+        ]
+        layer_of = {index: path for index, (path, _) in enumerate(lora_layers(self.model, self.name))}
+        unit_of = {
+            index: next((u for u, (path, _) in enumerate(self.units) if layer_of[index].startswith(f"{path}.")), -1)
+            for index in layer_of
+        }
+        storages += [
+            Storage(size=_SEED_BYTES, ranked=False, module=layer_of[i], uses=((i, 1 << i, unit_of[i]),))
+            for i in self.seeds
+        ]
+        return ActivationTrace(
+            adapters=self.found,
+            storages=tuple(storages),
+            units=tuple(path for path, _ in self.units),
+            unit_inputs=tuple(tuple(self.unit_inputs.get(i, ())) for i in range(len(self.units))),
+        )
+
+    def _saved(self, value: Tensor) -> Iterator[tuple[_Event, int]]:
+        """Every saved tensor that backward would read, with the bit set of leaves it is needed for."""
+        if value.grad_fn is None:
+            return
+        reach: dict[Any, int] = {}
+        names: dict[type, list[str]] = {}
+        for node in _bottom_up(value.grad_fn):
+            edges = [0 if below is None else reach[below] for below, _ in node.next_functions]
+            variable = getattr(node, "variable", None)
+            reach[node] = self.bits.get(id(variable), 0) if variable is not None else _union(edges)
+            rules = _ONLY_FOR.get(node.name(), {})
+            if hasattr(node, "saved_tensors"):  # a function written in Python
+                yield from ((event, reach[node]) for event in self._opened_by(node, "saved_tensors"))
+                continue
+            if type(node) not in names:
+                names[type(node)] = [key for key in dir(node) if key.startswith("_saved_")]
+            for key in names[type(node)]:
+                needed = _union([edges[i] for i in rules[key]]) if key in rules else reach[node]
+                yield from ((event, needed) for event in self._opened_by(node, key))
+
+    def _opened_by(self, node: Any, key: str) -> list[_Event]:
+        """What reading an attribute of a node unpacks."""
+        self.opened = []
+        getattr(node, key)
+        return self.opened
+
+
+def _union(masks: Iterable[int]) -> int:
+    found = 0
+    for mask in masks:
+        found |= mask
+    return found
+
+
+def _bottom_up(root: Any) -> Iterator[Any]:
+    """Every node of the graph, after all that it depends on."""
+    done: set[Any] = set()
+    stack = [(root, False)]
+    while stack:
+        node, ready = stack.pop()
+        if ready:
+            yield node
+        elif node not in done:
+            done.add(node)
+            stack.append((node, True))
+            stack += [(below, False) for below, _ in node.next_functions if below is not None]
+
+
+def _embeddings(model: nn.Module) -> list[nn.Module]:
+    """The tables whose outputs ``enable_input_require_grads`` makes require a gradient."""
+    found: dict[int, nn.Module] = {}
+    for module in base_of(model).modules():
+        if isinstance(module, PreTrainedModel):
+            with contextlib.suppress(NotImplementedError):
+                table = module.get_input_embeddings()
+                if table is not None:
+                    found[id(table)] = table
+    return list(found.values())
