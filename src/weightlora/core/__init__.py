@@ -24,6 +24,7 @@ from weightlora.core.placement import Placement, PlacementCosts, place
 from weightlora.core.prefix import smallest_prefix
 from weightlora.core.projection import Rule, support, top_k
 from weightlora.core.rounds import hand_out
+from weightlora.core.sizes import format_bytes, parse_bytes, parse_share
 from weightlora.core.triplets import (
     above_smallest,
     cubic_budget,
@@ -48,6 +49,7 @@ __all__ = [
     "coverage",
     "credit",
     "cubic_budget",
+    "format_bytes",
     "gate_gradient",
     "gate_step",
     "gradual_k",
@@ -60,7 +62,9 @@ __all__ = [
     "minor_pair",
     "one_shot",
     "orthogonality",
+    "parse_bytes",
     "parse_params",
+    "parse_share",
     "place",
     "rank_for_params",
     "resolve_k",

@@ -36,12 +36,15 @@ def measure_step(trainer: Trainer) -> StepCost | None:
         _checkpoint_as_in_training(trainer)
         inputs = trainer._prepare_inputs(batch)
 
-        def loss() -> Any:
-            # accelerate wraps autocast around the model only inside train(); measured here, it must be on as well.
-            with trainer.accelerator.autocast(), trainer.compute_loss_context_manager():
-                return trainer.compute_loss(model, dict(inputs))
+        return step_cost(model, lambda: loss_of(trainer, inputs))
 
-        return step_cost(model, loss)
+
+def loss_of(trainer: Trainer, inputs: Mapping[str, Any]) -> Any:
+    """The loss of one prepared micro-batch, as the trainer computes it."""
+    model: Any = trainer.model
+    # accelerate wraps autocast around the model only inside train(); outside it must be on as well.
+    with trainer.accelerator.autocast(), trainer.compute_loss_context_manager():
+        return trainer.compute_loss(model, dict(inputs))
 
 
 def _checkpoint_as_in_training(trainer: Trainer) -> None:
