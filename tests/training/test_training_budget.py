@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import re
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ from weightlora.methods import Budget, Method, WeightLoRA, WeightLoRAPlus
 from weightlora.training import FitResult, attach, fit
 from weightlora.training.budget import plan
 
-LAYERS, BATCH = 6, 8
+LAYERS, BATCH, STEPS = 4, 8, 8
 RAGGED = [5, 8, 3, 8, 6, 7, 4, 8]
 
 
@@ -43,7 +44,7 @@ def collate(rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
 
 def made(out: Path, family: str = "bert", **arguments: Any) -> Trainer:
     each = trainer(
-        out, lora(family, layers=LAYERS), data=ragged(), per_device_train_batch_size=BATCH, **arguments
+        out, lora(family, layers=LAYERS), steps=STEPS, data=ragged(), per_device_train_batch_size=BATCH, **arguments
     )  # fmt: skip
     each.data_collator = collate
     return each
@@ -74,12 +75,13 @@ def run(out: Path, method: Method, family: str = "bert", **arguments: Any) -> tu
     return fit(each, method), ledger
 
 
-def whole(out: Path, family: str = "bert") -> tuple[int, int]:
+@functools.cache
+def whole(family: str = "bert") -> tuple[int, int]:
     """Bytes that warm-up takes at the full batch, and at a micro-batch of 1."""
-    planned = plan(made(out, family), WeightLoRA(memory="1TiB"), (None, None)).budget
+    planned = plan(made(Path("unused"), family), WeightLoRA(memory="1TiB"), (None, None)).budget
     assert planned is not None
     with pytest.raises(BudgetError) as caught:
-        plan(made(out, family), WeightLoRA(memory=1), (None, None))
+        plan(made(Path("unused"), family), WeightLoRA(memory=1), (None, None))
     return int(planned.facts["warmup_total"]), caught.value.smallest
 
 
@@ -93,9 +95,9 @@ def spent(result: FitResult, ledger: Ledger) -> tuple[int, int]:
 @pytest.mark.parametrize("family", ["bert", "bart"])
 @pytest.mark.parametrize("method", [WeightLoRA, WeightLoRAPlus])
 def test_both_phases_stay_within_the_budget(family: str, method: Any, tmp_path: Path) -> None:
-    most, least = whole(tmp_path, family)
+    most, least = whole(family)
     seen = []
-    for share in (1.0, 0.6, 0.3, 0.0):
+    for share in (1.0, 0.4, 0.0):
         memory = int(least + share * (most - least))
         result, ledger = run(tmp_path / str(share), method(memory=memory, warmup_steps=4), family)
         assert result.selection is not None
@@ -108,7 +110,7 @@ def test_both_phases_stay_within_the_budget(family: str, method: Any, tmp_path: 
         assert placement["importance"] == pytest.approx(sum(c.score or 0 for c in result.selection.kept))
         phases = [(phase.micro_batch, phase.micro_batch * phase.accumulation) for phase in result.phases]
         assert phases == [(placement["warmup_micro_batch"], BATCH), (placement["micro_batch"], BATCH)]
-        assert ledger.micro == {s: phases[s > 4][0] for s in range(1, 13)}
+        assert ledger.micro == {s: phases[s > 4][0] for s in range(1, STEPS + 1)}
         seen.append((placement["warmup_micro_batch"], placement["micro_batch"], result.selection.k, placement["depth"]))
     # With room for all, every adapter of positive credit is taken; with less, fewer, or at a smaller micro-batch.
     assert seen[0][:2] == (BATCH, BATCH)
@@ -124,7 +126,7 @@ def test_the_prediction_is_what_is_held_and_not_just_above_it(tmp_path: Path) ->
     each = made(tmp_path)
     each.data_collator = lambda rows: collate([{**rows[0], "input_ids": torch.arange(5, 13)}] * len(rows))
     each.add_callback(ledger := Ledger())
-    most, least = whole(tmp_path)
+    most, least = whole()
     result = fit(each, WeightLoRA(memory=(most + 2 * least) // 3, warmup_steps=4))
     warm, final = spent(result, ledger)
     assert result.selection is not None
@@ -139,7 +141,7 @@ def test_the_prediction_is_what_is_held_and_not_just_above_it(tmp_path: Path) ->
 def test_an_impossible_budget_is_refused_with_the_smallest_that_works(tmp_path: Path) -> None:
     each = made(tmp_path)
     before = adapter_state(each.model)
-    with pytest.raises(BudgetError, match="memory='9KiB' is too little") as caught:
+    with pytest.raises(BudgetError, match="memory=9KiB is too little") as caught:
         fit(each, WeightLoRA(memory="9KiB", warmup_steps=4))
     assert f"{caught.value.smallest} bytes ({format_bytes(caught.value.smallest)})" in str(caught.value)
     assert max_difference(before, adapter_state(each.model)) == 0
@@ -152,7 +154,7 @@ def test_an_impossible_budget_is_refused_with_the_smallest_that_works(tmp_path: 
         assert int(leaner[1]) < caught.value.smallest
 
 
-@pytest.mark.parametrize("share", ["0.9x", "0.7x", "0.5x"])
+@pytest.mark.parametrize("share", ["0.95x", "0.7x"])
 @pytest.mark.parametrize("method", [WeightLoRA, WeightLoRAPlus])
 def test_a_step_after_the_seam_takes_its_share_of_operations(share: str, method: Any, tmp_path: Path) -> None:
     # Rows of one length, so that every batch costs the same.
@@ -174,9 +176,9 @@ def test_a_share_of_time_that_cannot_be_met_is_refused(tmp_path: Path) -> None:
         fit(trainer(tmp_path, lora(layers=LAYERS)), WeightLoRA(step_time="0.1x", warmup_steps=4))
 
 
-@pytest.mark.parametrize("stop", [2, 4, 7])
+@pytest.mark.parametrize("stop", [2, 4, 6])
 def test_a_killed_run_goes_on_to_the_same_end(stop: int, tmp_path: Path) -> None:
-    most, least = whole(tmp_path)
+    most, least = whole()
     method = WeightLoRA(memory=(most + least) // 2, warmup_steps=4)
     expected, _ = run(tmp_path / "whole", method)
 
@@ -198,16 +200,16 @@ def test_a_killed_run_goes_on_to_the_same_end(stop: int, tmp_path: Path) -> None
 
 
 def test_the_placement_is_part_of_the_manifest(tmp_path: Path) -> None:
-    most, _ = whole(tmp_path)
-    result, _ = run(tmp_path / "run", WeightLoRA(memory=most, warmup_steps=4), save_strategy="steps", save_steps=6)
+    most, _ = whole()
+    result, _ = run(tmp_path / "run", WeightLoRA(memory=most, warmup_steps=4), save_strategy="steps", save_steps=STEPS)
     assert result.selection is not None
-    manifest, _ = Manifest.read(tmp_path / "run" / "checkpoint-12")
+    manifest, _ = Manifest.read(tmp_path / "run" / f"checkpoint-{STEPS}")
     assert manifest.selection == result.selection
     assert type(result.selection).from_json(result.selection.to_json()) == result.selection
 
 
 def test_omegas_are_importances_too(tmp_path: Path) -> None:
-    most, least = whole(tmp_path)
+    most, least = whole()
     method = WeightLoRA.from_preset("paper", memory=(most + 3 * least) // 4, warmup_steps=4)
     result, ledger = run(tmp_path / "run", method)
     assert result.selection is not None
@@ -242,13 +244,13 @@ def test_a_count_stays_the_default() -> None:
 def test_a_plain_loop_has_no_batches_to_count_on() -> None:
     model = lora()
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad])
-    with pytest.raises(ScheduleError, match="memory is counted on a trainer's batches"):
+    with pytest.raises(ScheduleError, match="memory has to be counted on the run's batches"):
         attach(model, WeightLoRA(memory="1GiB", warmup_steps=2), optimizer)
 
 
 def test_gradient_checkpointing_is_counted(tmp_path: Path) -> None:
-    arguments = {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": False}}
-    plain, _ = whole(tmp_path)
+    arguments = {"activation_checkpointing": True, "activation_checkpointing_kwargs": {"use_reentrant": False}}
+    plain, _ = whole()
     planned = plan(made(tmp_path, **arguments), WeightLoRA(memory="1TiB"), (None, None)).budget
     assert isinstance(planned, Budget)
     assert planned.facts["warmup_total"] < plain
