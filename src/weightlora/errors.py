@@ -35,3 +35,7 @@ class BudgetError(WeightLoRAError):
     def __init__(self, message: str, *, smallest: int) -> None:
         super().__init__(message)
         self.smallest = smallest
+
+
+class PlanError(WeightLoRAError):
+    """What was asked for does not fit into the memory given; the message names the nearest thing that does."""

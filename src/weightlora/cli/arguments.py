@@ -59,6 +59,29 @@ METHOD_FLAGS: tuple[tuple[str, dict[str, Any]], ...] = (
     ("--max-rank", {"type": int, "help": "cap on grown ranks (weightlora+)"}),
 )
 
+# Flags of `plan`; their defaults live in PlanConfig.
+PLAN_FLAGS: tuple[tuple[str, dict[str, Any]], ...] = (
+    ("--model", {"help": "minilm (default), deberta-v3-base, bart-large, llama-3-8b, a hub name, a folder, a config"}),
+    ("--head", {"help": "classification, causal-lm or seq2seq-lm (default: what the config says)"}),
+    ("--num-labels", {"type": int, "metavar": "N", "help": "of a classification (default: 2)"}),
+    ("--targets", {"help": "all-linear (default), attention, or endings of module names, comma-separated"}),
+    ("--r", {"type": int, "help": "rank of every adapter (default: 8)"}),
+    ("--k", {"metavar": "K", "help": "survivors: a count, or a share such as 0.25 (default: 0.25)"}),
+    ("--lowest", {"type": int, "metavar": "BLOCK", "help": "block of the lowest survivor (default: the worst case)"}),
+    ("--dtype", {"help": "of the weights: float32, bfloat16 or float16 (default: what the config says)"}),
+    (
+        "--autocast",
+        {"action": "store_true", "help": "compute in bfloat16 over float32 weights, as train's --bf16 does"},
+    ),
+    ("--quantization", {"help": "of frozen weights: 8bit, 4bit or 4bit-double"}),
+    ("--dropout", {"type": float, "help": "LoRA dropout (default: 0.05)"}),
+    ("--batch", {"type": int, "metavar": "N", "help": "examples per optimizer step (default: 16)"}),
+    ("--length", {"type": int, "metavar": "N", "help": "tokens per example (default: 128)"}),
+    ("--optimizer", {"help": "as --optim of train: adamw_torch (default), sgd, adafactor, adamw_8bit, ..."}),
+    ("--checkpointing", {"action": "store_true", "help": "gradient checkpointing of every block"}),
+    ("--adapter-path", {"help": "auto (default), or stock for PEFT's own forward"}),
+    ("--device", {"help": "whose kernels are assumed: cuda (default) or cpu"}),
+)
 # Flags without a value: in a recipe, `false` is the same as leaving them out.
 SWITCHES = ("--regression", "--overwrite")
 
@@ -77,6 +100,27 @@ def add_flags(parser: Any, flags: Sequence[tuple[str, dict[str, Any]]]) -> None:
     """Add flags whose absence leaves no trace in the namespace, so that defaults live in one place only."""
     for flag, options in flags:
         parser.add_argument(flag, default=argparse.SUPPRESS, **options)
+
+
+def add_plan_flags(parser: argparse.ArgumentParser) -> None:
+    """Everything that defines a plan."""
+    add_flags(parser, PLAN_FLAGS)
+    parser.add_argument("--memory", metavar="SIZE", help="what there is, such as 16GiB: find what fits, or refuse")
+    parser.add_argument(
+        "--probe", action="store_true", help="run one step on random weights, and correct the plan by it"
+    )
+
+
+def plan_config(parsed: argparse.Namespace) -> Any:
+    """The PlanConfig that the flags describe."""
+    from dataclasses import fields
+
+    from weightlora.runs.plan_config import PlanConfig
+
+    given = {f.name: getattr(parsed, f.name) for f in fields(PlanConfig) if f.name in vars(parsed)}
+    if "k" in given:
+        given["k"] = number(given["k"], "k")
+    return PlanConfig(**given)
 
 
 def add_run_flags(parser: argparse.ArgumentParser) -> None:

@@ -119,6 +119,30 @@ def probe(parsed: argparse.Namespace, rest: list[str], parser: argparse.Argument
     return 0
 
 
+def plan(parsed: argparse.Namespace, rest: list[str], parser: argparse.ArgumentParser) -> int:
+    from weightlora.runs.calibrate import calibrate
+    from weightlora.runs.memory import format_size, parse_size
+    from weightlora.runs.plan import Planner
+    from weightlora.runs.plan_text import plan_text
+
+    memory = None if parsed.memory is None else parse_size(parsed.memory)
+    config = arguments.plan_config(parsed)
+    planner = Planner(config)
+    if parsed.probe:
+        found = calibrate(config, planner, config.device)
+        what = "peak of a step" if found.kind == "peak" else "kept for backward"
+        _say(
+            f"probe, micro-batch {found.micro_batch}: {what} predicted {format_size(found.predicted)},"
+            f" measured {format_size(found.measured)}"
+        )
+        planner = Planner(config, found.overhead, planner.traces)
+    made = planner.plan(memory)
+    _write_json(parsed.json, made.to_json())
+    if parsed.json != "-":
+        print(plan_text(made), end="")
+    return 0
+
+
 def export(parsed: argparse.Namespace, rest: list[str], parser: argparse.ArgumentParser) -> int:
     from weightlora.report import card_section
     from weightlora.runs.record import Record

@@ -40,6 +40,11 @@ COMMANDS: dict[str, tuple[Command, bool, str, str, str]] = {
         "[RECIPE.yaml] [FLAGS]",
         "weightlora probe --task sst2 --data-dir DATA --seeds 0,1,2 --k 9 --max-steps 400 --out probe",
     ),
+    "plan": (
+        commands.plan, False, "say what a run would take, and what fits into a memory", "[--memory SIZE] [FLAGS]",
+        "weightlora plan --model llama-3-8b --length 2048 --memory 40GiB --checkpointing\n"
+        "  weightlora plan --model deberta-v3-base --targets attention --r 8 --k 9 --batch 32 --memory 8GiB",
+    ),
     "export": (
         commands.export, False, "write a run's adapter for a server, or merged into its base",
         "RUN [--profile PROFILE] [--out DIR]", "weightlora export runs/sst2 --profile portable --out served",
@@ -124,6 +129,8 @@ def build_parser() -> tuple[argparse.ArgumentParser, dict[str, tuple[argparse.Ar
         table[name] = sub, run, takes_rest
         if takes_rest:
             arguments.add_run_flags(sub)
+        elif name == "plan":
+            arguments.add_plan_flags(sub)
         elif name == "report":
             sub.add_argument(
                 "runs", metavar="RUN", nargs="+", help="a run directory, a record.json, or a folder of runs"

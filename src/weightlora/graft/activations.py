@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from weightlora.graft.adapters import Adapter
@@ -45,6 +45,26 @@ class ActivationTrace:
     def every(self) -> range:
         """The indices of all adapters."""
         return range(len(self.adapters))
+
+    @property
+    def blocks(self) -> tuple[int, ...]:
+        """(n,) the checkpointable block of each adapter, 0 = the first; -1 outside them. A decoder's follow on."""
+        return tuple(
+            next((u for u, path in enumerate(self.units) if a.name.startswith(f"{path}.")), -1) for a in self.adapters
+        )
+
+    def at(self, batch: int, traced: int) -> ActivationTrace:
+        """The trace of another batch size: what is a multiple of the traced one grows with it, the rest stays.
+
+        Args:
+            batch: the size asked for.
+            traced: the size of the traced batch; a prime that divides no width of the model nor the length.
+        """
+
+        def sized(storage: Storage) -> Storage:
+            return storage if storage.size % traced else replace(storage, size=storage.size // traced * batch)
+
+        return self if batch == traced else replace(self, storages=tuple(sized(s) for s in self.storages))
 
     def mask(self, live: Iterable[int], inputs: bool = False) -> int:
         """The bit set of live adapters, of what always trains, and of embeddings whose outputs require a gradient."""

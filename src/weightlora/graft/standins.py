@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.overrides import TorchFunctionMode
@@ -67,6 +68,45 @@ class KnownMasks(TorchFunctionMode):
         positions = mask.nonzero(as_tuple=True)
         self.stands_for |= {identity(position): mask for position in positions}
         return positions
+
+
+class CudaKernels(TorchFunctionMode):
+    """Dropout and attention by the operations that CUDA runs, wherever the stand-ins claim to be.
+
+    Fused dropout keeps a mask of one byte per entry. Attention takes flash attention in half precision without a mask,
+    else memory-efficient attention; neither keeps probabilities.
+    """
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func in (F.dropout, torch.dropout):
+            return _fused_dropout(*args, **kwargs)
+        if func is F.scaled_dot_product_attention:
+            return _fused_attention(*args, **kwargs)
+        return func(*args, **kwargs)
+
+
+def _fused_dropout(x: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> Tensor:
+    return torch.native_dropout(x, p, True)[0] if training and 0.0 < p < 1.0 else x
+
+
+def _fused_attention(
+    q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor | None = None, dropout_p: float = 0.0, is_causal: bool = False,
+    scale: float | None = None, enable_gqa: bool = False,
+) -> Tensor:  # fmt: skip
+    ops: Any = torch.ops.aten
+    if attn_mask is None and q.dtype.itemsize == 2:
+        out: Tensor = ops._scaled_dot_product_flash_attention(q, k, v, dropout_p, is_causal, scale=scale)[0]
+        return out
+    if enable_gqa:
+        k, v = (t.repeat_interleave(q.shape[-3] // t.shape[-3], -3) for t in (k, v))
+    if attn_mask is not None:
+        if attn_mask.dtype == torch.bool:
+            attn_mask = q.new_zeros(attn_mask.shape).masked_fill(~attn_mask, float("-inf"))
+        attn_mask = attn_mask.expand(*q.shape[:-1], k.shape[-2])
+    efficient = ops._scaled_dot_product_efficient_attention
+    out = efficient(q, k, v, attn_mask, True, dropout_p, is_causal, scale=scale)[0]
+    return out
 
 
 def _is_known_mask(item: Any) -> bool:

@@ -15,7 +15,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from weightlora.errors import AdapterError
 from weightlora.graft.activations import ActivationTrace, Storage
 from weightlora.graft.adapters import adapter_name, adapters, base_of, lora_layers
-from weightlora.graft.standins import KnownMasks, identity, stand_ins, uncheckpointed
+from weightlora.graft.standins import CudaKernels, KnownMasks, identity, stand_ins, uncheckpointed
 from weightlora.graft.variant import PathVariant
 from weightlora.ops.autograd import AdapterFunction, Products, TorchProducts
 
@@ -35,7 +35,7 @@ _SEED_BYTES = 8
 
 
 def trace(
-    model: nn.Module, loss: Callable[[], Tensor], *, name: str | None = None, stock: bool = False
+    model: nn.Module, loss: Callable[[], Tensor], *, name: str | None = None, stock: bool = False, cuda: bool = False
 ) -> ActivationTrace:
     """Run one forward pass without computing or allocating anything, and note what autograd would keep.
 
@@ -48,6 +48,7 @@ def trace(
         loss: runs the forward pass on a real batch and returns the loss.
         name: PEFT's adapter name; default: the active one.
         stock: adapters compute by PEFT's own forward, not by our path.
+        cuda: dropout and attention as CUDA would run them, where the weights are not on such a device anyway.
 
     Raises:
         AdapterError: the model has no adapters, or its forward needs the values of its weights (quantised kernels).
@@ -72,6 +73,8 @@ def trace(
             stack.enter_context(uncheckpointed(model))
             stack.enter_context(recorder.hooks())
             stack.enter_context(recorder.masks)
+            if cuda:
+                stack.enter_context(CudaKernels())
             stack.enter_context(torch.enable_grad())
             value = torch.func.functional_call(wrapper, state)
     except (NotImplementedError, RuntimeError) as error:
@@ -259,7 +262,7 @@ class _Recorder:
         return [module.register_forward_pre_hook(enter), module.register_forward_hook(leave)]
 
     def _require_grad(self, _module: nn.Module, _args: Any, out: Tensor) -> None:
-        if not out.requires_grad:
+        if out.grad_fn is None:
             out.requires_grad_()
             self.bits[id(out)] = 1 << (len(self.found) + 1)
             self.alive.append(out)

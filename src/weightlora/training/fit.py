@@ -34,6 +34,7 @@ from weightlora.training.callback import SeamCallback
 from weightlora.training.driver import Driver
 from weightlora.training.held_out import hold_out
 from weightlora.training.measure import PeakMemory, StepCost
+from weightlora.training.predict import Predictor
 from weightlora.training.trainer import (
     average_micro_batches,
     check_trainer,
@@ -42,6 +43,7 @@ from weightlora.training.trainer import (
     planned_steps,
     set_rates,
     split_batch,
+    use_batch,
     warmup_arguments,
 )
 
@@ -68,7 +70,7 @@ class FitResult:
     """What :func:`fit` hands back: a plain PEFT model, what was kept and why, and what each phase cost.
 
     ``adapter_params``: numbers in adapters (heads excluded) that were allocated, trainable at the most, and in effect
-    at the end, by the method's own formula.
+    at the end, by the method's own formula. ``predicted``: ``{phase: {field: number}}`` as said before the first step.
     """
 
     model: nn.Module
@@ -79,6 +81,7 @@ class FitResult:
     max_steps: int
     seam_step: int | None
     adapter_params: Mapping[str, int] = field(default_factory=dict)
+    predicted: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
     log_history: tuple[dict[str, Any], ...] = field(default=(), repr=False)
 
 
@@ -187,6 +190,8 @@ class _Fit:
         resumed_final = self.manifest is not None and self.manifest.stage == "final"
         if any(split is not None for split in self.batches):
             average_micro_batches(self.trainer)
+        stock = self.driver.adapter_path in ("stock", "reference")
+        predictor = Predictor(self.trainer, self.driver, self.batches, stock) if self.measure else None
         if resumed_final:
             self._rebuild()
         else:
@@ -213,6 +218,7 @@ class _Fit:
             max_steps=self.max_steps,
             seam_step=self.driver.seam,
             adapter_params=dict(self.driver.counts),
+            predicted={} if predictor is None else predictor.phases(self.driver.selection),
             log_history=tuple(self.trainer.state.log_history),
         )
 
@@ -338,11 +344,7 @@ class _Fit:
             self._set_batch(1)
 
     def _set_batch(self, phase: int) -> None:
-        split = self.batches[phase]
-        if split is not None:
-            args = self.trainer.args
-            args.per_device_train_batch_size, args.gradient_accumulation_steps = split
-            self.trainer._train_batch_size = args.train_batch_size
+        use_batch(self.trainer, self.batches[phase])
 
 
 def _phase_result(

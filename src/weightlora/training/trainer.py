@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
 from transformers import Trainer
 
 from weightlora.errors import ConfigError
+from weightlora.graft import ActivationTrace, trace
 from weightlora.training.measure import StepCost, isolated_rng, step_cost
 
 log = logging.getLogger("weightlora")
@@ -28,15 +29,33 @@ def planned_steps(trainer: Trainer) -> int:
 def measure_step(trainer: Trainer) -> StepCost | None:
     """Count the cost of the first micro-batch; random state and gradients are given back. None without a batch."""
     with isolated_rng():
-        batch = next(iter(trainer.get_train_dataloader()), None)
-        if batch is None:
+        loss = _first_loss(trainer)
+        if loss is None:
             return None
-        model: Any = trainer.model
-        model.train()
         _checkpoint_as_in_training(trainer)
-        inputs = trainer._prepare_inputs(batch)
+        return step_cost(trainer.model, loss)  # type: ignore[arg-type]
 
-        return step_cost(model, lambda: loss_of(trainer, inputs))
+
+def trace_step(trainer: Trainer, *, stock: bool = False) -> ActivationTrace | None:
+    """What the first micro-batch would keep, for any set of live adapters; nothing is computed. None without a batch.
+
+    Raises:
+        AdapterError: the model cannot be traced, as :func:`weightlora.graft.trace`.
+    """
+    with isolated_rng():
+        loss = _first_loss(trainer)
+        return None if loss is None else trace(trainer.model, loss, stock=stock)  # type: ignore[arg-type]
+
+
+def _first_loss(trainer: Trainer) -> Callable[[], Any] | None:
+    """The loss of the first micro-batch of training, as training computes it."""
+    batch = next(iter(trainer.get_train_dataloader()), None)
+    if batch is None:
+        return None
+    model: Any = trainer.model
+    model.train()
+    inputs = trainer._prepare_inputs(batch)
+    return lambda: loss_of(trainer, inputs)
 
 
 def loss_of(trainer: Trainer, inputs: Mapping[str, Any]) -> Any:
@@ -60,6 +79,14 @@ def _checkpoint_as_in_training(trainer: Trainer) -> None:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=settings or None)
     else:
         enable(activation_checkpointing_kwargs=settings or None, **layers)
+
+
+def use_batch(trainer: Trainer, split: tuple[int, int] | None) -> None:
+    """Give the trainer a (micro-batch, accumulation); None leaves it."""
+    if split is not None:
+        args = trainer.args
+        args.per_device_train_batch_size, args.gradient_accumulation_steps = split
+        trainer._train_batch_size = args.train_batch_size
 
 
 def split_batch(trainer: Trainer, micro_batch: int | None) -> tuple[int, int] | None:

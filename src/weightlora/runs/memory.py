@@ -1,0 +1,188 @@
+"""Bytes in closed form: what weights, gradients and optimizers take, and sizes as people write them."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from types import MappingProxyType
+from typing import Any
+
+from torch import Tensor, nn
+
+from weightlora.errors import ConfigError
+
+_UNITS = {"": 1, "b": 1} | {
+    f"{letter}{ending}": base**power
+    for power, letter in enumerate("kmgt", start=1)
+    for ending, base in (("b", 1000), ("ib", 1024), ("", 1024))
+}
+_SIZE = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([a-zA-Z]*)\s*")
+# Bytes that bitsandbytes keeps for a weight of n numbers in d_out rows, by the name of a quantisation.
+QUANTIZATIONS = ("8bit", "4bit", "4bit-double")
+# Optimizers by the names of ``TrainingArguments.optim``, and which rule of `optimizer_bytes` they follow.
+OPTIMIZERS: Mapping[str, str] = MappingProxyType(
+    {
+        "adamw_torch": "adam", "adamw_torch_fused": "adam", "sgd": "sgd", "adafactor": "adafactor",
+        "adamw_bnb_8bit": "adam8", "adamw_8bit": "adam8", "paged_adamw_8bit": "paged", "paged_adamw_32bit": "paged",
+        "adagrad": "one", "rmsprop": "one",
+    }
+)  # fmt: skip
+
+
+def parse_size(text: str | int) -> int:
+    """Bytes of a size such as "16GiB", "12GB" or "800MiB"; a bare K, M, G or T counts in powers of 1024.
+
+    >>> parse_size("16GiB"), parse_size("1.5GB"), parse_size("800 MiB"), parse_size("4G")
+    (17179869184, 1500000000, 838860800, 4294967296)
+    """
+    found = _SIZE.fullmatch(str(text))
+    if found is None or found.group(2).lower() not in _UNITS:
+        raise ConfigError(f"{text!r} is no size; write for example 16GiB, 12GB or 800MiB")
+    size = int(float(found.group(1)) * _UNITS[found.group(2).lower()])
+    if size < 1:
+        raise ConfigError(f"a memory of {text!r} holds nothing; write for example 16GiB, 12GB or 800MiB")
+    return size
+
+
+def format_size(size: float) -> str:
+    """A number of bytes for people.
+
+    >>> format_size(0), format_size(1536), format_size(15.5 * 2**30)
+    ('0 B', '1.5 KiB', '15.5 GiB')
+    """
+    for unit in ("B", "KiB", "MiB"):
+        if abs(size) < 1024:
+            return f"{size:.0f} B" if unit == "B" else f"{size:.1f} {unit}"
+        size /= 1024
+    return f"{size:.1f} GiB"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Parts:
+    """Where the bytes of one phase go, at the moment when forward has ended and backward begins.
+
+    ``weights``: frozen parameters and buffers, quantised where asked. ``adapters``, ``heads``: trained parameters.
+    ``gates``: omega and its gradient. ``gradients``, ``optimizer``: of all that trains. ``activations``: what autograd
+    keeps. ``recomputed``: what the largest checkpointed block keeps while backward goes through it. ``workspace``: an
+    estimate for what is alive for a moment (a gradient as large as the largest activation, a dequantised weight).
+    ``overhead``: what a probe measured beyond the prediction.
+    """
+
+    weights: int
+    adapters: int
+    heads: int
+    gates: int
+    gradients: int
+    optimizer: int
+    activations: int
+    recomputed: int
+    workspace: int
+    overhead: int = 0
+
+    @property
+    def total(self) -> int:
+        """All of it."""
+        return sum(asdict(self).values())
+
+    def with_(self, **changes: int) -> Parts:
+        """A copy with other values."""
+        return replace(self, **changes)
+
+
+def tensor_bytes(tensors: Sequence[Tensor]) -> int:
+    """Bytes of tensors, each once.
+
+    >>> import torch
+    >>> t = torch.zeros(3); tensor_bytes([t, t, torch.zeros(2, dtype=torch.bfloat16)])
+    16
+    """
+    return sum(t.numel() * t.element_size() for t in {id(t): t for t in tensors}.values())
+
+
+def weight_bytes(model: nn.Module, quantization: str | None) -> int:
+    """Bytes of what does not train: frozen parameters and buffers.
+
+    Quantised is what bitsandbytes quantises: the linear layers in the model's blocks. "8bit": one byte a number and a
+    float32 scale per row. "4bit": half a byte and a float32 scale per 64 numbers; "4bit-double": these scales in one
+    byte each, with a float32 per 256 of them.
+    """
+    quantised: dict[int, int] = {}
+    if quantization is not None:
+        for path, module in model.named_modules():
+            if isinstance(module, nn.Linear) and not module.weight.requires_grad and _in_block(path):
+                quantised[id(module.weight)] = _quantised(module.weight.numel(), module.out_features, quantization)
+    frozen = {id(p): p for p in model.parameters() if not p.requires_grad}
+    plain = [p for key, p in frozen.items() if key not in quantised]
+    return tensor_bytes([*plain, *model.buffers()]) + sum(quantised.values())
+
+
+def _in_block(path: str) -> bool:
+    return any(part.isdigit() for part in path.split(".")) and "lora_" not in path
+
+
+def _quantised(count: int, rows: int, quantization: str) -> int:
+    if quantization == "8bit":
+        return count + 4 * rows
+    blocks = math.ceil(count / 64)
+    code = 4 * 16
+    if quantization == "4bit":
+        return math.ceil(count / 2) + 4 * blocks + code
+    return math.ceil(count / 2) + blocks + 4 * math.ceil(blocks / 256) + 4 * 256 + 4 + code
+
+
+def optimizer_bytes(name: str, shapes: Sequence[tuple[tuple[int, ...], int]], *, momentum: bool = False) -> int:
+    """Bytes of an optimizer's state after its first step.
+
+    Args:
+        name: as in ``TrainingArguments.optim``.
+        shapes: ``(shape, bytes per number)`` of each trained tensor.
+        momentum: of SGD.
+
+    "adamw_*": two moments in the tensor's dtype and a float32 step; 8-bit: one byte each where a tensor has 4,096
+    numbers or more, with a float32 scale per 256. "adafactor" as Transformers sets it up: a float32 per row, per column
+    and for the tensor's size. "paged_*" keep theirs in the host's memory.
+    """
+    if name not in OPTIMIZERS:
+        raise ConfigError(f"the optimizer {name!r} is not known to the planner; use one of {', '.join(OPTIMIZERS)}")
+    return sum(_state(OPTIMIZERS[name], shape, width, momentum) for shape, width in shapes)
+
+
+def _state(kind: str, shape: tuple[int, ...], width: int, momentum: bool) -> int:
+    count = math.prod(shape)
+    if kind == "adam":
+        return 2 * count * width + 4
+    if kind == "adam8":
+        return 8 * count if count < 4096 else 2 * (count + 4 * math.ceil(count / 256))
+    if kind == "adafactor":
+        moments = (shape[-1] + shape[-2]) * math.prod(shape[:-2]) if len(shape) >= 2 else count
+        return 4 * moments + 4
+    if kind == "one":
+        return count * width + 4
+    return count * width if kind == "sgd" and momentum else 0
+
+
+def trained(model: nn.Module) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
+    """The trained parameters in adapters, and those outside."""
+    inside: list[nn.Parameter] = []
+    outside: list[nn.Parameter] = []
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            (inside if "lora_" in name else outside).append(parameter)
+    return inside, outside
+
+
+def shapes_of(parameters: Sequence[Tensor]) -> list[tuple[tuple[int, ...], int]]:
+    """``(shape, bytes per number)`` of each."""
+    return [(tuple(p.shape), p.element_size()) for p in parameters]
+
+
+def check_names(**choices: Any) -> None:
+    """Raise ConfigError for an unknown optimizer or quantisation."""
+    if choices["optimizer"] not in OPTIMIZERS:
+        optimizer_bytes(choices["optimizer"], [])
+    if choices["quantization"] not in (None, *QUANTIZATIONS):
+        raise ConfigError(
+            f"the quantisation {choices['quantization']!r} is unknown; use one of {', '.join(QUANTIZATIONS)}, or none"
+        )

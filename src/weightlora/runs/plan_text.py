@@ -1,0 +1,115 @@
+"""A plan in words and tables for a terminal."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from weightlora.runs.memory import Parts, format_size
+from weightlora.runs.plan import PhasePlan, Plan
+
+# Field of `Parts`: how it is called.
+_PARTS = {
+    "weights": "weights, frozen",
+    "adapters": "adapter parameters",
+    "heads": "heads, trained",
+    "gates": "gates",
+    "gradients": "gradients",
+    "optimizer": "optimizer state",
+    "activations": "activations kept",
+    "recomputed": "recomputed block",
+    "workspace": "workspace (estimate)",
+    "overhead": "overhead (measured)",
+}
+
+
+def plan_text(plan: Plan) -> str:
+    """What the plan says, in lines of at most about a hundred characters."""
+    config, final = plan.config, plan.final
+    bits = [plan.dtype, *([config.quantization] if config.quantization else [])]
+    bits += ["bf16 autocast"] if config.autocast else []
+    bits += ["checkpointing"] if config.checkpointing else []
+    lines = [
+        f"{config.model}, {', '.join(bits)}, {config.optimizer}",
+        f"{plan.n} adapters of rank {config.r} ({config.targets})",
+        f"{config.batch} examples of {config.length} tokens per optimizer step, kernels of {config.device}"
+        + (f", {format_size(plan.memory)} of memory" if plan.memory else ""),
+        "",
+        *_table(_phase_rows(plan)),
+        "",
+        f"What each K costs with {_examples(final.micro_batch)} per forward pass"
+        + (", and the largest micro-batch that fits" if plan.memory else ""),
+        *_table(_k_rows(plan)),
+        "",
+        f"What each rank costs, with all {plan.n} and with {plan.k} of them",
+        *_table(_r_rows(plan)),
+        "",
+        f"What the lowest of {plan.k} survivors costs: nothing below it keeps anything",
+        *_table([("lowest in", "total"), *((name, format_size(size)) for name, size in plan.by_lowest)]),
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def _examples(count: int) -> str:
+    return f"{count} example" + ("s" if count > 1 else "")
+
+
+def _phase_rows(plan: Plan) -> list[tuple[str, ...]]:
+    phases: tuple[PhasePlan, PhasePlan] = plan.warmup, plan.final
+    rows: list[tuple[str, ...]] = [
+        ("", f"warm-up: all {plan.n}", f"final: {plan.k} of {plan.n}, the dearest"),
+        ("lowest adapter in", *(phase.lowest for phase in phases)),
+        ("micro-batch x accumulation", *(f"{phase.micro_batch} x {phase.accumulation}" for phase in phases)),
+        ("trained numbers", *(f"{phase.trainable_params:,}" for phase in phases)),
+    ]
+    for field, name in _PARTS.items():
+        sizes = [_field(phase.parts, field) for phase in phases]
+        if any(sizes):
+            rows.append((name, *(format_size(size) for size in sizes)))
+    rows.append(("total", *(format_size(phase.total) for phase in phases)))
+    return rows
+
+
+def _field(parts: Parts, name: str) -> int:
+    return int(getattr(parts, name))
+
+
+def _k_rows(plan: Plan) -> list[tuple[str, ...]]:
+    first = plan.by_lowest[0][0] if plan.config.lowest is None else plan.final.lowest
+    head: tuple[str, ...] = ("K", "the deepest K", f"down to {first}")
+    if plan.memory is None:
+        return [head, *((str(r.k), format_size(r.deepest), format_size(r.dearest)) for r in plan.by_k)]
+    rows = [
+        (
+            str(r.k),
+            format_size(r.deepest),
+            format_size(r.dearest),
+            str(r.deepest_micro_batch or "none"),
+            str(r.dearest_micro_batch or "none"),
+        )
+        for r in plan.by_k
+    ]
+    return [(*head, "micro-batch, deepest", "micro-batch, lowest"), *rows]
+
+
+def _r_rows(plan: Plan) -> list[tuple[str, ...]]:
+    head: tuple[str, ...] = ("r", "warm-up", "final")
+    rows = [(str(row.r), format_size(row.warmup), format_size(row.final)) for row in plan.by_r]
+    if plan.memory is None:
+        return [head, *rows]
+    fits = [(str(row.warmup_micro_batch or "none"), str(row.final_micro_batch or "none")) for row in plan.by_r]
+    return [
+        (*head, "micro-batch, warm-up", "micro-batch, final"),
+        *((*row, *fit) for row, fit in zip(rows, fits, strict=True)),
+    ]
+
+
+def _table(rows: Sequence[Sequence[str]]) -> list[str]:
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    return [
+        "  "
+        + "  ".join(
+            cell.ljust(width) if column == 0 else cell.rjust(width)
+            for column, (cell, width) in enumerate(zip(row, widths, strict=True))
+        ).rstrip()
+        for row in rows
+    ]
