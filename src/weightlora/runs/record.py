@@ -125,6 +125,8 @@ class Record:
         budget: adapter parameters, heads excluded: ``asked`` (``--params``, if given), ``allocated``, ``trainable`` at
             the most, ``effective`` at the end, and ``stored_bytes`` of the adapter's files. Empty in older records.
         predicted: ``{phase name: {field of Phase: number}}``, from one traced forward before the first step.
+        placement: where a budget decided what lives: its kind, the budget, what the survivors cost, the lowest level
+            they reach, their importance, the micro-batch. Empty where a count decided.
 
     Raises:
         ConfigError: the fields contradict each other.
@@ -156,6 +158,7 @@ class Record:
     machine: dict[str, str | int]
     budget: dict[str, int] = dataclasses.field(default_factory=dict)
     predicted: dict[str, dict[str, int]] = dataclasses.field(default_factory=dict)
+    placement: dict[str, Any] = dataclasses.field(default_factory=dict)
 
     def __post_init__(self) -> None:
         known = self.schema_version == SCHEMA_VERSION

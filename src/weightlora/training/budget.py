@@ -18,6 +18,7 @@ from weightlora.graft import ActivationTrace, adapter_name, adapters, parameters
 from weightlora.graft.adapters import lora_layers, switched_off
 from weightlora.methods import Budget, Method, Room
 from weightlora.training.measure import isolated_rng, step_cost
+from weightlora.training.predict import checkpointing_of
 from weightlora.training.trainer import loss_of, split_batch
 
 log = logging.getLogger("weightlora")
@@ -66,7 +67,8 @@ class _Memory:
         self.trainer, self.method, self.limit, self.stock = trainer, method, limit, stock
         model: Any = trainer.model
         args: Any = trainer.args
-        self.checkpointing = bool(getattr(args, "activation_checkpointing", args.gradient_checkpointing))
+        on, every = checkpointing_of(trainer)
+        self.checkpointing = on and every == 1  # where only some blocks are checkpointed, all are counted in full
         self.name = adapter_name(model)
         self.pairs = [tuple(pair) for pair in parameters(model, self.name).values()]
         self.state = [_trained_bytes(pair) for pair in self.pairs]

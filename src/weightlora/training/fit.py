@@ -200,11 +200,11 @@ class _Fit:
                 self.driver.operate(self._torch_optimizer())
         with self._callback() as callback:
             if not resumed_final and self.driver.seam:
-                self._set_batch(0)
+                use_batch(self.trainer, self.batches[0])
                 self._train("warmup", callback)
-                self._set_batch(1)
+                use_batch(self.trainer, self.batches[1])
                 self.start = self._seam(callback)
-            self._set_batch(1 if self.driver.seam is not None else 0)
+            use_batch(self.trainer, self.batches[0 if self.driver.seam is None else 1])
             if self.driver.selection is not None and self.driver.selection.k < self.driver.selection.n:
                 no_reentrant_checkpointing(self.trainer)
             metrics = {} if select_only and self.driver.selection else self._train("final", callback)
@@ -341,10 +341,7 @@ class _Fit:
         size = None if selection is None or selection.placement is None else selection.placement["micro_batch"]
         if size is not None:
             self.batches[1] = split_batch(self.trainer, size)
-            self._set_batch(1)
-
-    def _set_batch(self, phase: int) -> None:
-        use_batch(self.trainer, self.batches[phase])
+            use_batch(self.trainer, self.batches[1])
 
 
 def _phase_result(
