@@ -22,7 +22,7 @@ from tests.runs.commands import TINY, read, weightlora
 from weightlora import __version__
 
 HEAVY = ("torch", "transformers", "peft", "datasets", "numpy", "matplotlib", "sklearn")
-COMMANDS = ("train", "resume", "select", "compare", "probe", "export", "report", "plan")
+COMMANDS = ("train", "resume", "select", "compare", "probe", "memory", "export", "report", "plan")
 
 
 def python(*words: object) -> subprocess.CompletedProcess[str]:

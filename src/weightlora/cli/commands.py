@@ -119,6 +119,23 @@ def probe(parsed: argparse.Namespace, rest: list[str], parser: argparse.Argument
     return 0
 
 
+def memory(parsed: argparse.Namespace, rest: list[str], parser: argparse.ArgumentParser) -> int:
+    from weightlora.report.memory_plot import memory_plot
+    from weightlora.runs import figure3
+
+    own: dict[str, Any] = {name: getattr(parsed, name) for name in ("points", "limit") if name in parsed}
+    if "ranks" in parsed:
+        own["ranks"] = tuple(arguments.whole(text, "ranks") for text in parsed.ranks.split(","))
+    run = arguments.run_config(parsed, rest, parser, "weightlora")
+    folder = Path(parsed.out)
+    data = figure3.memory_curve(figure3.CurveConfig(run=run, **own), folder, argv=_argv(), say=_say)
+    _write_json(parsed.json, json.dumps(data, indent=1))
+    memory_plot(data, folder / figure3.PICTURE)
+    if parsed.json != "-":
+        print(f"bytes: {folder / figure3.CURVE}\npicture: {folder / figure3.PICTURE}")
+    return 0
+
+
 def plan(parsed: argparse.Namespace, rest: list[str], parser: argparse.ArgumentParser) -> int:
     from weightlora.runs.calibrate import calibrate
     from weightlora.runs.memory import format_size, parse_size

@@ -40,6 +40,11 @@ COMMANDS: dict[str, tuple[Command, bool, str, str, str]] = {
         "[RECIPE.yaml] [FLAGS]",
         "weightlora probe --task sst2 --data-dir DATA --seeds 0,1,2 --k 9 --max-steps 400 --out probe",
     ),
+    "memory": (
+        commands.memory, True, "the paper's Figure 3: a run's memory against the number of connected adapters",
+        "[RECIPE.yaml] [FLAGS]",
+        "weightlora memory --task sst2 --data-dir DATA --model deberta-v3-base-shape --limit 16GiB --out memory",
+    ),
     "plan": (
         commands.plan, False, "say what a run would take, and what fits into a memory", "[--memory SIZE] [FLAGS]",
         "weightlora plan --model llama-3-8b --length 2048 --memory 40GiB --checkpointing\n"
@@ -140,7 +145,7 @@ def build_parser() -> tuple[argparse.ArgumentParser, dict[str, tuple[argparse.Ar
         sub.add_argument("--json", metavar="FILE", help="write the result for a machine, too (- for standard output)")
     for name in ("train", "select", "probe"):
         table[name][0].add_argument("--method", default=argparse.SUPPRESS, help=METHOD_HELP)
-    for name in ("train", "select", "compare", "probe"):
+    for name in ("train", "select", "compare", "probe", "memory"):
         table[name][0].add_argument("--out", metavar="DIR", default=f"runs/{name}", help=f"default: runs/{name}")
     table["export"][0].add_argument("--out", metavar="DIR", help="default: RUN/PROFILE")
     table["report"][0].add_argument("--out", metavar="FILE", default="report.html", help="default: report.html")
@@ -148,6 +153,10 @@ def build_parser() -> tuple[argparse.ArgumentParser, dict[str, tuple[argparse.Ar
         table[name][0].add_argument("--overwrite", action="store_true", help="replace what is in --out")
     _add_compare_flags(table["compare"][0])
     _add_probe_flags(table["probe"][0])
+    curve = functools.partial(table["memory"][0].add_argument, default=argparse.SUPPRESS)
+    curve("--ranks", help="comma-separated, a pair of curves each (default: 1,8,64)")
+    curve("--points", type=int, metavar="N", help="numbers of adapters from none to all (default: 10)")
+    curve("--limit", metavar="SIZE", help="the device's memory, such as 16GiB: a line in the picture")
     table["export"][0].add_argument(
         "--profile",
         default="native",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
 from typing import Any, NoReturn
@@ -60,13 +60,17 @@ def plan(trainer: Trainer, method: Method, micro_batch: tuple[int | None, int | 
     return _Memory(trainer, method, parse_bytes(text), stock).plan(micro_batch)
 
 
-class _Memory:
-    """Bytes of every phase of one run, micro-batch by micro-batch."""
+class RunBytes:
+    """What lives at the end of a forward pass, counted for any set of adapters and any micro-batch, in bytes.
 
-    def __init__(self, trainer: Trainer, method: Method, limit: int, stock: bool) -> None:
-        self.trainer, self.method, self.limit, self.stock = trainer, method, limit, stock
+    Args:
+        trainer: its model has all adapters, and nothing was trained.
+        stock: adapters compute by PEFT's own forward.
+    """
+
+    def __init__(self, trainer: Trainer, *, stock: bool = False) -> None:
+        self.trainer, self.stock = trainer, stock
         model: Any = trainer.model
-        args: Any = trainer.args
         on, every = checkpointing_of(trainer)
         self.checkpointing = on and every == 1  # where only some blocks are checkpointed, all are counted in full
         self.name = adapter_name(model)
@@ -74,11 +78,48 @@ class _Memory:
         self.state = [_trained_bytes(pair) for pair in self.pairs]
         own = {id(p) for pair in self.pairs for p in pair}
         rest = [p for p in model.parameters() if id(p) not in own]
+        # Weights, and what trains whichever adapters live: heads, with gradients and moments.
         self.fixed = _bytes([*rest, *model.buffers()])
         self.fixed += sum(_trained_bytes([p]) - _bytes([p]) for p in rest if p.requires_grad)
+        args = trainer.args
         self.effective = args.per_device_train_batch_size * args.gradient_accumulation_steps
         self.rows = _widest_rows(trainer.train_dataset, self.effective)
         self._traces: dict[int, ActivationTrace] = {}
+
+    def trace(self, size: int) -> ActivationTrace:
+        """Of a micro-batch of `size` of the longest rows."""
+        if size not in self._traces:
+            trainer: Any = self.trainer
+            trainer.model.train()
+            collate = trainer._get_collator_with_removed_columns(trainer.data_collator)
+            # The longest rows, and last the shortest: a batch with padding keeps its mask, one without has none.
+            rows = [self.rows[i % len(self.rows)] for i in range(size - 1)]
+            inputs = trainer._prepare_inputs(collate([*rows, self.rows[-1]] if rows else [self.rows[0]]))
+            with isolated_rng():
+                self._traces[size] = trace(
+                    trainer.model, lambda: loss_of(trainer, inputs), name=self.name, stock=self.stock
+                )
+        return self._traces[size]
+
+    def kept(self, live: Iterable[int], size: int, *, inputs: bool = False, checkpointing: bool | None = None) -> int:
+        """What autograd keeps, and under checkpointing what the largest block computes anew."""
+        checkpointing = self.checkpointing if checkpointing is None else checkpointing
+        live, traced = list(live), self.trace(size)
+        kept = traced.kept(live, checkpointing=checkpointing, inputs=inputs and checkpointing)
+        return kept + (traced.recomputed(live) if checkpointing else 0)
+
+    def total(self, live: Iterable[int], size: int) -> int:
+        """Weights, adapters, gradients, AdamW's moments, and what is kept for backward."""
+        live = list(live)
+        return self.fixed + sum(self.state[i] for i in live) + self.kept(live, size)
+
+
+class _Memory(RunBytes):
+    """A run's plan within a limit."""
+
+    def __init__(self, trainer: Trainer, method: Method, limit: int, stock: bool) -> None:
+        super().__init__(trainer, stock=stock)
+        self.method, self.limit = method, limit
 
     def plan(self, wanted: tuple[int | None, int | None]) -> Plan:
         per_device = self.trainer.args.per_device_train_batch_size
@@ -105,11 +146,8 @@ class _Memory:
 
     def warmup(self, size: int, checkpointing: bool | None = None) -> int:
         """Bytes with all adapters alive: also the gates with their gradient, and copies that the method holds."""
-        checkpointing = self.checkpointing if checkpointing is None else checkpointing
-        traced = self.trace(size)
-        kept = traced.kept(traced.every, checkpointing=checkpointing, inputs=checkpointing)
-        kept += traced.recomputed(traced.every) if checkpointing else 0
         copies = getattr(self.method, "copies", 0) * sum(_bytes(pair) for pair in self.pairs)
+        kept = self.kept(range(len(self.pairs)), size, inputs=True, checkpointing=checkpointing)
         return self.fixed + sum(self.state) + copies + kept + 8 * len(self.pairs)
 
     def costs(self, size: int) -> PlacementCosts:
@@ -117,20 +155,6 @@ class _Memory:
         traced = self.trace(size)
         costs = placement_costs(traced, self.state, base=self.fixed, checkpointing=self.checkpointing)
         return reserved(costs, [sum(p.numel() for p in pair) for pair in self.pairs]) if self.method.grows else costs
-
-    def trace(self, size: int) -> ActivationTrace:
-        if size not in self._traces:
-            trainer: Any = self.trainer
-            trainer.model.train()
-            collate = trainer._get_collator_with_removed_columns(trainer.data_collator)
-            # The longest rows, and last the shortest: a batch with padding keeps its mask, one without has none.
-            rows = [self.rows[i % len(self.rows)] for i in range(size - 1)]
-            inputs = trainer._prepare_inputs(collate([*rows, self.rows[-1]] if rows else [self.rows[0]]))
-            with isolated_rng():
-                self._traces[size] = trace(
-                    trainer.model, lambda: loss_of(trainer, inputs), name=self.name, stock=self.stock
-                )
-        return self._traces[size]
 
     def _sizes(self, most: int) -> list[int]:
         return [size for size in range(min(most, self.effective), 0, -1) if self.effective % size == 0]
