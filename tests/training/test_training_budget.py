@@ -23,6 +23,9 @@ LAYERS, BATCH, STEPS = 4, 8, 8
 RAGGED = [5, 8, 3, 8, 6, 7, 4, 8]
 
 
+SLOW = [("bert", WeightLoRAPlus), ("bart", WeightLoRA), ("bart", WeightLoRAPlus)]
+
+
 def ragged() -> list[dict[str, Any]]:
     """Rows of different lengths: the first batch is not the largest one."""
     generator = torch.Generator().manual_seed(0)
@@ -92,8 +95,10 @@ def spent(result: FitResult, ledger: Ledger) -> tuple[int, int]:
     return ledger.held[seam] + kept[0], max(ledger.held[step] for step in ledger.held if step > seam) + kept[1]
 
 
-@pytest.mark.parametrize("family", ["bert", "bart"])
-@pytest.mark.parametrize("method", [WeightLoRA, WeightLoRAPlus])
+@pytest.mark.parametrize(
+    ("family", "method"),
+    [("bert", WeightLoRA), *(pytest.param(f, m, marks=pytest.mark.slow) for f, m in SLOW)],
+)
 def test_both_phases_stay_within_the_budget(family: str, method: Any, tmp_path: Path) -> None:
     most, least = whole(family)
     seen = []
@@ -167,7 +172,8 @@ def test_a_step_after_the_seam_takes_its_share_of_operations(share: str, method:
     assert placement is not None
     assert last <= placement["total"] <= placement["budget"]
     if method is WeightLoRA:
-        assert last >= 0.97 * placement["total"]
+        # In a model of width 16 what is counted too much (the lowest adapter's gradient to its input) is not little.
+        assert last >= 0.94 * placement["total"]
     assert "operations a step" in result.selection.why
 
 
@@ -176,7 +182,7 @@ def test_a_share_of_time_that_cannot_be_met_is_refused(tmp_path: Path) -> None:
         fit(trainer(tmp_path, lora(layers=LAYERS)), WeightLoRA(step_time="0.1x", warmup_steps=4))
 
 
-@pytest.mark.parametrize("stop", [2, 4, 6])
+@pytest.mark.parametrize("stop", [2, pytest.param(4, marks=pytest.mark.slow), 6])
 def test_a_killed_run_goes_on_to_the_same_end(stop: int, tmp_path: Path) -> None:
     most, least = whole()
     method = WeightLoRA(memory=(most + least) // 2, warmup_steps=4)

@@ -44,15 +44,20 @@ def memory_plot(data: Mapping[str, Any], path: str | os.PathLike[str]) -> Path:
                 _draw(panel, data, order)
             top = max([r["total_bytes"] for r in data["records"]] + [data["limit_bytes"] or 0])
             words = f"{data['task']}, {data['model']}, micro-batch {data['micro_batch']} x {data['length']} tokens"
-        except (KeyError, TypeError) as error:
+        except (KeyError, TypeError, ValueError) as error:
             raise ConfigError(f"this is not the JSON of `weightlora memory`, or it is damaged: {error!r}") from None
         panels[0].set_ylim(0, top / unit(data)[0] * 1.08)
         panels[0].set_ylabel(f"memory of a run ({unit(data)[1]})", fontsize=FONT)
         handles, names = panels[0].get_legend_handles_labels()
         figure.suptitle(words, fontsize=FONT)
-        figure.supxlabel("connected adapters K", fontsize=FONT, y=0.235)
-        figure.legend(handles, names, loc="lower center", ncols=3, fontsize=FONT - 2, frameon=False)
-        figure.subplots_adjust(left=0.12, right=0.98, top=0.82, bottom=0.36, wspace=0.08)
+        figure.supxlabel("connected adapters K", fontsize=FONT, y=0.17)
+        # Filled column by column: one for each rank, and one for the device.
+        columns = min(4, (len(names) + 1) // 2)
+        figure.legend(
+            handles, names, loc="lower center", ncols=columns, fontsize=FONT - 1, frameon=False, borderaxespad=0.2,
+            columnspacing=1.2, handlelength=1.8, handletextpad=0.5,
+        )  # fmt: skip
+        figure.subplots_adjust(left=0.12, right=0.98, top=0.84, bottom=0.3, wspace=0.08)
         figure.savefig(stream, format="png", metadata={"Software": None})
     with new_file(Path(path)) as temporary:
         temporary.write_bytes(stream.getvalue())
@@ -74,10 +79,10 @@ def _draw(axes: Axes, data: Mapping[str, Any], order: str) -> None:
             axes.plot(
                 [r["k"] for r in line], [r["total_bytes"] / scale for r in line], look, marker=".", markersize=5,
                 linewidth=1.6, color=COLOURS[number % len(COLOURS)],
-                label=f"{'PEFT' if who == 'stock' else 'WeightLoRA'}, r = {rank}",
+                label=f"{'PEFT' if who == 'stock' else 'ours'}, r = {rank}",
             )  # fmt: skip
     if data["limit_bytes"]:
-        axes.axhline(data["limit_bytes"] / scale, color=LIMIT, linestyle=(0, (6, 2)), linewidth=1.4, label="the device")
+        axes.axhline(data["limit_bytes"] / scale, color=LIMIT, linestyle=(0, (6, 2)), linewidth=1.4, label="device")
     axes.set_title(TITLES[order], fontsize=FONT, loc="left", pad=4)
     axes.tick_params(labelsize=FONT - 1, length=3, color="#888888")
     axes.locator_params(axis="x", integer=True, nbins=6)
