@@ -29,5 +29,13 @@ class ConfigError(WeightLoRAError):
     """A setting has a value that is not allowed."""
 
 
+class BudgetError(WeightLoRAError):
+    """Nothing fits into what a run may cost. ``smallest`` is the least that would do, in the budget's unit."""
+
+    def __init__(self, message: str, *, smallest: int) -> None:
+        super().__init__(message)
+        self.smallest = smallest
+
+
 class PlanError(WeightLoRAError):
     """What was asked for does not fit into the memory given; the message names the nearest thing that does."""

@@ -22,7 +22,9 @@ from tests.runs.commands import TINY, read, weightlora
 from weightlora import __version__
 
 HEAVY = ("torch", "transformers", "peft", "datasets", "numpy", "matplotlib", "sklearn")
-COMMANDS = ("train", "resume", "select", "compare", "sweep", "reproduce", "plan", "export", "report")
+COMMANDS = (
+    *("train", "resume", "select", "compare", "sweep", "reproduce", "probe", "memory", "plan", "export", "report"),
+)
 
 
 def python(*words: object) -> subprocess.CompletedProcess[str]:

@@ -11,7 +11,8 @@ from peft import PeftModel
 from tests.builders import FAMILIES, adapter_state, base, batch, batches, logits, lora, max_difference, warm
 from torch import Tensor, nn
 
-from weightlora.graft import Gates
+from weightlora.core import gate_gradient
+from weightlora.graft import Gates, scalar_products
 from weightlora.ops import ENGINES
 
 VALUES = [0.0, 1.0, 0.5, -1.5, 0.0, 2.0]
@@ -50,6 +51,27 @@ def central_differences(model: nn.Module, gates: Gates, inputs: list[dict[str, T
         slopes[index] = (sides[0] - sides[1]) / (2 * step)
     gates.set(start)
     return slopes
+
+
+@pytest.mark.parametrize("values", [None, VALUES])
+def test_scalar_products_are_those_of_the_dense_gradients(values: list[float] | None) -> None:
+    """Without gates, and under gates of 0, of 1 and of others."""
+    model = exact("bert")
+    layers = [m for m in model.modules() if hasattr(m, "lora_A")]
+    if values is not None:
+        values = (values * len(layers))[: len(layers)]
+        gated(model, values=values)
+    weights = [layer.get_base_layer().weight.requires_grad_() for layer in layers]
+    for inputs in batches(2):
+        model(**inputs).loss.backward()
+    dense = [
+        gate_gradient(
+            layer.lora_A["default"].weight, layer.lora_B["default"].weight, weight.grad, layer.scaling["default"]
+        )
+        for layer, weight in zip(layers, weights, strict=True)
+    ]
+    assert scalar_products(model).tolist() == pytest.approx([float(product) for product in dense], rel=1e-9)
+    assert all(abs(float(product)) > 1e-9 for product in dense)
 
 
 @engines

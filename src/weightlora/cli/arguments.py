@@ -73,6 +73,14 @@ MODEL_FLAGS: tuple[tuple[str, dict[str, Any]], ...] = (
 METHOD_FLAGS: tuple[tuple[str, dict[str, Any]], ...] = (
     ("--k", {"metavar": "K", "help": "adapters to keep: a count, or a share such as 0.25 (default: 0.25)"}),
     (
+        "--memory",
+        {"metavar": "SIZE", "help": "instead of K: bytes that the whole run may take, such as 12GiB (weightlora)"},
+    ),
+    (
+        "--step-time",
+        {"metavar": "SHARE", "help": "instead of K: operations of a step after T, such as 0.6x of one before"},
+    ),
+    (
         "--warmup-steps",
         {"metavar": "T", "help": "steps before the rest is disconnected, or a share of the run (default: 0.15)"},
     ),

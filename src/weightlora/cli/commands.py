@@ -115,6 +115,40 @@ def compare(parsed: argparse.Namespace, rest: list[str], parser: argparse.Argume
     return 0 if all(record.status == "ok" for record in records) else 1
 
 
+def probe(parsed: argparse.Namespace, rest: list[str], parser: argparse.ArgumentParser) -> int:
+    from weightlora.report.probe_plot import Probe, probe_plot
+    from weightlora.runs import probe as probing
+
+    run = arguments.run_config(parsed, rest, parser, getattr(parsed, "method", "weightlora"))
+    own = {name: getattr(parsed, name) for name in ("mode", "gradient_rows") if name in parsed}
+    seeds = tuple(arguments.whole(text, "seeds") for text in getattr(parsed, "seeds", "0,1,2").split(","))
+    folder = Path(parsed.out)
+    config = probing.ProbeConfig(run=run, seeds=seeds, **own)
+    data = probing.probe(config, folder, overwrite=parsed.overwrite, argv=_argv(), say=_say)
+    _write_json(parsed.json, json.dumps(data, indent=1))
+    probe_plot(Probe.from_dict(data), folder / probing.PICTURE)
+    if parsed.json != "-":
+        print(f"products: {folder / probing.PROBE}\npicture: {folder / probing.PICTURE}")
+    return 0
+
+
+def memory(parsed: argparse.Namespace, rest: list[str], parser: argparse.ArgumentParser) -> int:
+    from weightlora.report.memory_plot import memory_plot
+    from weightlora.runs import figure3
+
+    own: dict[str, Any] = {name: getattr(parsed, name) for name in ("points", "limit") if name in parsed}
+    if "ranks" in parsed:
+        own["ranks"] = tuple(arguments.whole(text, "ranks") for text in parsed.ranks.split(","))
+    run = arguments.run_config(parsed, rest, parser, "weightlora")
+    folder = Path(parsed.out)
+    data = figure3.memory_curve(figure3.CurveConfig(run=run, **own), folder, argv=_argv(), say=_say)
+    _write_json(parsed.json, json.dumps(data, indent=1))
+    memory_plot(data, folder / figure3.PICTURE)
+    if parsed.json != "-":
+        print(f"bytes: {folder / figure3.CURVE}\npicture: {folder / figure3.PICTURE}")
+    return 0
+
+
 def plan(parsed: argparse.Namespace, rest: list[str], parser: argparse.ArgumentParser) -> int:
     from weightlora.runs.calibrate import calibrate
     from weightlora.runs.memory import format_size, parse_size

@@ -45,6 +45,16 @@ COMMANDS: dict[str, tuple[Command, bool, str, str, str]] = {
         "EXPERIMENT [--scale small] [FLAGS]",
         "weightlora reproduce table1 --task cola --methods lora,weightlora --scale small --data-dir DATA",
     ),
+    "probe": (
+        commands.probe, True, "the paper's Figure 2: how much each adapter would still change the loss, by layer",
+        "[RECIPE.yaml] [FLAGS]",
+        "weightlora probe --task sst2 --data-dir DATA --seeds 0,1,2 --k 9 --max-steps 400 --out probe",
+    ),
+    "memory": (
+        commands.memory, True, "the paper's Figure 3: a run's memory against the number of connected adapters",
+        "[RECIPE.yaml] [FLAGS]",
+        "weightlora memory --task sst2 --data-dir DATA --model deberta-v3-base-shape --limit 16GiB --out memory",
+    ),
     "plan": (
         commands.plan, False, "say what a run would take, and what fits into a memory", "[--memory SIZE] [FLAGS]",
         "weightlora plan --model llama-3-8b --length 2048 --memory 40GiB --checkpointing\n"
@@ -105,7 +115,8 @@ def _how_to_go_on(command: str, parsed: argparse.Namespace) -> str:
     if command in ("train", "resume"):
         run = parsed.out if command == "train" else parsed.run
         return f"; `weightlora resume {run}` goes on from the last checkpoint"
-    return "; the same command again goes on where it was" if command in ("compare", "sweep", "reproduce") else ""
+    again = command in ("compare", "sweep", "reproduce", "probe")
+    return "; the same command again goes on where it was" if again else ""
 
 
 METHOD_HELP = (
@@ -149,13 +160,13 @@ def build_parser() -> tuple[argparse.ArgumentParser, dict[str, tuple[argparse.Ar
         else:
             sub.add_argument("run", metavar="RUN", help="a run directory")
         sub.add_argument("--json", metavar="FILE", help="write the result for a machine, too (- for standard output)")
-    for name in ("train", "select"):
+    for name in ("train", "select", "probe"):
         table[name][0].add_argument("--method", default=argparse.SUPPRESS, help=METHOD_HELP)
-    for name in ("train", "select", "compare", "sweep"):
+    for name in ("train", "select", "compare", "sweep", "probe", "memory"):
         table[name][0].add_argument("--out", metavar="DIR", default=f"runs/{name}", help=f"default: runs/{name}")
     table["export"][0].add_argument("--out", metavar="DIR", help="default: RUN/PROFILE")
     table["report"][0].add_argument("--out", metavar="FILE", default="report.html", help="default: report.html")
-    for name in ("train", "select", "export"):
+    for name in ("train", "select", "export", "probe"):
         table[name][0].add_argument("--overwrite", action="store_true", help="replace what is in --out")
     _add_compare_flags(table["compare"][0])
     for name in ("sweep", "reproduce"):
@@ -170,6 +181,11 @@ def build_parser() -> tuple[argparse.ArgumentParser, dict[str, tuple[argparse.Ar
     table["reproduce"][0].add_argument(
         "--scale", default="full", choices=("full", "small"), help="small: a small model, few steps and rows"
     )
+    _add_probe_flags(table["probe"][0])
+    curve = functools.partial(table["memory"][0].add_argument, default=argparse.SUPPRESS)
+    curve("--ranks", help="comma-separated, a pair of curves each (default: 1,8,64)")
+    curve("--points", type=int, metavar="N", help="numbers of adapters from none to all (default: 10)")
+    curve("--limit", metavar="SIZE", help="the device's memory, such as 16GiB: a line in the picture")
     table["export"][0].add_argument(
         "--profile",
         default="native",
@@ -189,6 +205,17 @@ def _add_compare_flags(sub: argparse.ArgumentParser) -> None:
         help="choose each method's learning rate on a held-out tenth of the training rows, from these multiples of its"
         " default (such as 0.3,1,3)",
     )
+
+
+def _add_probe_flags(sub: argparse.ArgumentParser) -> None:
+    flag = functools.partial(sub.add_argument, default=argparse.SUPPRESS)
+    flag(
+        "--mode",
+        choices=("cheap", "paper"),
+        help="cheap (default): all adapters in one run; paper: one adapter at a time, n runs of T steps for each seed",
+    )
+    flag("--seeds", help="comma-separated (default: 0,1,2)")
+    flag("--gradient-rows", type=int, metavar="N", help="training rows that the gradient is taken over (default: 512)")
 
 
 def _quiet_libraries() -> None:

@@ -20,9 +20,11 @@ from weightlora.core.gates import Shape, gate_step, gradual_k
 from weightlora.core.growth import Grown, Growth, Noise, grow
 from weightlora.core.importance import coverage, credit, gate_gradient, one_shot
 from weightlora.core.merging import svd_merge
+from weightlora.core.placement import Placement, PlacementCosts, place
 from weightlora.core.prefix import smallest_prefix
 from weightlora.core.projection import Rule, support, top_k
 from weightlora.core.rounds import hand_out, one_round
+from weightlora.core.sizes import format_bytes, parse_bytes, parse_share
 from weightlora.core.triplets import (
     above_smallest,
     cubic_budget,
@@ -35,6 +37,8 @@ __all__ = [
     "Grown",
     "Growth",
     "Noise",
+    "Placement",
+    "PlacementCosts",
     "Remainder",
     "Rule",
     "Shape",
@@ -45,6 +49,7 @@ __all__ = [
     "coverage",
     "credit",
     "cubic_budget",
+    "format_bytes",
     "gate_gradient",
     "gate_step",
     "gradual_k",
@@ -58,7 +63,10 @@ __all__ = [
     "one_round",
     "one_shot",
     "orthogonality",
+    "parse_bytes",
     "parse_params",
+    "parse_share",
+    "place",
     "rank_for_params",
     "resolve_k",
     "rising_cuts",

@@ -15,8 +15,8 @@ from weightlora.graft.architectures import Blocks, Nest, Offset, Vectors
 from weightlora.graft.depth import end_backward_at_lowest
 from weightlora.graft.fast import PATHS, PathName, check_path, fast_path, stock_path
 from weightlora.graft.forms import Form, Formed, RankGates
-from weightlora.graft.gates import Gates
-from weightlora.graft.levels import PlacementCosts, placement_costs
+from weightlora.graft.gates import Gates, scalar_products
+from weightlora.graft.levels import placement_costs
 from weightlora.graft.manifest import MANIFEST, STATE, Manifest
 from weightlora.graft.optimizer import Change, adopt, forget, remap
 from weightlora.graft.selection import Choice, Selection, select
@@ -41,7 +41,6 @@ __all__ = [
     "Nest",
     "Offset",
     "PathName",
-    "PlacementCosts",
     "ProductWatch",
     "RankGates",
     "Selection",
@@ -72,6 +71,7 @@ __all__ = [
     "resize",
     "restart",
     "save_own_format",
+    "scalar_products",
     "select",
     "stock_path",
     "tie",

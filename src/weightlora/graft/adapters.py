@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -157,6 +158,20 @@ def _check_supported(path: str, layer: LoraLayer, name: str) -> None:
     base = layer.get_base_layer()
     if not isinstance(base, nn.Linear) and not hasattr(base, "in_features"):
         raise AdapterError(f"{path} is a {type(base).__name__}; only linear layers can be gated, target those")
+
+
+@contextlib.contextmanager
+def switched_off(model: nn.Module, name: str) -> Iterator[None]:
+    """Inside, the layers of adapter `name` compute their base alone; nothing else changes, heads included."""
+    layers: list[Any] = [layer for _, layer in lora_layers(model, name)]
+    before = [layer._disable_adapters for layer in layers]
+    for layer in layers:
+        layer._disable_adapters = True
+    try:
+        yield
+    finally:
+        for layer, off in zip(layers, before, strict=True):
+            layer._disable_adapters = off
 
 
 def factors(layer: LoraLayer, name: str) -> tuple[nn.Parameter, nn.Parameter]:

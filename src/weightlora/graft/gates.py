@@ -112,3 +112,33 @@ class Gates:
         for layer in self._layers:
             layer.lora_variant.pop(self.name, None)
             layer.cast_input_dtype_enabled = True
+
+
+def scalar_products(model: nn.Module, name: str = "default") -> Tensor:
+    """``<dL/dW_i, s B_i A_i>`` of every adapter, from gradients that a backward pass has just left.
+
+    With G = dL/dW the gradient of B is ``s G A^T``, so ``<dL/dB, B> = <G, s B A>`` and G itself is never formed. Where
+    gates train it is the gate's own gradient, which exists at a gate of 0 too.
+
+    Returns:
+        ``(n,)`` float64 in module order, on the CPU; 0 where no gradient arrived.
+
+    Source: paper, section 3.1: the scalar products of Figure 2.
+
+    >>> from peft import LoraConfig, get_peft_model
+    >>> model = get_peft_model(torch.nn.Sequential(torch.nn.Linear(4, 3)), LoraConfig(r=2, target_modules=["0"]))
+    >>> model(torch.ones(1, 4)).sum().backward()
+    >>> scalar_products(model)  # B is zero at the start
+    tensor([0.], dtype=torch.float64)
+    """
+    found = []
+    layers: list[Any] = [layer for _, layer in lora_layers(model, name)]
+    for layer in layers:
+        variant, B = layer.lora_variant.get(name), factors(layer, name)[1]
+        if isinstance(variant, OmegaVariant) and variant.gates.omega.requires_grad:
+            grad = variant.gates.omega.grad
+            product = torch.zeros(()) if grad is None else grad[variant.index]
+        else:
+            product = torch.zeros(()) if B.grad is None else (B.grad * B.detach()).sum()
+        found.append(product.double().cpu())
+    return torch.stack(found)

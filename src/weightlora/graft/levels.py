@@ -4,28 +4,10 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from typing import NamedTuple
+from itertools import accumulate
 
+from weightlora.core import PlacementCosts
 from weightlora.graft.activations import ActivationTrace
-
-
-class PlacementCosts(NamedTuple):
-    """What an exact search over placements needs; bytes, n adapters, in module order.
-
-    A set of live adapters costs at most ``floor[min depth] + sum of own + sum of group_bytes over its groups``.
-
-    - ``depth``: (n,) level of each adapter in order of execution, 0 = lowest; adapters on one input share a level;
-    - ``own``: (n,) what an adapter adds once its input is kept;
-    - ``group``: (n,) index of the shared input;
-    - ``group_bytes``: (groups,) of keeping that input, 0 where the base keeps it anyway;
-    - ``floor``: (levels,) of the run when backward ends at that level.
-    """
-
-    depth: tuple[int, ...]
-    own: tuple[int, ...]
-    group: tuple[int, ...]
-    group_bytes: tuple[int, ...]
-    floor: tuple[int, ...]
 
 
 def placement_costs(
@@ -67,7 +49,7 @@ def placement_costs(
             base + trace.kept(live, ranks=ranks, checkpointing=True) + trace.recomputed(live, ranks=ranks)
             for live in above
         )
-        return PlacementCosts(depth, tuple(own), group, (0,) * (len(inputs) + 1), floor)
+        return _costs(depth, own, group, (0,) * (len(inputs) + 1), floor)
 
     users = Counter(storage for mine in pieces for storage in mine)
     for i, mine in enumerate(pieces):
@@ -88,7 +70,20 @@ def placement_costs(
         for level, live in zip(levels, above, strict=True)
     )
     sizes = (*(0 if m in free else trace.storages[m].size for m in inputs), 0)
-    return PlacementCosts(depth, tuple(own), group, sizes, floor)
+    return _costs(depth, own, group, sizes, floor)
+
+
+def _costs(
+    depth: tuple[int, ...],
+    own: Sequence[int],
+    group: tuple[int, ...],
+    sizes: tuple[int, ...],
+    floor: Sequence[int],
+) -> PlacementCosts:
+    # Where levels run side by side (an encoder's and a decoder's) a higher one may keep more: then each below it counts
+    # as if it kept as much, which is never too little.
+    falling = tuple(accumulate(reversed(floor), max))[::-1]
+    return PlacementCosts(depth=depth, own=tuple(own), group=group, group_bytes=sizes, floor=falling)
 
 
 def _levels(

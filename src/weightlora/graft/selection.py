@@ -40,7 +40,8 @@ class Selection:
     """What a method decided, in module order.
 
     ``choices`` lists all n adapters; :attr:`kept` the survivors. ``step`` is the optimizer step of the seam (0: before
-    training; None: only at the end). ``why`` is one sentence for people.
+    training; None: only at the end). ``why`` is one sentence for people. ``placement``: where a budget decided, what it
+    was and what the survivors cost (None: a count decided).
 
     >>> s = Selection(method="random", preset="recommended", step=0, why="drawn at random", choices=(
     ...     Choice(name="a", kept=True, omega=1.0, score=None, rank=4, scale=2.0),
@@ -58,6 +59,7 @@ class Selection:
     step: int | None
     why: str
     choices: tuple[Choice, ...]
+    placement: dict[str, Any] | None = None
     schema_version: int = SCHEMA_VERSION
 
     @property
@@ -159,7 +161,8 @@ class Selection:
                 Choice(**{f.name: c[f.name] for f in fields(Choice) if f.name != "tied"}, tied=c.get("tied"))
                 for c in data["choices"]
             )
-            selection = cls(**{**{f.name: data[f.name] for f in fields(cls)}, "choices": choices})
+            values = {f.name: data[f.name] for f in fields(cls) if f.name != "placement"}
+            selection = cls(**{**values, "choices": choices, "placement": data.get("placement")})
         except (KeyError, TypeError) as error:
             raise CheckpointError(f"the selection is damaged: {error}; select again or use a backup") from None
         for choice in choices:

@@ -8,7 +8,7 @@ from typing import Any
 from weightlora.errors import ConfigError
 from weightlora.methods.adalora import AdaLoRA
 from weightlora.methods.alora import ALoRA
-from weightlora.methods.base import Fresh, GrowthPlan, HeldOut, Method, Policy, StepView
+from weightlora.methods.base import Budget, Fresh, GrowthPlan, HeldOut, Method, Policy, Room, StepView
 from weightlora.methods.baselines import Full, Gradient, LoRA, Random, Top
 from weightlora.methods.dynamic_lora import DynamicLoRA
 from weightlora.methods.flexlora import FlexLoRA
@@ -71,6 +71,7 @@ __all__ = [
     "METHODS",
     "ALoRA",
     "AdaLoRA",
+    "Budget",
     "DoRA",
     "DynamicLoRA",
     "FlexLoRA",
@@ -89,6 +90,7 @@ __all__ = [
     "NoRA",
     "Policy",
     "Random",
+    "Room",
     "StepView",
     "TiedLoRA",
     "Top",

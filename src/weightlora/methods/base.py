@@ -10,7 +10,7 @@ from typing import Any, ClassVar, Literal, Protocol
 import torch
 from torch import Tensor
 
-from weightlora.core import k_for_params, rank_for_params, resolve_k, total_params
+from weightlora.core import PlacementCosts, k_for_params, rank_for_params, resolve_k, total_params
 from weightlora.errors import ConfigError, ScheduleError
 from weightlora.graft import Adapter, Form, Gates, RankGates, Selection, select
 
@@ -63,6 +63,25 @@ class StepView:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Room:
+    """What placements cost and may cost at one micro-batch (None: the same at any)."""
+
+    costs: PlacementCosts
+    budget: int
+    micro_batch: int | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Budget:
+    """What the survivors may cost: ``rooms`` from the wanted micro-batch down. ``kind``: of what; ``facts``: more that
+    belongs into the selection's record."""
+
+    kind: Literal["memory", "step_time"]
+    rooms: tuple[Room, ...]
+    facts: Mapping[str, int | float]
+
+
+@dataclass(frozen=True, kw_only=True)
 class GrowthPlan:
     """How the survivors grow at the seam: new ranks by module name, and arguments of :func:`weightlora.core.grow`."""
 
@@ -91,7 +110,7 @@ class Policy(ABC):
     asked once, at the end). ``gated`` says whether the run needs the omega vector, ``watches`` whether it needs
     ``StepView.products`` (False after some step: no more). ``restart``: after the seam the survivors train from LoRA's
     initial values again, drawn from this generator. ``held_out``: the batches that the method asked for, there from
-    :meth:`prepare` on.
+    :meth:`prepare` on. ``budget``: what survivors may cost, for a method that asked (:attr:`Method.limit`).
     """
 
     seam: int | None = None
@@ -100,6 +119,7 @@ class Policy(ABC):
     watches: bool = False
     restart: torch.Generator | None = None
     held_out: HeldOut | None = None
+    budget: Budget | None = None
 
     def __init__(self, adapters: tuple[Adapter, ...]) -> None:
         self.adapters = adapters
@@ -184,6 +204,7 @@ class Method(ABC):
     # "lora": a policy over plain LoRA adapters. "peft": a tuner of PEFT's own, trained as it is. "full": no adapters.
     trains: ClassVar[Literal["lora", "peft", "full"]] = "lora"
     chooses_k: ClassVar[bool] = False  # how many adapters survive is an outcome, and differs from run to run
+    grows: ClassVar[bool] = False  # survivors take over the parameters of all n
     kind: ClassVar[str] = "LORA"  # of the model's PEFT adapters
     rates: ClassVar[Mapping[str, float]] = {}  # learning rates over the run's, by a part of the parameter's name
     in_shares: ClassVar[tuple[str, ...]] = ("warmup_steps",)  # settings that may be shares of the run
@@ -218,6 +239,11 @@ class Method(ABC):
     def held_out_batches(self) -> int:
         """How many batches of training rows must be set aside for the method to look at."""
         return 0
+
+    @property
+    def limit(self) -> tuple[Literal["memory", "step_time"], str | int] | None:
+        """What the survivors' cost must stay within, as the user wrote it: needs :attr:`Policy.budget`."""
+        return None
 
     def peft_config(self, lora: Any, shapes: Sequence[tuple[int, int]]) -> Any:
         """The PEFT configuration to build the model with, given the ``LoraConfig`` that plain LoRA would use and the

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Literal, get_args
 
 import torch
@@ -18,20 +18,26 @@ from weightlora.core import (
     Shape,
     coverage,
     credit,
+    format_bytes,
     gate_step,
     gradual_k,
     grown_ranks,
+    parse_bytes,
+    parse_share,
+    place,
     rank_for_params,
     support,
     total_params,
 )
-from weightlora.errors import ConfigError, ScheduleError
+from weightlora.errors import BudgetError, ConfigError, ScheduleError
 from weightlora.graft import Adapter, Selection
 from weightlora.methods.base import (
+    Budget,
     Factors,
     GrowthPlan,
     Method,
     Policy,
+    Room,
     StepView,
     check_choice,
     check_k,
@@ -51,7 +57,10 @@ class WeightLoRA(Method):
     ``min over omega, A, B of L(W_i + s omega_i B_i A_i)  subject to  ||omega||_0 <= K``
 
     Args:
-        k: how many adapters live: a count (1..n) or a share of n (0.25).
+        k: how many adapters live: a count (1..n) or a share of n (0.25). None: a budget decides; without one 0.25.
+        memory: instead of k, bytes that the whole run may take ("12GiB"): those survive whose importance is the highest
+            in total among all sets that fit. Gates are not projected on the way. Ours, a departure from the paper.
+        step_time: instead of k, operations of a step after T as a share of one with all adapters ("0.6x"). Likewise.
         warmup_steps: T in optimizer steps, or a share of the run below 1. None (``official``): gates learn to the end
             and nothing is disconnected before the adapter is saved.
         score: what is ranked at T. "omega": the gate (paper). "credit": the first-order loss decrease that an
@@ -81,7 +90,9 @@ class WeightLoRA(Method):
     name: ClassVar[str] = "weightlora"
     presets: ClassVar[Mapping[str, Mapping[str, Any]]] = WEIGHTLORA
 
-    k: int | float = 0.25
+    k: int | float | None = None
+    memory: str | int | None = None
+    step_time: str | None = None
     warmup_steps: int | float | None = 0.15
     score: Score = "credit"
     gate_lr: float = 0.0
@@ -104,9 +115,36 @@ class WeightLoRA(Method):
             raise ConfigError(
                 f"project_every={self.project_every} is not allowed; use 1 or more, or None for only at T"
             )
-        check_k_value(self.k)
+        given = [name for name in ("k", "memory", "step_time") if getattr(self, name) is not None]
+        if len(given) > 1:
+            raise ConfigError(f"{given[0]} and {given[1]} both say how many adapters live; give one of them")
+        if not given:
+            object.__setattr__(self, "k", 0.25)
+        if self.k is not None:
+            check_k_value(self.k)
+        if self.memory is not None:
+            parse_bytes(self.memory)
+        if self.step_time is not None:
+            parse_share(self.step_time)
+        if self.limit is not None and self.score == "coverage":
+            raise ConfigError("score='coverage' is no sum over adapters, as a budget needs; use credit or omega")
+        if self.limit is not None and self.warmup_steps is None:
+            raise ConfigError(f"{given[0]} limits what runs after the seam, which needs warmup_steps; give some")
+
+    @property
+    def limit(self) -> tuple[Literal["memory", "step_time"], str | int] | None:
+        if self.memory is not None:
+            return "memory", self.memory
+        return None if self.step_time is None else ("step_time", self.step_time)
+
+    @property
+    def copies(self) -> int:
+        """Copies of all adapters that a step of warm-up holds: credit compares them before and after it."""
+        return 0 if self.score == "omega" else 1
 
     def within(self, params: int, shapes: Sequence[tuple[int, int]], rank: int) -> tuple[Any, int]:
+        if self.limit is not None:
+            raise ConfigError(f"params and {self.limit[0]} both say how many adapters live; give one of them")
         return with_k(self, params, shapes, rank)
 
     def begin(self, adapters: tuple[Adapter, ...], max_steps: int) -> WeightLoRAPolicy:
@@ -132,6 +170,7 @@ class WeightLoRAPlus(WeightLoRA):
 
     name: ClassVar[str] = "weightlora+"
     presets: ClassVar[Mapping[str, Mapping[str, Any]]] = WEIGHTLORA_PLUS
+    grows: ClassVar[bool] = True
 
     growth: Growth = "gaussian"
     noise: Noise = "normal"
@@ -164,12 +203,13 @@ class WeightLoRAPolicy(Policy):
     def __init__(self, method: WeightLoRA, adapters: tuple[Adapter, ...], max_steps: int) -> None:
         super().__init__(adapters)
         self.method = method
-        self.k = check_k(method.k, adapters)
+        # Under a budget no count is known before the end of warm-up: nothing is projected on the way there.
+        self.k = len(adapters) if method.k is None else check_k(method.k, adapters)
         self.horizon = max_steps if method.warmup_steps is None else check_warmup(method.warmup_steps, max_steps)
         self.seam = None if method.warmup_steps is None else self.horizon
         self.trains_gates = method.gate_lr > 0
         self.gated = self.trains_gates or method.score == "omega"
-        if method.score == "omega" and not self.trains_gates and self.k < len(adapters):
+        if method.score == "omega" and not self.trains_gates and (method.limit or self.k < len(adapters)):
             raise ScheduleError(
                 "score='omega' ranks gates that learn; set gate_lr (the paper's code uses 5.0), or keep k=n"
             )
@@ -221,6 +261,8 @@ class WeightLoRAPolicy(Policy):
         method, step = self.method, self.seam
         # An adapter whose gate is 0 contributes nothing and cannot be folded: it is no candidate, whatever its score.
         alive = [i for i, omega in enumerate(omegas) if omega != 0]
+        if self.budget is not None and alive:
+            return self._within(self.budget, omegas)
         if method.score == "omega":
             best = support(torch.tensor(omegas, dtype=torch.float64), self.k, method.rule)
             alive = [i for i in best if omegas[i] != 0]
@@ -242,12 +284,49 @@ class WeightLoRAPolicy(Policy):
             why = f"credit in {self.horizon} steps, spread over blocks: the {k} that maximise sum of sqrt per block"
         return method.choose(self.adapters, [alive[i] for i in kept], why, step=step, omegas=omegas, scores=scores)
 
+    def _within(self, budget: Budget, omegas: Sequence[float]) -> Selection:
+        """The most important set that fits, at the largest micro-batch at which any does."""
+        method = self.method
+        what = "omega" if method.score == "omega" else "credit"
+        scores = list(omegas) if what == "omega" else self.credits.tolist()
+        worth = [score if omega != 0 else 0.0 for score, omega in zip(scores, omegas, strict=True)]
+        if max(worth) <= 0:
+            raise ScheduleError(
+                f"no adapter has a positive {what} after {self.horizon} steps, so none is worth its cost;"
+                " lower the learning rate, or raise warmup_steps"
+            )
+        for room in budget.rooms:
+            try:
+                found = place(worth, room.costs, room.budget)
+            except BudgetError:
+                if room is budget.rooms[-1]:
+                    raise
+            else:
+                break
+        lowest = min(found.chosen, key=lambda i: room.costs.depth[i])
+        why = (
+            f"the most {what} in {self.horizon} steps within {_words(budget, room)}:"
+            f" {len(found.chosen)} of {len(worth)} adapters, which use {found.total / room.budget:.1%} of it;"
+            f" backward ends at {self.adapters[lowest].name}"
+        )
+        shown = None if what == "omega" else scores
+        selection = method.choose(self.adapters, found.chosen, why, step=self.seam, omegas=omegas, scores=shown)
+        facts: dict[str, Any] = {"kind": budget.kind, "budget": room.budget, "total": found.total}
+        facts |= {"depth": found.depth, "importance": found.importance, "micro_batch": room.micro_batch}
+        return replace(selection, placement=facts | dict(budget.facts))
+
     def state(self) -> dict[str, Tensor]:
         return {"credits": self.credits.cpu(), "off": torch.tensor(self._off, dtype=torch.int64)}
 
     def load_state(self, state: Mapping[str, Tensor]) -> None:
         self.credits = state["credits"].clone()
         self._off = state["off"].tolist()
+
+
+def _words(budget: Budget, room: Room) -> str:
+    if budget.kind == "memory":
+        return f"{format_bytes(room.budget)} of memory at a micro-batch of {room.micro_batch}"
+    return f"{room.budget:.4g} operations a step"
 
 
 class WeightLoRAPlusPolicy(WeightLoRAPolicy):

@@ -127,6 +127,8 @@ class Record:
         scored_on: the rows behind ``metrics``: ``split`` ("validation", or "train" for training rows that were held
             out, by ``split_seed`` and the share ``holdout`` if one was asked for) and ``rows``. Empty in older records.
         predicted: ``{phase name: {field of Phase: number}}``, from one traced forward before the first step.
+        placement: where a budget decided what lives: its kind, the budget, what the survivors cost, the lowest level
+            they reach, their importance, the micro-batch. Empty where a count decided.
 
     Raises:
         ConfigError: the fields contradict each other.
@@ -159,6 +161,7 @@ class Record:
     budget: dict[str, int] = dataclasses.field(default_factory=dict)
     scored_on: dict[str, str | int | float] = dataclasses.field(default_factory=dict)
     predicted: dict[str, dict[str, int]] = dataclasses.field(default_factory=dict)
+    placement: dict[str, Any] = dataclasses.field(default_factory=dict)
 
     def __post_init__(self) -> None:
         known = self.schema_version == SCHEMA_VERSION

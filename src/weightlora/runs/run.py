@@ -325,13 +325,14 @@ def _last_record(record: Record, parts: Parts, result: FitResult, metrics: dict[
         phases=phases,
         seam_step=result.seam_step,
         why=selection.why if selection else _why_all(parts),
+        placement={} if selection is None else dict(selection.placement or {}),
         predicted={phase: dict(numbers) for phase, numbers in result.predicted.items()},
     )
 
 
 def _fixed_k(parts: Parts, selection: Selection | None, n: int) -> int | None:
     """How many adapters the settings say, or None where that is an outcome or there are none."""
-    if parts.method.chooses_k:
+    if parts.method.chooses_k or parts.method.limit is not None:
         return None
     return (n or None) if selection is None else selection.k
 

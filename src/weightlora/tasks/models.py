@@ -37,6 +37,7 @@ MODELS: Mapping[str, str] = MappingProxyType(
         "bert-tiny-shape": "BERT, 2 layers of width 64, random weights",
         "deberta-v2-small-shape": "DeBERTaV2 (with its convolution), 3 layers of width 64, random weights",
         "deberta-v3-small-shape": "DeBERTaV3, 3 layers of width 64, random weights",
+        "deberta-v3-base-shape": "DeBERTaV3-base, 12 layers of width 768, random weights",
         "bart-small-shape": "BART, 2 + 2 layers of width 64, random weights",
         "llama-small-shape": "Llama with grouped queries, 3 layers of width 64, random weights",
     }

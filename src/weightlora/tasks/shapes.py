@@ -30,16 +30,15 @@ def _bert_tiny(**settings: Any) -> tuple[PreTrainedConfig, list[str]]:
     return config, BERT_INPUTS
 
 
+_SMALL = {"hidden_size": 64, "num_hidden_layers": 3, "num_attention_heads": 4, "intermediate_size": 128}
+
+
 def _deberta(**settings: Any) -> DebertaV2Config:
     """The shape and the relative attention that versions 2 and 3 share."""
     # Read by the model, but not fields of the config class.
     settings |= {"position_buckets": 256, "norm_rel_ebd": "layer_norm", "share_att_key": True}
     return DebertaV2Config(
         vocab_size=VOCABULARY,
-        hidden_size=64,
-        num_hidden_layers=3,
-        num_attention_heads=4,
-        intermediate_size=128,
         relative_attention=True,
         max_relative_positions=-1,
         pos_att_type="p2c|c2p",
@@ -49,7 +48,7 @@ def _deberta(**settings: Any) -> DebertaV2Config:
         pooler_hidden_act="gelu",
         pooler_dropout=0.0,
         pad_token_id=0,
-        **settings,
+        **{**_SMALL, **settings},
     )
 
 
@@ -59,6 +58,11 @@ def _deberta_v2_small(**settings: Any) -> tuple[PreTrainedConfig, list[str]]:
 
 def _deberta_v3_small(**settings: Any) -> tuple[PreTrainedConfig, list[str]]:
     return _deberta(**settings), BERT_INPUTS
+
+
+def _deberta_v3_base(**settings: Any) -> tuple[PreTrainedConfig, list[str]]:
+    sizes = {"hidden_size": 768, "num_hidden_layers": 12, "num_attention_heads": 12, "intermediate_size": 3072}
+    return _deberta(**sizes, **settings), BERT_INPUTS
 
 
 def _bart_small(**settings: Any) -> tuple[PreTrainedConfig, list[str]]:
@@ -109,6 +113,7 @@ SHAPES: Mapping[str, tuple[Shape, tuple[Head, ...]]] = MappingProxyType(
         "bert-tiny-shape": (_bert_tiny, _READERS),
         "deberta-v2-small-shape": (_deberta_v2_small, _READERS),
         "deberta-v3-small-shape": (_deberta_v3_small, _READERS),
+        "deberta-v3-base-shape": (_deberta_v3_base, _READERS),
         "bart-small-shape": (_bart_small, (*_READERS, "seq2seq-lm")),
         "llama-small-shape": (_llama_small, (*_READERS, "causal-lm")),
     }

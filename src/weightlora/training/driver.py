@@ -36,7 +36,7 @@ from weightlora.graft import (
     stock_path,
     tie,
 )
-from weightlora.methods import HeldOut, Method, StepView
+from weightlora.methods import Budget, HeldOut, Method, StepView
 
 log = logging.getLogger("weightlora")
 
@@ -51,6 +51,7 @@ class Driver:
         name: PEFT's adapter name; default: the active one.
         adapter_path: how adapters compute, as :func:`weightlora.fit`.
         held_out: batches that the run does not train on, for a method that looks at some.
+        budget: what survivors may cost, for a method with a limit.
 
     Raises:
         AdapterError, ConfigError, ScheduleError: before anything is changed.
@@ -64,6 +65,7 @@ class Driver:
         name: str | None = None,
         adapter_path: PathName = "auto",
         held_out: HeldOut | None = None,
+        budget: Budget | None = None,
     ) -> None:
         self.model, self.method, self.adapter_path, self.held_out = model, method, adapter_path, held_out
         self.engine = check_path(adapter_path)
@@ -72,9 +74,13 @@ class Driver:
         refuse_tied(self.adapters)
         if method.held_out_batches and held_out is None:
             raise ScheduleError(f"{method.name} looks at rows that it does not train on; give them as held_out=")
+        if method.limit is not None and budget is None:
+            raise ScheduleError(
+                f"{method.limit[0]} has to be counted on the run's batches; use fit with a trainer, or k"
+            )
         self.policy = method.begin(self.adapters, max_steps)
         self.policy.check(layer_weights(model, self.name))
-        self.policy.held_out = held_out
+        self.policy.held_out, self.policy.budget = held_out, budget
         self.gates: Gates | None = None
         self.formed: Formed | None = None
         self.watch: ProductWatch | None = None

@@ -29,6 +29,7 @@ from weightlora.graft import (
 )
 from weightlora.methods import Method, Policy
 from weightlora.training import checkpoint
+from weightlora.training.budget import plan
 from weightlora.training.callback import SeamCallback
 from weightlora.training.driver import Driver
 from weightlora.training.held_out import hold_out
@@ -157,11 +158,14 @@ class _Fit:
         self.trainer: Any = trainer
         self.method, self.measure, self.log_omegas = method, measure, log_omegas
         self.output_dir = Path(str(trainer.args.output_dir))
-        self.batches = [split_batch(trainer, size) for size in micro_batch]
         held_out = hold_out(trainer, method.held_out_batches)
+        planned = plan(trainer, method, micro_batch, stock=adapter_path == "stock")
+        self.batches = [split_batch(trainer, size) for size in planned.micro_batch]
         self.max_steps = planned_steps(trainer)
         model: Any = trainer.model
-        self.driver = Driver(model, method, self.max_steps, adapter_path=adapter_path, held_out=held_out)
+        self.driver = Driver(
+            model, method, self.max_steps, adapter_path=adapter_path, held_out=held_out, budget=planned.budget
+        )
         self.own_optimizer = trainer.optimizer is None
         self.phases: list[PhaseResult] = []
         self.start = checkpoint.resolve(resume, self.output_dir)
@@ -202,11 +206,11 @@ class _Fit:
                 self.driver.operate(self._torch_optimizer())
         with self._callback() as callback:
             if not resumed_final and self.driver.seam:
-                self._set_batch(0)
+                use_batch(self.trainer, self.batches[0])
                 self._train("warmup", callback)
-                self._set_batch(1)
+                use_batch(self.trainer, self.batches[1])
                 self.start = self._seam(callback)
-            self._set_batch(1 if self.driver.seam is not None else 0)
+            use_batch(self.trainer, self.batches[0 if self.driver.seam is None else 1])
             if self.driver.selection is not None and self.driver.selection.k < self.driver.selection.n:
                 no_reentrant_checkpointing(self.trainer)
             metrics = {} if select_only and self.driver.selection else self._train("final", callback)
@@ -239,6 +243,7 @@ class _Fit:
         if selection.k < selection.n:
             end_backward_at_lowest(driver.model)
         driver.selection, driver.step = selection, self.manifest.step
+        self._follow_placement()
         driver.counts = dict(self.manifest.data.get("adapter_params", {}))
         driver.ride()
         self.phases = [PhaseResult(**phase) for phase in self.manifest.data.get("phases", [])]
@@ -303,6 +308,7 @@ class _Fit:
         optimizer = self._torch_optimizer()
         assert optimizer is not None
         driver.operate(optimizer)
+        self._follow_placement()
         callback.stage = "final"
         source = self.output_dir / f"checkpoint-{step}"
         if self.start is not None and checkpoint.whole(self.start) == step:
@@ -335,8 +341,13 @@ class _Fit:
         optimizer = self.trainer.optimizer
         return getattr(optimizer, "optimizer", optimizer)
 
-    def _set_batch(self, phase: int) -> None:
-        use_batch(self.trainer, self.batches[phase])
+    def _follow_placement(self) -> None:
+        """What was placed within a memory budget was placed for one micro-batch."""
+        selection = self.driver.selection
+        size = None if selection is None or selection.placement is None else selection.placement["micro_batch"]
+        if size is not None:
+            self.batches[1] = split_batch(self.trainer, size)
+            use_batch(self.trainer, self.batches[1])
 
 
 def _phase_result(

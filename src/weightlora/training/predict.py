@@ -37,7 +37,8 @@ class Predictor:
         self.adapters, self.gated, self.seam = driver.adapters, policy.gated, policy.seam
         self.trains_gates = policy.trains_gates
         self.traces: list[ActivationTrace | None] = [None, None]
-        self.checkpointing, self.every = _checkpointing(trainer)
+        self.sizes: list[int] = []
+        self.checkpointing, self.every = checkpointing_of(trainer)
         room = policy.allocate()
         self.ranks = {} if room is None else {i: rank for i, (rank, _) in enumerate(room)}
         parameters = {id(p): p for p in driver.model.parameters() if p.requires_grad}
@@ -51,6 +52,7 @@ class Predictor:
         usual = args.per_device_train_batch_size, args.gradient_accumulation_steps
         found: dict[int, ActivationTrace | None] = {}
         splits = [batches[0] or usual, batches[1] or batches[0] or usual]
+        self.sizes = [size for size, _ in splits]
         try:
             for phase, split in enumerate(splits):
                 use_batch(trainer, split)
@@ -77,6 +79,9 @@ class Predictor:
         before = {"warmup": whole} if self.seam else {}
         if selection is None:
             return before
+        placed = None if selection.placement is None else selection.placement["micro_batch"]
+        if placed not in (None, self.sizes[1]):
+            return before  # a budget made the micro-batch smaller than what was traced
         index = {a.name: a.index for a in self.adapters}
         ranks = {index[c.name]: c.rank for c in selection.kept}
         inputs = self.checkpointing and len(ranks) == len(every)
@@ -99,7 +104,7 @@ class Predictor:
         }
 
 
-def _checkpointing(trainer: Trainer) -> tuple[bool, int]:
+def checkpointing_of(trainer: Trainer) -> tuple[bool, int]:
     """Whether blocks are checkpointed, and every how many-th."""
     args: Any = trainer.args
     on = bool(getattr(args, "activation_checkpointing", args.gradient_checkpointing))

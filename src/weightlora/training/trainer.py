@@ -55,13 +55,15 @@ def _first_loss(trainer: Trainer) -> Callable[[], Any] | None:
     model: Any = trainer.model
     model.train()
     inputs = trainer._prepare_inputs(batch)
+    return lambda: loss_of(trainer, inputs)
 
-    def loss() -> Any:
-        # accelerate wraps autocast around the model only inside train(); measured here, it must be on as well.
-        with trainer.accelerator.autocast(), trainer.compute_loss_context_manager():
-            return trainer.compute_loss(model, dict(inputs))
 
-    return loss
+def loss_of(trainer: Trainer, inputs: Mapping[str, Any]) -> Any:
+    """The loss of one prepared micro-batch, as the trainer computes it."""
+    model: Any = trainer.model
+    # accelerate wraps autocast around the model only inside train(); outside it must be on as well.
+    with trainer.accelerator.autocast(), trainer.compute_loss_context_manager():
+        return trainer.compute_loss(model, dict(inputs))
 
 
 def _checkpoint_as_in_training(trainer: Trainer) -> None:
