@@ -111,6 +111,10 @@ def test_best_spans_are_those_of_brute_force(logits: tuple[Any, Any], n_best: in
     assert best_spans(start, end, n_best=n_best, max_answer_length=longest) == expected
 
 
+def test_a_text_without_tokens_has_no_span() -> None:
+    assert best_spans(np.zeros(0), np.zeros(0), n_best=3, max_answer_length=3) == []
+
+
 @pytest.fixture(scope="module")
 def loaded() -> LoadedModel:
     return load_model("bert-tiny-shape", head="question-answering")
