@@ -12,6 +12,7 @@ import pytest
 import torch
 from peft import PeftModel
 from rouge_score import rouge_scorer
+from safetensors.torch import load_file
 from tests.runs.commands import copy_data, read, read_rows, tree, weightlora, write_rows
 from tests.runs.test_runs_killed import Killer, differences, last_checkpoint, outcome
 from tests.tasks.test_tasks_completions import CHATML
@@ -167,6 +168,17 @@ def test_gsm8k_runs_on_real_rows_with_a_seam(text_data: Path, tmp_path: Path) ->
     assert record["metrics"]["exact_match"] == 0.0
     assert read(tmp_path / "run" / "adapter" / "adapter_config.json")["task_type"] == "CAUSAL_LM"
     assert weightlora("export", tmp_path / "run", "--profile", "portable", "--out", tmp_path / "served") == 0
+
+
+def test_the_gradient_of_a_batch_does_not_depend_on_its_split(text_data: Path, tmp_path: Path) -> None:
+    """Completions differ in length: the mean is over the tokens of the whole batch, however it is cut."""
+    flags = ("--task", "gsm8k", "--data-dir", text_data, "--model", "llama-small-shape", "--max-target-length", "4")
+    flags += ("--method", "lora", "--dropout", "0", "--max-length", "128", "--max-eval-samples", "2", *COMMON)
+    for name, size in (("whole", "4"), ("cut", "1")):
+        train(tmp_path / name, *flags, "--max-steps", "3", "--micro-batch", size)
+    whole, cut = (load_file(tmp_path / name / "adapter" / "adapter_model.safetensors") for name in ("whole", "cut"))
+    for name, weight in whole.items():
+        torch.testing.assert_close(weight, cut[name], rtol=1e-3, atol=1e-4, msg=name)
 
 
 @pytest.fixture

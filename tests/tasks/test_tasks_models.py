@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -221,3 +222,38 @@ def test_saved_tokenizers_keep_their_inputs(tmp_path: Path) -> None:
     loaded.tokenizer.save_pretrained(tmp_path)
     loaded.model.config.save_pretrained(tmp_path)
     assert AutoTokenizer.from_pretrained(tmp_path).model_input_names == ["input_ids", "attention_mask"]
+
+
+@pytest.mark.parametrize(("shape", "head"), [("bart-small-shape", "seq2seq-lm"), ("llama-small-shape", "causal-lm")])
+def test_a_language_model_comes_back_from_its_folder_with_its_own_head(tmp_path: Path, shape: str, head: Any) -> None:
+    first = load_model(shape, head=head)
+    first.model.save_pretrained(tmp_path / "own")
+    first.tokenizer.save_pretrained(tmp_path / "own")
+    again = load_model(str(tmp_path / "own"), head=head, seed=1)
+    assert again.heads == first.heads == ()
+    assert again.linear_targets == first.linear_targets
+    assert "lm_head" not in "".join(again.linear_targets)
+    assert all(torch.equal(a, b) for a, b in zip(first.model.parameters(), again.model.parameters(), strict=True))
+    # Only decoders take num_items_in_batch to heart; the others' losses are means over the micro-batch.
+    assert getattr(again.model, "accepts_loss_kwargs", None) is (None if head == "causal-lm" else False)
+    classifier = load_model(shape, num_labels=2)
+    classifier.model.save_pretrained(tmp_path / "classifier")
+    classifier.tokenizer.save_pretrained(tmp_path / "classifier")
+    if head == "causal-lm":  # its head is not tied to the embeddings, and it is not there
+        with pytest.raises(ConfigError, match=r"lacks 'lm_head.weight'; it is no causal-lm"):
+            load_model(str(tmp_path / "classifier"), head=head)
+
+
+def test_a_reader_has_a_new_head_and_a_folder_of_another_kind_is_refused(tmp_path: Path) -> None:
+    for name in ("minilm", "bert-tiny-shape", "deberta-v3-small-shape", "bart-small-shape", "llama-small-shape"):
+        assert load_model(name, head="question-answering").heads == ("qa_outputs",), name
+    seeds = [load_model("minilm", head="question-answering", seed=seed).model.state_dict() for seed in (0, 0, 1)]
+    assert torch.equal(seeds[0]["qa_outputs.weight"], seeds[1]["qa_outputs.weight"])
+    assert not torch.equal(seeds[0]["qa_outputs.weight"], seeds[2]["qa_outputs.weight"])
+    loaded = load_model("bert-tiny-shape", head="question-answering")
+    loaded.model.save_pretrained(tmp_path)
+    loaded.tokenizer.save_pretrained(tmp_path)
+    with pytest.raises(ConfigError, match="cannot be loaded for seq2seq lm"):
+        load_model(str(tmp_path), head="seq2seq-lm")
+    with pytest.raises(ConfigError, match="sequence classification needs num_labels"):
+        load_model("bert-tiny-shape")

@@ -10,9 +10,8 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
-from hypothesis.extra.numpy import arrays
 from torchmetrics.functional.text import squad as torchmetrics_squad
 
 from weightlora.errors import ConfigError, DataError
@@ -97,18 +96,17 @@ def test_what_is_left_of_nothing(guess: str, answers: list[str], first: tuple[fl
 logit = st.integers(-4, 4).map(float)  # few values, so that ties are common
 
 
-@given(
-    st.integers(1, 9).flatmap(
-        lambda n: st.tuples(arrays(np.float64, n, elements=logit), arrays(np.float64, n, elements=logit))
-    ),
-    st.integers(1, 12),
-    st.integers(1, 12),
-)
-def test_best_spans_are_those_of_brute_force(logits: tuple[Any, Any], n_best: int, longest: int) -> None:
-    start, end = logits
+@settings(deadline=None)
+@given(st.lists(st.tuples(logit, logit), min_size=1, max_size=9), st.integers(1, 12), st.integers(1, 12))
+def test_best_spans_are_those_of_brute_force(logits: list[tuple[float, float]], n_best: int, longest: int) -> None:
+    start, end = np.array(logits).T
     every = [(start[i] + end[j], i, j) for i in range(len(start)) for j in range(i, len(start)) if j - i + 1 <= longest]
     expected = sorted(every, key=lambda span: (-span[0], span[1], span[2]))[:n_best]
     assert best_spans(start, end, n_best=n_best, max_answer_length=longest) == expected
+
+
+def test_a_text_without_tokens_has_no_span() -> None:
+    assert best_spans(np.zeros(0), np.zeros(0), n_best=3, max_answer_length=3) == []
 
 
 @pytest.fixture(scope="module")

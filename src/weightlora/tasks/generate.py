@@ -70,6 +70,4 @@ class PromptTrainer(Seq2SeqTrainer):
             do_sample=False,
             use_cache=True,
         )
-        # As wide as it can get: batches are put together, and padding of -100 is told apart when they are decoded.
-        answers = tokens[:, ids.shape[1] :]
-        return loss, answers.contiguous(), inputs["labels"]
+        return loss, tokens[:, ids.shape[1] :].contiguous(), inputs["labels"]

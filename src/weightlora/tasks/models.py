@@ -195,30 +195,30 @@ def minilm_folder() -> Path:
 def _build_shape(name: str, head: Head, settings: dict[str, Any], dtype: torch.dtype | None) -> Parts:
     build, heads = SHAPES[name]
     if head not in heads:
-        _refuse(name, head, [other for other, (_, known) in SHAPES.items() if head in known])
+        _refuse(name, head)
     config, inputs = build(**settings)
     tokenizer = AutoTokenizer.from_pretrained(minilm_folder(), model_input_names=inputs)
     model = CLASSES[head].from_config(config)
     return model if dtype is None else model.to(dtype), tokenizer, set()
 
 
-def _refuse(name: str, head: Head, others: list[str]) -> NoReturn:
+def _refuse(name: str, head: Head) -> NoReturn:
+    others = [other for other, (_, heads) in SHAPES.items() if head in heads]
     raise ConfigError(f"model {name!r} has no {head} head; pass {', '.join(others)}, a hub name, or a folder")
 
 
 def _load_minilm(head: Head, settings: dict[str, Any], dtype: torch.dtype | None) -> Parts:
     if head in LANGUAGE:
-        _refuse("minilm", head, [other for other, (_, known) in SHAPES.items() if head in known])
+        _refuse("minilm", head)
     folder = minilm_folder()
     loader: Any = CLASSES[head]
+
     if head == CLASSIFICATION:
         values = BertConfig.from_pretrained(folder).to_dict()
         for own in ("model_type", "architectures", "id2label", "label2id", "problem_type"):
             values.pop(own, None)
-        settings, loader = (
-            {"config": MeanPooledBertConfig(**values, **settings)},
-            MeanPooledBertForSequenceClassification,
-        )
+        loader = MeanPooledBertForSequenceClassification
+        settings = {"config": MeanPooledBertConfig(**values, **settings)}
     model, info = loader.from_pretrained(folder, dtype=dtype or "auto", output_loading_info=True, **settings)
     return model, AutoTokenizer.from_pretrained(folder), set(info["missing_keys"])
 
