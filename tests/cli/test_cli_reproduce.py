@@ -61,7 +61,7 @@ def test_the_papers_protocol_differs_from_itself_in_nothing_but_what_always_does
     for other, reasons in (
         (made, []),
         (faster, []),
-        (longer, ["weight_decay 0.5, not 0.01", "1 seeds, not 5"]),
+        (longer, ["weight_decay 0.5, not 0.01", "1 seed, not 5"]),
     ):
         for cell in compared(data, table, other, made, section["departures"])["cells"]:
             assert cell["differs"] == [*reasons, *section["departures"]]

@@ -14,7 +14,8 @@ from weightlora.cli import arguments, commands, grids
 from weightlora.errors import ConfigError
 
 TABLES = ("table1", "table2", "table3", "table4", "table5", "table6")
-FIGURES = {"figure2": "probe"}
+TEXT_WIDTH = 120
+FIGURES = {"figure2": "probe", "figure3": "memory"}
 """The command that makes a figure from its recipe and from the recipe's section ``reproduce: <command>:``."""
 
 
@@ -146,7 +147,7 @@ def _show(table: Any, data: dict[str, Any], markdown: Path, target: str | None) 
     write_text(markdown, table.to_markdown())
     commands._write_json(target, json.dumps(data, indent=1, allow_nan=False))
     if target != "-":
-        print(table.to_text())
+        print(table.to_text(TEXT_WIDTH))
         print(f"table: {markdown}")
     runs: Sequence[dict[str, Any]] = [run for cell in data["cells"] for run in (*cell["trials"], *cell["runs"])]
     return 0 if all(run["status"] == "ok" for run in runs) and all(cell["runs"] for cell in data["cells"]) else 1

@@ -7,31 +7,37 @@ import string
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from weightlora.report.sweeps import failures, mean_and_spread, score
+from weightlora.report.sweeps import failures, mean_and_spread
 from weightlora.report.tables import Table
 from weightlora.report.units import COUNT, MISSING, human
 
-_TITLES = ("row", "task", "metric", "paper", "ours", "differ~ence", "seeds", "params, paper", "params, ours", "see")
+_TITLES = ("row", "task", "paper", "ours", "differ~ence", "seeds", "params, paper", "params, ours", "see")
 
 
 def paper_table(data: Mapping[str, Any]) -> Table:
     """One line per row and task of a table of the paper; ALL where every task of the paper's table was run.
 
     A score that is a pair (accuracy / F1) is averaged before the tasks are, as the paper does. The difference is ours
-    less the paper's. The letters under `see` name the notes that say in what a line departs from the paper's protocol.
+    less the paper's. Departures from the paper's protocol that all lines share are noted below the table; the letters
+    under `see` name the notes of those that only some lines have.
 
     Args:
         data: what `reproduce` writes to ``<experiment>.json``.
     """
-    reasons = list(dict.fromkeys(line for cell in data["cells"] for line in cell["differs"]))
-    marks = {line: _mark(number) for number, line in enumerate(reasons)}
+    reasons = dict.fromkeys(line for cell in data["cells"] for line in cell["differs"])
+    common = [line for line in reasons if all(line in cell["differs"] for cell in data["cells"])]
+    marks = {line: _mark(number) for number, line in enumerate(line for line in reasons if line not in common)}
     rows = []
     for name in dict.fromkeys(cell["row"] for cell in data["cells"]):
         cells = [cell for cell in data["cells"] if cell["row"] == name]
         rows += [_row(data, cell) for cell in cells]
         if {cell["task"] for cell in cells} >= set(data["metrics"]) and data["averages"].get(name) is not None:
             rows.append(_average(data["averages"][name], name, rows[-len(cells) :]))
-    notes = [f"{marks[line]}) {line}" for line in reasons]
+    used = dict.fromkeys(cell["task"] for cell in data["cells"])
+    metrics = (f"{task} {'/'.join(data['metrics'][task])}" for task in used if task in data["metrics"])
+    notes = [f"scores: {', '.join(metrics)}"]
+    notes += ["what differs from the paper's protocol:"] if reasons else []
+    notes += [f"all) {line}" for line in common] + [f"{mark}) {line}" for line, mark in marks.items()]
     notes += [data["note"]] if data["note"] else []
     notes += failures(data)
     return Table(
@@ -92,20 +98,22 @@ def _mean(values: Sequence[float]) -> float:
 
 
 def _cells(row: Mapping[str, Any], marks: Mapping[str, str], digits: int) -> tuple[str, ...]:
-    spreads = row["spread"] or [None] * len(row["ours"] or ())
-    ours = [score(*pair, digits=digits) for pair in zip(row["ours"] or (), spreads, strict=True)]
+    spread = [value for value in row["spread"] or () if value is not None]
     return (
         row["row"],
         row["task"],
-        "/".join(row["metrics"]) or MISSING,
-        "/".join(f"{value:.{digits}f}" for value in row["paper"] or ()) or MISSING,
-        " / ".join(ours) or MISSING,
+        _numbers(row["paper"], digits) or MISSING,
+        (_numbers(row["ours"], digits) or MISSING) + (f" ± {_numbers(spread, digits)}" if spread else ""),
         MISSING if row["difference"] is None else f"{row['difference']:+.{digits}f}",
         f"{row['ok']}/{row['total']}",
         row["paper_params"] or MISSING,
         MISSING if row["params"] is None else human(row["params"], COUNT),
-        " ".join(marks[line] for line in row["differs"]) or MISSING,
+        " ".join(marks[line] for line in row["differs"] if line in marks),
     )
+
+
+def _numbers(values: Sequence[float] | None, digits: int) -> str:
+    return "/".join(f"{value:.{digits}f}" for value in values or ())
 
 
 def _mark(number: int) -> str:

@@ -103,7 +103,7 @@ def _cells(row: Mapping[str, Any]) -> tuple[str, ...]:
         row["row"],
         row["task"],
         row["metric"] or MISSING,
-        score(row["score_mean"], row["score_spread"]),
+        _score(row["score_mean"], row["score_spread"]),
         f"{row['ok']}/{row['total']}",
         *(f"{chosen[name]:g}" if name in chosen else MISSING for name in ("learning_rate", "warmup_steps")),
         str(row["trials"]),
@@ -112,15 +112,15 @@ def _cells(row: Mapping[str, Any]) -> tuple[str, ...]:
     )
 
 
-def score(mean: float | None, spread: float | None, digits: int = 4) -> str:
+def _score(mean: float | None, spread: float | None) -> str:
     """A mean with its spread.
 
-    >>> score(0.5, 0.25), score(0.5, None), score(None, None)
+    >>> _score(0.5, 0.25), _score(0.5, None), _score(None, None)
     ('0.5000 ± 0.2500', '0.5000', '-')
     """
     if mean is None:
         return MISSING
-    return f"{mean:.{digits}f}" + ("" if spread is None else f" ± {spread:.{digits}f}")
+    return f"{mean:.4f}" + ("" if spread is None else f" ± {spread:.4f}")
 
 
 def _range(values: Sequence[int]) -> str:

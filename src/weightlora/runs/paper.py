@@ -41,7 +41,7 @@ def differences(ours: RunConfig, papers: RunConfig) -> list[str]:
     """In what a run departs from the recipe of the paper, one line each; [] if in nothing that matters.
 
     >>> differences(RunConfig(max_length=48, training={"max_steps": 9}), RunConfig(training={"num_train_epochs": 3.0}))
-    ['max_length 48, not 128', 'max_steps 9, not unset', 'num_train_epochs unset, not 3.0']
+    ['max_length 48, not 128', 'max_steps 9, not unset', 'num_train_epochs unset, not 3']
     """
     one, other = asdict(ours), asdict(papers)
     lines = [f"{name} {_value(one[name])}, not {_value(other[name])}"
@@ -62,7 +62,7 @@ def grid_differences(ours: Grid, papers: Grid) -> list[str]:
     )
     lines = [f"{what} {_list(mine)}, not {_list(theirs)}" for what, mine, theirs in pairs if set(mine) != set(theirs)]
     if len(ours.seeds) != len(papers.seeds):
-        lines.append(f"{len(ours.seeds)} seeds, not {len(papers.seeds)}")
+        lines.append(f"{len(ours.seeds)} seed{'s' * (len(ours.seeds) > 1)}, not {len(papers.seeds)}")
     return lines
 
 
@@ -104,7 +104,7 @@ def compared(data: dict[str, Any], table: str, ours: Grid, papers: Grid, standin
 
 
 def _value(value: Any) -> str:
-    return "unset" if value is None else str(value)
+    return "unset" if value is None else f"{value:g}" if isinstance(value, float) else str(value)
 
 
 def _list(values: Sequence[float]) -> str:
