@@ -65,7 +65,7 @@ def test_the_installed_command_is_the_same(tmp_path: Path) -> None:
 def test_without_a_command_there_is_help_and_code_2(capsys: pytest.CaptureFixture[str]) -> None:
     assert weightlora() == 2
     said = capsys.readouterr().out
-    assert all(re.search(rf"^ +{command}\b", said, re.MULTILINE) for command in COMMANDS)
+    assert all(re.search(rf"^ +{command}( |$)", said, re.MULTILINE) for command in COMMANDS)
 
 
 @pytest.mark.parametrize("command", COMMANDS)
