@@ -153,7 +153,7 @@ def test_an_impossible_budget_is_refused_with_the_smallest_that_works(tmp_path: 
     with pytest.raises(BudgetError):
         fit(made(tmp_path), WeightLoRA(memory=caught.value.smallest - 1, warmup_steps=4))
     assert fit(made(tmp_path), WeightLoRA(memory=caught.value.smallest, warmup_steps=4)).selection is not None
-    leaner = re.search(r"or (\d+) \(.*\) with gradient_checkpointing", str(caught.value))
+    leaner = re.search(r"or (\d+) bytes \(.*\) with gradient_checkpointing", str(caught.value))
     if leaner is not None:
         assert int(leaner[1]) < caught.value.smallest
 

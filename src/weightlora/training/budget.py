@@ -176,7 +176,7 @@ class _Memory(RunBytes):
         )
         raise BudgetError(
             f"memory={self.method.limit and self.method.limit[2]} is too little: warm-up holds all {len(self.state)}"
-            f" adapters and takes {smallest} bytes ({smallest / 2**20:.1f} MiB) at a micro-batch of 1{instead}; allow as"
+            f" adapters and takes {_said(smallest)} at a micro-batch of 1{instead}; allow as"
             " much, or use fewer targets or a lower r",
             smallest=smallest,
         )
@@ -229,6 +229,10 @@ def _operations(trainer: Trainer, method: Method, share: float) -> Budget:
             smallest=smallest,
         )
     return Budget(kind="step_time", rooms=(Room(costs=costs, budget=limit),), facts={"whole": whole, "share": share})
+
+
+def _said(size: int) -> str:
+    return f"{size} bytes ({size / 2**20:.1f} MiB)"
 
 
 def _bytes(tensors: Sequence[Tensor]) -> int:
