@@ -177,15 +177,9 @@ def build_parser() -> tuple[argparse.ArgumentParser, dict[str, tuple[argparse.Ar
         table[name][0].add_argument(
             "--dry-run", action="store_true", help="check all that needs no weights or data, and print what would run"
         )
-    table["reproduce"][0].add_argument("--out", metavar="DIR", help="default: runs/EXPERIMENT")
-    table["reproduce"][0].add_argument(
-        "--scale", default="full", choices=("full", "small"), help="small: a small model, few steps and rows"
-    )
+    _add_reproduce_flags(table["reproduce"][0])
     _add_probe_flags(table["probe"][0])
-    curve = functools.partial(table["memory"][0].add_argument, default=argparse.SUPPRESS)
-    curve("--ranks", help="comma-separated, a pair of curves each (default: 1,8,64)")
-    curve("--points", type=int, metavar="N", help="numbers of adapters from none to all (default: 10)")
-    curve("--limit", metavar="SIZE", help="the device's memory, such as 16GiB: a line in the picture")
+    _add_memory_flags(table["memory"][0])
     table["export"][0].add_argument(
         "--profile",
         default="native",
@@ -216,6 +210,20 @@ def _add_probe_flags(sub: argparse.ArgumentParser) -> None:
     )
     flag("--seeds", help="comma-separated (default: 0,1,2)")
     flag("--gradient-rows", type=int, metavar="N", help="training rows that the gradient is taken over (default: 512)")
+
+
+def _add_memory_flags(sub: argparse.ArgumentParser) -> None:
+    flag = functools.partial(sub.add_argument, default=argparse.SUPPRESS)
+    flag("--ranks", help="comma-separated, a pair of curves each (default: 1,8,64)")
+    flag("--points", type=int, metavar="N", help="numbers of adapters from none to all (default: 10)")
+    flag("--limit", metavar="SIZE", help="the device's memory, such as 16GiB: a line in the picture")
+
+
+def _add_reproduce_flags(sub: argparse.ArgumentParser) -> None:
+    sub.add_argument("--out", metavar="DIR", help="default: runs/EXPERIMENT")
+    sub.add_argument(
+        "--scale", default="full", choices=("full", "small"), help="small: a small model, few steps and rows"
+    )
 
 
 def _quiet_libraries() -> None:

@@ -6,20 +6,17 @@ import contextlib
 import logging
 import shutil
 import time
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from torch import nn
 from transformers import Trainer
 
 from weightlora.errors import AdapterError, CheckpointError, ConfigError, ScheduleError, WeightLoRAError
 from weightlora.graft import (
     Manifest,
     PathName,
-    Selection,
     check_tuner,
     end_backward_at_lowest,
     has_adapters,
@@ -33,8 +30,9 @@ from weightlora.training.budget import plan
 from weightlora.training.callback import SeamCallback
 from weightlora.training.driver import Driver
 from weightlora.training.held_out import hold_out
-from weightlora.training.measure import PeakMemory, StepCost
+from weightlora.training.measure import PeakMemory
 from weightlora.training.predict import Predictor
+from weightlora.training.results import FitResult, PhaseResult, phase_result
 from weightlora.training.trainer import (
     average_micro_batches,
     check_trainer,
@@ -48,41 +46,6 @@ from weightlora.training.trainer import (
 )
 
 log = logging.getLogger("weightlora")
-
-
-@dataclass(frozen=True, kw_only=True)
-class PhaseResult:
-    """One phase as it ran. ``seconds`` does not count work that was lost because a process died before a checkpoint."""
-
-    name: Literal["warmup", "final"]
-    steps: int
-    seconds: float
-    micro_batch: int
-    accumulation: int
-    trainable_params: int
-    kept_activation_bytes: int | None
-    flops_per_step: int | None
-    peak_memory_bytes: int | None
-
-
-@dataclass(frozen=True, kw_only=True)
-class FitResult:
-    """What :func:`fit` hands back: a plain PEFT model, what was kept and why, and what each phase cost.
-
-    ``adapter_params``: numbers in adapters (heads excluded) that were allocated, trainable at the most, and in effect
-    at the end, by the method's own formula. ``predicted``: ``{phase: {field: number}}`` as said before the first step.
-    """
-
-    model: nn.Module
-    method: Method
-    selection: Selection | None
-    phases: tuple[PhaseResult, ...]
-    metrics: Mapping[str, float]
-    max_steps: int
-    seam_step: int | None
-    adapter_params: Mapping[str, int] = field(default_factory=dict)
-    predicted: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
-    log_history: tuple[dict[str, Any], ...] = field(default=(), repr=False)
 
 
 def fit(
@@ -282,7 +245,7 @@ class _Fit:
         callback.restored = self.restored = None
         steps = trainer.state.global_step - (self.driver.seam or 0 if stage == "final" else 0)
         gates = len(self.driver.adapters) if self.driver.policy.trains_gates and stage == "warmup" else 0
-        done = _phase_result(trainer, stage, steps, callback.seconds(), trainable + gates, cost, peak)
+        done = phase_result(trainer, stage, steps, callback.seconds(), trainable + gates, cost, peak)
         self.phases = [p for p in self.phases if p.name != stage] + [done]
         callback.data = {"phases": [vars(phase) for phase in self.phases]}
         callback.spent, callback.began, self.spent = 0.0, None, 0.0
@@ -350,29 +313,6 @@ class _Fit:
             use_batch(self.trainer, self.batches[1])
 
 
-def _phase_result(
-    trainer: Trainer,
-    name: Literal["warmup", "final"],
-    steps: int,
-    seconds: float,
-    trainable: int,
-    cost: StepCost | None,
-    peak: PeakMemory,
-) -> PhaseResult:
-    accumulation = trainer.args.gradient_accumulation_steps
-    return PhaseResult(
-        name=name,
-        steps=steps,
-        seconds=seconds,
-        micro_batch=trainer.args.per_device_train_batch_size,
-        accumulation=accumulation,
-        trainable_params=trainable,
-        kept_activation_bytes=None if cost is None else cost.kept_activation_bytes,
-        flops_per_step=None if cost is None else cost.flops * accumulation,
-        peak_memory_bytes=peak.bytes(),
-    )
-
-
 def _train_plain(trainer: Trainer, method: Method, resume: bool | str | Path, measure: bool) -> FitResult:
     """A method that decides nothing (full fine-tuning, PEFT's own tuners): the trainer as it is, measured."""
     model: Any = trainer.model
@@ -388,7 +328,7 @@ def _train_plain(trainer: Trainer, method: Method, resume: bool | str | Path, me
     metrics = checkpoint.train_on(trainer, start, steps)
     seconds = round(time.perf_counter() - began, 3)
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    phase = _phase_result(trainer, "final", trainer.state.global_step, seconds, trainable, cost, peak)
+    phase = phase_result(trainer, "final", trainer.state.global_step, seconds, trainable, cost, peak)
     return FitResult(
         model=model,
         method=method,
