@@ -164,7 +164,6 @@ def build_parser() -> tuple[argparse.ArgumentParser, dict[str, tuple[argparse.Ar
         table[name][0].add_argument("--method", default=argparse.SUPPRESS, help=METHOD_HELP)
     for name in ("train", "select", "compare", "sweep", "probe", "memory"):
         table[name][0].add_argument("--out", metavar="DIR", default=f"runs/{name}", help=f"default: runs/{name}")
-    table["export"][0].add_argument("--out", metavar="DIR", help="default: RUN/PROFILE")
     table["report"][0].add_argument("--out", metavar="FILE", default="report.html", help="default: report.html")
     for name in ("train", "select", "export", "probe"):
         table[name][0].add_argument("--overwrite", action="store_true", help="replace what is in --out")
@@ -180,13 +179,18 @@ def build_parser() -> tuple[argparse.ArgumentParser, dict[str, tuple[argparse.Ar
     _add_reproduce_flags(table["reproduce"][0])
     _add_probe_flags(table["probe"][0])
     _add_memory_flags(table["memory"][0])
-    table["export"][0].add_argument(
+    _add_export_flags(table["export"][0])
+    return parser, table
+
+
+def _add_export_flags(sub: argparse.ArgumentParser) -> None:
+    sub.add_argument("--out", metavar="DIR", help="default: RUN/PROFILE")
+    sub.add_argument(
         "--profile",
         default="native",
         choices=("native", "portable", "dense", "merged"),
         help="native: stock PEFT; portable: vLLM, SGLang, llama.cpp; dense: the same, every layer; merged: no adapter",
     )
-    return parser, table
 
 
 def _add_compare_flags(sub: argparse.ArgumentParser) -> None:
