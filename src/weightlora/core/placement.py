@@ -152,7 +152,8 @@ def place(importance: Sequence[float], costs: PlacementCosts, budget: int) -> Pl
             best, value = found, math.fsum(importance[i] for i in found)
     chosen = tuple(sorted(best))
     if not chosen:  # importances too small for the bounds' rounding: one adapter that fits is better than none
-        chosen = [max((i for i in worth if costs.total([i]) <= budget), key=lambda i: importance[i])]
+        chosen = (max((i for i in worth if costs.total([i]) <= budget), key=lambda i: importance[i]),)
+        value = importance[chosen[0]]
     return Placement(
         chosen=chosen,
         depth=min(costs.depth[i] for i in chosen),
