@@ -8,7 +8,7 @@ import time
 from itertools import combinations
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from weightlora.core import PlacementCosts, place
@@ -50,6 +50,9 @@ def by_hand(costs: PlacementCosts, chosen: tuple[int, ...]) -> int:
 
 @settings(max_examples=150, deadline=None)
 @given(problems())
+@example(  # what does not fit is more important than the rest by more than float64 can tell
+    ([1e-128, 1.0], PlacementCosts(depth=(0, 0), own=(1, 2), group=(0, 0), group_bytes=(0,), floor=(6,)), 7)
+)
 def test_no_subset_within_the_budget_is_more_important(problem: tuple[list[float], PlacementCosts, int]) -> None:
     importance, costs, budget = problem
     n = len(importance)
