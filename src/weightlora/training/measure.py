@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import gc
 import random
 import weakref
 from collections.abc import Callable, Iterator
@@ -66,14 +65,12 @@ def kept_bytes(model: nn.Module, loss: Callable[[], Tensor]) -> tuple[int, Tenso
     saved: weakref.WeakSet[_Saved] = weakref.WeakSet()
 
     def pack(tensor: Tensor) -> _Saved:
-        # An alias outside the graph: the tensor may hold the node that holds this, and such a cycle would never die.
-        held = _Saved(tensor.detach())
+        held = _Saved(tensor)
         saved.add(held)
         return held
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda held: held.tensor):
         value = loss()
-    gc.collect()  # what only a cycle of Python objects holds is gone before backward asks for anything
     storages = [held.tensor.untyped_storage() for held in saved]
     sizes = {storage.data_ptr(): storage.nbytes() for storage in storages}
     return sum(size for pointer, size in sizes.items() if pointer not in excluded), value
