@@ -151,7 +151,6 @@ def memory(parsed: argparse.Namespace, rest: list[str], parser: argparse.Argumen
 
 def plan(parsed: argparse.Namespace, rest: list[str], parser: argparse.ArgumentParser) -> int:
     from weightlora.core import format_bytes, parse_bytes
-    from weightlora.runs.calibrate import calibrate
     from weightlora.runs.plan import Planner
     from weightlora.runs.plan_text import plan_text
 
@@ -159,6 +158,8 @@ def plan(parsed: argparse.Namespace, rest: list[str], parser: argparse.ArgumentP
     config = arguments.plan_config(parsed)
     planner = Planner(config)
     if parsed.probe:
+        from weightlora.runs.calibrate import calibrate
+
         found = calibrate(config, planner, config.device)
         what = "peak of a step" if found.kind == "peak" else "kept for backward"
         _say(
