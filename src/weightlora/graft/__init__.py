@@ -17,7 +17,7 @@ from weightlora.graft.fast import PATHS, PathName, check_path, fast_path, stock_
 from weightlora.graft.forms import Form, Formed, RankGates
 from weightlora.graft.gates import Gates, scalar_products
 from weightlora.graft.levels import placement_costs
-from weightlora.graft.manifest import MANIFEST, STATE, Manifest
+from weightlora.graft.manifest import MANIFEST, STATE, Manifest, fingerprint, readable
 from weightlora.graft.optimizer import Change, adopt, forget, remap
 from weightlora.graft.selection import Choice, Selection, select
 from weightlora.graft.surgery import disconnect, fold, grow_adapters, reshape, resize, restart, tie
@@ -56,6 +56,7 @@ __all__ = [
     "dora_config",
     "end_backward_at_lowest",
     "fast_path",
+    "fingerprint",
     "fold",
     "forget",
     "grow_adapters",
@@ -65,6 +66,7 @@ __all__ = [
     "output_energy",
     "parameters",
     "placement_costs",
+    "readable",
     "refuse_tied",
     "remap",
     "reshape",

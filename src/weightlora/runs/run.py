@@ -18,7 +18,7 @@ from transformers import Trainer, TrainerCallback, set_seed
 
 from weightlora.core import parse_params
 from weightlora.errors import CheckpointError, WeightLoRAError
-from weightlora.files import leftovers, new_folder, sweep, write_text
+from weightlora.files import disk_is_full, leftovers, new_folder, sweep, write_text
 from weightlora.graft import MANIFEST, Manifest, Selection, adapters, block_of, save_own_format, tuned_layers
 from weightlora.graft.export import export
 from weightlora.runs.build import Parts, build, make_trainer, scored_on
@@ -191,9 +191,16 @@ class _Recording:
                 write_text(path, text)
             return False
         line = (str(error).strip() or kind.__name__ if kind else "").splitlines()[0]
-        self.record = replace(self.record, status="failed", error=f"{type(error).__name__}: {line}")
-        self.record.write(self.folder / RECORD)
-        write_text(self.folder / ERROR, "".join(traceback.format_exception(kind, error, trace)))
+        line = f"{type(error).__name__}: {line}"
+        if disk_is_full(error):
+            line = f"no space to write into {self.folder}; free some, then `weightlora resume {self.folder}` goes on"
+        self.record = replace(self.record, status="failed", error=line)
+        try:
+            self.record.write(self.folder / RECORD)
+            write_text(self.folder / ERROR, "".join(traceback.format_exception(kind, error, trace)))
+        except OSError as full:
+            # The record stays "running", as a killed process leaves it; what is said is said by the caller.
+            raise full from error
         return True
 
 

@@ -6,83 +6,45 @@ import contextlib
 import logging
 import shutil
 import time
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from torch import nn
 from transformers import Trainer
 
-from weightlora.errors import AdapterError, CheckpointError, ConfigError, ScheduleError, WeightLoRAError
+from weightlora.errors import CheckpointError, ConfigError, ScheduleError, WeightLoRAError
 from weightlora.graft import (
     Manifest,
     PathName,
-    Selection,
-    check_tuner,
     end_backward_at_lowest,
-    has_adapters,
+    fingerprint,
     reshape,
     tie,
-    tuner_params,
 )
 from weightlora.methods import Method, Policy
 from weightlora.training import checkpoint
 from weightlora.training.budget import plan
 from weightlora.training.callback import SeamCallback
 from weightlora.training.driver import Driver
+from weightlora.training.finite import naming_the_last_good
 from weightlora.training.held_out import hold_out
-from weightlora.training.measure import PeakMemory, StepCost
+from weightlora.training.measure import PeakMemory
+from weightlora.training.plain import train_plain
 from weightlora.training.predict import Predictor
+from weightlora.training.results import FitResult, PhaseResult, phase_result, read_progress
 from weightlora.training.trainer import (
     average_micro_batches,
     check_trainer,
     measure_step,
     no_reentrant_checkpointing,
     planned_steps,
-    set_rates,
     split_batch,
     use_batch,
     warmup_arguments,
 )
 
 log = logging.getLogger("weightlora")
-
-
-@dataclass(frozen=True, kw_only=True)
-class PhaseResult:
-    """One phase as it ran. ``seconds`` does not count work that was lost because a process died before a checkpoint."""
-
-    name: Literal["warmup", "final"]
-    steps: int
-    seconds: float
-    micro_batch: int
-    accumulation: int
-    trainable_params: int
-    kept_activation_bytes: int | None
-    flops_per_step: int | None
-    peak_memory_bytes: int | None
-
-
-@dataclass(frozen=True, kw_only=True)
-class FitResult:
-    """What :func:`fit` hands back: a plain PEFT model, what was kept and why, and what each phase cost.
-
-    ``adapter_params``: numbers in adapters (heads excluded) that were allocated, trainable at the most, and in effect
-    at the end, by the method's own formula. ``predicted``: ``{phase: {field: number}}`` as said before the first step.
-    """
-
-    model: nn.Module
-    method: Method
-    selection: Selection | None
-    phases: tuple[PhaseResult, ...]
-    metrics: Mapping[str, float]
-    max_steps: int
-    seam_step: int | None
-    adapter_params: Mapping[str, int] = field(default_factory=dict)
-    predicted: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
-    log_history: tuple[dict[str, Any], ...] = field(default=(), repr=False)
 
 
 def fit(
@@ -125,20 +87,23 @@ def fit(
     Raises:
         AdapterError, ScheduleError, CheckpointError, ConfigError: before the first step; nothing was changed or
             written.
+        DivergedError: a loss, gradient, gate or score became NaN or infinite; nothing was saved or selected since.
+            Every step is watched on the device, and read at steps that log, save or evaluate, and before a selection.
 
     Source: paper, section 3.3 (T steps, then disconnect; "the batch size can be increased"). Departs from it in
     resuming through a checkpoint, which is what makes a killed run continue to the same adapter.
     """
     check_trainer(trainer)
     if not method.uses_adapters:
-        return _train_plain(trainer, method, resume, measure)
+        return train_plain(trainer, method, resume, measure)
     rows = trainer.train_dataset
     try:
         made = _Fit(trainer, method, resume, micro_batch, measure, log_omegas, adapter_path)
     except WeightLoRAError:
         trainer.train_dataset = rows  # some may have been set aside
         raise
-    return made.run(select_only)
+    with naming_the_last_good(made.output_dir):
+        return made.run(select_only)
 
 
 class _Fit:
@@ -168,19 +133,20 @@ class _Fit:
         )
         self.own_optimizer = trainer.optimizer is None
         self.phases: list[PhaseResult] = []
+        self.base = fingerprint(model)
         self.start = checkpoint.resolve(resume, self.output_dir)
         self.manifest: Manifest | None = None
         self.restored: tuple[dict[str, torch.Tensor], int] | None = None
         self.spent = 0.0  # seconds of the current phase in earlier processes
         if self.start is not None:
             self.manifest, tensors = Manifest.read(self.start)
-            self.manifest.check_same_model(self.driver.adapters)
+            self.manifest.check_same_model(self.driver.adapters, self.base)
             if self.manifest.method != method.to_dict():
                 raise CheckpointError(
                     f"{self.start} was made with {self.manifest.method}, not {method.to_dict()};"
                     " resume with the same method"
                 )
-            self.spent = float(self.manifest.data.get("seconds", 0.0))
+            self.spent, self.phases = read_progress(self.manifest.data, self.start)
             if self.manifest.stage == "warmup":
                 self.restored = tensors, self.manifest.step
         formed = self.driver.policy.gated or type(self.driver.policy).form is not Policy.form
@@ -246,7 +212,6 @@ class _Fit:
         self._follow_placement()
         driver.counts = dict(self.manifest.data.get("adapter_params", {}))
         driver.ride()
-        self.phases = [PhaseResult(**phase) for phase in self.manifest.data.get("phases", [])]
 
     @contextlib.contextmanager
     def _callback(self) -> Iterator[SeamCallback]:
@@ -255,6 +220,7 @@ class _Fit:
             self.driver,
             restored=self.restored,
             log_omegas=self.log_omegas,
+            base=self.base,
             data={"phases": [vars(phase) for phase in self.phases]},
         )
         self.trainer.add_callback(callback)
@@ -282,7 +248,7 @@ class _Fit:
         callback.restored = self.restored = None
         steps = trainer.state.global_step - (self.driver.seam or 0 if stage == "final" else 0)
         gates = len(self.driver.adapters) if self.driver.policy.trains_gates and stage == "warmup" else 0
-        done = _phase_result(trainer, stage, steps, callback.seconds(), trainable + gates, cost, peak)
+        done = phase_result(trainer, stage, steps, callback.seconds(), trainable + gates, cost, peak)
         self.phases = [p for p in self.phases if p.name != stage] + [done]
         callback.data = {"phases": [vars(phase) for phase in self.phases]}
         callback.spent, callback.began, self.spent = 0.0, None, 0.0
@@ -348,58 +314,6 @@ class _Fit:
         if size is not None:
             self.batches[1] = split_batch(self.trainer, size)
             use_batch(self.trainer, self.batches[1])
-
-
-def _phase_result(
-    trainer: Trainer,
-    name: Literal["warmup", "final"],
-    steps: int,
-    seconds: float,
-    trainable: int,
-    cost: StepCost | None,
-    peak: PeakMemory,
-) -> PhaseResult:
-    accumulation = trainer.args.gradient_accumulation_steps
-    return PhaseResult(
-        name=name,
-        steps=steps,
-        seconds=seconds,
-        micro_batch=trainer.args.per_device_train_batch_size,
-        accumulation=accumulation,
-        trainable_params=trainable,
-        kept_activation_bytes=None if cost is None else cost.kept_activation_bytes,
-        flops_per_step=None if cost is None else cost.flops * accumulation,
-        peak_memory_bytes=peak.bytes(),
-    )
-
-
-def _train_plain(trainer: Trainer, method: Method, resume: bool | str | Path, measure: bool) -> FitResult:
-    """A method that decides nothing (full fine-tuning, PEFT's own tuners): the trainer as it is, measured."""
-    model: Any = trainer.model
-    if method.trains == "peft":
-        check_tuner(model, method.kind)
-        set_rates(trainer, method.rates)
-    elif has_adapters(model):
-        raise AdapterError(f"method {method.name!r} trains the plain model; give the trainer a model without adapters")
-    start = checkpoint.resolve(resume, Path(str(trainer.args.output_dir)), manifest=False)
-    steps = planned_steps(trainer)
-    cost = measure_step(trainer) if measure else None
-    peak, began = PeakMemory(), time.perf_counter()
-    metrics = checkpoint.train_on(trainer, start, steps)
-    seconds = round(time.perf_counter() - began, 3)
-    trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    phase = _phase_result(trainer, "final", trainer.state.global_step, seconds, trainable, cost, peak)
-    return FitResult(
-        model=model,
-        method=method,
-        selection=None,
-        phases=(phase,),
-        metrics=metrics,
-        max_steps=steps,
-        seam_step=None,
-        adapter_params=tuner_params(model) if method.trains == "peft" else {},
-        log_history=tuple(trainer.state.log_history),
-    )
 
 
 __all__ = ["FitResult", "PhaseResult", "fit"]

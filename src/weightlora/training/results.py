@@ -1,0 +1,93 @@
+"""What ``fit`` hands back: a model, what was kept, and what each phase cost."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from torch import nn
+from transformers import Trainer
+
+from weightlora.errors import CheckpointError
+from weightlora.graft import Selection
+from weightlora.methods import Method
+from weightlora.training.measure import PeakMemory, StepCost
+
+
+@dataclass(frozen=True, kw_only=True)
+class PhaseResult:
+    """One phase as it ran. ``seconds`` does not count work that was lost because a process died before a checkpoint."""
+
+    name: Literal["warmup", "final"]
+    steps: int
+    seconds: float
+    micro_batch: int
+    accumulation: int
+    trainable_params: int
+    kept_activation_bytes: int | None
+    flops_per_step: int | None
+    peak_memory_bytes: int | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class FitResult:
+    """What :func:`fit` hands back: a plain PEFT model, what was kept and why, and what each phase cost.
+
+    ``adapter_params``: numbers in adapters (heads excluded) that were allocated, trainable at the most, and in effect
+    at the end, by the method's own formula. ``predicted``: ``{phase: {field: number}}`` as said before the first step.
+    """
+
+    model: nn.Module
+    method: Method
+    selection: Selection | None
+    phases: tuple[PhaseResult, ...]
+    metrics: Mapping[str, float]
+    max_steps: int
+    seam_step: int | None
+    adapter_params: Mapping[str, int] = field(default_factory=dict)
+    predicted: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
+    log_history: tuple[dict[str, Any], ...] = field(default=(), repr=False)
+
+
+def phase_result(
+    trainer: Trainer,
+    name: Literal["warmup", "final"],
+    steps: int,
+    seconds: float,
+    trainable: int,
+    cost: StepCost | None,
+    peak: PeakMemory,
+) -> PhaseResult:
+    """One phase of a trainer, as it ran."""
+    accumulation = trainer.args.gradient_accumulation_steps
+    return PhaseResult(
+        name=name,
+        steps=steps,
+        seconds=seconds,
+        micro_batch=trainer.args.per_device_train_batch_size,
+        accumulation=accumulation,
+        trainable_params=trainable,
+        kept_activation_bytes=None if cost is None else cost.kept_activation_bytes,
+        flops_per_step=None if cost is None else cost.flops * accumulation,
+        peak_memory_bytes=peak.bytes(),
+    )
+
+
+def read_progress(data: Mapping[str, Any], where: Path) -> tuple[float, list[PhaseResult]]:
+    """Seconds of the current phase and the phases before it, from a manifest's data.
+
+    Raises:
+        CheckpointError: they are damaged.
+    """
+    try:
+        phases = [PhaseResult(**phase) for phase in data.get("phases", [])]
+        spent = float(data.get("seconds", 0.0))
+    except (TypeError, ValueError, OverflowError) as error:
+        raise CheckpointError(f"{where}: the manifest is damaged: {error}") from None
+    numbers = [spent, *(value for phase in phases for name, value in vars(phase).items() if name != "name")]
+    for number in numbers:
+        if number is not None and not (isinstance(number, int | float) and 0 <= number < 2**63):
+            raise CheckpointError(f"{where}: the manifest is damaged: {number!r} is no cost of a phase")
+    return spent, phases
