@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
@@ -185,13 +186,13 @@ class Selection:
             raise CheckpointError(f"the selection is damaged: its micro_batch is {size!r}; use a backup")
         seen: set[str] = set()
         for c in self.choices:
-            fine = isinstance(c.name, str) and c.name not in seen and isinstance(c.kept, bool)
+            fine = isinstance(c.name, str) and isinstance(c.kept, bool)
             fine = fine and _finite(c.omega) and _finite(c.scale) and (c.score is None or _finite(c.score))
             if not fine:
                 raise CheckpointError(f"the selection is damaged at adapter {c.name!r}; select again or use a backup")
             if not (_whole(c.rank) and 1 <= c.rank <= MAX_RANK):
                 raise CheckpointError(f"the selection is damaged at adapter {c.name!r}; rank must be 1 or more")
-            if not (c.tied is None or c.tied in seen):
+            if not (c.tied is None or (isinstance(c.tied, str) and c.tied in seen)):
                 raise CheckpointError(f"the selection is damaged at adapter {c.name!r}: tied to no adapter before it")
             seen.add(c.name)
 
@@ -221,7 +222,8 @@ def _whole(value: Any) -> bool:
 
 
 def _finite(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    # Compared, not converted: a whole number from a file may be too large for a float.
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
 
 
 def select(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -43,6 +44,8 @@ def alone(folder: Path, *, wait: bool = False) -> Iterator[None]:
     try:
         lock.acquire(timeout=-1 if wait else 0)
     except Timeout:
+        if not path.exists():  # not held: it could not be made
+            raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(path)) from None
         raise BusyError(
             f"another process is at work in {folder}; wait for it, stop it, or choose another folder"
         ) from None

@@ -134,7 +134,7 @@ def _begin(config: ProbeConfig, parts: Parts, folder: Path, overwrite: bool) -> 
         return data
     try:
         old = json.loads((folder / PROBE).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise CheckpointError(f"{folder / PROBE} cannot be read ({error}); remove it, or --overwrite it") from None
     asked = ("mode", "steps", "adapters", "gradient_rows", "config")
     if not isinstance(old, dict) or any(old.get(key) != data[key] for key in asked):

@@ -41,7 +41,7 @@ def whole(folder: Path, *, manifest: bool = True) -> int | None:
         return None
     try:
         state = json.loads((folder / TRAINER_STATE).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return None
     step = int(found.group(2))
     return step if isinstance(state, dict) and state.get("global_step") == step else None
@@ -114,7 +114,7 @@ def damage(folder: Path) -> str | None:
 def _is_json(path: Path) -> bool:
     try:
         json.loads(path.read_text(encoding="utf-8"))
-    except ValueError:
+    except (ValueError, RecursionError):
         return False
     return True
 
@@ -125,14 +125,14 @@ def _missing(folder: Path) -> str | None:
         sealed = json.loads((folder / SEAL).read_text(encoding="utf-8"))
     except FileNotFoundError:
         return None
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return f"{SEAL} is damaged"
     if not isinstance(sealed, dict):
         return f"{SEAL} is damaged"
     now = _hashes(folder)
     for name in sorted({*sealed, *now}):
         if sealed.get(name) != now.get(name):
-            return f"{name} is missing" if name not in now else f"{name} is not the file that was saved"
+            return f"{name} is missing" if name not in now else f"{name} is damaged: it is not the file that was saved"
     return None
 
 
@@ -160,9 +160,9 @@ def resolve(resume: bool | str | Path, output_dir: Path, *, manifest: bool = Tru
     instead = f"; {best} is whole" if best else ""
     if whole(folder, manifest=manifest) is None:
         raise CheckpointError(f"{folder} is not a whole checkpoint of a WeightLoRA run{instead}")
-    what = damage(folder)
-    if what is not None:
-        raise CheckpointError(f"{folder / what.split(' ', 1)[0]} {what.split(' ', 1)[1]}{instead}")
+    wrong = damage(folder)
+    if wrong is not None:
+        raise CheckpointError(f"{folder / wrong.split(' ', 1)[0]} {wrong.split(' ', 1)[1]}{instead}")
     return folder
 
 
