@@ -11,7 +11,6 @@ from typing import Any
 import pytest
 import torch
 from tests.builders import adapter_state, lora, max_difference, trainer
-from transformers import Trainer
 
 from weightlora.errors import CheckpointError
 from weightlora.methods import WeightLoRA
@@ -31,7 +30,7 @@ DAMAGE: dict[str, Callable[[Path, Path], Any]] = {
 }
 
 
-def run(out: Path, resume: Any = False, steps: int = 8, **arguments: Any) -> Trainer:
+def run(out: Path, resume: Any = False, steps: int = 8, **arguments: Any) -> Any:
     made = trainer(out, arguments.pop("model", None), **{"steps": steps, "save_strategy": "steps", "save_steps": 3,
                                                         **arguments})  # fmt: skip
     fit(made, METHOD, resume=resume, measure=False)
@@ -99,7 +98,7 @@ def test_another_base_of_the_same_shape(runs: tuple[Path, Path, dict[str, torch.
     shutil.rmtree(tmp_path / "run" / "checkpoint-8")
     with pytest.raises(CheckpointError, match="belongs to another base model of the same shape"):
         run(tmp_path / "run", resume=True, model=lora(seed=3))
-    other = lora()
+    other: Any = lora()
     other.config.hidden_act = other.base_model.model.config.hidden_act = "relu"
     with pytest.raises(CheckpointError, match="belongs to another base model of the same shape"):
         run(tmp_path / "run", resume=True, model=other)

@@ -35,7 +35,7 @@ class Poisoned(torch.utils.data.Dataset[dict[str, Any]]):
 
 
 def regression() -> Any:
-    model = lora()
+    model: Any = lora()
     model.config.problem_type = "regression"
     model.config.num_labels = model.base_model.model.num_labels = 1
     head = model.base_model.model.classifier.modules_to_save["default"]
