@@ -24,8 +24,8 @@ from torch import Tensor
 
 from adapter_path import Bench, provenance, write
 from benchlib.shapes import SHAPES, Shape, build, resized
+from memory_vs_adapters import peak
 from weightlora.graft import adapters, end_backward_at_lowest
-from weightlora.graft.adapters import factors
 from weightlora.runs.estimate import Estimate, Phase, Setting, Traced
 from weightlora.training.measure import kept_bytes
 
@@ -62,20 +62,6 @@ def sets(bench: Bench) -> dict[str, Sequence[str]]:
     return {"all": names, "random": bench.random, "deepest": names[-K:], "lowest": names[:1]}
 
 
-def peak(bench: Bench, live: Sequence[str]) -> int | None:
-    """The allocator's peak over two steps; None without CUDA."""
-    if not bench.args.device.startswith("cuda"):
-        return None
-    optimizer = torch.optim.AdamW([f for name in live for f in factors(bench.layers[name], "default")])
-    for _ in range(2):
-        torch.cuda.reset_peak_memory_stats()
-        bench.loss().backward()
-        optimizer.step()
-        optimizer.zero_grad()
-    torch.cuda.synchronize()
-    return torch.cuda.max_memory_allocated()
-
-
 def rows(name: str, shape: Shape, args: argparse.Namespace) -> Iterator[dict[str, Any]]:
     traced, seconds = predicted(shape, args)
     bench = Bench(shape, args)
@@ -91,7 +77,7 @@ def rows(name: str, shape: Shape, args: argparse.Namespace) -> Iterator[dict[str
             with bench.ours(live):
                 counted, value = kept_bytes(bench.model, bench.loss)
                 del value
-                measured = peak(bench, live)
+                measured = peak(bench, live) if args.device.startswith("cuda") else None
             said = estimate.activations(phase, shape.batch)
             row = {
                 "shape": name, "live": kind, "k": len(live), "dtype": str(shape.dtype).removeprefix("torch."),

@@ -39,7 +39,7 @@ def test_a_probe(capsys: pytest.CaptureFixture[str]) -> None:
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (("--memory", "12 bananas"), "'12 bananas' is no size; write for example 16GiB"),
+        (("--memory", "12 bananas"), "'12 bananas' is not a number of bytes; write for example 16GiB"),
         (("--memory", "8200KiB"), "the nearest that fits is --"),
         (("--memory", "1KiB"), "nothing near it fits"),
         (("--k", "many"), "k='many' is no number"),

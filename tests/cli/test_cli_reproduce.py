@@ -116,6 +116,19 @@ def test_figure_2_is_the_probe_with_the_papers_settings() -> None:
     assert small[-2:] == ["--out", "there"]
 
 
+def test_figure_3_is_counted_for_the_papers_ranks(
+    small_data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = figure_words("figure3", False, [], None)
+    assert words[0] == "memory"
+    assert words[words.index("--ranks") + 1] == "8,16,32,64,128,256"
+    assert words[words.index("--limit") + 1] == "16GiB"
+    small = ("--scale", "small", "--data-dir", small_data, "--task", "sst2", *TINY, "--ranks", "2", "--points", "2")
+    assert weightlora("reproduce", "figure3", *small, "--out", tmp_path / "f3") == 0
+    assert (tmp_path / "f3" / "memory.png").stat().st_size > 0
+    assert str(tmp_path / "f3" / "memory.json") in capsys.readouterr().out
+
+
 @pytest.mark.slow
 def test_train_dry_run_is_the_run_that_would_be(
     small_data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]

@@ -62,7 +62,7 @@ def test_scalar_products_are_those_of_the_dense_gradients(values: list[float] | 
         values = (values * len(layers))[: len(layers)]
         gated(model, values=values)
     weights = [layer.get_base_layer().weight.requires_grad_() for layer in layers]
-    for inputs in batches(2):
+    for _, inputs in zip(range(2), batches(), strict=False):
         model(**inputs).loss.backward()
     dense = [
         gate_gradient(
@@ -70,8 +70,8 @@ def test_scalar_products_are_those_of_the_dense_gradients(values: list[float] | 
         )
         for layer, weight in zip(layers, weights, strict=True)
     ]
-    assert scalar_products(model).tolist() == pytest.approx([float(product) for product in dense], rel=1e-9)
-    assert all(abs(float(product)) > 1e-9 for product in dense)
+    assert scalar_products(model).tolist() == pytest.approx([product.item() for product in dense], rel=1e-9)
+    assert all(abs(product.item()) > 1e-9 for product in dense)
 
 
 @engines

@@ -270,6 +270,12 @@ def test_fit_and_export(scoring: Any, tmp_path: Path) -> None:
     assert wl.export(result, tmp_path / "out").max_difference <= 1e-5
 
 
+def test_by_default_no_more_moves_than_the_rounds_can_take() -> None:
+    found = adapters(lora(rank=1))
+    policy = ALoRA(warmup_steps=1, round_steps=1, rounds=4).begin(found, 20)
+    assert policy.moves == (len(found) - 1) // 4 < len({a.kind for a in found})
+
+
 @pytest.mark.parametrize(
     ("settings", "kind", "message"),
     [

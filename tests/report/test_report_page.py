@@ -132,7 +132,7 @@ def test_predictions_are_set_beside_what_was_measured(make: Make, tmp_path: Path
     assert "final kept activation bytes 460.0 MiB 455.0 MiB +1.1%" in text
     assert "final optimizer bytes 1.00 MiB - -" in text
     assert "Predicted" not in words(write_run(tmp_path / "without", make()))
-    assert "Predicted" not in words(write_run(tmp_path / "odd", make(), predicted=["what", {"is": "this"}]))
+    assert "Predicted" not in words(write_run(tmp_path / "odd", make(), predicted={"what": {}}))
 
 
 def test_a_checkpoint_completes_an_unfinished_run(make: Make, tmp_path: Path) -> None:

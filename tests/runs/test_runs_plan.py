@@ -16,14 +16,13 @@ from hypothesis import strategies as st
 from torch import nn
 from transformers import Trainer, TrainingArguments
 
+from weightlora.core import format_bytes, parse_bytes
 from weightlora.errors import ConfigError, PlanError, WeightLoRAError
 from weightlora.graft import adapters, disconnect, fast_path
 from weightlora.runs.calibrate import calibrate
 from weightlora.runs.estimate import divisors
 from weightlora.runs.memory import (
-    format_size,
     optimizer_bytes,
-    parse_size,
     shapes_of,
     tensor_bytes,
     trained,
@@ -51,14 +50,14 @@ def real(config: PlanConfig) -> tuple[Any, nn.Module]:
 
 @given(number=st.integers(1, 10**6), unit=st.sampled_from([("KiB", 2**10), ("MB", 10**6), ("GiB", 2**30), ("", 1)]))
 def test_sizes(number: int, unit: tuple[str, int]) -> None:
-    assert parse_size(f"{number}{unit[0]}") == parse_size(f" {number} {unit[0].lower()} ") == number * unit[1]
-    assert parse_size(number) == number
+    assert parse_bytes(f"{number}{unit[0]}") == parse_bytes(f" {number} {unit[0].lower()} ") == number * unit[1]
+    assert parse_bytes(number) == number
 
 
 @pytest.mark.parametrize("text", ["", "16 apples", "-3GiB", "GiB", "0MiB", "1e3", "16GiBB", "nan"])
 def test_what_is_no_size(text: str) -> None:
     with pytest.raises(ConfigError, match="16GiB, 12GB or 800MiB"):
-        parse_size(text)
+        parse_bytes(text)
 
 
 def real_state(optimizer: torch.optim.Optimizer) -> int:
@@ -217,7 +216,7 @@ def test_json_and_text() -> None:
     assert data["final"]["total"] == made.final.total == sum(data["final"]["parts"].values())
     assert data["config"]["model"] == "bert-tiny-shape"
     said = plan_text(made)
-    assert format_size(made.warmup.total) in said
+    assert format_bytes(made.warmup.total) in said
     assert all(len(line) <= 120 for line in said.splitlines())
 
 
@@ -253,7 +252,7 @@ def test_a_probe_that_cannot_be(changes: dict[str, Any], device: str, message: s
 
 def test_llama_3_8b_without_weights_in_ten_seconds() -> None:
     began = time.process_time()
-    made = Planner(PlanConfig(model="llama-3-8b", length=2048, batch=16, checkpointing=True)).plan(parse_size("40GiB"))
+    made = Planner(PlanConfig(model="llama-3-8b", length=2048, batch=16, checkpointing=True)).plan(parse_bytes("40GiB"))
     spent = time.process_time() - began
     assert made.n == 224
     assert made.warmup.parts.weights == pytest.approx(2 * 8_030_261_248, rel=1e-6)
@@ -269,7 +268,7 @@ def test_llama_3_8b_without_weights_in_ten_seconds() -> None:
         ({"k": 99}, "use 1..12"),
         ({"dropout": 1.0}, "dropout=1.0"),
         ({"dtype": "int8"}, "use float32, bfloat16, float16"),
-        ({"head": "lm"}, "use classification, causal-lm, seq2seq-lm"),
+        ({"head": "lm"}, "use sequence-classification, question-answering, seq2seq-lm, causal-lm"),
         ({"optimizer": "lion"}, "use one of adamw_torch"),
         ({"quantization": "2bit"}, "use one of 8bit, 4bit"),
         ({"model": "nothing-like-it"}, "pass minilm"),

@@ -150,20 +150,20 @@ def memory(parsed: argparse.Namespace, rest: list[str], parser: argparse.Argumen
 
 
 def plan(parsed: argparse.Namespace, rest: list[str], parser: argparse.ArgumentParser) -> int:
+    from weightlora.core import format_bytes, parse_bytes
     from weightlora.runs.calibrate import calibrate
-    from weightlora.runs.memory import format_size, parse_size
     from weightlora.runs.plan import Planner
     from weightlora.runs.plan_text import plan_text
 
-    memory = None if parsed.memory is None else parse_size(parsed.memory)
+    memory = None if parsed.memory is None else parse_bytes(parsed.memory)
     config = arguments.plan_config(parsed)
     planner = Planner(config)
     if parsed.probe:
         found = calibrate(config, planner, config.device)
         what = "peak of a step" if found.kind == "peak" else "kept for backward"
         _say(
-            f"probe, micro-batch {found.micro_batch}: {what} predicted {format_size(found.predicted)},"
-            f" measured {format_size(found.measured)}"
+            f"probe, micro-batch {found.micro_batch}: {what} predicted {format_bytes(found.predicted)},"
+            f" measured {format_bytes(found.measured)}"
         )
         planner = Planner(config, found.overhead, planner.traces)
     made = planner.plan(memory)

@@ -177,7 +177,6 @@ def build_parser() -> tuple[argparse.ArgumentParser, dict[str, tuple[argparse.Ar
         table[name][0].add_argument("--method", default=argparse.SUPPRESS, help=METHOD_HELP)
     for name in ("train", "select", "compare", "sweep", "probe", "memory"):
         table[name][0].add_argument("--out", metavar="DIR", default=f"runs/{name}", help=f"default: runs/{name}")
-    table["export"][0].add_argument("--out", metavar="DIR", help="default: RUN/PROFILE")
     table["report"][0].add_argument("--out", metavar="FILE", default="report.html", help="default: report.html")
     for name in ("train", "select", "export", "probe"):
         table[name][0].add_argument("--overwrite", action="store_true", help="replace what is in --out")
@@ -190,22 +189,21 @@ def build_parser() -> tuple[argparse.ArgumentParser, dict[str, tuple[argparse.Ar
         table[name][0].add_argument(
             "--dry-run", action="store_true", help="check all that needs no weights or data, and print what would run"
         )
-    table["reproduce"][0].add_argument("--out", metavar="DIR", help="default: runs/EXPERIMENT")
-    table["reproduce"][0].add_argument(
-        "--scale", default="full", choices=("full", "small"), help="small: a small model, few steps and rows"
-    )
+    _add_reproduce_flags(table["reproduce"][0])
     _add_probe_flags(table["probe"][0])
-    curve = functools.partial(table["memory"][0].add_argument, default=argparse.SUPPRESS)
-    curve("--ranks", help="comma-separated, a pair of curves each (default: 1,8,64)")
-    curve("--points", type=int, metavar="N", help="numbers of adapters from none to all (default: 10)")
-    curve("--limit", metavar="SIZE", help="the device's memory, such as 16GiB: a line in the picture")
-    table["export"][0].add_argument(
+    _add_memory_flags(table["memory"][0])
+    _add_export_flags(table["export"][0])
+    return parser, table
+
+
+def _add_export_flags(sub: argparse.ArgumentParser) -> None:
+    sub.add_argument("--out", metavar="DIR", help="default: RUN/PROFILE")
+    sub.add_argument(
         "--profile",
         default="native",
         choices=("native", "portable", "dense", "merged"),
         help="native: stock PEFT; portable: vLLM, SGLang, llama.cpp; dense: the same, every layer; merged: no adapter",
     )
-    return parser, table
 
 
 def _add_compare_flags(sub: argparse.ArgumentParser) -> None:
@@ -229,6 +227,20 @@ def _add_probe_flags(sub: argparse.ArgumentParser) -> None:
     )
     flag("--seeds", help="comma-separated (default: 0,1,2)")
     flag("--gradient-rows", type=int, metavar="N", help="training rows that the gradient is taken over (default: 512)")
+
+
+def _add_memory_flags(sub: argparse.ArgumentParser) -> None:
+    flag = functools.partial(sub.add_argument, default=argparse.SUPPRESS)
+    flag("--ranks", help="comma-separated, a pair of curves each (default: 1,8,64)")
+    flag("--points", type=int, metavar="N", help="numbers of adapters from none to all (default: 10)")
+    flag("--limit", metavar="SIZE", help="the device's memory, such as 16GiB: a line in the picture")
+
+
+def _add_reproduce_flags(sub: argparse.ArgumentParser) -> None:
+    sub.add_argument("--out", metavar="DIR", help="default: runs/EXPERIMENT")
+    sub.add_argument(
+        "--scale", default="full", choices=("full", "small"), help="small: a small model, few steps and rows"
+    )
 
 
 def _quiet_libraries() -> None:

@@ -64,7 +64,10 @@ def figure_words(name: str, small: bool, given: Sequence[str], out: str | None) 
 
     path, command = str(recipe(name)), FIGURES[name]
     section = arguments.read_section(path)
-    words = [command, *arguments.read_recipe(path), *arguments.flag_words(section[command])]
+    shared = arguments.read_recipe(path)
+    if command == "memory":  # counted, not trained: one seed draws the random order
+        shared = arguments.without(shared, "--seeds")
+    words = [command, *shared, *arguments.flag_words(section[command])]
     words += arguments.flag_words(section["small"]) if small else []
     return [*words, *arguments.without(given, "--scale", "--out"), "--out", out or f"runs/{name}"]
 

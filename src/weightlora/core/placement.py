@@ -136,14 +136,17 @@ def place(importance: Sequence[float], costs: PlacementCosts, budget: int) -> Pl
     worth = [i for i, value in enumerate(importance) if value > 0]
     if not worth:
         raise ConfigError("no importance is positive, so there is nothing worth its cost; check what was measured")
-    smallest = min(costs.total([i]) for i in worth)
-    if smallest > budget:
+    alone = {i: costs.total([i]) for i in worth}
+    fitting = [i for i in worth if alone[i] <= budget]
+    if not fitting:
+        smallest = min(alone.values())
         raise BudgetError(
             f"no adapter fits into a budget of {budget}; the smallest placement takes {smallest}", smallest=smallest
         )
-    menus = _Menus(importance, costs, worth)
-    best: tuple[int, ...] = ()
-    value = 0.0
+    menus = _Menus(importance, costs, fitting)
+    # To begin with, the best single one: no bound is above n times that, so the rounding of bounds is small beside it.
+    best: tuple[int, ...] = (max(fitting, key=lambda i: importance[i]),)
+    value = importance[best[0]]
     for bound, depth in sorted(_bounds(menus, costs, budget), reverse=True):
         if bound <= value * (1 + EQUAL):
             break

@@ -32,15 +32,15 @@ def parse_bytes(text: str | int) -> int:
     return size
 
 
-def format_bytes(size: int) -> str:
+def format_bytes(size: float) -> str:
     """A number of bytes for people.
 
     >>> format_bytes(512), format_bytes(1536), format_bytes(12 * 2**30)
     ('512 B', '1.5 KiB', '12.0 GiB')
     """
     if size < 1024:
-        return f"{size} B"
-    power = min(3, (size.bit_length() - 1) // 10)
+        return f"{size:.0f} B"
+    power = min(3, (int(size).bit_length() - 1) // 10)
     return f"{size / 1024**power:.1f} {('KiB', 'MiB', 'GiB')[power - 1]}"
 
 

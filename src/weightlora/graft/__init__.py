@@ -1,5 +1,6 @@
 """PEFT: handles, the omega vector, surgery, optimizer state, manifest, export. No other room knows PEFT's inside."""
 
+from weightlora.core import PlacementCosts
 from weightlora.graft.activations import ActivationTrace, Storage
 from weightlora.graft.adapters import (
     Adapter,
@@ -16,7 +17,7 @@ from weightlora.graft.depth import end_backward_at_lowest
 from weightlora.graft.fast import PATHS, PathName, check_path, fast_path, stock_path
 from weightlora.graft.forms import Form, Formed, RankGates
 from weightlora.graft.gates import Gates, scalar_products
-from weightlora.graft.levels import placement_costs
+from weightlora.graft.levels import operation_costs, placement_costs, reserved
 from weightlora.graft.manifest import MANIFEST, STATE, Manifest, fingerprint, readable
 from weightlora.graft.optimizer import Change, adopt, forget, remap
 from weightlora.graft.selection import Choice, Selection, select
@@ -41,6 +42,7 @@ __all__ = [
     "Nest",
     "Offset",
     "PathName",
+    "PlacementCosts",
     "ProductWatch",
     "RankGates",
     "Selection",
@@ -63,12 +65,14 @@ __all__ = [
     "has_adapters",
     "input_size",
     "layer_weights",
+    "operation_costs",
     "output_energy",
     "parameters",
     "placement_costs",
     "readable",
     "refuse_tied",
     "remap",
+    "reserved",
     "reshape",
     "resize",
     "restart",

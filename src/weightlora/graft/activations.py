@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from weightlora.graft.adapters import Adapter
@@ -40,6 +40,8 @@ class ActivationTrace:
     storages: tuple[Storage, ...]
     units: tuple[str, ...]
     unit_inputs: tuple[tuple[int, ...], ...]
+    # What is kept does not depend on the batch or on ranks, and traces of all batch sizes share what was found.
+    _found: dict[tuple[int, int], tuple[int, ...]] = field(default_factory=dict, repr=False, compare=False)
 
     @property
     def every(self) -> range:
@@ -109,16 +111,21 @@ class ActivationTrace:
         inputs: bool,
     ) -> dict[int, int]:
         """Bytes of each kept storage, by its index."""
-        mask = self.mask(live, inputs)
-        wrapped = self._wrapped(every_n_layers) if checkpointing else frozenset()
+        mask, every = self.mask(live, inputs), every_n_layers if checkpointing else 0
+        if (mask, every) not in self._found:
+            self._found[mask, every] = self._kept(mask, self._wrapped(every) if every else frozenset())
+        return {index: self._size(self.storages[index], ranks) for index in self._found[mask, every]}
+
+    def _kept(self, mask: int, wrapped: frozenset[int]) -> tuple[int, ...]:
+        """Indices of the kept storages."""
         found = {
-            index: self._size(storage, ranks)
+            index
             for index, storage in enumerate(self.storages)
             if any(unit not in wrapped and _happens(owner, reach, mask) for owner, reach, unit in storage.uses)
         }
-        for unit in sorted(self._live_units(mask) & wrapped):
-            found |= {index: self._size(self.storages[index], ranks) for index in self.unit_inputs[unit]}
-        return found
+        for unit in self._live_units(mask) & wrapped:
+            found |= set(self.unit_inputs[unit])
+        return tuple(sorted(found))
 
     def recomputed(
         self, live: Iterable[int], *, ranks: Mapping[int, int] | None = None, every_n_layers: int = 1

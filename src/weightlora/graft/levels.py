@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from itertools import accumulate
 
 from weightlora.core import PlacementCosts
 from weightlora.graft.activations import ActivationTrace
+from weightlora.graft.adapters import Adapter
 
 
 def placement_costs(
@@ -71,6 +73,39 @@ def placement_costs(
     )
     sizes = (*(0 if m in free else trace.storages[m].size for m in inputs), 0)
     return _costs(depth, own, group, sizes, floor)
+
+
+def operation_costs(adapters: Sequence[Adapter], arrivals: Sequence[int], tokens: Sequence[int]) -> PlacementCosts:
+    """The same for operations of one forward and backward pass.
+
+    An adapter takes ``6 tokens r (d_in + d_out)``: two products forward, four backward (the lowest needs one less).
+
+    Args:
+        adapters: in module order.
+        arrivals: (n,) operations of the base, forward included, until gradients reach the output of each layer.
+        tokens: (n,) that each layer sees.
+    """
+    order = sorted(set(arrivals), reverse=True)  # gradients arrive last at the lowest
+    return PlacementCosts(
+        depth=tuple(order.index(arrival) for arrival in arrivals),
+        own=tuple(6 * t * a.rank * (a.d_in + a.d_out) for t, a in zip(tokens, adapters, strict=True)),
+        group=(0,) * len(adapters),
+        group_bytes=(0,),
+        floor=tuple(order),
+    )
+
+
+def reserved(costs: PlacementCosts, params: Sequence[int]) -> PlacementCosts:
+    """Costs for survivors that will grow into the parameters of all adapters: what adapters can cost then, whichever
+    live, is in every floor.
+
+    Args:
+        costs: at the present ranks.
+        params: (n,) of each adapter.
+    """
+    dearest = max(own / count for own, count in zip(costs.own, params, strict=True))
+    most = int(dearest * sum(params)) + 1
+    return replace(costs, own=(0,) * len(costs.own), floor=tuple(floor + most for floor in costs.floor))
 
 
 def _costs(

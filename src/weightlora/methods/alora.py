@@ -28,7 +28,8 @@ class ALoRA(Method):
         warmup_steps: K1, before the first round: optimizer steps or a share of the run.
         round_steps: K2, from one round to the next: the same.
         rounds: N_A. The seam is right after the last one; training goes on with what is left.
-        moves: n_A, ranks that go in a round; None: the number of kinds of modules.
+        moves: n_A, ranks that go in a round; None: the number of kinds of modules, or fewer where all rounds together
+            would take every rank.
         scoring: "exact": two forward passes per rank; "gradient": two backward passes in all, the first-order
             ``-dL/dc_r`` with all live ranks on plus ``-dL/dc_r`` with all off (ours).
         max_rank: of a module; None: twice what it starts with.
@@ -130,8 +131,9 @@ class ALoRAPolicy(Policy):
                 f"the last of {method.rounds} rounds would be at step {self.seam} of {max_steps};"
                 " lower rounds, round_steps or warmup_steps, or train longer"
             )
-        self.moves = len({a.kind for a in adapters}) if method.moves is None else method.moves
         ranks = sum(a.rank for a in adapters)
+        spare = max(1, (ranks - 1) // method.rounds)  # a small budget has few ranks to move
+        self.moves = min(spare, len({a.kind for a in adapters})) if method.moves is None else method.moves
         if method.rounds * self.moves >= ranks:
             raise ScheduleError(
                 f"{method.rounds} rounds of {self.moves} ranks could take all {ranks} away; lower rounds or moves"

@@ -241,8 +241,9 @@ class Method(ABC):
         return 0
 
     @property
-    def limit(self) -> tuple[Literal["memory", "step_time"], str | int] | None:
-        """What the survivors' cost must stay within, as the user wrote it: needs :attr:`Policy.budget`."""
+    def limit(self) -> tuple[Literal["memory", "step_time"], float, str] | None:
+        """What the survivors' cost must stay within: of what, how much (bytes, or a share), and as the user wrote it.
+        A method with one needs :attr:`Policy.budget`."""
         return None
 
     def peft_config(self, lora: Any, shapes: Sequence[tuple[int, int]]) -> Any:

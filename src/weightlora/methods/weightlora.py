@@ -132,10 +132,10 @@ class WeightLoRA(Method):
             raise ConfigError(f"{given[0]} limits what runs after the seam, which needs warmup_steps; give some")
 
     @property
-    def limit(self) -> tuple[Literal["memory", "step_time"], str | int] | None:
+    def limit(self) -> tuple[Literal["memory", "step_time"], float, str] | None:
         if self.memory is not None:
-            return "memory", self.memory
-        return None if self.step_time is None else ("step_time", self.step_time)
+            return "memory", parse_bytes(self.memory), str(self.memory)
+        return None if self.step_time is None else ("step_time", parse_share(self.step_time), self.step_time)
 
     @property
     def copies(self) -> int:

@@ -32,7 +32,6 @@ class RunFiles:
         record: its record; where the run did not finish, completed by its latest checkpoint.
         log_file: the file with the trainer's log, if there is one.
         checkpoint: the step of the checkpoint that the log and the completion came from; None: the run's end.
-        predicted: ``{phase: {field of Phase: number}}``, if the record has predictions.
         adapter_config: PEFT's own file for the adapter, if it was written.
         error: the end of the traceback of a failed run.
     """
@@ -41,7 +40,6 @@ class RunFiles:
     record: Record
     log_file: Path | None = None
     checkpoint: int | None = None
-    predicted: dict[str, dict[str, float]] = dataclasses.field(default_factory=dict)
     adapter_config: dict[str, Any] | None = None
     error: str = ""
 
@@ -110,7 +108,7 @@ def read_run(path: Path) -> RunFiles:
     record = Record.read(path)
     folder = path.parent if path.name == RECORD else None
     if folder is None:
-        return RunFiles(path=path, record=record, predicted=_predicted(_object(path)))
+        return RunFiles(path=path, record=record)
     log_file: Path | None = folder / MANIFEST
     checkpoint = None
     if record.status != "ok" or not _entries(_object(folder / MANIFEST)):
@@ -124,7 +122,6 @@ def read_run(path: Path) -> RunFiles:
         record=record,
         log_file=log_file,
         checkpoint=checkpoint,
-        predicted=_predicted(_object(path)),
         adapter_config=_object(folder / "adapter" / "adapter_config.json") or None,
         error="\n".join(text.strip().splitlines()[-ERROR_LINES:]),
     )
@@ -161,18 +158,6 @@ def _numbers(log: Any) -> Log:
     entries = [entry for entry in log if isinstance(entry, dict)] if isinstance(log, list) else []
     kept = [{str(key): float(value) for key, value in entry.items() if _number(value)} for entry in entries]
     return tuple(sorted((entry for entry in kept if "step" in entry), key=lambda entry: entry["step"]))
-
-
-def _predicted(data: dict[str, Any]) -> dict[str, dict[str, float]]:
-    """The record's predictions, one object of numbers per phase."""
-    phases = data.get("predicted")
-    if not isinstance(phases, dict):
-        return {}
-    return {
-        str(name): {str(key): float(value) for key, value in numbers.items() if _number(value)}
-        for name, numbers in phases.items()
-        if isinstance(numbers, dict)
-    }
 
 
 def _latest_checkpoint(folder: Path) -> tuple[Path | None, int | None]:

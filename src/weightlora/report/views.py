@@ -106,7 +106,7 @@ def _run_view(run: RunFiles, id: str, runs: Sequence[RunFiles]) -> RunView:
         pictures=tuple(p if cells <= TITLED_CELLS else p.plain() for p in drawn.values() if p is not None),
         absent=tuple(_absent(record, drawn)),
         phases=_phases(record),
-        predictions=_predictions(run),
+        predictions=_predictions(record),
         kept=_kept(record),
         command=reproduce.started_with(record),
         alone=reproduce.alone(record),
@@ -183,11 +183,11 @@ def _phases(record: Record) -> tuple[tuple[str, ...], ...]:
     return tuple(tuple(row[:columns]) for row in rows)
 
 
-def _predictions(run: RunFiles) -> tuple[tuple[str, ...], ...]:
+def _predictions(record: Record) -> tuple[tuple[str, ...], ...]:
     """Predicted beside measured, a row per phase and number; the rows after a heading, or nothing."""
-    phases = {phase.name: phase for phase in run.record.phases}
+    phases = {phase.name: phase for phase in record.phases}
     rows = []
-    for phase, numbers in run.predicted.items():
+    for phase, numbers in record.predicted.items():
         for key, predicted in numbers.items():
             scale = _SCALES.get(key, BYTES if key.endswith("bytes") else COUNT)
             measured = getattr(phases.get(phase), key, None)

@@ -182,18 +182,28 @@ def check_shared(config: RunConfig) -> None:
     targets(config.targets, base_model(config, read_task(config)))
 
 
+def check_method(config: RunConfig) -> None:
+    """Check what a run needs of its method; the rows are tokenized only where the number of steps depends on them.
+
+    Raises:
+        WeightLoRAError: whatever is wrong with method or schedule, or what :func:`build` finds.
+    """
+    steps = training_arguments(config, Path("unused")).max_steps
+    if steps <= 0 or config.make_method().held_out_batches:
+        build(config)
+        return
+    _, _, chosen, _, model = _with_method(config)
+    if chosen.uses_adapters:
+        chosen.begin(adapters(model), steps)
+
+
 def build(config: RunConfig) -> Parts:
     """Load and check everything a run needs, without writing anything.
 
     Raises:
         WeightLoRAError: whatever is wrong with task, data, model, targets, method or schedule.
     """
-    task = read_task(config)
-    loaded = base_model(config, task)
-    chosen, rank = within_budget(config, config.make_method(), loaded)
-    model: PreTrainedModel | peft.PeftModel = loaded.model
-    if chosen.trains != "full":
-        model = with_adapters(config, task, loaded, chosen, rank)
+    task, loaded, chosen, rank, model = _with_method(config)
     prepared = task.prepare(loaded, config.max_length)
     args = training_arguments(config, Path("unused"), prepared)
     rows = len(prepared.train)
@@ -210,6 +220,16 @@ def build(config: RunConfig) -> Parts:
         prepared=prepared,
         max_steps=steps,
     )
+
+
+def _with_method(config: RunConfig) -> tuple[Task, LoadedModel, Method, int, PreTrainedModel | peft.PeftModel]:
+    """Task, base, the method and the rank that spend the budget, and the model as the method trains it."""
+    task = read_task(config)
+    loaded = base_model(config, task)
+    chosen, rank = within_budget(config, config.make_method(), loaded)
+    if chosen.trains == "full":
+        return task, loaded, chosen, rank, loaded.model
+    return task, loaded, chosen, rank, with_adapters(config, task, loaded, chosen, rank)
 
 
 def training_arguments(

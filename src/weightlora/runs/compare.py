@@ -10,7 +10,7 @@ from pathlib import Path
 
 from weightlora.errors import ConfigError, WeightLoRAError
 from weightlora.methods import METHODS
-from weightlora.runs.build import build, check_shared, read_task, training_arguments
+from weightlora.runs.build import build, check_method, check_shared, read_task, training_arguments
 from weightlora.runs.cluster import Cluster
 from weightlora.runs.config import RunConfig
 from weightlora.runs.jobs import Job, execute, on_training_rows
@@ -140,9 +140,12 @@ def _cannot_start(config: RunConfig, plan: dict[str, RunConfig], of: int) -> dic
     if plan:
         check_shared(config)
     errors: dict[str, WeightLoRAError] = {}
-    for label, base in plan.items():
+    for number, (label, base) in enumerate(plan.items()):
         try:
-            build(base)
+            if number:
+                check_method(base)
+            else:
+                build(base)  # once with the rows tokenized: they are the same for every method
         except WeightLoRAError as error:
             errors[label] = error
     if errors and len(errors) == of:

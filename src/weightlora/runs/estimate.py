@@ -9,11 +9,11 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from weightlora.core import format_bytes
 from weightlora.errors import PlanError
 from weightlora.graft import ActivationTrace, trace
 from weightlora.runs.memory import (
     Parts,
-    format_size,
     optimizer_bytes,
     shapes_of,
     tensor_bytes,
@@ -212,8 +212,8 @@ class Estimate:
             if size is None:
                 needs = self.parts(phase, 1).total
                 raise PlanError(
-                    f"phase {phase.name!r} needs {format_size(needs)} with one example per forward pass and"
-                    f" {len(phase.live)} adapters, more than the {format_size(memory)} given;"
+                    f"phase {phase.name!r} needs {format_bytes(needs)} with one example per forward pass and"
+                    f" {len(phase.live)} adapters, more than the {format_bytes(memory)} given;"
                     " `weightlora plan` names what fits"
                 )
             found.append(size)

@@ -1,9 +1,8 @@
-"""Bytes in closed form: what weights, gradients and optimizers take, and sizes as people write them."""
+"""Bytes in closed form: what weights, gradients and optimizers take."""
 
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from types import MappingProxyType
@@ -12,12 +11,6 @@ from torch import Tensor, nn
 
 from weightlora.errors import ConfigError
 
-_UNITS = {"": 1, "b": 1} | {
-    f"{letter}{ending}": base**power
-    for power, letter in enumerate("kmgt", start=1)
-    for ending, base in (("b", 1000), ("ib", 1024), ("", 1024))
-}
-_SIZE = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([a-zA-Z]*)\s*")
 # Bytes that bitsandbytes keeps for a weight of n numbers in d_out rows, by the name of a quantisation.
 QUANTIZATIONS = ("8bit", "4bit", "4bit-double")
 # Optimizers by the names of ``TrainingArguments.optim``, and which rule of `optimizer_bytes` they follow.
@@ -28,34 +21,6 @@ OPTIMIZERS: Mapping[str, str] = MappingProxyType(
         "adagrad": "one", "rmsprop": "one",
     }
 )  # fmt: skip
-
-
-def parse_size(text: str | int) -> int:
-    """Bytes of a size such as "16GiB", "12GB" or "800MiB"; a bare K, M, G or T counts in powers of 1024.
-
-    >>> parse_size("16GiB"), parse_size("1.5GB"), parse_size("800 MiB"), parse_size("4G")
-    (17179869184, 1500000000, 838860800, 4294967296)
-    """
-    found = _SIZE.fullmatch(str(text))
-    if found is None or found.group(2).lower() not in _UNITS:
-        raise ConfigError(f"{text!r} is no size; write for example 16GiB, 12GB or 800MiB")
-    size = int(float(found.group(1)) * _UNITS[found.group(2).lower()])
-    if size < 1:
-        raise ConfigError(f"a memory of {text!r} holds nothing; write for example 16GiB, 12GB or 800MiB")
-    return size
-
-
-def format_size(size: float) -> str:
-    """A number of bytes for people.
-
-    >>> format_size(0), format_size(1536), format_size(15.5 * 2**30)
-    ('0 B', '1.5 KiB', '15.5 GiB')
-    """
-    for unit in ("B", "KiB", "MiB"):
-        if abs(size) < 1024:
-            return f"{size:.0f} B" if unit == "B" else f"{size:.1f} {unit}"
-        size /= 1024
-    return f"{size:.1f} GiB"
 
 
 @dataclass(frozen=True, kw_only=True)

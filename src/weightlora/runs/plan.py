@@ -8,10 +8,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from weightlora.core import resolve_k
+from weightlora.core import format_bytes, resolve_k
 from weightlora.errors import ConfigError, PlanError
 from weightlora.runs.estimate import Estimate, Phase, Setting, Traced
-from weightlora.runs.memory import Parts, format_size
+from weightlora.runs.memory import Parts
 from weightlora.runs.plan_config import PlanConfig, adapted, changes_of, flag, loss_of
 from weightlora.tasks.skeletons import Skeleton
 
@@ -243,7 +243,7 @@ class Planner:
             )
             if needs <= memory:
                 flags = " ".join(flag(name, value) for name, value in changes.items())
-                return f"the nearest that fits is {flags} ({format_size(needs)})"
+                return f"the nearest that fits is {flags} ({format_bytes(needs)})"
         return "nothing near it fits: take a smaller model, or more memory"
 
 

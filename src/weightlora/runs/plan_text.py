@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from weightlora.runs.memory import Parts, format_size
+from weightlora.core import format_bytes
+from weightlora.runs.memory import Parts
 from weightlora.runs.plan import PhasePlan, Plan
 
 # Field of `Parts`: how it is called.
@@ -32,7 +33,7 @@ def plan_text(plan: Plan, layers: bool = False) -> str:
         f"{config.model}, {', '.join(bits)}, {config.optimizer}",
         f"{plan.n} adapters of rank {config.r} ({config.targets})",
         f"{config.batch} examples of {config.length} tokens per optimizer step, kernels of {config.device}"
-        + (f", {format_size(plan.memory)} of memory" if plan.memory else ""),
+        + (f", {format_bytes(plan.memory)} of memory" if plan.memory else ""),
         "",
         *_table(_phase_rows(plan)),
         "",
@@ -44,7 +45,7 @@ def plan_text(plan: Plan, layers: bool = False) -> str:
         *_table(_r_rows(plan)),
         "",
         f"What the lowest of {plan.k} survivors costs: nothing below it keeps anything",
-        *_table([("lowest in", "total"), *((name, format_size(size)) for name, size in plan.by_lowest)]),
+        *_table([("lowest in", "total"), *((name, format_bytes(size)) for name, size in plan.by_lowest)]),
     ]
     if layers:
         lines += ["", "What each block keeps for backward", *_table(_layer_rows(plan))]
@@ -56,7 +57,7 @@ def _layer_rows(plan: Plan) -> list[tuple[str, ...]]:
     names = list(dict.fromkeys([*plan.warmup.layers, *plan.final.layers]))
     return [
         ("", "warm-up", "final"),
-        *((name, *(format_size(phase.layers.get(name, 0)) for phase in phases)) for name in names),
+        *((name, *(format_bytes(phase.layers.get(name, 0)) for phase in phases)) for name in names),
     ]
 
 
@@ -75,11 +76,11 @@ def _phase_rows(plan: Plan) -> list[tuple[str, ...]]:
     for field, name in _PARTS.items():
         sizes = [_field(phase.parts, field) for phase in phases]
         if any(sizes):
-            rows.append((name, *(format_size(size) for size in sizes)))
+            rows.append((name, *(format_bytes(size) for size in sizes)))
         if field == "activations":
             last = [phase.layers.get("logits and loss", 0) for phase in phases]
-            rows.append(("  of that logits and loss", *(format_size(size) for size in last)))
-    rows.append(("total", *(format_size(phase.total) for phase in phases)))
+            rows.append(("  of that logits and loss", *(format_bytes(size) for size in last)))
+    rows.append(("total", *(format_bytes(phase.total) for phase in phases)))
     return rows
 
 
@@ -91,12 +92,12 @@ def _k_rows(plan: Plan) -> list[tuple[str, ...]]:
     first = plan.by_lowest[0][0] if plan.config.lowest is None else plan.final.lowest
     head: tuple[str, ...] = ("K", "the deepest K", f"down to {first}")
     if plan.memory is None:
-        return [head, *((str(r.k), format_size(r.deepest), format_size(r.dearest)) for r in plan.by_k)]
+        return [head, *((str(r.k), format_bytes(r.deepest), format_bytes(r.dearest)) for r in plan.by_k)]
     rows = [
         (
             str(r.k),
-            format_size(r.deepest),
-            format_size(r.dearest),
+            format_bytes(r.deepest),
+            format_bytes(r.dearest),
             str(r.deepest_micro_batch or "none"),
             str(r.dearest_micro_batch or "none"),
         )
@@ -107,7 +108,7 @@ def _k_rows(plan: Plan) -> list[tuple[str, ...]]:
 
 def _r_rows(plan: Plan) -> list[tuple[str, ...]]:
     head: tuple[str, ...] = ("r", "warm-up", "final")
-    rows = [(str(row.r), format_size(row.warmup), format_size(row.final)) for row in plan.by_r]
+    rows = [(str(row.r), format_bytes(row.warmup), format_bytes(row.final)) for row in plan.by_r]
     if plan.memory is None:
         return [head, *rows]
     fits = [(str(row.warmup_micro_batch or "none"), str(row.final_micro_batch or "none")) for row in plan.by_r]

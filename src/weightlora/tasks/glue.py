@@ -9,6 +9,7 @@ from weightlora.errors import DataError
 from weightlora.tasks import metrics
 from weightlora.tasks.examples import Examples
 from weightlora.tasks.files import Table, read_table, read_targets, read_texts
+from weightlora.tasks.sources import Source, from_hub
 
 HUB_NAME = "nyu-mll/glue"
 
@@ -113,17 +114,9 @@ def _label_numbers(table: Table, names: tuple[str, ...], remedy: str) -> list[in
 
 
 def _from_hub(name: str, splits: tuple[str, ...]) -> list[Examples]:
-    import datasets
-
     spec = GLUE[name]
-    try:
-        loaded = [datasets.load_dataset(HUB_NAME, name, split=split) for split in splits]
-    except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
-        reason = str(error).strip().split("\n")[0]
-        raise DataError(
-            f"task {name!r} cannot be read from the hub's {HUB_NAME} ({reason}); check the network,"
-            f" or pass data_dir, a folder with {name}/train.jsonl and {name}/{spec.validation}.jsonl"
-        ) from None
+    source = Source(hub=HUB_NAME, config=name, validation=spec.validation)
+    loaded = [from_hub(name, source, split) for split in splits]
     return [
         Examples(texts={column: list(split[column]) for column in spec.columns}, labels=list(split["label"]))
         for split in loaded

@@ -6,6 +6,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+import datasets
+
 from weightlora.errors import DataError
 from weightlora.tasks.examples import Examples, hold_out, shuffled
 from weightlora.tasks.files import JSONL, Table, read_table
@@ -59,7 +61,9 @@ def read_splits(name: str, data_dir: Path | None, validation_file: Path | None, 
     source = SOURCES[name]
     splits = ("train", source.validation) if validation else ("train",)
     if data_dir is None:
-        return [_from_hub(name, source, split) for split in splits]
+        hub = Path(source.hub)
+        read = [(hub / split, from_hub(name, source, split).to_list()) for split in splits]
+        return [Table(path=path, rows=rows, lines=list(range(1, len(rows) + 1))) for path, rows in read]
     if not (data_dir / name).is_dir():
         raise DataError(
             f"{data_dir / name}: no such folder for task {name!r} in data_dir; add {name}/train.jsonl and"
@@ -68,18 +72,20 @@ def read_splits(name: str, data_dir: Path | None, validation_file: Path | None, 
     return [read_table(data_dir / name / f"{split}.jsonl") for split in splits]
 
 
-def _from_hub(name: str, source: Source, split: str) -> Table:
-    import datasets
+def from_hub(name: str, source: Source, split: str) -> datasets.Dataset:
+    """One split of a data set on the hub.
 
+    Raises:
+        DataError: it cannot be read; the message names the folder that would do instead.
+    """
     try:
-        rows = datasets.load_dataset(source.hub, source.config, split=split).to_list()
+        return datasets.load_dataset(source.hub, source.config, split=split)
     except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
         reason = str(error).strip().split("\n")[0]
         raise DataError(
             f"task {name!r} cannot be read from the hub's {source.hub} ({reason}); check the network, or pass data_dir,"
             f" a folder with {name}/train.jsonl and {name}/{source.validation}.jsonl"
         ) from None
-    return Table(path=Path(source.hub, split), rows=rows, lines=list(range(1, len(rows) + 1)))
 
 
 def choose(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import islice
 from typing import Any, NoReturn
 
@@ -12,9 +12,18 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import Trainer
 
-from weightlora.core import PlacementCosts, format_bytes, parse_bytes, parse_share
 from weightlora.errors import BudgetError, ScheduleError
-from weightlora.graft import ActivationTrace, adapter_name, adapters, parameters, placement_costs, trace
+from weightlora.graft import (
+    ActivationTrace,
+    PlacementCosts,
+    adapter_name,
+    adapters,
+    operation_costs,
+    parameters,
+    placement_costs,
+    reserved,
+    trace,
+)
 from weightlora.graft.adapters import lora_layers, switched_off
 from weightlora.methods import Budget, Method, Room
 from weightlora.training.measure import isolated_rng, step_cost
@@ -54,10 +63,10 @@ def plan(trainer: Trainer, method: Method, micro_batch: tuple[int | None, int | 
     """
     if method.limit is None:
         return Plan(micro_batch=micro_batch)
-    kind, text = method.limit
+    kind, amount, _ = method.limit
     if kind == "step_time":
-        return Plan(micro_batch=micro_batch, budget=_operations(trainer, method, parse_share(str(text))))
-    return _Memory(trainer, method, parse_bytes(text), stock).plan(micro_batch)
+        return Plan(micro_batch=micro_batch, budget=_operations(trainer, method, amount))
+    return _Memory(trainer, method, int(amount), stock).plan(micro_batch)
 
 
 class RunBytes:
@@ -162,26 +171,15 @@ class _Memory(RunBytes):
     def _refuse(self) -> NoReturn:
         smallest = max(self.warmup(1), min(self.costs(1).total([i]) for i in range(len(self.state))))
         leaner = 0 if self.checkpointing else self.warmup(1, checkpointing=True)
-        instead = f", or {leaner} ({format_bytes(leaner)}) with gradient_checkpointing" if 0 < leaner < smallest else ""
+        instead = (
+            f", or {leaner} ({leaner / 2**20:.1f} MiB) with gradient_checkpointing" if 0 < leaner < smallest else ""
+        )
         raise BudgetError(
-            f"memory={self.method.limit and self.method.limit[1]} is too little: warm-up holds all {len(self.state)}"
-            f" adapters and takes {smallest} bytes ({format_bytes(smallest)}) at a micro-batch of 1{instead}; allow as"
+            f"memory={self.method.limit and self.method.limit[2]} is too little: warm-up holds all {len(self.state)}"
+            f" adapters and takes {_said(smallest)} at a micro-batch of 1{instead}; allow as"
             " much, or use fewer targets or a lower r",
             smallest=smallest,
         )
-
-
-def reserved(costs: PlacementCosts, params: Sequence[int]) -> PlacementCosts:
-    """Costs for survivors that will grow into the parameters of all adapters: what adapters can cost then, whichever
-    live, is in every floor.
-
-    Args:
-        costs: at the present ranks.
-        params: (n,) of each adapter.
-    """
-    dearest = max(own / count for own, count in zip(costs.own, params, strict=True))
-    most = int(dearest * sum(params)) + 1
-    return replace(costs, own=(0,) * len(costs.own), floor=tuple(floor + most for floor in costs.floor))
 
 
 def _operations(trainer: Trainer, method: Method, share: float) -> Budget:
@@ -219,19 +217,11 @@ def _operations(trainer: Trainer, method: Method, share: float) -> Budget:
         whole = step_cost(model, lambda: loss_of(trainer, inputs)).flops
     if 0 in arrivals:
         raise ScheduleError("operations cannot be counted: no gradient reaches every adapter of this model; use memory")
-    own = [6 * t * a.rank * (a.d_in + a.d_out) for t, a in zip(tokens, adapters(model, name), strict=True)]
-    order = sorted(set(arrivals), reverse=True)  # gradients arrive last at the lowest
-    costs = PlacementCosts(
-        depth=tuple(order.index(arrival) for arrival in arrivals),
-        own=tuple(own),
-        group=(0,) * len(own),
-        group_bytes=(0,),
-        floor=tuple(order),
-    )
+    costs = operation_costs(adapters(model, name), arrivals, tokens)
     if method.grows:
         costs = reserved(costs, [a.rank * (a.d_in + a.d_out) for a in adapters(model, name)])
-    limit = int(share * min(whole, costs.total(range(len(own)))))
-    smallest = min(costs.total([i]) for i in range(len(own)))
+    limit = int(share * min(whole, costs.total(range(len(layers)))))
+    smallest = min(costs.total([i]) for i in range(len(layers)))
     if smallest > limit:
         raise BudgetError(
             f"step_time={share:g}x is too little: the smallest placement takes {smallest / whole:.3f}x of a step with"
@@ -239,6 +229,10 @@ def _operations(trainer: Trainer, method: Method, share: float) -> Budget:
             smallest=smallest,
         )
     return Budget(kind="step_time", rooms=(Room(costs=costs, budget=limit),), facts={"whole": whole, "share": share})
+
+
+def _said(size: int) -> str:
+    return f"{size} bytes ({size / 2**20:.1f} MiB)"
 
 
 def _bytes(tensors: Sequence[Tensor]) -> int:
