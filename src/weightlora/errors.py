@@ -17,6 +17,19 @@ class CheckpointError(WeightLoRAError):
     """A checkpoint, manifest or run directory is damaged, incomplete, or belongs to something else."""
 
 
+class BusyError(WeightLoRAError):
+    """Another process is at work in the directory."""
+
+
+class DivergedError(WeightLoRAError):
+    """A gradient, gate or score is NaN or infinite. ``step`` is the first optimizer step whose gradients were not
+    finite (None: the number came from elsewhere)."""
+
+    def __init__(self, message: str, *, step: int | None) -> None:
+        super().__init__(message)
+        self.step = step
+
+
 class DataError(WeightLoRAError):
     """A task, data file, column or label is not usable."""
 

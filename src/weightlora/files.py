@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import shutil
 import tempfile
@@ -58,6 +59,18 @@ def new_folder(path: Path) -> Iterator[Path]:
             os.replace(temporary, path)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def disk_is_full(error: BaseException) -> bool:
+    """Whether an error says that there is no space for a file; libraries say it in their own words.
+
+    >>> disk_is_full(OSError(errno.ENOSPC, "No space left on device")), disk_is_full(FileNotFoundError("a"))
+    (True, False)
+    """
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        return True
+    words = ("No space left", "File too large", "Disk quota exceeded", "PytorchStreamWriter failed writing")
+    return any(word in str(error) for word in words)
 
 
 def sweep(folder: Path, *names: str) -> None:

@@ -16,6 +16,7 @@ from pathlib import Path
 from weightlora import __version__
 from weightlora.cli import arguments, commands, grids, sweeping
 from weightlora.errors import ConfigError, WeightLoRAError
+from weightlora.files import disk_is_full
 
 Command = Callable[[argparse.Namespace, list[str], argparse.ArgumentParser], int]
 
@@ -113,9 +114,21 @@ def main(argv: Sequence[str] | None = None) -> int:
     except WeightLoRAError as error:
         print(f"weightlora {command}: error: {error}", file=sys.stderr)
         return 2
+    except OSError as error:
+        if error.filename is None and not disk_is_full(error):
+            raise  # no file of the user's: ours to mend
+        print(f"weightlora {command}: error: {_about_file(error)}", file=sys.stderr)
+        return 1 if disk_is_full(error) else 2
     except KeyboardInterrupt:
         print("\ninterrupted" + _how_to_go_on(command, parsed), file=sys.stderr)
         return 130
+
+
+def _about_file(error: OSError) -> str:
+    what = f"{error.filename or 'a file'}: {error.strerror}"
+    if disk_is_full(error):
+        return f"{what}; free some space, then give the same command again, or `weightlora resume` to a run that began"
+    return f"{what}; give a path that exists, and that you may read or write as the command needs"
 
 
 def _how_to_go_on(command: str, parsed: argparse.Namespace) -> str:

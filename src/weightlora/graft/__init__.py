@@ -18,7 +18,7 @@ from weightlora.graft.fast import PATHS, PathName, check_path, fast_path, stock_
 from weightlora.graft.forms import Form, Formed, RankGates
 from weightlora.graft.gates import Gates, scalar_products
 from weightlora.graft.levels import operation_costs, placement_costs, reserved
-from weightlora.graft.manifest import MANIFEST, STATE, Manifest
+from weightlora.graft.manifest import MANIFEST, STATE, Manifest, fingerprint, readable
 from weightlora.graft.optimizer import Change, adopt, forget, remap
 from weightlora.graft.selection import Choice, Selection, select
 from weightlora.graft.surgery import disconnect, fold, grow_adapters, reshape, resize, restart, tie
@@ -58,6 +58,7 @@ __all__ = [
     "dora_config",
     "end_backward_at_lowest",
     "fast_path",
+    "fingerprint",
     "fold",
     "forget",
     "grow_adapters",
@@ -68,6 +69,7 @@ __all__ = [
     "output_energy",
     "parameters",
     "placement_costs",
+    "readable",
     "refuse_tied",
     "remap",
     "reserved",

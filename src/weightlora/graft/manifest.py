@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from safetensors import SafetensorError
+import torch
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from weightlora.errors import CheckpointError
 from weightlora.files import new_file, write_text
-from weightlora.graft.adapters import Adapter
+from weightlora.graft.adapters import Adapter, base_of
 from weightlora.graft.selection import Selection
 
 MANIFEST = "weightlora.json"
@@ -30,7 +32,7 @@ class Manifest:
 
     ``stage`` is "warmup" (gates on, all n adapters present) or "final" (stock LoRA on the survivors). ``adapters`` are
     the n adapters that the run started with; ``method`` the method's own settings; ``data`` whatever the trainer's
-    side must know.
+    side must know. ``base`` is the base model's :func:`fingerprint` ("" in older manifests).
     """
 
     stage: Stage
@@ -40,6 +42,7 @@ class Manifest:
     method: dict[str, Any]
     selection: Selection | None = None
     data: dict[str, Any] = field(default_factory=dict)
+    base: str = ""
     schema_version: int = SCHEMA_VERSION
 
     @staticmethod
@@ -47,10 +50,15 @@ class Manifest:
         """``(name, d_in, d_out, rank)`` of each adapter: what makes two models the same to a checkpoint."""
         return tuple((a.name, a.d_in, a.d_out, a.rank) for a in live)
 
-    def check_same_model(self, live: Sequence[Adapter]) -> None:
-        """Raise CheckpointError, naming the first difference, unless the model has the run's adapters."""
+    def check_same_model(self, live: Sequence[Adapter], base: str = "") -> None:
+        """Raise CheckpointError, naming the first difference, unless the model has the run's adapters and base."""
         here = self.describe(live)
         if here == self.adapters:
+            if self.base and base and self.base != base:
+                raise CheckpointError(
+                    "the checkpoint belongs to another base model of the same shape: its configuration or weights"
+                    " differ; use the base (name, revision, seed, dtype) that the run started with"
+                )
             return
         if len(here) != len(self.adapters):
             detail = f"it was made with {len(self.adapters)} adapters, this model has {len(here)}"
@@ -93,7 +101,13 @@ class Manifest:
                 method=dict(data["method"]),
                 selection=None if data["selection"] is None else Selection.from_dict(data["selection"]),
                 data=dict(data["data"]),
+                base=str(data.get("base", "")),
             )
+            if not 0 <= manifest.step < 2**53 or (manifest.stage == "final") != (manifest.selection is not None):
+                raise ValueError(f"stage {manifest.stage!r} at step {manifest.step} and the selection do not fit")
+            names = [name for name, *_ in manifest.adapters]
+            if manifest.selection is not None and [c.name for c in manifest.selection.choices] != names:
+                raise ValueError("its selection is about other adapters")
             return manifest, load_file(folder / STATE)
         except OSError as error:
             raise CheckpointError(
@@ -101,10 +115,45 @@ class Manifest:
             ) from None
         except SafetensorError as error:
             raise CheckpointError(f"{folder / STATE} is damaged: {error}") from None
-        except (KeyError, TypeError, ValueError) as error:
+        except (KeyError, TypeError, ValueError, OverflowError, AttributeError, RecursionError) as error:
             if isinstance(error, CheckpointError):
                 raise
             raise CheckpointError(f"{path} is damaged: {error}") from None
+
+
+# Of a base model's configuration: what changes its function and no shape.
+_SETTINGS = ("model_type", "hidden_act", "activation_function", "hidden_activation", "layer_norm_eps", "rms_norm_eps",
+             "num_attention_heads", "num_key_value_heads", "rope_theta", "vocab_size", "position_buckets")  # fmt: skip
+SAMPLED_TENSORS, SAMPLED_NUMBERS = 16, 256
+
+
+def fingerprint(model: nn.Module) -> str:
+    """A short hash that tells base models of one shape apart: settings, and some numbers of some frozen weights.
+
+    Args:
+        model: with adapters, before any training or surgery. Weights that train are left out.
+    """
+    digest = hashlib.sha256()
+    config = getattr(base_of(model), "config", None)
+    for name in _SETTINGS:
+        digest.update(f"{name}={getattr(config, name, None)!r};".encode())
+    frozen = [p for n, p in model.named_parameters() if not p.requires_grad and "lora_" not in n and p.numel()]
+    for weight in frozen[:: max(1, len(frozen) // SAMPLED_TENSORS)]:
+        if weight.is_meta:
+            continue
+        flat = weight.detach().reshape(-1)
+        some = flat[:: max(1, flat.numel() // SAMPLED_NUMBERS)][:SAMPLED_NUMBERS]
+        digest.update(some.to("cpu", torch.float64).numpy().tobytes())
+    return digest.hexdigest()[:32]
+
+
+def readable(path: Path) -> bool:
+    """Whether a safetensors file has the length that its header says."""
+    try:
+        with safe_open(path, "pt"):
+            return True
+    except SafetensorError:
+        return False
 
 
 def _stage(value: Any) -> Stage:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
@@ -17,6 +18,7 @@ from weightlora.graft.adapters import Adapter
 from weightlora.graft.surgery import common
 
 SCHEMA_VERSION = 1
+MAX_RANK = 2**20  # more than any layer has rows: a number beyond it would only fill the memory
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -163,19 +165,45 @@ class Selection:
             )
             values = {f.name: data[f.name] for f in fields(cls) if f.name != "placement"}
             selection = cls(**{**values, "choices": choices, "placement": data.get("placement")})
-        except (KeyError, TypeError) as error:
+        except (KeyError, TypeError, AttributeError) as error:
             raise CheckpointError(f"the selection is damaged: {error}; select again or use a backup") from None
-        for choice in choices:
-            if not (isinstance(choice.name, str) and isinstance(choice.rank, int) and choice.rank >= 1):
-                raise CheckpointError(f"the selection is damaged at adapter {choice.name!r}; rank must be 1 or more")
+        selection._check()
         return selection
+
+    def _check(self) -> None:
+        """Raise CheckpointError, naming the adapter, for what no selection holds."""
+        for value, kinds, what in (
+            (self.method, str, "method"),
+            (self.preset, str, "preset"),
+            (self.why, str, "why"),
+            (self.step, int | None, "step"),
+            (self.placement, dict | None, "placement"),
+        ):
+            if not isinstance(value, kinds) or isinstance(value, bool):
+                raise CheckpointError(f"the selection is damaged: {what} is {value!r}; use a backup")
+        size = None if self.placement is None else self.placement.get("micro_batch")
+        if not (size is None or (_whole(size) and size >= 1)):
+            raise CheckpointError(f"the selection is damaged: its micro_batch is {size!r}; use a backup")
+        seen: set[str] = set()
+        for c in self.choices:
+            fine = isinstance(c.name, str) and isinstance(c.kept, bool)
+            fine = fine and _finite(c.omega) and _finite(c.scale) and (c.score is None or _finite(c.score))
+            if not fine:
+                raise CheckpointError(f"the selection is damaged at adapter {c.name!r}; select again or use a backup")
+            if not (_whole(c.rank) and 1 <= c.rank <= MAX_RANK):
+                raise CheckpointError(f"the selection is damaged at adapter {c.name!r}; rank must be 1 or more")
+            if not (c.tied is None or (isinstance(c.tied, str) and c.tied in seen)):
+                raise CheckpointError(f"the selection is damaged at adapter {c.name!r}: tied to no adapter before it")
+            seen.add(c.name)
 
     @classmethod
     def from_json(cls, text: str) -> Selection:
         """Read :meth:`to_json` back."""
         try:
             return cls.from_dict(json.loads(text))
-        except json.JSONDecodeError as error:
+        except (ValueError, RecursionError) as error:
+            if isinstance(error, CheckpointError):
+                raise
             raise CheckpointError(f"the selection is not JSON: {error}") from None
 
     @classmethod
@@ -185,6 +213,17 @@ class Selection:
             return cls.from_json(Path(path).read_text(encoding="utf-8"))
         except OSError as error:
             raise CheckpointError(f"cannot read the selection {path}: {error.strerror}") from None
+        except UnicodeDecodeError as error:
+            raise CheckpointError(f"the selection {path} is not text: {error.reason}") from None
+
+
+def _whole(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _finite(value: Any) -> bool:
+    # Compared, not converted: a whole number from a file may be too large for a float.
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
 
 
 def select(

@@ -138,7 +138,7 @@ def _object(path: Path) -> dict[str, Any]:
     """A JSON object, or an empty one where there is none."""
     try:
         data = json.loads(_text(path))
-    except ValueError:
+    except (ValueError, RecursionError):
         return {}
     return data if isinstance(data, dict) else {}
 

@@ -121,7 +121,7 @@ class RunConfig:
         """Whether a file is a run's configuration, of this release or another."""
         try:
             data = json.loads(path.read_text(encoding="utf-8"))
-        except (OSError, ValueError):
+        except (OSError, ValueError, RecursionError):
             return False
         return isinstance(data, dict) and {"schema_version", "task", "model", "method", "training"} <= set(data)
 
@@ -139,7 +139,7 @@ class RunConfig:
             raise CheckpointError(
                 f"{folder} is not a run directory: it has no {CONFIG}; start a run with `train`"
             ) from None
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise CheckpointError(f"{path} is damaged: {error}") from None
         known = {f.name for f in fields(cls)}
         if not isinstance(data, dict) or data.pop("schema_version", None) != SCHEMA_VERSION or set(data) - known:

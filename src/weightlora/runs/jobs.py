@@ -14,13 +14,12 @@ from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from types import TracebackType
 
-from filelock import FileLock
-
 from weightlora.errors import ConfigError
 from weightlora.files import write_text
 from weightlora.runs.build import lacks_validation
 from weightlora.runs.cluster import Cluster, spread
 from weightlora.runs.config import CONFIG, RunConfig
+from weightlora.runs.lock import alone
 from weightlora.runs.record import Record
 from weightlora.runs.run import ERROR, RECORD, finished, refused, resume, train
 
@@ -125,9 +124,7 @@ def attempt(config: RunConfig, folder: Path, *, quiet: bool = False) -> Record:
     """Run, resume or read one run, its failure recorded. Two processes that try the same run do it once."""
     if finished(folder):
         return Record.read(folder / RECORD)
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    # The lock dies with its process, so a killed worker's run is free at once.
-    with FileLock(folder.parent / f".{folder.name}.lock"):
+    with alone(folder, wait=True):
         if finished(folder):
             return Record.read(folder / RECORD)
         with _Attempt(config, folder) as attempted:

@@ -23,6 +23,7 @@ from weightlora.graft import Choice, adapters, scalar_products
 from weightlora.methods import LoRA
 from weightlora.runs.build import Parts, base_model, build, make_trainer, with_adapters
 from weightlora.runs.config import RunConfig
+from weightlora.runs.lock import alone, refuse_busy
 from weightlora.runs.progress import Progress
 from weightlora.runs.record import collect_versions, machine
 from weightlora.training import FitResult, fit
@@ -91,7 +92,16 @@ def probe(
     Source: paper, section 3.1 and Figure 2. Departs from it: T steps of the run's own schedule (the paper: "several
     epochs"), `gradient_rows` rows for the full gradient, dropout off while it is taken. The mode "cheap" is ours.
     """
+    refuse_busy(folder)
     first = build(config.run.with_settings(seed=config.seeds[0]))
+    with alone(folder):
+        return _measure(config, first, folder, overwrite, argv, say)
+
+
+def _measure(
+    config: ProbeConfig, first: Parts, folder: Path, overwrite: bool, argv: Sequence[str], say: Callable[[str], None]
+) -> dict[str, Any]:
+    """The seeds that are not there yet, one after the other."""
     data = _begin(config, first, folder, overwrite)
     for seed in config.seeds:
         if seed in [entry["seed"] for entry in data["seeds"]]:
@@ -124,7 +134,7 @@ def _begin(config: ProbeConfig, parts: Parts, folder: Path, overwrite: bool) -> 
         return data
     try:
         old = json.loads((folder / PROBE).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise CheckpointError(f"{folder / PROBE} cannot be read ({error}); remove it, or --overwrite it") from None
     asked = ("mode", "steps", "adapters", "gradient_rows", "config")
     if not isinstance(old, dict) or any(old.get(key) != data[key] for key in asked):

@@ -240,7 +240,7 @@ class Record:
         """
         try:
             data = json.loads(text, parse_constant=_refuse_constant)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise CheckpointError(f"the record is not strict JSON: {error}") from error
         if not isinstance(data, dict):
             raise CheckpointError(f"the record must be a JSON object, not {_kind(data)}")

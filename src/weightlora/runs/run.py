@@ -18,11 +18,12 @@ from transformers import Trainer, TrainerCallback, set_seed
 
 from weightlora.core import parse_params
 from weightlora.errors import CheckpointError, WeightLoRAError
-from weightlora.files import leftovers, new_folder, sweep, write_text
+from weightlora.files import disk_is_full, leftovers, new_folder, sweep, write_text
 from weightlora.graft import MANIFEST, Manifest, Selection, adapters, block_of, save_own_format, tuned_layers
 from weightlora.graft.export import export
 from weightlora.runs.build import Parts, build, make_trainer, scored_on
 from weightlora.runs.config import CONFIG, RunConfig
+from weightlora.runs.lock import INSIDE, alone, refuse_busy
 from weightlora.runs.progress import Progress
 from weightlora.runs.record import AdapterScore, Kept, Phase, Record, collect_versions, machine
 from weightlora.training import FitResult, fit
@@ -50,18 +51,21 @@ def train(
     Raises:
         WeightLoRAError: the settings cannot work, or the folder is taken. Nothing was written.
     """
+    refuse_busy(folder)
     _check_folder(folder, overwrite)
     parts = build(config)
-    if overwrite and folder.exists():
-        shutil.rmtree(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    sweep(folder, *WRITTEN)
-    config.save(folder)
-    try:
-        return _live(parts, config, folder, resume=False, argv=argv, quiet=quiet)
-    except WeightLoRAError:
-        shutil.rmtree(folder)  # it could not start
-        raise
+    with alone(folder):
+        _check_folder(folder, overwrite)  # loading took a while
+        if overwrite and folder.exists():
+            shutil.rmtree(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        sweep(folder, *WRITTEN)
+        config.save(folder)
+        try:
+            return _live(parts, config, folder, resume=False, argv=argv, quiet=quiet)
+        except WeightLoRAError:
+            shutil.rmtree(folder)  # it could not start
+            raise
 
 
 def resume(folder: Path, *, argv: Sequence[str] = (), quiet: bool = False) -> Record:
@@ -71,12 +75,14 @@ def resume(folder: Path, *, argv: Sequence[str] = (), quiet: bool = False) -> Re
         CheckpointError: no run directory, or the run is finished (then its record is there to read).
     """
     config = RunConfig.load(folder)
+    refuse_busy(folder)
     if finished(folder):
         raise CheckpointError(f"{folder} holds a finished run; there is nothing to resume (see {folder / RECORD})")
-    parts = build(config)
-    sweep(folder, *WRITTEN)
-    sweep(folder / "checkpoints", "seam-*")
-    return _live(parts, config, folder, resume=True, argv=argv, quiet=quiet)
+    with alone(folder):
+        parts = build(config)
+        sweep(folder, *WRITTEN)
+        sweep(folder / "checkpoints", "seam-*")
+        return _live(parts, config, folder, resume=True, argv=argv, quiet=quiet)
 
 
 def finished(folder: Path) -> bool:
@@ -90,11 +96,13 @@ def select(config: RunConfig, folder: Path, *, overwrite: bool = False, quiet: b
     Raises:
         WeightLoRAError: as :func:`train`.
     """
+    refuse_busy(folder)
     _check_folder(folder, overwrite)
     parts = build(config)
     if not parts.method.uses_adapters:
         raise WeightLoRAError(f"method {config.method!r} selects nothing; use weightlora, random, top or gradient")
-    with new_folder(folder) as temporary, _progress(config, quiet) as progress:
+    with alone(folder), new_folder(folder) as temporary, _progress(config, quiet) as progress:
+        _check_folder(folder, overwrite)
         trainer = make_trainer(parts, config, temporary, progress)
         set_seed(config.seed)
         result = fit(
@@ -120,7 +128,7 @@ def _check_folder(folder: Path, overwrite: bool) -> None:
         return
     if not folder.is_dir():
         raise CheckpointError(f"{folder} is a file; give --out a folder")
-    if not set(folder.iterdir()) - set(leftovers(folder, *WRITTEN)):
+    if not set(folder.iterdir()) - {*leftovers(folder, *WRITTEN), folder / INSIDE}:
         return
     # A config.json alone proves nothing: every saved model has one. What is not ours is never removed.
     ours = {name: RunConfig.is_one(folder / name) for name in (CONFIG, SELECT)}
@@ -183,9 +191,16 @@ class _Recording:
                 write_text(path, text)
             return False
         line = (str(error).strip() or kind.__name__ if kind else "").splitlines()[0]
-        self.record = replace(self.record, status="failed", error=f"{type(error).__name__}: {line}")
-        self.record.write(self.folder / RECORD)
-        write_text(self.folder / ERROR, "".join(traceback.format_exception(kind, error, trace)))
+        line = f"{type(error).__name__}: {line}"
+        if disk_is_full(error):
+            line = f"no space to write into {self.folder}; free some, then `weightlora resume {self.folder}` goes on"
+        self.record = replace(self.record, status="failed", error=line)
+        try:
+            self.record.write(self.folder / RECORD)
+            write_text(self.folder / ERROR, "".join(traceback.format_exception(kind, error, trace)))
+        except OSError as full:
+            # The record stays "running", as a killed process leaves it; what is said is said by the caller.
+            raise full from error
         return True
 
 

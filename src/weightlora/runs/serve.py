@@ -12,6 +12,7 @@ from weightlora.graft.export import Export, export
 from weightlora.methods import METHODS
 from weightlora.runs.build import base_model, read_task
 from weightlora.runs.config import RunConfig
+from weightlora.runs.lock import alone
 from weightlora.runs.run import ADAPTER, SELECTION, finished
 
 
@@ -28,6 +29,12 @@ def export_run(folder: Path, out: Path, profile: str, *, overwrite: bool = False
     Raises:
         CheckpointError: no finished run there, or one without an adapter.
     """
+    inside = folder.resolve() in out.resolve().parents
+    with alone(folder if inside else out):
+        return _export(folder, out, profile, overwrite, about)
+
+
+def _export(folder: Path, out: Path, profile: str, overwrite: bool, about: str) -> Export:
     config = RunConfig.load(folder)
     if not finished(folder):
         raise CheckpointError(f"{folder} holds no finished run; `weightlora resume {folder}` finishes it")

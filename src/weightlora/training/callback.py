@@ -11,6 +11,7 @@ from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState,
 from transformers.trainer_utils import SaveStrategy
 
 from weightlora.graft import Manifest
+from weightlora.training import checkpoint
 from weightlora.training.driver import Driver
 
 Stage = Literal["warmup", "final"]
@@ -25,6 +26,7 @@ class SeamCallback(TrainerCallback):
         restored: tensors of the checkpoint that this stage resumes from, if it is one of warm-up.
         log_omegas: "summary" (how many live, extremes) or "all" (one entry per adapter).
         data: what else the manifest must hold.
+        base: the base model's fingerprint.
     """
 
     def __init__(
@@ -35,9 +37,10 @@ class SeamCallback(TrainerCallback):
         restored: tuple[dict[str, Tensor], int] | None,
         log_omegas: Literal["summary", "all"],
         data: dict[str, Any],
+        base: str = "",
     ) -> None:
         self.trainer, self.driver, self.restored = trainer, driver, restored
-        self.log_omegas, self.data = log_omegas, data
+        self.log_omegas, self.data, self.base = log_omegas, data, base
         self.stage: Stage = "final" if driver.selection is not None else "warmup"
         self._at_epoch_end = False
         self._stored: int | None = None  # the step whose checkpoint has our files
@@ -59,6 +62,7 @@ class SeamCallback(TrainerCallback):
             adapters=Manifest.describe(driver.adapters),
             method=driver.method.to_dict(),
             selection=driver.selection,
+            base=self.base,
             data={**self.data, "seconds": self.seconds(), "adapter_params": driver.counts},
         )
 
@@ -81,6 +85,7 @@ class SeamCallback(TrainerCallback):
         self.driver.after_step(self._lr_factor(), getattr(optimizer, "optimizer", optimizer))
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        self._check_finite(control)
         if control.should_log and self.stage == "warmup" and self.driver.gates is not None:
             self._log_omegas()
             # Logging took the mark off, but the trainer's own entry (loss, learning rate) is still due.
@@ -95,6 +100,7 @@ class SeamCallback(TrainerCallback):
             self._store(args, state)
 
     def on_epoch_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        self._check_finite(control)
         if self._at_epoch_end:
             self._at_epoch_end = False
             self._stop(args, control)
@@ -111,6 +117,13 @@ class SeamCallback(TrainerCallback):
         if self.stage == "warmup" and state.global_step == self.driver.seam:
             # With save_total_limit=1 the trainer would end by deleting this checkpoint for an earlier, better one.
             state.best_model_checkpoint = None
+        if state.is_world_process_zero:
+            checkpoint.seal(self._folder(args, state))
+
+    def _check_finite(self, control: TrainerControl) -> None:
+        """Where the trainer is about to read numbers from the device; before anything bad is logged or saved."""
+        if control.should_log or control.should_save or control.should_evaluate:
+            self.driver.finite.check()
 
     @staticmethod
     def _stop(args: TrainingArguments, control: TrainerControl) -> None:
@@ -123,6 +136,7 @@ class SeamCallback(TrainerCallback):
         return Path(str(args.output_dir)) / f"checkpoint-{state.global_step}"
 
     def _store(self, args: TrainingArguments, state: TrainerState) -> None:
+        self.driver.finite.check()
         self._stored = state.global_step
         if state.is_world_process_zero:
             tensors = self.driver.state() if self.stage == "warmup" else {}

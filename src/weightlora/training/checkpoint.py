@@ -2,20 +2,31 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+import logging
 import re
 import shutil
+import zipfile
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch.serialization import get_unsafe_globals_in_checkpoint
 from transformers import PreTrainedModel, Trainer, TrainerState
 
 from weightlora.errors import CheckpointError
 from weightlora.files import new_folder, write_text
-from weightlora.graft import MANIFEST, Manifest
+from weightlora.graft import MANIFEST, Manifest, readable
+
+log = logging.getLogger("weightlora")
 
 TRAINER_STATE = "trainer_state.json"
+SEAL = "checksums.json"
+# What numpy's random state in the trainer's own file needs; the trainer allows the same.
+_NUMPY = re.compile(
+    r"numpy\.(_core|core)\.multiarray\._reconstruct|numpy\.ndarray|numpy\.dtype|numpy\.dtypes\.UInt32DType"
+)
 _NAME = re.compile(r"^(checkpoint|seam)-(\d+)$")
 
 
@@ -30,7 +41,7 @@ def whole(folder: Path, *, manifest: bool = True) -> int | None:
         return None
     try:
         state = json.loads((folder / TRAINER_STATE).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return None
     step = int(found.group(2))
     return step if isinstance(state, dict) and state.get("global_step") == step else None
@@ -38,12 +49,91 @@ def whole(folder: Path, *, manifest: bool = True) -> int | None:
 
 def latest(output_dir: Path, *, manifest: bool = True) -> Path | None:
     """The furthest whole checkpoint; at equal step the one after the seam."""
-    ranked = [
+    ranked = _ranked(output_dir, manifest)
+    return ranked[-1] if ranked else None
+
+
+def _ranked(output_dir: Path, manifest: bool) -> list[Path]:
+    """Whole checkpoints, the furthest last."""
+    found = [
         (step, folder.name.startswith("seam"), folder)
         for folder in (output_dir.iterdir() if output_dir.is_dir() else ())
         if (step := whole(folder, manifest=manifest)) is not None
     ]
-    return max(ranked)[2] if ranked else None
+    return [folder for _, _, folder in sorted(found)]
+
+
+def seal(folder: Path) -> None:
+    """Write the hash of every file of a finished checkpoint, so that damage and swapped files are seen later.
+
+    Random states of other processes are left out: those may still be writing them.
+    """
+    if folder.is_dir():
+        write_text(folder / SEAL, json.dumps(_hashes(folder), indent=1) + "\n")
+
+
+def _hashes(folder: Path) -> dict[str, str]:
+    found = {}
+    for file in sorted(folder.iterdir()):
+        if file.is_file() and file.name != SEAL and not re.match(r"rng_state_\d+\.pth$|\.", file.name):
+            digest = hashlib.sha256()
+            with file.open("rb") as stream:
+                while block := stream.read(1 << 20):
+                    digest.update(block)
+            found[file.name] = digest.hexdigest()
+    return found
+
+
+def damage(folder: Path) -> str | None:
+    """What is wrong with a checkpoint that looks whole, in a few words; None if nothing is.
+
+    Files are compared with the checkpoint's own hashes. One without (its process died in the last moment, or an older
+    release wrote it) is looked at file by file. No file with code in it is ever loaded.
+    """
+    missing = _missing(folder)
+    if missing is not None:
+        return missing
+    broken = [file.name for file in sorted(folder.glob("*.safetensors")) if not readable(file)]
+    broken += [file.name for file in sorted(folder.glob("*.json")) if not _is_json(file)]
+    if broken:
+        return f"{broken[0]} is damaged"
+    for file in sorted([*folder.glob("*.pt"), *folder.glob("*.pth")]):
+        try:
+            with zipfile.ZipFile(file) as archive:
+                bad = None if (folder / SEAL).exists() else archive.testzip()
+            code = [name for name in get_unsafe_globals_in_checkpoint(file) if not _NUMPY.fullmatch(name)]
+        except (OSError, ValueError, RuntimeError, zipfile.BadZipFile, KeyError, EOFError, IndexError):
+            return f"{file.name} is damaged"
+        if bad is not None:
+            return f"{file.name} is damaged"
+        if code:
+            return f"{file.name} holds code ({code[0]}) and is not loaded"
+    return None
+
+
+def _is_json(path: Path) -> bool:
+    try:
+        json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError):
+        return False
+    return True
+
+
+def _missing(folder: Path) -> str | None:
+    """The first file that is not as it was written."""
+    try:
+        sealed = json.loads((folder / SEAL).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError, RecursionError):
+        return f"{SEAL} is damaged"
+    if not isinstance(sealed, dict):
+        return f"{SEAL} is damaged"
+    now = _hashes(folder)
+    for name in sorted({*sealed, *now}):
+        if sealed.get(name) != now.get(name):
+            return f"{name} is missing" if name not in now else f"{name} is damaged: it is not the file that was saved"
+    return None
 
 
 def resolve(resume: bool | str | Path, output_dir: Path, *, manifest: bool = True) -> Path | None:
@@ -55,14 +145,36 @@ def resolve(resume: bool | str | Path, output_dir: Path, *, manifest: bool = Tru
     """
     if resume is False:
         return None
-    best = latest(output_dir, manifest=manifest)
+    best, broken = _best(output_dir, manifest)
     if resume is True:
+        for folder, what in broken.items():
+            log.warning("%s: %s; it is not used", folder, what)
+        if best is None and broken:
+            folder, what = next(iter(broken.items()))
+            raise CheckpointError(
+                f"no checkpoint in {output_dir} can be used: {folder.name}: {what}; restore it, or remove the"
+                " checkpoints to train from the start"
+            )
         return best
     folder = Path(resume)
+    instead = f"; {best} is whole" if best else ""
     if whole(folder, manifest=manifest) is None:
-        instead = f"; {best} is whole" if best else ""
         raise CheckpointError(f"{folder} is not a whole checkpoint of a WeightLoRA run{instead}")
+    wrong = damage(folder)
+    if wrong is not None:
+        raise CheckpointError(f"{folder / wrong.split(' ', 1)[0]} {wrong.split(' ', 1)[1]}{instead}")
     return folder
+
+
+def _best(output_dir: Path, manifest: bool) -> tuple[Path | None, dict[Path, str]]:
+    """The furthest checkpoint without damage, and what is wrong with those beyond it."""
+    broken: dict[Path, str] = {}
+    for folder in reversed(_ranked(output_dir, manifest)):
+        what = damage(folder)
+        if what is None:
+            return folder, broken
+        broken[folder] = what
+    return None, broken
 
 
 def train_on(trainer: Trainer, start: Path | None, until: int) -> dict[str, float]:
@@ -78,11 +190,11 @@ def train_on(trainer: Trainer, start: Path | None, until: int) -> dict[str, floa
 
 
 def discard_after(output_dir: Path, step: int) -> None:
-    """Remove half-written checkpoints beyond `step`: a resumed run writes them again and must not mix old files with
-    new."""
+    """Remove half-written and damaged checkpoints beyond `step`: a resumed run writes them again and must not mix old
+    files with new."""
     for folder in output_dir.iterdir() if output_dir.is_dir() else ():
         found = _NAME.match(folder.name)
-        if found and int(found.group(2)) >= step and whole(folder) is None:
+        if found and int(found.group(2)) >= step and (whole(folder) is None or damage(folder) is not None):
             shutil.rmtree(folder, ignore_errors=True)
 
 
@@ -110,4 +222,5 @@ def write_seam(
         torch.save(optimizer.state_dict(), folder / "optimizer.pt")
         manifest.write(folder, {})
         write_text(folder / TRAINER_STATE, json.dumps(state, indent=2, sort_keys=True) + "\n")
+        seal(folder)
     return target

@@ -37,6 +37,7 @@ from weightlora.graft import (
     tie,
 )
 from weightlora.methods import Budget, HeldOut, Method, StepView
+from weightlora.training.finite import FiniteWatch, check_numbers
 
 log = logging.getLogger("weightlora")
 
@@ -87,6 +88,7 @@ class Driver:
         self.selection: Selection | None = None
         self.counts: dict[str, int] = {}  # adapter parameters: allocated, trainable at the start; effective at the end
         self.step = 0
+        self.finite = FiniteWatch(model)
 
     @property
     def seam(self) -> int | None:
@@ -131,14 +133,17 @@ class Driver:
             self.gates = Gates(self.model, self.name, trainable=self.policy.trains_gates, engine_name=self.engine)
         elif form is None:
             self.ride()
+        self.finite.renew()
 
     def ride(self) -> None:
         """Put the plain adapters on the adapter path."""
         if self.adapter_path != "stock":
             fast_path(self.model, self.name, self.engine)
+        self.finite.renew()
 
     def finish(self, optimizer: torch.optim.Optimizer | None) -> Selection:
         """The end of the run: select now if the method never did, and leave stock PEFT layers."""
+        self.finite.check()
         selection = self.selection or self.operate(optimizer)
         stock_path(self.model, self.name)
         self.counts["effective"] = self.policy.count(adapters(self.model, self.name))
@@ -169,17 +174,26 @@ class Driver:
     def before_step(self, lr_factor: float) -> None:
         """Call when gradients are final. Withholds the gradients of adapters that must not move (None, not zero)."""
         if self.selection is not None:
+            self.finite.see(self.step + 1)
             return
         if self.gates is not None and self.gates.omega.grad is not None:
             _mean_over_processes(self.gates.omega.grad)
         if self.watch is not None:
             _mean_over_processes(self.watch.products)
+        self.finite.see(self.step + 1, *self._outside())
         view = self._view(lr_factor)
         self._add_penalty(view)
         self.policy.before_step(view)
         for index in self.policy.held():
             for factor in self._factors[index]:
                 factor.grad = None
+
+    def _outside(self) -> list[Tensor]:
+        """Gradients, and what the method reads like one, of what is no parameter of the model."""
+        forms = [] if self.formed is None else self.formed.form.parameters().values()
+        gates = None if self.gates is None else self.gates.omega.grad
+        products = None if self.watch is None else self.watch.products
+        return [t for t in (gates, products, *(p.grad for p in forms)) if t is not None]
 
     def after_step(self, lr_factor: float, optimizer: torch.optim.Optimizer | None = None) -> None:
         """Call when the optimizer has stepped and gradients are still there."""
@@ -221,8 +235,11 @@ class Driver:
         Returns:
             The selection, with the ranks that live on.
         """
+        self.finite.check()
         omegas = self.omegas()
+        check_numbers("gates", omegas)
         selection = self.policy.decide(omegas)
+        check_numbers("scores", [choice.score for choice in selection.choices])
         growth = self.policy.growth(selection)
         if self.gates is not None:
             self.gates.detach()

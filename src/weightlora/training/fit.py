@@ -13,33 +13,32 @@ from typing import Any, Literal
 import torch
 from transformers import Trainer
 
-from weightlora.errors import AdapterError, CheckpointError, ConfigError, ScheduleError, WeightLoRAError
+from weightlora.errors import CheckpointError, ConfigError, ScheduleError, WeightLoRAError
 from weightlora.graft import (
     Manifest,
     PathName,
-    check_tuner,
     end_backward_at_lowest,
-    has_adapters,
+    fingerprint,
     reshape,
     tie,
-    tuner_params,
 )
 from weightlora.methods import Method, Policy
 from weightlora.training import checkpoint
 from weightlora.training.budget import plan
 from weightlora.training.callback import SeamCallback
 from weightlora.training.driver import Driver
+from weightlora.training.finite import naming_the_last_good
 from weightlora.training.held_out import hold_out
 from weightlora.training.measure import PeakMemory
+from weightlora.training.plain import train_plain
 from weightlora.training.predict import Predictor
-from weightlora.training.results import FitResult, PhaseResult, phase_result
+from weightlora.training.results import FitResult, PhaseResult, phase_result, read_progress
 from weightlora.training.trainer import (
     average_micro_batches,
     check_trainer,
     measure_step,
     no_reentrant_checkpointing,
     planned_steps,
-    set_rates,
     split_batch,
     use_batch,
     warmup_arguments,
@@ -88,20 +87,23 @@ def fit(
     Raises:
         AdapterError, ScheduleError, CheckpointError, ConfigError: before the first step; nothing was changed or
             written.
+        DivergedError: a loss, gradient, gate or score became NaN or infinite; nothing was saved or selected since.
+            Every step is watched on the device, and read at steps that log, save or evaluate, and before a selection.
 
     Source: paper, section 3.3 (T steps, then disconnect; "the batch size can be increased"). Departs from it in
     resuming through a checkpoint, which is what makes a killed run continue to the same adapter.
     """
     check_trainer(trainer)
     if not method.uses_adapters:
-        return _train_plain(trainer, method, resume, measure)
+        return train_plain(trainer, method, resume, measure)
     rows = trainer.train_dataset
     try:
         made = _Fit(trainer, method, resume, micro_batch, measure, log_omegas, adapter_path)
     except WeightLoRAError:
         trainer.train_dataset = rows  # some may have been set aside
         raise
-    return made.run(select_only)
+    with naming_the_last_good(made.output_dir):
+        return made.run(select_only)
 
 
 class _Fit:
@@ -131,19 +133,20 @@ class _Fit:
         )
         self.own_optimizer = trainer.optimizer is None
         self.phases: list[PhaseResult] = []
+        self.base = fingerprint(model)
         self.start = checkpoint.resolve(resume, self.output_dir)
         self.manifest: Manifest | None = None
         self.restored: tuple[dict[str, torch.Tensor], int] | None = None
         self.spent = 0.0  # seconds of the current phase in earlier processes
         if self.start is not None:
             self.manifest, tensors = Manifest.read(self.start)
-            self.manifest.check_same_model(self.driver.adapters)
+            self.manifest.check_same_model(self.driver.adapters, self.base)
             if self.manifest.method != method.to_dict():
                 raise CheckpointError(
                     f"{self.start} was made with {self.manifest.method}, not {method.to_dict()};"
                     " resume with the same method"
                 )
-            self.spent = float(self.manifest.data.get("seconds", 0.0))
+            self.spent, self.phases = read_progress(self.manifest.data, self.start)
             if self.manifest.stage == "warmup":
                 self.restored = tensors, self.manifest.step
         formed = self.driver.policy.gated or type(self.driver.policy).form is not Policy.form
@@ -209,7 +212,6 @@ class _Fit:
         self._follow_placement()
         driver.counts = dict(self.manifest.data.get("adapter_params", {}))
         driver.ride()
-        self.phases = [PhaseResult(**phase) for phase in self.manifest.data.get("phases", [])]
 
     @contextlib.contextmanager
     def _callback(self) -> Iterator[SeamCallback]:
@@ -218,6 +220,7 @@ class _Fit:
             self.driver,
             restored=self.restored,
             log_omegas=self.log_omegas,
+            base=self.base,
             data={"phases": [vars(phase) for phase in self.phases]},
         )
         self.trainer.add_callback(callback)
@@ -311,35 +314,6 @@ class _Fit:
         if size is not None:
             self.batches[1] = split_batch(self.trainer, size)
             use_batch(self.trainer, self.batches[1])
-
-
-def _train_plain(trainer: Trainer, method: Method, resume: bool | str | Path, measure: bool) -> FitResult:
-    """A method that decides nothing (full fine-tuning, PEFT's own tuners): the trainer as it is, measured."""
-    model: Any = trainer.model
-    if method.trains == "peft":
-        check_tuner(model, method.kind)
-        set_rates(trainer, method.rates)
-    elif has_adapters(model):
-        raise AdapterError(f"method {method.name!r} trains the plain model; give the trainer a model without adapters")
-    start = checkpoint.resolve(resume, Path(str(trainer.args.output_dir)), manifest=False)
-    steps = planned_steps(trainer)
-    cost = measure_step(trainer) if measure else None
-    peak, began = PeakMemory(), time.perf_counter()
-    metrics = checkpoint.train_on(trainer, start, steps)
-    seconds = round(time.perf_counter() - began, 3)
-    trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    phase = phase_result(trainer, "final", trainer.state.global_step, seconds, trainable, cost, peak)
-    return FitResult(
-        model=model,
-        method=method,
-        selection=None,
-        phases=(phase,),
-        metrics=metrics,
-        max_steps=steps,
-        seam_step=None,
-        adapter_params=tuner_params(model) if method.trains == "peft" else {},
-        log_history=tuple(trainer.state.log_history),
-    )
 
 
 __all__ = ["FitResult", "PhaseResult", "fit"]

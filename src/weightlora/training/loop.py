@@ -14,6 +14,8 @@ from weightlora.methods import Method
 from weightlora.training.driver import Driver
 from weightlora.training.held_out import HeldOutBatches
 
+LOOK_EVERY = 10  # steps between reading what the device saw: the trainer's own logging step is as often by default
+
 
 class Tuner:
     """Made by :func:`attach`. Call :meth:`step` after ``optimizer.step()`` and before ``optimizer.zero_grad()``.
@@ -47,11 +49,15 @@ class Tuner:
 
         Raises:
             ScheduleError: ``optimizer.step()`` was not called since the last ``tuner.step()``.
+            DivergedError: a gradient became NaN or infinite. Every step is watched on the device; what was seen is
+                read at every tenth step, at the seam, in :meth:`state_dict` and in :meth:`finish`.
         """
         if not self._armed:
             raise ScheduleError("tuner.step() counts optimizer steps; call it once after each optimizer.step()")
         self._armed = False
         self._driver.after_step(self._lr_factor(), self._optimizer)
+        if self._driver.step % LOOK_EVERY == 0:
+            self._driver.finite.check()
         if self._driver.selection is None and self._driver.step == self._driver.seam:
             return self._driver.operate(self._optimizer)
         return None
@@ -74,7 +80,8 @@ class Tuner:
         return self._driver.finish(self._optimizer)
 
     def state_dict(self) -> dict[str, Any]:
-        """Progress and tensors, to store beside your own checkpoint during warm-up."""
+        """Progress and tensors, to store beside your own checkpoint during warm-up; DivergedError if some is NaN."""
+        self._driver.finite.check()
         return {"step": self._driver.step, "tensors": self._driver.state()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Literal
 
 from torch import nn
 from transformers import Trainer
 
+from weightlora.errors import CheckpointError
 from weightlora.graft import Selection
 from weightlora.methods import Method
 from weightlora.training.measure import PeakMemory, StepCost
@@ -71,3 +73,21 @@ def phase_result(
         flops_per_step=None if cost is None else cost.flops * accumulation,
         peak_memory_bytes=peak.bytes(),
     )
+
+
+def read_progress(data: Mapping[str, Any], where: Path) -> tuple[float, list[PhaseResult]]:
+    """Seconds of the current phase and the phases before it, from a manifest's data.
+
+    Raises:
+        CheckpointError: they are damaged.
+    """
+    try:
+        phases = [PhaseResult(**phase) for phase in data.get("phases", [])]
+        spent = float(data.get("seconds", 0.0))
+    except (TypeError, ValueError, OverflowError) as error:
+        raise CheckpointError(f"{where}: the manifest is damaged: {error}") from None
+    numbers = [spent, *(value for phase in phases for name, value in vars(phase).items() if name != "name")]
+    for number in numbers:
+        if number is not None and not (isinstance(number, int | float) and 0 <= number < 2**63):
+            raise CheckpointError(f"{where}: the manifest is damaged: {number!r} is no cost of a phase")
+    return spent, phases

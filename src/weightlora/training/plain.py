@@ -1,0 +1,55 @@
+"""``fit`` for methods that decide nothing: full fine-tuning, PEFT's own tuners."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Any
+
+from transformers import Trainer
+
+from weightlora.errors import AdapterError
+from weightlora.graft import check_tuner, has_adapters, tuner_params
+from weightlora.methods import Method
+from weightlora.training import checkpoint
+from weightlora.training.finite import FiniteCallback, naming_the_last_good
+from weightlora.training.measure import PeakMemory
+from weightlora.training.results import FitResult, phase_result
+from weightlora.training.trainer import measure_step, planned_steps, set_rates
+
+
+def train_plain(trainer: Trainer, method: Method, resume: bool | str | Path, measure: bool) -> FitResult:
+    """A method that decides nothing (full fine-tuning, PEFT's own tuners): the trainer as it is, measured."""
+    model: Any = trainer.model
+    if method.trains == "peft":
+        check_tuner(model, method.kind)
+        set_rates(trainer, method.rates)
+    elif has_adapters(model):
+        raise AdapterError(f"method {method.name!r} trains the plain model; give the trainer a model without adapters")
+    output_dir = Path(str(trainer.args.output_dir))
+    start = checkpoint.resolve(resume, output_dir, manifest=False)
+    steps = planned_steps(trainer)
+    cost = measure_step(trainer) if measure else None
+    peak, began = PeakMemory(), time.perf_counter()
+    finite = FiniteCallback(trainer)
+    trainer.add_callback(finite)
+    try:
+        with naming_the_last_good(output_dir, manifest=False):
+            metrics = checkpoint.train_on(trainer, start, steps)
+            finite.watch.check()
+    finally:
+        trainer.remove_callback(finite)
+    seconds = round(time.perf_counter() - began, 3)
+    trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    phase = phase_result(trainer, "final", trainer.state.global_step, seconds, trainable, cost, peak)
+    return FitResult(
+        model=model,
+        method=method,
+        selection=None,
+        phases=(phase,),
+        metrics=metrics,
+        max_steps=steps,
+        seam_step=None,
+        adapter_params=tuner_params(model) if method.trains == "peft" else {},
+        log_history=tuple(trainer.state.log_history),
+    )
