@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer, Trai
 
 from weightlora.errors import ConfigError
 from weightlora.tasks import MODELS, LoadedModel, load_model
+from weightlora.tasks.skeletons import skeleton
 
 QKV = {
     "minilm": ("query", "key", "value"),
@@ -257,3 +259,19 @@ def test_a_reader_has_a_new_head_and_a_folder_of_another_kind_is_refused(tmp_pat
         load_model(str(tmp_path), head="seq2seq-lm")
     with pytest.raises(ConfigError, match="sequence classification needs num_labels"):
         load_model("bert-tiny-shape")
+
+
+@pytest.mark.parametrize("opens", ["model", "skeleton"])
+def test_code_that_comes_with_a_model_is_never_run(tmp_path: Path, opens: str) -> None:
+    marker = tmp_path / "ran"
+    folder = tmp_path / "model"
+    folder.mkdir()
+    (folder / "own.py").write_text(
+        f"from pathlib import Path\nfrom transformers import PretrainedConfig\nPath({str(marker)!r}).touch()\n"
+        "class OwnConfig(PretrainedConfig):\n    model_type = 'own'\n"
+    )
+    (folder / "config.json").write_text('{"model_type": "own", "auto_map": {"AutoConfig": "own.OwnConfig"}}')
+    load = partial(load_model, num_labels=2) if opens == "model" else skeleton
+    with pytest.raises(ConfigError, match="trust_remote_code"):
+        load(str(folder))
+    assert not marker.exists()

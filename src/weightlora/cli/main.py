@@ -105,12 +105,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise ConfigError(f"{parsed.json} is a folder; give --json a file, or - for standard output")
         if parsed.command == "report":  # which loads none of them
             return run(parsed, rest, sub)
-        if parsed.command == "plan":  # whose time is imports and one trace: nothing dies that matters
-            with _collection_paused():
-                _quiet_libraries()
-                return run(parsed, rest, sub)
-        _quiet_libraries()
-        return run(parsed, rest, sub)
+        # The time of a plan is imports and one trace, where little dies that collecting could find.
+        with _collection_paused() if parsed.command == "plan" else contextlib.nullcontext():
+            _quiet_libraries()
+            return run(parsed, rest, sub)
     except WeightLoRAError as error:
         print(f"weightlora {command}: error: {error}", file=sys.stderr)
         return 2

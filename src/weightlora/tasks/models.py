@@ -233,15 +233,21 @@ def _load_pretrained(name: str, head: Head, settings: dict[str, Any], dtype: tor
     elif "/" not in name and (close := difflib.get_close_matches(name.lower(), MODELS, n=1, cutoff=0.85)):
         raise ConfigError(f"unknown model {name!r}; did you mean {close[0]!r}?")
     try:
-        config = AutoConfig.from_pretrained(name, **settings)
-        tokenizer = AutoTokenizer.from_pretrained(name)
+        # A repository's own Python is never run: without a value Transformers would ask on a terminal.
+        config = AutoConfig.from_pretrained(name, trust_remote_code=False, **settings)
+        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
         if tokenizer.pad_token is None:
             tokenizer.pad_token = tokenizer.eos_token
         if config.get_text_config().pad_token_id is None:
             config.get_text_config().pad_token_id = tokenizer.pad_token_id
         # A head made for other labels is replaced by a new one.
         model, info = CLASSES[head].from_pretrained(
-            name, config=config, dtype=dtype or "auto", ignore_mismatched_sizes=True, output_loading_info=True
+            name,
+            config=config,
+            dtype=dtype or "auto",
+            ignore_mismatched_sizes=True,
+            output_loading_info=True,
+            trust_remote_code=False,
         )
     except (OSError, ValueError, ImportError, KeyError, RuntimeError) as error:
         reason = (str(error).strip() or type(error).__name__).split("\n")[0].rstrip(".")

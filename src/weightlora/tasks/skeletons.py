@@ -166,7 +166,7 @@ def _config(name: str) -> PreTrainedConfig:
         known = ", ".join((*models.MODELS, *SHAPES))
         raise ConfigError(f"model {name!r} is unknown; pass {known}, a hub name, or a folder with a config.json")
     try:
-        return AutoConfig.from_pretrained(str(path) if path.exists() else name)
+        return AutoConfig.from_pretrained(str(path) if path.exists() else name, trust_remote_code=False)
     except (OSError, ValueError, KeyError) as error:
         reason = (str(error).strip() or type(error).__name__).split("\n")[0].rstrip(".")
         raise ConfigError(f"the config of model {name!r} cannot be read ({reason})") from None

@@ -114,7 +114,7 @@ def damage(folder: Path) -> str | None:
 def _is_json(path: Path) -> bool:
     try:
         json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError):
+    except (OSError, ValueError, RecursionError):
         return False
     return True
 

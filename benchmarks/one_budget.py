@@ -1,0 +1,119 @@
+"""All methods at one parameter budget on real tasks, each compared with plain LoRA, seed by seed.
+
+    python benchmarks/one_budget.py --data-dir DATA
+    python benchmarks/one_budget.py --data-dir DATA --tasks mrpc --methods lora,weightlora,random,top \\
+        --tune 0.3,1,3 --seeds 0,1,2,3,4 --name tuned
+
+Runs ``weightlora compare`` per task (what is finished already is not run again) and writes one file per task: each
+seed's score, kept adapters, parameters, and the difference from LoRA on the same seeds with a 95% interval (paired t).
+"""
+
+from __future__ import annotations
+
+import argparse
+import shlex
+import statistics
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from scipy import stats
+
+from adapter_path import write
+from weightlora.cli.main import main as weightlora
+from weightlora.runs.record import Record
+
+BASE = "lora-recommended"
+
+
+def runs(folder: Path) -> dict[str, dict[int, Record]]:
+    """Finished runs by method and seed; tuning runs left out."""
+    found: dict[str, dict[int, Record]] = {}
+    for path in sorted(folder.glob("*/seed-*/record.json")):
+        record = Record.read(path)
+        if record.status == "ok" and record.score is not None:
+            found.setdefault(path.parent.parent.name, {})[record.seed] = record
+    return found
+
+
+def row(mine: dict[int, Record], base: dict[int, Record]) -> dict[str, Any]:
+    """Scores, and the paired difference from `base` over the seeds that both have."""
+    seeds = sorted(mine)
+    scores = [float(mine[seed].score or 0.0) for seed in seeds]
+    last = [mine[seed] for seed in seeds]
+    found = {
+        "seeds": seeds,
+        "scores": scores,
+        "mean": statistics.mean(scores),
+        "spread": statistics.stdev(scores) if len(scores) > 1 else None,
+        "kept": [len(record.kept) for record in last],
+        "budget": [record.budget for record in last],
+        "kept_activation_bytes": [record.phases[-1].kept_activation_bytes for record in last],
+        "training": [record.config["training"] for record in last],
+        "versions": last[0].versions,
+        "machine": last[0].machine,
+    }
+    both = [seed for seed in seeds if seed in base]
+    if base and mine is not base and len(both) > 1:
+        paired = stats.ttest_rel([mine[s].score for s in both], [base[s].score for s in both])
+        low, high = paired.confidence_interval(0.95)
+        differences = [float(mine[s].score or 0.0) - float(base[s].score or 0.0) for s in both]
+        found["from_lora"] = {"mean": statistics.mean(differences), "low": float(low), "high": float(high)}
+    return found
+
+
+def markdown(rows: dict[str, dict[str, Any]]) -> str:
+    """The table of a task, best first."""
+    lines = ["| method | score | from LoRA, 95% | alive | parameters in effect | kept |", "|---|---|---|---|---|---|"]
+    for name, found in sorted(rows.items(), key=lambda item: -item[1]["mean"]):
+        difference, kept = found.get("from_lora"), found["kept"]
+        alive = f"{min(kept)}" if min(kept) == max(kept) else f"{min(kept)}-{max(kept)}"
+        effective = [(budget or {}).get("effective") for budget in found["budget"]]
+        spread = "" if found["spread"] is None else f" ± {found['spread']:.4f}"
+        interval = (
+            ""
+            if difference is None
+            else f"{difference['mean']:+.4f} ({difference['low']:+.3f}, {difference['high']:+.3f})"
+        )
+        size = f"{statistics.mean(effective) / 1e3:.0f} k" if all(effective) else "-"
+        memory = statistics.mean(found["kept_activation_bytes"]) / 2**20
+        lines.append(f"| `{name}` | {found['mean']:.4f}{spread} | {interval} | {alive} | {size} | {memory:.0f} MiB |")
+    return "\n".join(lines)
+
+
+def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data-dir", default="../shared/data")
+    parser.add_argument("--tasks", default="sst2,stsb")
+    parser.add_argument("--methods", default="all")
+    parser.add_argument("--seeds", default="0,1,2")
+    parser.add_argument("--tune", default="", help="multiples of the default learning rate, chosen on held-out rows")
+    parser.add_argument("--params", default="166k")
+    parser.add_argument("--max-steps", default="60")
+    parser.add_argument("--max-train-samples", default="4000")
+    parser.add_argument("--name", default="one-budget", help="of the result files")
+    parser.add_argument("--out", type=Path, default=Path("runs/one-budget"))
+    return parser.parse_args(argv)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    args = parse(argv)
+    for task in args.tasks.split(","):
+        if not (Path(args.data_dir) / task).is_dir():
+            print(f"SKIPPED {task}: {args.data_dir}/{task} is not there; name the folder with --data-dir")
+            continue
+        words = ["compare", "--methods", args.methods, "--task", task, "--data-dir", args.data_dir, "--model", "minilm",
+                 "--params", args.params, "--seeds", args.seeds, "--max-steps", args.max_steps,
+                 "--max-train-samples", args.max_train_samples]  # fmt: skip
+        words += ["--tune", args.tune] if args.tune else []
+        weightlora([*words, "--out", str(args.out / task)])
+        found = runs(args.out / task)
+        rows = {name: row(mine, found.get(BASE, {})) for name, mine in found.items()}
+        command = shlex.join(["weightlora", *words]).replace(args.data_dir, "DATA")
+        result = {"benchmark": args.name, "command": command, "task": task, "model": "minilm", "rows": rows}
+        write(Path(__file__).parent / "results" / f"{args.name}-{task}.json", result)
+        print(f"\n{task}: `{command}`\n\n{markdown(rows)}\n")
+
+
+if __name__ == "__main__":
+    main()
