@@ -272,6 +272,6 @@ def test_code_that_comes_with_a_model_is_never_run(tmp_path: Path, opens: str) -
     )
     (folder / "config.json").write_text('{"model_type": "own", "auto_map": {"AutoConfig": "own.OwnConfig"}}')
     load = partial(load_model, num_labels=2) if opens == "model" else skeleton
-    with pytest.raises(ConfigError, match="trust_remote_code"):
+    with pytest.raises(ConfigError, match="contains custom code"):
         load(str(folder))
     assert not marker.exists()
