@@ -50,5 +50,13 @@ def read(path: Path) -> Any:
 
 
 def tree(folder: Path) -> dict[str, bytes | None]:
-    """Every path below a folder, with the bytes of the files: equal trees mean that nothing was written."""
-    return {str(p.relative_to(folder)): p.read_bytes() if p.is_file() else None for p in sorted(folder.rglob("*"))}
+    """Every path below a folder, with the bytes of the files: equal trees mean that nothing was written.
+
+    The lock files of what exists are left out: they are empty and stay, since removing one would let in two.
+    """
+    found = {}
+    for path in sorted(folder.rglob("*")):
+        held = path.with_name(path.name[1:].removesuffix(".lock"))
+        if not (path.match(".*.lock") and held.exists() and path.read_bytes() == b""):
+            found[str(path.relative_to(folder))] = path.read_bytes() if path.is_file() else None
+    return found

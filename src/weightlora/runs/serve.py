@@ -29,15 +29,15 @@ def export_run(folder: Path, out: Path, profile: str, *, overwrite: bool = False
     Raises:
         CheckpointError: no finished run there, or one without an adapter.
     """
-    inside = folder.resolve() in out.resolve().parents
-    with alone(folder if inside else out):
-        return _export(folder, out, profile, overwrite, about)
-
-
-def _export(folder: Path, out: Path, profile: str, overwrite: bool, about: str) -> Export:
     config = RunConfig.load(folder)
     if not finished(folder):
         raise CheckpointError(f"{folder} holds no finished run; `weightlora resume {folder}` finishes it")
+    inside = folder.resolve() in out.resolve().parents
+    with alone(folder if inside else out):
+        return _export(config, folder, out, profile, overwrite, about)
+
+
+def _export(config: RunConfig, folder: Path, out: Path, profile: str, overwrite: bool, about: str) -> Export:
     if not (folder / ADAPTER).is_dir():
         raise CheckpointError(f"{folder} has no adapter to export: method {config.method!r} trains the model itself")
     if METHODS[config.method].trains == "peft":
