@@ -1,5 +1,5 @@
 """``python -m weightlora``, for ``torchrun -m weightlora`` and friends."""
 
-from weightlora.cli.main import main
+from weightlora.cli.main import entry
 
-raise SystemExit(main())
+entry()

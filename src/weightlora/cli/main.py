@@ -12,6 +12,7 @@ import sys
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import NoReturn
 
 from weightlora import __version__
 from weightlora.cli import arguments, commands, grids, sweeping
@@ -127,6 +128,16 @@ def _about_file(error: OSError) -> str:
     if disk_is_full(error):
         return f"{what}; free some space, then give the same command again, or `weightlora resume` to a run that began"
     return f"{what}; give a path that exists, and that you may read or write as the command needs"
+
+
+def entry() -> NoReturn:
+    """What the program `weightlora` runs: :func:`main`, and the end of the process."""
+    status = main()
+    if sys.argv[1:2] == ["plan"]:  # which holds nothing open, and whose traced model takes seconds to tear down
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
+    sys.exit(status)
 
 
 def _how_to_go_on(command: str, parsed: argparse.Namespace) -> str:
