@@ -90,9 +90,9 @@ def damage(folder: Path) -> str | None:
     Files are compared with the checkpoint's own hashes. One without (its process died in the last moment, or an older
     release wrote it) is looked at file by file. No file with code in it is ever loaded.
     """
-    missing = _missing(folder)
-    if missing is not None:
-        return missing
+    changed = _changed(folder)
+    if changed is not None:
+        return changed
     broken = [file.name for file in sorted(folder.glob("*.safetensors")) if not readable(file)]
     broken += [file.name for file in sorted(folder.glob("*.json")) if not _is_json(file)]
     if broken:
@@ -119,7 +119,7 @@ def _is_json(path: Path) -> bool:
     return True
 
 
-def _missing(folder: Path) -> str | None:
+def _changed(folder: Path) -> str | None:
     """The first file that is not as it was written."""
     try:
         sealed = json.loads((folder / SEAL).read_text(encoding="utf-8"))
@@ -167,9 +167,14 @@ def resolve(resume: bool | str | Path, output_dir: Path, *, manifest: bool = Tru
 
 
 def _best(output_dir: Path, manifest: bool) -> tuple[Path | None, dict[Path, str]]:
-    """The furthest checkpoint without damage, and what is wrong with those beyond it."""
-    broken: dict[Path, str] = {}
-    for folder in reversed(_ranked(output_dir, manifest)):
+    """The furthest checkpoint without damage, and what is wrong with the others beyond it.
+
+    One that is not whole but sealed was whole once: it is damaged, not a save that a dead process left unfinished.
+    """
+    ranked = _ranked(output_dir, manifest)
+    sealed = [path.parent for path in sorted(output_dir.glob(f"*-*/{SEAL}")) if _NAME.match(path.parent.name)]
+    broken = {folder: damage(folder) or "is damaged" for folder in sealed if folder not in ranked}
+    for folder in reversed(ranked):
         what = damage(folder)
         if what is None:
             return folder, broken
