@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -21,6 +24,19 @@ def test_a_plan_in_words_and_as_json(tmp_path: Path, capsys: pytest.CaptureFixtu
     assert made["memory"] == 2**30
     assert made["warmup"]["micro_batch"] == 8
     assert {"weights", "adapters", "gradients", "optimizer", "activations"} <= set(made["final"]["parts"])
+
+
+@pytest.mark.parametrize(("model", "status"), [("bert-tiny-shape", 0), ("nowhere", 2)])
+def test_a_process_that_ends_early_says_all_and_how_it_went(
+    model: str, status: int, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ("plan", "--model", model, "--length", "16", "--batch", "8", "--k", "3")
+    assert weightlora(*words) == status
+    assert gc.isenabled()
+    here = capsys.readouterr()
+    done = subprocess.run([sys.executable, "-m", "weightlora", *words], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout) == (status, here.out)
+    assert done.stderr.endswith(here.err)
 
 
 def test_the_json_alone_on_standard_output(capsys: pytest.CaptureFixture[str]) -> None:
