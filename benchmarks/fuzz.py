@@ -114,7 +114,7 @@ class Fuzz:
         self.outcomes[f"{kind}: {outcome}"] += 1
 
     def find(self, kind: str, number: int, what: str) -> None:
-        """Note a finding; of alike ones the first twenty."""
+        """Note a finding; the first two hundred are kept."""
         if len(self.findings) < 200:
             self.findings.append({"kind": kind, "number": str(number), "what": what[-1500:]})
 

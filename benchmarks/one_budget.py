@@ -36,11 +36,15 @@ def runs(folder: Path) -> dict[str, dict[int, Record]]:
     return found
 
 
+def _scores(records: dict[int, Record], seeds: Sequence[int]) -> list[float]:
+    return [float(records[seed].score) for seed in seeds]  # type: ignore[arg-type]  # `runs` took those that have one
+
+
 def row(mine: dict[int, Record], base: dict[int, Record]) -> dict[str, Any]:
     """Scores, and the paired difference from `base` over the seeds that both have."""
     seeds = sorted(mine)
-    scores = [float(mine[seed].score or 0.0) for seed in seeds]
     last = [mine[seed] for seed in seeds]
+    scores = _scores(mine, seeds)
     found = {
         "seeds": seeds,
         "scores": scores,
@@ -55,9 +59,9 @@ def row(mine: dict[int, Record], base: dict[int, Record]) -> dict[str, Any]:
     }
     both = [seed for seed in seeds if seed in base]
     if base and mine is not base and len(both) > 1:
-        paired = stats.ttest_rel([mine[s].score for s in both], [base[s].score for s in both])
-        low, high = paired.confidence_interval(0.95)
-        differences = [float(mine[s].score or 0.0) - float(base[s].score or 0.0) for s in both]
+        here, there = _scores(mine, both), _scores(base, both)
+        low, high = stats.ttest_rel(here, there).confidence_interval(0.95)
+        differences = [one - other for one, other in zip(here, there, strict=True)]
         found["from_lora"] = {"mean": statistics.mean(differences), "low": float(low), "high": float(high)}
     return found
 
