@@ -72,6 +72,7 @@ def markdown(rows: dict[str, dict[str, Any]]) -> str:
     for name, found in sorted(rows.items(), key=lambda item: -item[1]["mean"]):
         difference, kept = found.get("from_lora"), found["kept"]
         alive = f"{min(kept)}" if min(kept) == max(kept) else f"{min(kept)}-{max(kept)}"
+        alive = alive if max(kept) else "-"
         effective = [(budget or {}).get("effective") for budget in found["budget"]]
         spread = "" if found["spread"] is None else f" ± {found['spread']:.4f}"
         interval = (
