@@ -75,8 +75,7 @@ def rows(name: str, shape: Shape, args: argparse.Namespace) -> Iterator[dict[str
         for kind, live in sets(bench).items():
             phase = Phase(name=kind, live=tuple(sorted(index[n] for n in live)))
             with bench.ours(live):
-                counted, value = kept_bytes(bench.model, bench.loss)
-                del value
+                counted = kept_bytes(bench.model, bench.loss)
                 measured = peak(bench, live) if args.device.startswith("cuda") else None
             said = estimate.activations(phase, shape.batch)
             row = {

@@ -36,7 +36,7 @@ def measured(data: Path, names: list[str], rank: int, path: str) -> tuple[int, i
     ]
     rows.sort(key=lambda row: -len(row["input_ids"]))
     batch = DataCollatorWithPadding(loaded.tokenizer)([*rows[: BATCH - 1], rows[-1]])
-    kept, _ = kept_bytes(model, lambda: model(**batch).loss)
+    kept = kept_bytes(model, lambda: model(**batch).loss)
     parameters = list(model.parameters())
     total = sum(t.numel() * t.element_size() for t in (*parameters, *model.buffers()))
     trained = [p for p in parameters if p.requires_grad]

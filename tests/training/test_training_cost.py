@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import random
-from collections.abc import Sequence
+import weakref
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import pytest
@@ -15,6 +17,7 @@ from transformers import DebertaV2Config, DebertaV2ForSequenceClassification
 
 from weightlora.graft import adapters, disconnect
 from weightlora.training import StepCost, step_cost
+from weightlora.training.measure import kept_bytes
 
 
 def test_bytes_and_flops_of_a_small_net_by_hand() -> None:
@@ -27,6 +30,22 @@ def test_bytes_and_flops_of_a_small_net_by_hand() -> None:
     forward = 2 * tokens * (d * hidden + hidden * out)
     # Backward: both weights' gradients, and the input's gradient of the second product only.
     assert cost.flops == forward + forward + 2 * tokens * hidden * out
+
+
+@pytest.mark.parametrize("count", [kept_bytes, step_cost])
+def test_nothing_of_a_counted_forward_pass_stays_in_memory(count: Callable[..., object]) -> None:
+    """Tanh saves its own output, which holds tanh's node: a circle; backward does not free a branch off the loss."""
+    net = nn.Linear(4, 4)
+    made: list[weakref.ref[Tensor]] = []
+
+    def loss() -> Tensor:
+        beside, kept = net(torch.ones(3, 4)).tanh(), net(torch.ones(3, 4)).tanh()
+        made.extend(map(weakref.ref, (beside, kept)))
+        return kept.sum()
+
+    assert count(net, loss)
+    gc.collect()
+    assert [ref() for ref in made] == [None, None]
 
 
 def test_an_adapter_by_hand() -> None:

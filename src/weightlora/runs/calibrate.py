@@ -72,8 +72,7 @@ def calibrate(config: PlanConfig, planner: Planner, device: str, micro_batch: in
                 predicted=planner.estimate.parts(phase, micro_batch).total - planner.overhead,
                 measured=measured,
             )
-        kept, value = kept_bytes(model, loss)
-        del value
+        kept = kept_bytes(model, loss)
     gates = 4 * planner.n if phase.gated else 0  # the probe trains plain adapters
     predicted = planner.estimate.activations(phase, micro_batch) - gates
     return Calibration(kind="kept", micro_batch=micro_batch, predicted=predicted, measured=kept)

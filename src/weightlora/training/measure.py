@@ -56,11 +56,18 @@ class _Saved:
         self.tensor = tensor
 
 
-def kept_bytes(model: nn.Module, loss: Callable[[], Tensor]) -> tuple[int, Tensor]:
-    """Run a forward pass; bytes that autograd holds at its end, each storage once, parameters excluded; and the loss.
+def kept_bytes(model: nn.Module, loss: Callable[[], Tensor]) -> int:
+    """Run a forward pass and let go of it; bytes that autograd held at its end, each storage once, parameters excluded.
 
     What was saved for a part of the graph that no gradient will reach is gone by then, and is not counted.
     """
+    with _forward(model, loss) as (kept, _):
+        return kept
+
+
+@contextlib.contextmanager
+def _forward(model: nn.Module, loss: Callable[[], Tensor]) -> Iterator[tuple[int, Tensor]]:
+    """Bytes that autograd holds at the end of a forward pass, and the loss; its graph lives as long as the context."""
     excluded = {t.untyped_storage().data_ptr() for t in (*model.parameters(), *model.buffers())}
     saved: weakref.WeakSet[_Saved] = weakref.WeakSet()
 
@@ -69,11 +76,17 @@ def kept_bytes(model: nn.Module, loss: Callable[[], Tensor]) -> tuple[int, Tenso
         saved.add(held)
         return held
 
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda held: held.tensor):
-        value = loss()
-    storages = [held.tensor.untyped_storage() for held in saved]
-    sizes = {storage.data_ptr(): storage.nbytes() for storage in storages}
-    return sum(size for pointer, size in sizes.items() if pointer not in excluded), value
+    try:
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda held: held.tensor):
+            value = loss()
+        storages = [held.tensor.untyped_storage() for held in saved]
+        sizes = {storage.data_ptr(): storage.nbytes() for storage in storages}
+        del storages
+        yield sum(size for pointer, size in sizes.items() if pointer not in excluded), value
+    finally:
+        # A node that saved its own output holds itself, in a circle through C++ that no collector sees.
+        for held in list(saved):
+            del held.tensor
 
 
 def step_cost(model: nn.Module, loss: Callable[[], Tensor]) -> StepCost:
@@ -97,8 +110,7 @@ def step_cost(model: nn.Module, loss: Callable[[], Tensor]) -> StepCost:
         parameter.grad = None
     counter = FlopCounterMode(display=False)
     try:
-        with isolated_rng(), counter:
-            kept, value = kept_bytes(model, loss)
+        with isolated_rng(), counter, _forward(model, loss) as (kept, value):
             value.backward()
     finally:
         for parameter, grad in grads:
