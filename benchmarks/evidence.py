@@ -3,8 +3,8 @@
     python benchmarks/evidence.py run --data-dir DATA --tasks sst2,stsb,mrpc
     python benchmarks/evidence.py show
 
-``run`` goes through the stages below for each task, the most telling first; what is finished is not run again, so it can
-be stopped at any time. ``show`` reads what there is, writes ``benchmarks/results/evidence.json`` and prints the tables.
+``run`` goes through the stages below, the most telling first; what is finished is not run again, so it can be stopped
+at any time. ``show`` reads what there is, writes ``benchmarks/results/evidence.json`` and prints the tables.
 
 The learning rate of each method is chosen once per task, with K = 10 and rank 8, on a held-out tenth of the training
 rows, and used for all its K and ranks. The scale alpha / r is 4 throughout.
@@ -76,7 +76,8 @@ def rate_of(task: str, args: argparse.Namespace, row: Row) -> float:
     best: tuple[float, float] | None = None
     for rate in RATES:
         trial = on_training_rows(config(task, args.data_dir, row, rate, seed=0), HOLDOUT)
-        (record,) = execute([_job(trial, args.out / "tune", f"tuning {label(row)}, rate {rate:g}")], quiet=True, say=say)
+        job = _job(trial, args.out / "tune", f"tuning {label(row)}, rate {rate:g}")
+        (record,) = execute([job], quiet=True, say=say)
         score = record.score if record.status == "ok" and record.score is not None else -math.inf
         if best is not None and score < best[0]:
             break

@@ -19,7 +19,8 @@ from weightlora.core import hand_out, one_round
 from weightlora.errors import ConfigError, ScheduleError
 from weightlora.graft import Formed, RankGates, adapters, parameters
 from weightlora.methods import ALoRA, StepView
-from weightlora.methods.alora import ALoRAPolicy, exact_scores, gradient_scores
+from weightlora.methods.alora import ALoRAPolicy
+from weightlora.methods.alora_scores import exact_scores, gradient_scores
 from weightlora.training.held_out import HeldOutBatches
 
 SHORT: dict[str, Any] = {"warmup_steps": 2, "round_steps": 1, "rounds": 3, "moves": 3}

@@ -15,7 +15,8 @@ from weightlora.errors import ConfigError, ScheduleError
 from weightlora.graft import adapters
 from weightlora.graft.adapters import lora_layers
 from weightlora.graft.export import export
-from weightlora.methods.increlora import RESERVE, IncreLoRAPolicy
+from weightlora.methods.increlora import IncreLoRAPolicy
+from weightlora.methods.increlora_pool import RESERVE
 from weightlora.training import Tuner, attach
 
 N, M, TARGET = 6, 16, 24
@@ -66,7 +67,7 @@ def test_grows_to_the_target_and_ends_as_plain_lora(preset: str, tmp_path: Path)
         if tuner.selection is not None:
             assert preset == "recommended"
             continue
-        now, scores = list(policy.live_ranks), policy.stats[0] * policy.stats[1]
+        now, scores = list(policy.pool.ranks), policy.stats[0] * policy.stats[1]
         total = min(TARGET, N + 8 * len([t for t in (6, 9, 12) if t <= step]))
         assert sum(now) == total == int(gates.open.sum()), step
         if step in (6, 9, 12):
@@ -107,7 +108,7 @@ def test_growth_is_the_rescale_and_the_reserve_and_nothing_else() -> None:
     policy, gates, stream = tuner._driver.policy, form(tuner), batches()
     assert isinstance(policy, IncreLoRAPolicy)
     gates.factor = gates.factor.double()
-    policy._arrange(gates)  # again, unrounded
+    policy.pool.arrange(gates)  # again, unrounded
 
     def parts() -> list[torch.Tensor]:
         """``(most, d_out, d_in)`` of each adapter: what every rank adds to dW."""
@@ -118,12 +119,12 @@ def test_growth_is_the_rescale_and_the_reserve_and_nothing_else() -> None:
     for step in range(1, M + 1):
         model(**next(stream)).loss.backward()
         optimizer.step()
-        before, ranks, used = parts(), list(policy.live_ranks), policy.used()
+        before, ranks, used = parts(), list(policy.pool.ranks), policy.pool.used()
         tuner.step()
         optimizer.zero_grad()
         if step not in (6, 9, 12):
             continue
-        now, left = list(policy.live_ranks), policy.used()
+        now, left = list(policy.pool.ranks), policy.pool.used()
         for i, (old, new) in enumerate(zip(before, parts(), strict=True)):
             ratio = (ranks[i] + 1e-5) / (now[i] + 1e-5)
             stays, last = min(used[i], left[i]), max(used[i], left[i])

@@ -118,7 +118,7 @@ def test_a_schedule_that_changes_nothing_is_plain_training(name: str) -> None:
     ours.double().train()
     if name == "increlora":
         form.factor = form.factor.double()
-        tuner._driver.policy._arrange(form)  # type: ignore[attr-defined]  # again, unrounded
+        tuner._driver.policy.pool.arrange(form)  # type: ignore[attr-defined]  # again, unrounded
     config = AdaLoraConfig(task_type="SEQ_CLS", init_r=rank, target_r=rank, total_step=30, lora_alpha=alpha,  # type: ignore[arg-type]
                            target_modules=list(QKV["bert"]))  # fmt: skip
     theirs = get_peft_model(base("bert", dropout=0.0), config).double().train()

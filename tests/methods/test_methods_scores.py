@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from weightlora.core import gradual_k
 from weightlora.graft import Gates, Selection, adapters, parameters
 from weightlora.methods import Gradient, Method, Random, StepView, Top, WeightLoRA, WeightLoRAPlus, method
-from weightlora.methods.weightlora import WeightLoRAPolicy
+from weightlora.methods.weightlora_policy import WeightLoRAPolicy
 from weightlora.training import attach
 
 N = 6

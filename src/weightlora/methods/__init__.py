@@ -20,7 +20,8 @@ from weightlora.methods.milora import MiLoRA
 from weightlora.methods.nora import NoRA
 from weightlora.methods.tied_lora import TiedLoRA
 from weightlora.methods.tuners import DoRA, VBLoRA, VeRA
-from weightlora.methods.weightlora import WeightLoRA, WeightLoRAPlus
+from weightlora.methods.weightlora import WeightLoRA
+from weightlora.methods.weightlora_plus import WeightLoRAPlus
 
 METHODS: dict[str, type[Method]] = {
     cls.name: cls

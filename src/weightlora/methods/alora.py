@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal, get_args
+from typing import Any, ClassVar, get_args
 
 import torch
 from torch import Tensor
@@ -12,9 +12,8 @@ from torch import Tensor
 from weightlora.core import one_round
 from weightlora.errors import ConfigError, ScheduleError
 from weightlora.graft import Adapter, Form, RankGates, Selection
-from weightlora.methods.base import Factors, Fresh, Method, Policy, StepView, check_choice, check_warmup, slope
-
-Scoring = Literal["exact", "gradient"]
+from weightlora.methods.alora_scores import Scoring, exact_scores, gradient_scores
+from weightlora.methods.base import Factors, Fresh, Method, Policy, StepView, check_choice, check_warmup
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,42 +76,6 @@ class ALoRA(Method):
 
     def begin(self, adapters: tuple[Adapter, ...], max_steps: int) -> ALoRAPolicy:
         return ALoRAPolicy(self, adapters, max_steps)
-
-
-def exact_scores(view: StepView, batch: int) -> Tensor:
-    """IS of every rank that is on, ``(sum r,)`` float64; 0 for the others. Gates are left as they were."""
-    assert view.held_out is not None
-    gates, held_out = view.ranks, view.held_out
-    found, scores = gates.values.detach().clone(), torch.zeros(len(gates.values), dtype=torch.float64)
-
-    def quality(values: Tensor) -> float:
-        gates.set(values)
-        return -float(held_out.loss(batch))
-
-    with torch.no_grad():
-        try:
-            whole = quality(found)
-            for rank in torch.nonzero(found).flatten().tolist():
-                without, alone = found.clone(), torch.zeros_like(found)
-                without[rank], alone[rank] = 0.0, found[rank]
-                scores[rank] = whole - quality(without) + quality(alone)
-        finally:
-            gates.set(found)
-    return scores
-
-
-def gradient_scores(view: StepView, batch: int) -> Tensor:
-    """The first-order part of IS: ``-dL/dc`` with the gates as they are, plus ``-dL/dc`` with all at 0."""
-    assert view.held_out is not None
-    gates = view.ranks
-    found = gates.values.detach().clone()
-    total = -slope(view.held_out, batch, gates.values)
-    try:
-        gates.set(torch.zeros_like(found))
-        total = total.double() - slope(view.held_out, batch, gates.values)
-    finally:
-        gates.set(found)
-    return (total * (found != 0)).cpu()
 
 
 class ALoRAPolicy(Policy):

@@ -12,11 +12,10 @@ from torch import Tensor
 
 from weightlora.core import mean_rank_for_params, orthogonality, resolve_k, smooth_sensitivity
 from weightlora.errors import ConfigError, ScheduleError
-from weightlora.graft import Adapter, Form, RankGates, Selection
+from weightlora.graft import Adapter, Form, Selection
 from weightlora.methods.base import Factors, Fresh, Method, Policy, StepView, check_k, check_k_value, check_warmup
+from weightlora.methods.increlora_pool import GrowingGates, RankPool
 from weightlora.methods.ranks import check_interval, check_smoothing
-
-RESERVE = 1e-5  # E of a rank that learns its direction before it counts
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,20 +83,6 @@ class IncreLoRA(Method):
         return IncreLoRAPolicy(self, adapters, max_steps)
 
 
-class GrowingGates(RankGates):
-    """E, divided by the number of live ranks: ``dW = s B diag(E r / (ranknum + 1e-5)) A`` with ``s r = alpha``."""
-
-    def __init__(self, ranks: Sequence[int], device: torch.device) -> None:
-        super().__init__(ranks, value=0.0, trainable=True, device=device)
-        self.factor = torch.ones(len(ranks), dtype=torch.float32, device=device)
-
-    def constants(self) -> dict[str, Tensor]:
-        return super().constants() | {"factor": self.factor}
-
-    def of(self, index: int) -> Tensor:
-        return super().of(index) * self.factor[index]
-
-
 class IncreLoRAPolicy(Policy):
     """Allocates what an adapter can reach at most, and opens ranks; see :class:`IncreLoRA`."""
 
@@ -119,9 +104,8 @@ class IncreLoRAPolicy(Policy):
         self.seam = self.last if method.shrink and rounds else None
         self.most = method.most(self.target, n, self.top_h)
         self.watches = rounds > 0
-        self.live_ranks = [1] * n
+        self.pool = RankPool(adapters, target=self.target, add=self.add, most=self.most, seed=method.seed)
         self.stats = torch.zeros(2, n, dtype=torch.float64)
-        self.alive = torch.zeros(n * self.most, dtype=torch.bool)
         self._fresh: list[Fresh] = []
 
     def allocate(self) -> Sequence[tuple[int, float]]:
@@ -129,51 +113,22 @@ class IncreLoRAPolicy(Policy):
 
     def form(self, factors: Factors) -> Form:
         gates = GrowingGates([self.most] * len(factors), factors[0][0].device)
-        self._arrange(gates)
+        self.pool.arrange(gates)
         return gates
 
     def prepare(self, factors: Factors, weights: Sequence[Tensor]) -> None:
         for index, pair in enumerate(factors):
-            self._draw(index, pair, range(self.most))
-
-    def _draw(self, index: int, pair: tuple[Tensor, Tensor], ranks: Sequence[int]) -> None:
-        """New directions for some ranks of an adapter; they depend on the seed, the adapter and the rank alone."""
-        A, B = pair
-        with torch.no_grad():
-            for rank in ranks:
-                generator = torch.Generator().manual_seed(self.method.seed + 7919 * (index * self.most + rank))
-                A[rank] = 0.02 * torch.randn(A.shape[1], generator=generator)
-                B[:, rank] = 0.02 * torch.randn(B.shape[0], generator=generator)
-
-    def used(self) -> list[int]:
-        """Live and reserve ranks of every adapter; the first of its ranks are live, the next are the reserve."""
-        done = sum(self.live_ranks) == self.target
-        return [live if done else min(live + self.add, self.most) for live in self.live_ranks]
-
-    def _arrange(self, gates: GrowingGates) -> None:
-        """Open the live ranks, hold the reserve at 1e-5 (decay would move it) and the rest at 0."""
-        slot = torch.arange(self.most, device=gates.values.device).repeat(len(self.adapters))
-        live = torch.tensor(self.live_ranks, device=slot.device)[gates.owner]
-        used = torch.tensor(self.used(), device=slot.device)[gates.owner]
-        gates.open.copy_(slot < live)
-        closed = torch.where(slot < used, RESERVE, 0.0)
-        started = self.alive.to(slot.device)
-        values = torch.where(gates.open, torch.where(started | (slot == 0), gates.values.detach(), RESERVE), closed)
-        gates.set(values)
-        self.alive = gates.open & (values != 0)
-        numbers = zip(self.adapters, self.live_ranks, strict=True)
-        factors = [a.rank / (live + 1e-5) for a, live in numbers]
-        gates.factor.copy_(torch.tensor(factors, dtype=torch.float64))
+            self.pool.draw(index, pair, range(self.most))
 
     def penalty(self, view: StepView) -> Tensor | None:
         weight = self.method.orth_reg_weight
-        pairs = zip(view.factors, self.used(), strict=True)
+        pairs = zip(view.factors, self.pool.used(), strict=True)
         return weight * orthogonality([(A[:m], B[:, :m]) for (A, B), m in pairs]) if weight else None
 
     def after_step(self, view: StepView) -> None:
         gates, self._fresh = view.ranks, []
         assert isinstance(gates, GrowingGates)
-        if sum(self.live_ranks) < self.target:
+        if not self.pool.complete:
             assert view.products is not None
             sizes = torch.tensor([a.d_in * a.d_out for a in self.adapters], dtype=torch.float64)
             score = view.products.cpu().double() / sizes.sqrt()
@@ -183,16 +138,13 @@ class IncreLoRAPolicy(Policy):
             )
             if view.step >= self.first and view.step % self.interval == 0:
                 self._grow(view)
-        self.watches = sum(self.live_ranks) < self.target
-        self._arrange(gates)
+        self.watches = not self.pool.complete
+        self.pool.arrange(gates)
 
     def _grow(self, view: StepView) -> None:
         order = torch.sort(self.stats[0] * self.stats[1], descending=True, stable=True).indices.tolist()
         for index in order[: self.top_h]:
-            before, live = self.used()[index], self.live_ranks[index]
-            self.live_ranks[index] += min(self.add, self.target - sum(self.live_ranks))
-            taken, reserve = range(live, self.live_ranks[index]), range(before, self.used()[index])
-            self._draw(index, view.factors[index], reserve)
+            taken, reserve = self.pool.grow(index, view.factors[index])
             self._fresh += [Fresh(index=index, ranks=tuple(taken), gates_only=True)] if taken else []
             self._fresh += [Fresh(index=index, ranks=tuple(reserve))] if reserve else []
 
@@ -200,7 +152,7 @@ class IncreLoRAPolicy(Policy):
         return self._fresh
 
     def decide(self, omegas: Sequence[float]) -> Selection:
-        counts = [float(part.sum()) for part in self.alive.cpu().view(-1, self.most)]
+        counts = [float(len(ranks)) for ranks in self.pool.live()]
         kept = [i for i, count in enumerate(counts) if count]
         if not kept:
             raise ScheduleError("every rank gate is still 0, so no adapter would be left; train at least one step")
@@ -210,14 +162,14 @@ class IncreLoRAPolicy(Policy):
         return self.method.choose(self.adapters, kept, why, step=self.seam, scores=counts)
 
     def live(self, form: Form) -> Sequence[Sequence[int]]:
-        return [torch.nonzero(part).flatten().tolist() for part in self.alive.cpu().view(-1, self.most)]
+        return self.pool.live()
 
     def count(self, live: Sequence[Adapter]) -> int:
         return super().count(live) + (0 if self.method.shrink else sum(a.rank for a in live))
 
     def state(self) -> dict[str, Tensor]:
-        return {"live_ranks": torch.tensor(self.live_ranks), "stats": self.stats, "alive": self.alive}
+        return {"live_ranks": torch.tensor(self.pool.ranks), "stats": self.stats, "alive": self.pool.alive}
 
     def load_state(self, state: Mapping[str, Tensor]) -> None:
-        self.live_ranks = state["live_ranks"].tolist()
-        self.stats, self.alive = state["stats"].clone(), state["alive"].clone()
+        self.pool.ranks = state["live_ranks"].tolist()
+        self.stats, self.pool.alive = state["stats"].clone(), state["alive"].clone()

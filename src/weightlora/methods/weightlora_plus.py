@@ -1,0 +1,89 @@
+"""WeightLoRA+: the adapters that WeightLoRA keeps grow into the parameters that it set free."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar, get_args
+
+import torch
+
+from weightlora.core import Growth, Noise, Remainder, grown_ranks, rank_for_params, total_params
+from weightlora.errors import ConfigError, ScheduleError
+from weightlora.graft import Adapter, Selection
+from weightlora.methods.base import GrowthPlan, check_choice
+from weightlora.methods.presets import WEIGHTLORA_PLUS
+from weightlora.methods.weightlora import WeightLoRA
+from weightlora.methods.weightlora_policy import WeightLoRAPolicy
+
+
+@dataclass(frozen=True, kw_only=True)
+class WeightLoRAPlus(WeightLoRA):
+    """WeightLoRA, then the survivors' ranks grow until the parameters of all n adapters are spent again.
+
+    ``[B, 0] [A; N] = B A``: the value is preserved and PEFT's scale held, so the loss does not jump.
+
+    Args:
+        growth: "gaussian" or "qr" (paper, section 3.4).
+        noise: "normal", or the official code's "uniform".
+        orthonormal: with "qr", orthonormalise the new directions (the paper prints them raw).
+        remainder: "drop" keeps one rank for all (servers want that); "top" hands left-over ranks to the best adapters.
+        max_rank: cap on the grown rank (for example 64, a server's limit).
+        seed: of the generator that draws new directions.
+
+    Source: paper, section 3.4.
+    """
+
+    name: ClassVar[str] = "weightlora+"
+    presets: ClassVar[Mapping[str, Mapping[str, Any]]] = WEIGHTLORA_PLUS
+    grows: ClassVar[bool] = True
+
+    growth: Growth = "gaussian"
+    noise: Noise = "normal"
+    orthonormal: bool = True
+    remainder: Remainder = "drop"
+    max_rank: int | None = None
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_choice("growth", self.growth, get_args(Growth))
+        check_choice("noise", self.noise, get_args(Noise))
+        check_choice("remainder", self.remainder, get_args(Remainder))
+        if self.max_rank is not None and self.max_rank < 1:
+            raise ConfigError(f"max_rank={self.max_rank} is not allowed; use 1 or more, or None for no cap")
+
+    def within(self, params: int, shapes: Sequence[tuple[int, int]], rank: int) -> tuple[Any, int]:
+        # It ends with the parameters of all n, so the budget is theirs; K stays.
+        return self, rank_for_params(params, shapes)
+
+    def begin(self, adapters: tuple[Adapter, ...], max_steps: int) -> WeightLoRAPolicy:
+        if self.warmup_steps is None:
+            raise ScheduleError("weightlora+ grows at the seam and so needs warmup_steps; give a number or a share")
+        return WeightLoRAPlusPolicy(self, adapters, max_steps)
+
+
+class WeightLoRAPlusPolicy(WeightLoRAPolicy):
+    """WeightLoRA's decision, with growth; see :class:`WeightLoRAPlus`."""
+
+    method: WeightLoRAPlus
+
+    def growth(self, selection: Selection) -> GrowthPlan:
+        method = self.method
+        by_name = {a.name: a for a in self.adapters}
+        kept = [by_name[name] for name in selection.names]
+        importance = [c.omega if c.score is None else c.score for c in selection.kept]
+        ranks = grown_ranks(
+            total_params([a.rank for a in self.adapters], [a.shape for a in self.adapters]),
+            [a.shape for a in kept],
+            [a.rank for a in kept],
+            order=sorted(range(len(kept)), key=lambda i: (-importance[i], i)),
+            remainder=method.remainder,
+            max_rank=method.max_rank,
+        )
+        return GrowthPlan(
+            ranks={a.name: rank for a, rank in zip(kept, ranks, strict=True)},
+            mode=method.growth,
+            generator=torch.Generator().manual_seed(method.seed),
+            options={"noise": method.noise, "orthonormal": method.orthonormal},
+        )

@@ -1,0 +1,132 @@
+"""What a WeightLoRA run does: move the gates, add up credit, decide at the seam."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING, Literal
+
+import torch
+from torch import Tensor
+
+from weightlora.core import coverage, credit, gate_step, gradual_k, support
+from weightlora.errors import ScheduleError
+from weightlora.graft import Adapter, Selection
+from weightlora.methods.affordable import most_important
+from weightlora.methods.base import Budget, Factors, Policy, StepView, check_k, check_warmup
+
+if TYPE_CHECKING:
+    from weightlora.methods.weightlora import WeightLoRA
+
+Score = Literal["omega", "credit", "coverage"]
+
+
+class WeightLoRAPolicy(Policy):
+    """Gates by StoIHT, credit by inner products; see :class:`WeightLoRA`."""
+
+    def __init__(self, method: WeightLoRA, adapters: tuple[Adapter, ...], max_steps: int) -> None:
+        super().__init__(adapters)
+        self.method = method
+        # Under a budget no count is known before the end of warm-up: nothing is projected on the way there.
+        self.k = len(adapters) if method.k is None else check_k(method.k, adapters)
+        self.horizon = max_steps if method.warmup_steps is None else check_warmup(method.warmup_steps, max_steps)
+        self.seam = None if method.warmup_steps is None else self.horizon
+        self.trains_gates = method.gate_lr > 0
+        self.gated = self.trains_gates or method.score == "omega"
+        if method.score == "omega" and not self.trains_gates and (method.limit or self.k < len(adapters)):
+            raise ScheduleError(
+                "score='omega' ranks gates that learn; set gate_lr (the paper's code uses 5.0), or keep k=n"
+            )
+        self.credits = torch.zeros(len(adapters), dtype=torch.float64)
+        self._off: list[int] = []
+        self._before: list[tuple[Tensor, Tensor]] = []
+
+    def prepare(self, factors: Factors, weights: Sequence[Tensor]) -> None:
+        if self.method.init_A == "official":
+            with torch.no_grad():
+                for A, _ in factors:
+                    A.mul_((A.shape[1] / A.shape[0]) ** 0.5)
+
+    def before_step(self, view: StepView) -> None:
+        if self.method.score != "omega":
+            self._before = [(A.detach().clone(), B.detach().clone()) for A, B in view.factors]
+
+    def after_step(self, view: StepView) -> None:
+        if self._before:
+            gained = []
+            for (A, B), (old_A, old_B) in zip(view.factors, self._before, strict=True):
+                pairs = [(p.grad, p.detach() - old) for p, old in ((A, old_A), (B, old_B)) if p.grad is not None]
+                gained.append(credit([g for g, _ in pairs], [d for _, d in pairs]) if pairs else A.new_zeros(()))
+            # One stack on the device; the sum lives there too, so a step never waits for the host.
+            self.credits = self.credits.to(gained[0].device) + torch.stack(gained).double()
+            self._before = []
+        if self.trains_gates:
+            self._move_gates(view)
+
+    def _move_gates(self, view: StepView) -> None:
+        method, gates = self.method, view.gates
+        assert gates is not None
+        if gates.omega.grad is None:
+            return
+        last = view.step == self.horizon
+        every = method.project_every
+        # At T the score decides: where that is not omega, a projection must not have decided before it.
+        project = (last and method.score == "omega") if every is None else (view.step % every == 0 or last)
+        k = gradual_k(view.step, self.horizon, len(self.adapters), self.k, method.k_schedule) if project else None
+        lr = method.gate_lr * (view.lr_factor if method.gate_lr_scheduled else 1.0)
+        gates.set(gate_step(gates.omega.detach(), gates.omega.grad, lr, k, method.rule))
+        if (project or method.rule == "positive") and not method.drift:
+            self._off = torch.nonzero(gates.omega.detach() == 0).flatten().tolist()
+
+    def held(self) -> Sequence[int]:
+        return () if self.method.drift else self._off
+
+    def decide(self, omegas: Sequence[float]) -> Selection:
+        method, step = self.method, self.seam
+        # An adapter whose gate is 0 contributes nothing and cannot be folded: it is no candidate, whatever its score.
+        alive = [i for i, omega in enumerate(omegas) if omega != 0]
+        if self.budget is not None and alive:
+            return self._affordable(self.budget, omegas)
+        if method.score == "omega":
+            best = support(torch.tensor(omegas, dtype=torch.float64), self.k, method.rule)
+            alive = [i for i in best if omegas[i] != 0]
+        if not alive:
+            raise ScheduleError(
+                f"all {len(omegas)} gates are zero at the end of warm-up;"
+                f" lower gate_lr ({method.gate_lr}) or use rule='signed'"
+            )
+        if method.score == "omega":
+            why = f"the {len(alive)} largest omegas ({method.rule}) after {self.horizon} steps"
+            return method.choose(self.adapters, alive, why, step=step, omegas=omegas)
+        scores, k = self.credits.tolist(), min(self.k, len(alive))
+        if method.score == "credit":
+            kept = support(self.credits[alive], k, "signed")
+            why = f"the {k} largest credits (loss decrease bought by an adapter's own updates) in {self.horizon} steps"
+        else:
+            blocks = [-1 if a.block is None else a.block for a in self.adapters]
+            kept = coverage([scores[i] for i in alive], [blocks[i] for i in alive], k)
+            why = f"credit in {self.horizon} steps, spread over blocks: the {k} that maximise sum of sqrt per block"
+        return method.choose(self.adapters, [alive[i] for i in kept], why, step=step, omegas=omegas, scores=scores)
+
+    def _affordable(self, budget: Budget, omegas: Sequence[float]) -> Selection:
+        """The most important set that the budget allows."""
+        what = "omega" if self.method.score == "omega" else "credit"
+        scores = list(omegas) if what == "omega" else self.credits.tolist()
+        worth = [score if omega != 0 else 0.0 for score, omega in zip(scores, omegas, strict=True)]
+        if max(worth) <= 0:
+            raise ScheduleError(
+                f"no adapter has a positive {what} after {self.horizon} steps, so none is worth its cost;"
+                " lower the learning rate, or raise warmup_steps"
+            )
+        found = most_important(worth, budget, self.adapters)
+        why = f"the most {what} in {self.horizon} steps within {found.words}"
+        shown = None if what == "omega" else scores
+        selection = self.method.choose(self.adapters, found.chosen, why, step=self.seam, omegas=omegas, scores=shown)
+        return replace(selection, placement=found.facts)
+
+    def state(self) -> dict[str, Tensor]:
+        return {"credits": self.credits.cpu(), "off": torch.tensor(self._off, dtype=torch.int64)}
+
+    def load_state(self, state: Mapping[str, Tensor]) -> None:
+        self.credits = state["credits"].clone()
+        self._off = state["off"].tolist()
