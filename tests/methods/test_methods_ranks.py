@@ -160,9 +160,10 @@ def empty(tuner: Tuner, index: int) -> None:
         decided(view)
         gates = view.ranks
         gates.set(torch.where(gates.owner == index, 0.0, gates.values.detach()))
+        holder = vars(policy).get("pool", policy)
         for name in ("mask", "alive"):
-            if name in vars(policy):
-                setattr(policy, name, getattr(policy, name) & (gates.owner != index))
+            if name in vars(holder):
+                setattr(holder, name, getattr(holder, name) & (gates.owner != index))
 
     policy.after_step = after_step
 
