@@ -13,13 +13,21 @@ rows, and used for all its K and ranks. The scale alpha / r is 4 throughout.
 from __future__ import annotations
 
 import argparse
+import functools
+import itertools
 import math
-from collections.abc import Sequence
+import statistics
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from scipy import stats
+
+from adapter_path import write
 from weightlora.runs.config import RunConfig
 from weightlora.runs.jobs import Job, execute, on_training_rows, run_name
+from weightlora.runs.record import Record
+from weightlora.runs.run import RECORD, finished
 
 RATES = (3e-3, 1e-3, 3e-4)
 HOLDOUT = 0.1
@@ -64,49 +72,176 @@ def config(task: str, data_dir: str, row: Row, rate: float, seed: int) -> RunCon
     )  # fmt: skip
 
 
-def tuned(task: str, row: Row) -> Row:
+def tuned(row: Row) -> Row:
     """The row whose learning rate this one uses: the same method and rule with K = 10 and rank 8."""
     name, k, _, score = row
     return name, k and 10, 8, score
 
 
-def rate_of(task: str, args: argparse.Namespace, row: Row) -> float:
-    """The learning rate of a row's method on this task: from the highest down, until a lower one is worse."""
-    row = tuned(task, row)
+def job(one: RunConfig, folder: Path) -> Job:
+    """A run of the study; its folder follows from its settings."""
+    return Job(config=one, folder=folder / run_name(one), title=f"{one.task}, {one.method}, seed {one.seed}")
+
+
+def trial(args: argparse.Namespace, task: str, row: Row, rate: float) -> Job:
+    """The run that judges a learning rate on held-out training rows."""
+    return job(on_training_rows(config(task, args.data_dir, tuned(row), rate, seed=0), HOLDOUT), args.out / "tune")
+
+
+def rate_of(tried: Callable[[float], float | None]) -> float | None:
+    """From the highest rate down, until a lower one is worse; None where a score that is needed is not there."""
     best: tuple[float, float] | None = None
     for rate in RATES:
-        trial = on_training_rows(config(task, args.data_dir, row, rate, seed=0), HOLDOUT)
-        job = _job(trial, args.out / "tune", f"tuning {label(row)}, rate {rate:g}")
-        (record,) = execute([job], quiet=True, say=say)
-        score = record.score if record.status == "ok" and record.score is not None else -math.inf
+        score = tried(rate)
+        if score is None:
+            return None
         if best is not None and score < best[0]:
             break
         best = score, rate
-    assert best is not None
-    return best[1]
+    return None if best is None else best[1]
 
 
 def run(args: argparse.Namespace) -> None:
     """Every stage, row, task and seed that is not there yet."""
+
+    def tried(task: str, row: Row, rate: float) -> float:
+        (record,) = execute([trial(args, task, row, rate)], quiet=True, say=say)
+        return record.score if record.status == "ok" and record.score is not None else -math.inf
+
     for stage in args.stages or STAGES:
-        for row in STAGES[stage]:
-            for task in args.tasks:
-                rate = rate_of(task, args, row)
-                runs = [config(task, args.data_dir, row, rate, seed) for seed in SEEDS]
-                execute([_job(one, args.out / "runs", label(row)) for one in runs], quiet=True, say=say)
-
-
-def _job(one: RunConfig, folder: Path, title: str) -> Job:
-    return Job(config=one, folder=folder / run_name(one), title=f"{one.task}, {title}, seed {one.seed}")
+        for row, task in itertools.product(STAGES[stage], args.tasks):
+            rate = rate_of(functools.partial(tried, task, row))
+            assert rate is not None
+            runs = [config(task, args.data_dir, row, rate, seed) for seed in SEEDS]
+            execute([job(one, args.out / "runs") for one in runs], quiet=True, say=say)
 
 
 def say(line: str) -> None:
     print(line, flush=True)
 
 
+def read(one: Job) -> Record | None:
+    """The record of a finished run."""
+    return Record.read(one.folder / RECORD) if finished(one.folder) else None
+
+
+def collect(args: argparse.Namespace) -> list[dict[str, Any]]:
+    """What there is of every row and task: scores by seed, what was kept, what it cost."""
+    found = []
+    for row, task in itertools.product(dict.fromkeys(itertools.chain(*STAGES.values())), args.tasks):
+        trials = {rate: read(trial(args, task, row, rate)) for rate in RATES}
+        judged = {rate: record.score for rate, record in trials.items() if record is not None}
+        rate = rate_of(judged.get)
+        if rate is None:
+            continue
+        runs = {seed: read(job(config(task, args.data_dir, row, rate, seed), args.out / "runs")) for seed in SEEDS}
+        records = {seed: record for seed, record in runs.items() if record is not None}
+        if not records:
+            continue
+        last = {seed: record.phases[-1] for seed, record in records.items()}
+        found.append({
+            "task": task, "row": label(row), "rate": rate, "trials": judged,
+            "scores": {seed: record.score for seed, record in records.items()},
+            "kept": {seed: [adapter.name for adapter in record.kept] for seed, record in records.items()},
+            "params": {seed: (record.budget or {}).get("effective") for seed, record in records.items()},
+            "kept_activation_bytes": {seed: phase.kept_activation_bytes for seed, phase in last.items()},
+            "flops_per_step": {seed: phase.flops_per_step for seed, phase in last.items()},
+            "seconds_per_step": {seed: phase.seconds_per_step for seed, phase in last.items()},
+            "versions": records[min(records)].versions, "machine": records[min(records)].machine,
+        })  # fmt: skip
+    return found
+
+
+def interval(differences: Sequence[float]) -> tuple[float, float, float]:
+    """Mean, and its 95% interval (Student's t)."""
+    mean = statistics.mean(differences)
+    if len(differences) < 2:
+        return mean, -math.inf, math.inf
+    half = stats.t.ppf(0.975, len(differences) - 1) * statistics.stdev(differences) / len(differences) ** 0.5
+    return mean, mean - half, mean + half
+
+
+def against(rows: Sequence[dict[str, Any]], one: str, other: str) -> dict[str, Any] | None:
+    """`one` minus `other`, seed by seed: per task, and averaged over the tasks that have both."""
+    scores = {(found["task"], found["row"]): found["scores"] for found in rows}
+    tasks = [task for task, name in scores if name == one and (task, other) in scores]
+    paired = {task: {seed: scores[task, one][seed] - scores[task, other][seed]
+                     for seed in SEEDS if seed in scores[task, one] and seed in scores[task, other]}
+              for task in tasks}  # fmt: skip
+    seeds = [seed for seed in SEEDS if tasks and all(seed in paired[task] for task in tasks)]
+    if not seeds:
+        return None
+    means = [statistics.mean(paired[task][seed] for task in tasks) for seed in seeds]
+    return {
+        "one": one, "other": other, "tasks": {task: interval(list(paired[task].values())) for task in tasks},
+        "all": interval(means), "seeds": len(seeds),
+        "wins": sum(d > 0 for task in tasks for d in paired[task].values()),
+        "pairs": sum(len(paired[task]) for task in tasks),
+    }  # fmt: skip
+
+
+def pairs() -> list[tuple[str, str]]:
+    """The comparisons that the three questions ask for."""
+    found = [(f"weightlora, K={k}, r=8", f"{other}, K={k}, r=8") for k in (10, 5, 1) for other in SELECTORS[1:]]
+    found += [("weightlora, K=5, r=8", "random, K=10, r=8"), ("weightlora coverage, K=5, r=8", "weightlora, K=5, r=8")]
+    found += [("weightlora, K=10, r=8", "weightlora:paper, K=10, r=8"), ("weightlora, K=10, r=8", "lora, r=8")]
+    found += [("weightlora, K=10, r=8", "lora, r=2")]
+    return found + [(f"weightlora+, K=10, r={r}", f"lora, r={r}") for r in (8, 4, 2, 1)]
+
+
+def points(value: tuple[float, float, float]) -> str:
+    return "{:+.1f} ({:+.1f}, {:+.1f})".format(*(100 * number for number in value))
+
+
+def tables(rows: Sequence[dict[str, Any]], found: Sequence[dict[str, Any]], tasks: Sequence[str]) -> str:
+    """The scores and the differences as Markdown."""
+    by = {(one["row"], one["task"]): one for one in rows}
+    lines = [
+        "| what | " + " | ".join(tasks) + " | rate | parameters | kept | per step |",
+        "|---" * (len(tasks) + 5) + "|",
+    ]
+    for name in dict.fromkeys(one["row"] for one in rows):
+        mine = [by[name, task] for task in tasks if (name, task) in by]
+        cells = []
+        for task in tasks:
+            scores = [100 * score for score in by[name, task]["scores"].values()] if (name, task) in by else []
+            spread = f" ± {statistics.stdev(scores):.1f}" if len(scores) > 1 else ""
+            fewer = f" ({len(scores)})" if 0 < len(scores) < len(SEEDS) else ""
+            cells.append(f"{statistics.mean(scores):.1f}{spread}{fewer}" if scores else "")
+        over = {key: [v for one in mine for v in one[key].values() if v is not None]
+                for key in ("params", "kept_activation_bytes", "flops_per_step")}  # fmt: skip
+        mean = {key: statistics.mean(values) for key, values in over.items() if values}
+        cost = f"{mean['kept_activation_bytes'] / 2**20:.0f} MiB | {mean['flops_per_step'] / 1e9:.1f} G"
+        rates = "/".join(f"{one['rate']:g}" for one in mine)
+        lines.append(f"| `{name}` | {' | '.join(cells)} | {rates} | {mean.get('params', 0) / 1e3:.0f} k | {cost} |")
+    lines += [
+        "",
+        "| difference, points | " + " | ".join(tasks) + " | mean of tasks | seeds won |",
+        "|---" * (len(tasks) + 3) + "|",
+    ]
+    for one in found:
+        cells = [points(one["tasks"][task]) if task in one["tasks"] else "" for task in tasks]
+        name = f"`{one['one']}` - `{one['other']}`"
+        lines.append(f"| {name} | {' | '.join(cells)} | {points(one['all'])} | {one['wins']} of {one['pairs']} |")
+    return "\n".join(lines)
+
+
+def show(args: argparse.Namespace) -> None:
+    """Results as a file and as tables."""
+    rows = collect(args)
+    if not rows:
+        print(f"SKIPPED: no finished runs in {args.out}; make some with `python benchmarks/evidence.py run`")
+        return
+    found = [one for pair in pairs() if (one := against(rows, *pair)) is not None]
+    command = "python benchmarks/evidence.py run --data-dir DATA"
+    result = {"benchmark": "evidence", "command": command, "training": TRAINING, "rows": rows, "comparisons": found}
+    write(Path(__file__).parent / "results" / "evidence.json", result)
+    print(tables(rows, found, args.tasks))
+
+
 def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=("run", "show"))
+    parser.add_argument("what", nargs="?", default="show", choices=("run", "show"))
     parser.add_argument("--data-dir", default="../shared/data")
     parser.add_argument("--tasks", default="sst2,stsb,mrpc", type=lambda text: text.split(","))
     parser.add_argument("--stages", default="", type=lambda text: [s for s in text.split(",") if s])
@@ -114,5 +249,10 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
+def main(argv: Sequence[str] | None = None) -> None:
+    args = parse(argv)
+    (run if args.what == "run" else show)(args)
+
+
 if __name__ == "__main__":
-    run(parse())
+    main()
