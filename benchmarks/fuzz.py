@@ -5,7 +5,9 @@
 Kinds: command lines, recipes, manifests, records, selections, run configurations, data files, runs for the report. Each
 input starts from a good one and is broken a few times: other types, extreme numbers, missing and unknown keys, cut and
 garbled bytes, names with markup and path separators. A finding is an exception that is not `WeightLoRAError` (a
-traceback on somebody's screen), more than one line of error, or a file outside the folder that the call was given.
+traceback on somebody's screen), more than one line of error, markup that a page shows unescaped, or a file that is
+made, changed or removed anywhere outside the folder that the call was given (an audit hook watches the calls that can).
+Command lines take longest; they are one input in twenty.
 """
 
 from __future__ import annotations
@@ -15,6 +17,7 @@ import contextlib
 import copy
 import io
 import json
+import os
 import random
 import shutil
 import sys
@@ -25,6 +28,8 @@ from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+
+import matplotlib
 
 NAMES = [
     "",
@@ -44,6 +49,22 @@ VALUES: list[Any] = [
 ]  # fmt: skip
 
 
+CHANGES = frozenset(("open", "os.rename", "os.remove", "os.mkdir", "os.rmdir", "os.chmod", "os.link", "os.symlink"))
+# Of libraries, on import.
+IGNORED = ("/dev/", "/proc/", os.path.join(tempfile.gettempdir(), "torchinductor"), matplotlib.get_configdir(),
+           matplotlib.get_cachedir())  # fmt: skip
+RELATIVE = frozenset(("os.remove", "os.rmdir"))
+DRY = [
+    ["train", "--dry-run"],
+    ["compare", "--dry-run", "--methods", "lora,weightlora"],
+    ["sweep", "--dry-run", "--methods", "lora,weightlora:paper"],
+    ["reproduce", "table1", "--dry-run", "--scale", "small"],
+    ["resume", "nowhere"],
+    ["export", "nowhere"],
+    ["report", "nowhere"],
+]
+
+
 class Fuzz:
     """Inputs of every kind, from one seed.
 
@@ -59,6 +80,8 @@ class Fuzz:
         self.counts: Counter[str] = Counter()
         self.outcomes: Counter[str] = Counter()
         self.findings: list[dict[str, str]] = []
+        self.outside: list[str] = []
+        sys.addaudithook(self.watch)
         self.kinds: dict[str, Callable[[], Any]] = {
             "arguments": self.arguments,
             "recipe": self.recipe,
@@ -73,9 +96,9 @@ class Fuzz:
     def run(self, count: int) -> dict[str, Any]:
         """Throw `count` inputs, each kind in turn; what came of them."""
         began = time.perf_counter()
-        names = list(self.kinds)
+        names = [name for name in self.kinds if name != "arguments"]
         for number in range(count):
-            self.one(names[number % len(names)], number)
+            self.one("arguments" if number % 20 == 0 else names[number % len(names)], number)
         return {
             "inputs": dict(self.counts),
             "outcomes": dict(self.outcomes),
@@ -106,12 +129,22 @@ class Fuzz:
             self.find(kind, number, traceback.format_exc())
         if "Traceback" in err.getvalue():
             self.find(kind, number, err.getvalue())
-        strange = sorted(path.name for path in self.folder.iterdir() if path != self.work)
-        if strange:
-            self.find(kind, number, f"wrote outside: {strange}")
-            for name in strange:
-                (self.folder / name).unlink()
+        if self.outside:
+            self.find(kind, number, f"wrote outside: {self.outside}")
+            self.outside.clear()
         self.outcomes[f"{kind}: {outcome}"] += 1
+
+    def watch(self, event: str, args: tuple[Any, ...]) -> None:
+        """Note what is about to change a file elsewhere."""
+        if event not in CHANGES or not isinstance(args[0], str | bytes | os.PathLike):
+            return
+        if event == "open" and not args[2] & (os.O_WRONLY | os.O_RDWR | os.O_CREAT):
+            return
+        if event in RELATIVE and args[-1] >= 0:
+            return  # below a folder that is open: a tree on its way out, whose root was seen
+        path = os.path.abspath(os.fsdecode(args[0]))
+        if not path.startswith((str(self.folder), *IGNORED)):
+            self.outside.append(f"{event} {path}")
 
     def find(self, kind: str, number: int, what: str) -> None:
         """Note a finding; the first two hundred are kept."""
@@ -164,7 +197,7 @@ class Fuzz:
 
         flags = [flag for flag, _ in (*TASK_FLAGS, *MODEL_FLAGS, *METHOD_FLAGS)]
         flags += ["--max-steps", "--learning-rate", "--method", "--preset", "--nonsense", "--out", "--json", "--bf16"]
-        words = ["train", "--dry-run"]
+        words = self.random.choice(DRY)[:]
         for _ in range(self.random.randint(0, 5)):
             words.append(self.random.choice(flags))
             if self.random.random() < 0.9:
@@ -249,19 +282,29 @@ class Fuzz:
         load_task("files", train_file=path)
 
     def report(self) -> None:
-        """Manifest, trainer state and record of a run, each perhaps broken, in the one page."""
+        """Manifest, trainer state and record of a run, one of them broken, in the one page."""
+        from weightlora.report.page import report
         from weightlora.report.runfiles import find_runs
 
         run = self.work / "run"
         checkpoint = run / "checkpoints" / "checkpoint-3"
         checkpoint.mkdir(parents=True)
-        (run / "record.json").write_bytes(self.text(self.good_record()))
-        (checkpoint / "weightlora.json").write_bytes(self.text(json.loads(self.good_manifest().to_json())))
-        (checkpoint / "trainer_state.json").write_bytes(
-            self.text({"global_step": 3, "log_history": [{"step": 1, "loss": 0.5}, {"step": 2, "loss": 0.4}]})
-        )
+        files = {
+            run / "record.json": self.good_record(),
+            checkpoint / "weightlora.json": json.loads(self.good_manifest().to_json()),
+            checkpoint / "trainer_state.json": {
+                "global_step": 3, "log_history": [{"step": 1, "loss": 0.5}, {"step": 2, "loss": 0.4}],
+            },
+        }  # fmt: skip
+        bad = self.random.choice(list(files))
+        for path, content in files.items():
+            path.write_bytes(self.text(content) if path == bad else json.dumps(content).encode())
         for found in find_runs([run]).runs:
             found.read_log()
+        if self.random.random() < 0.2:  # drawing takes a while
+            made = report([run])
+            assert "<script>x" not in made.html
+            json.loads(made.json)
 
     # good ones
 

@@ -58,6 +58,7 @@ def remove(name: str) -> Callable[[Path], None]:
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
+        (edit(later="key"), "has 'later', which this release does not know"),
         (remove(MANIFEST), "not a whole checkpoint, weightlora.json is missing"),
         (remove(STATE), "not a whole checkpoint, weightlora.safetensors is missing"),
         (cut(MANIFEST), "weightlora.json is damaged"),

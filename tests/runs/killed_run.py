@@ -27,7 +27,7 @@ CHANGES = frozenset(
 class Events:
     """Notes what a process does below `folder`, and kills it at the `number`-th event whose label starts with `kind`.
 
-    With a `delay` (seconds) it dies that much later, in the middle of whatever it does then.
+    With a `delay` (seconds) it dies that much later, in the middle of whatever it does then. `signal`: by which.
     """
 
     folder: str
@@ -35,6 +35,7 @@ class Events:
     kind: str
     number: int
     delay: float
+    signal: str = "SIGKILL"
     labels: list[str] = field(default_factory=list)
 
     def watch(self) -> None:
@@ -55,7 +56,7 @@ class Events:
         if label.startswith(self.kind) and sum(known.startswith(self.kind) for known in self.labels) == self.number:
             self.save()
             if not self.delay:
-                os.kill(os.getpid(), signal.SIGKILL)
+                os.kill(os.getpid(), getattr(signal, self.signal))
             # The default action of SIGALRM ends a process as abruptly, wherever it is by then.
             signal.setitimer(signal.ITIMER_REAL, self.delay)
 
@@ -114,7 +115,8 @@ def life(job: dict[str, Any]) -> dict[str, Any]:
     return {"tries": tries, "output": log.with_suffix(".txt").read_text()}
 
 
-def main() -> None:
+def prepare() -> None:
+    """Import all that a run needs, so that children have it."""
     import torch
 
     import weightlora.graft.export
@@ -124,6 +126,10 @@ def main() -> None:
     torch.set_num_threads(1)
     gc.collect()
     gc.freeze()
+
+
+def main() -> None:
+    prepare()
     for line in sys.stdin:
         print(json.dumps(life(json.loads(line))), flush=True)  # noqa: T201
 

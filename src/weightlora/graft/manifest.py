@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal
 
@@ -93,6 +93,8 @@ class Manifest:
                     f"{path}: manifest schema {data['schema_version']} is not supported;"
                     f" this release reads {SCHEMA_VERSION}"
                 )
+            if unknown := sorted(set(data) - {f.name for f in fields(cls)}):
+                raise ValueError(f"it has {unknown[0]!r}, which this release does not know")
             manifest = cls(
                 stage=_stage(data["stage"]),
                 step=int(data["step"]),
