@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import random
+import weakref
 from collections.abc import Callable, Iterable
 from functools import cache
 from typing import Any
@@ -206,3 +208,14 @@ def test_a_forward_that_reads_values_is_refused() -> None:
     model = build("bert")
     with pytest.raises(AdapterError, match="cannot be traced without its weights"):
         trace(model, lambda: model(**rows()).loss * float(next(model.parameters()).sum()))
+
+
+@pytest.mark.parametrize("family", ["bert", "llama"])
+def test_nothing_of_a_traced_pass_stays_in_memory(family: str) -> None:
+    """Neither the graph, in which tanh and softmax hold themselves, nor the model that its hooks know."""
+    model = build(family)
+    trace(model, loss_of(model, rows()))
+    gone = weakref.ref(model)
+    del model
+    gc.collect()
+    assert gone() is None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
@@ -68,6 +69,7 @@ def trace(
     state = {f"model.{key}": value for key, value in {**parameters, **buffers}.items()}
     try:
         with contextlib.ExitStack() as stack:
+            stack.callback(recorder.let_go)
             if not stock:
                 stack.enter_context(_traced_path(model, name, recorder))
             stack.enter_context(uncheckpointed(model))
@@ -77,10 +79,10 @@ def trace(
                 stack.enter_context(CudaKernels())
             stack.enter_context(torch.enable_grad())
             value = torch.func.functional_call(wrapper, state)
+            return recorder.finish(value)
     except (NotImplementedError, RuntimeError) as error:
         line = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise AdapterError(f"what this model keeps cannot be traced without its weights: {line}") from None
-    return recorder.finish(value)
 
 
 class _Loss(nn.Module):
@@ -143,7 +145,7 @@ def _traced_path(model: nn.Module, name: str, recorder: _Recorder) -> Iterator[N
 class _Event:
     """One tensor that autograd saved; autograd holds it, so it lives as long as what saved it."""
 
-    __slots__ = ("owner", "storage", "tensor", "unit")
+    __slots__ = ("__weakref__", "owner", "storage", "tensor", "unit")
 
     def __init__(self, tensor: Tensor, storage: int, owner: int, unit: int) -> None:
         self.tensor, self.storage, self.owner, self.unit = tensor, storage, owner, unit
@@ -171,6 +173,7 @@ class _Recorder:
         self.owner, self.unit = -1, -1
         self.unit_inputs: dict[int, list[int]] = {}
         self.opened: list[_Event] = []  # what the graph has just unpacked
+        self.events: weakref.WeakSet[_Event] = weakref.WeakSet()
 
     def leaves(self, parameters: Mapping[str, Tensor]) -> None:
         """Which bit each trained parameter stands for."""
@@ -202,7 +205,16 @@ class _Recorder:
         return self.index[key]
 
     def _pack(self, tensor: Tensor) -> _Event:
-        return _Event(tensor, self._storage(tensor), self.owner, self.unit)
+        event = _Event(tensor, self._storage(tensor), self.owner, self.unit)
+        self.events.add(event)
+        return event
+
+    def let_go(self) -> None:
+        """Free the graph: a node that saved its own output holds itself, and with the hooks the model, in a circle
+        through C++ that no collector sees."""
+        self.opened = []
+        for event in list(self.events):
+            del event.tensor
 
     def _unpack(self, event: _Event) -> Tensor:
         self.opened.append(event)
