@@ -42,30 +42,32 @@ TRAINING = {
 }
 SELECTORS = ("weightlora", "random", "top", "gradient")
 
-Row = tuple[str, int | None, int, str | None]  # method or method:preset, K, rank, score
+VARIANTS: dict[str, dict[str, Any]] = {"coverage": {"score": "coverage"}, "T=0.05": {"warmup_steps": 0.05}}
+Row = tuple[str, int | None, int, str | None]  # method or method:preset, K, rank, variant
 STAGES: dict[str, list[Row]] = {
     "K=10": [("lora", None, 8, None), *((name, 10, 8, None) for name in SELECTORS)],
+    "rules": [("weightlora", 10, 8, "T=0.05")],
     "K=5": [(name, 5, 8, None) for name in SELECTORS],
     "growth": [("weightlora+", 10, 8, None), ("weightlora+", 10, 2, None), ("lora", None, 2, None)],
     "K=1": [(name, 1, 8, None) for name in SELECTORS],
-    "rules": [("weightlora", 5, 8, "coverage"), ("weightlora:paper", 10, 8, None)],
+    "more": [("weightlora", 5, 8, "coverage"), ("weightlora:paper", 10, 8, None)],
     "ranks": [(name, k, r, None) for r in (1, 4) for name, k in (("lora", None), ("weightlora+", 10))],
 }
 
 
 def label(row: Row) -> str:
     """A row's name in tables and files."""
-    name, k, rank, score = row
-    return name + (f" {score}" if score else "") + (f", K={k}" if k else "") + f", r={rank}"
+    name, k, rank, variant = row
+    return name + (f" {variant}" if variant else "") + (f", K={k}" if k else "") + f", r={rank}"
 
 
 def config(task: str, data_dir: str, row: Row, rate: float, seed: int) -> RunConfig:
     """One run of a row."""
-    name, k, rank, score = row
+    name, k, rank, variant = row
     method, _, preset = name.partition(":")
     settings: dict[str, Any] = {} if k is None else {"k": k}
-    if score:
-        settings["score"] = score
+    if variant:
+        settings |= VARIANTS[variant]
     return RunConfig(
         task=task, data_dir=data_dir, model="minilm", max_train_samples=6000, r=rank, alpha=4.0 * rank, method=method,
         preset=preset or "recommended", settings=settings, seed=seed, training={**TRAINING, "learning_rate": rate},
@@ -73,9 +75,9 @@ def config(task: str, data_dir: str, row: Row, rate: float, seed: int) -> RunCon
 
 
 def tuned(row: Row) -> Row:
-    """The row whose learning rate this one uses: the same method and rule with K = 10 and rank 8."""
-    name, k, _, score = row
-    return name, k and 10, 8, score
+    """The row whose learning rate this one uses: the same method, as it comes, with K = 10 and rank 8."""
+    name, k, _, _ = row
+    return name, k and 10, 8, None
 
 
 def job(one: RunConfig, folder: Path) -> Job:
@@ -184,6 +186,7 @@ def pairs() -> list[tuple[str, str]]:
     """The comparisons that the three questions ask for."""
     found = [(f"weightlora, K={k}, r=8", f"{other}, K={k}, r=8") for k in (10, 5, 1) for other in SELECTORS[1:]]
     found += [("weightlora, K=5, r=8", "random, K=10, r=8"), ("weightlora coverage, K=5, r=8", "weightlora, K=5, r=8")]
+    found += [("weightlora T=0.05, K=10, r=8", f"{other}, K=10, r=8") for other in SELECTORS]
     found += [("weightlora, K=10, r=8", "weightlora:paper, K=10, r=8"), ("weightlora, K=10, r=8", "lora, r=8")]
     found += [("weightlora, K=10, r=8", "lora, r=2")]
     return found + [(f"weightlora+, K=10, r={r}", f"lora, r={r}") for r in (8, 4, 2, 1)]
