@@ -48,6 +48,7 @@ STAGES: dict[str, list[Row]] = {
     "K=10": [("lora", None, 8, None), *((name, 10, 8, None) for name in SELECTORS)],
     "rules": [("weightlora", 10, 8, "T=0.05")],
     "K=5": [(name, 5, 8, None) for name in SELECTORS],
+    "rules, K=5": [("weightlora", 5, 8, "T=0.05")],
     "growth": [("weightlora+", 10, 8, None), ("weightlora+", 10, 2, None), ("lora", None, 2, None)],
     "K=1": [(name, 1, 8, None) for name in SELECTORS],
     "more": [("weightlora", 5, 8, "coverage"), ("weightlora:paper", 10, 8, None)],
@@ -186,7 +187,8 @@ def pairs() -> list[tuple[str, str]]:
     """The comparisons that the three questions ask for."""
     found = [(f"weightlora, K={k}, r=8", f"{other}, K={k}, r=8") for k in (10, 5, 1) for other in SELECTORS[1:]]
     found += [("weightlora, K=5, r=8", "random, K=10, r=8"), ("weightlora coverage, K=5, r=8", "weightlora, K=5, r=8")]
-    found += [("weightlora T=0.05, K=10, r=8", f"{other}, K=10, r=8") for other in SELECTORS]
+    found += [(f"weightlora T=0.05, K={k}, r=8", f"{other}, K={k}, r=8") for k in (10, 5) for other in SELECTORS]
+    found += [("weightlora T=0.05, K=10, r=8", "lora, r=8")]
     found += [("weightlora, K=10, r=8", "weightlora:paper, K=10, r=8"), ("weightlora, K=10, r=8", "lora, r=8")]
     found += [("weightlora, K=10, r=8", "lora, r=2")]
     return found + [(f"weightlora+, K=10, r={r}", f"lora, r={r}") for r in (8, 4, 2, 1)]
@@ -247,7 +249,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("what", nargs="?", default="show", choices=("run", "show"))
     parser.add_argument("--data-dir", default="../shared/data")
     parser.add_argument("--tasks", default="sst2,stsb,mrpc", type=lambda text: text.split(","))
-    parser.add_argument("--stages", default="", type=lambda text: [s for s in text.split(",") if s])
+    parser.add_argument("--stages", default="", type=lambda text: [s for s in text.split(";") if s], help="a;b")
     parser.add_argument("--out", type=Path, default=Path("runs/evidence"))
     return parser.parse_args(argv)
 

@@ -50,6 +50,18 @@ def test_a_small_table_stands_beside_the_papers(
     assert "0.8897/0.9220" in (out / "table1.md").read_text(encoding="utf-8")
 
 
+def test_a_small_table_leaves_out_tasks_without_data(small_data: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ("reproduce", "table1", "--scale", "small", "--data-dir", small_data, "--dry-run")
+    assert weightlora(*words) == 0
+    said = capsys.readouterr()
+    assert "SKIPPED mnli, cola, qqp, qnli, rte: " in said.out + said.err
+    assert {line.split(": ")[2].split(",")[0] for line in said.out.splitlines() if line.startswith("LoRA:")} == {
+        "sst2", "mrpc",
+    }  # fmt: skip
+    assert weightlora(*words, "--task", "cola") == 0
+    assert "cola" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("table", TABLES)
 def test_the_papers_protocol_differs_from_itself_in_nothing_but_what_always_does(table: str) -> None:
     sub: argparse.ArgumentParser = build_parser()[1]["reproduce"][0]

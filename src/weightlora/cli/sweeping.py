@@ -48,7 +48,7 @@ def reproduce(parsed: argparse.Namespace, rest: list[str], parser: argparse.Argu
     ours = grids.make_grid(parser, [name], recipe, arguments.without(given, "--task", "--tasks", "--methods"))
     ours = _only(ours, vars(parsed))
     if small:
-        ours = _with_shares(ours, section["adapters"])
+        ours = _at_hand(_with_shares(ours, section["adapters"]), vars(parsed))
     folder = Path(parsed.out or f"runs/{name}{'-small' if small else ''}")
     if parsed.dry_run:
         return dry_run(ours, folder, parsed.json)
@@ -142,6 +142,19 @@ def _with_shares(grid: Any, adapters: int) -> Any:
             settings["k"] = settings["k"] / adapters
         cells.append(replace(cell, config=replace(cell.config, settings=settings)))
     return replace(grid, cells=tuple(cells))
+
+
+def _at_hand(grid: Any, flags: dict[str, Any]) -> Any:
+    """Without the tasks that the folder of --data-dir lacks, said loudly; those asked for by name stay, and fail."""
+    if flags.get("data_dir") is None or "task" in flags or "tasks" in flags:
+        return grid
+    folder = Path(flags["data_dir"])
+    missing = [t for t in dict.fromkeys(cell.config.task for cell in grid.cells) if not (folder / t).is_dir()]
+    kept = tuple(cell for cell in grid.cells if cell.config.task not in missing)
+    if not missing or not kept:
+        return grid
+    commands._say(f"SKIPPED {', '.join(missing)}: {folder} has no folder of that name; add it, or leave --data-dir out")
+    return replace(grid, cells=kept)
 
 
 def _show(table: Any, data: dict[str, Any], markdown: Path, target: str | None) -> int:
