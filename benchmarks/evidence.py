@@ -21,6 +21,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import matplotlib
 from scipy import stats
 
 from adapter_path import write
@@ -28,6 +29,9 @@ from weightlora.runs.config import RunConfig
 from weightlora.runs.jobs import Job, execute, on_training_rows, run_name
 from weightlora.runs.record import Record
 from weightlora.runs.run import RECORD, finished
+
+matplotlib.use("agg")
+from matplotlib import pyplot
 
 RATES = (3e-3, 1e-3, 3e-4)
 HOLDOUT = 0.1
@@ -231,8 +235,34 @@ def tables(rows: Sequence[dict[str, Any]], found: Sequence[dict[str, Any]], task
     return "\n".join(lines)
 
 
+def picture(rows: Sequence[dict[str, Any]], found: Sequence[dict[str, Any]], path: Path) -> None:
+    """Score against kept bytes for every row that all tasks have, and the differences with their intervals."""
+    tasks = list(dict.fromkeys(one["task"] for one in rows))
+    names = [name for name in dict.fromkeys(one["row"] for one in rows)
+             if sum(one["row"] == name for one in rows) == len(tasks)]  # fmt: skip
+    figure, (left, right) = pyplot.subplots(1, 2, figsize=(13, 5.2), layout="constrained")
+    for number, name in enumerate(names):
+        mine = [one for one in rows if one["row"] == name]
+        kept = statistics.mean(statistics.mean(one["kept_activation_bytes"].values()) for one in mine) / 2**20
+        score = 100 * statistics.mean(statistics.median(one["scores"].values()) for one in mine)
+        left.scatter(kept, score, marker="osD^v<>PX*"[number % 10], s=60, label=name)
+    left.set(xlabel="kept for backward, MiB (mean over tasks and seeds)",
+             ylabel="points (median over seeds, mean over tasks)")  # fmt: skip
+    left.legend(fontsize=8)
+    whole = [one for one in found if len(one["tasks"]) == len(tasks)]
+    for height, one in enumerate(reversed(whole)):
+        mean, low, high = (100 * number for number in one["all"])
+        right.plot([low, high], [height, height], color="tab:blue")
+        right.plot(mean, height, "o", color="tab:blue")
+    right.set_yticks(range(len(whole)), [f"{one['one']}  minus  {one['other']}" for one in reversed(whole)], fontsize=8)
+    right.axvline(0, color="grey", linewidth=0.8)
+    right.set(xlabel="points, mean over tasks, 95% interval over seeds", xlim=(-30, 30))
+    figure.savefig(path, dpi=110)
+    pyplot.close(figure)
+
+
 def show(args: argparse.Namespace) -> None:
-    """Results as a file and as tables."""
+    """Results as a file, a picture and tables."""
     rows = collect(args)
     if not rows:
         print(f"SKIPPED: no finished runs in {args.out}; make some with `python benchmarks/evidence.py run`")
@@ -241,6 +271,7 @@ def show(args: argparse.Namespace) -> None:
     command = "python benchmarks/evidence.py run --data-dir DATA"
     result = {"benchmark": "evidence", "command": command, "training": TRAINING, "rows": rows, "comparisons": found}
     write(Path(__file__).parent / "results" / "evidence.json", result)
+    picture(rows, found, Path(__file__).parents[1] / "docs" / "evidence.png")
     print(tables(rows, found, args.tasks))
 
 
