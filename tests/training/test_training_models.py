@@ -17,8 +17,9 @@ from transformers import (
 )
 
 from weightlora.errors import AdapterError
-from weightlora.graft import adapters, export
+from weightlora.graft import adapters
 from weightlora.graft.adapters import layer_weights, lora_layers
+from weightlora.graft.export import export
 from weightlora.methods import LoRA, Method, WeightLoRA, WeightLoRAPlus
 from weightlora.training import fit
 
@@ -138,6 +139,7 @@ def test_lora_on_an_embedding_is_refused(targets: list[str], tmp_path: Path) -> 
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.filterwarnings("ignore:Setting `save_embedding_layers`")  # PEFT writes the head's frozen weight, too
 def test_a_head_tied_to_the_embedding_goes_through_the_seam(tmp_path: Path) -> None:
     """The head is linear, and its adapter its own: the table stays as it is."""
     from transformers import LlamaConfig, LlamaForCausalLM

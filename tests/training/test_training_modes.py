@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -194,9 +195,11 @@ class Compiled(TrainerCallback):
 def compiler() -> Iterator[None]:
     torch._dynamo.reset()
     counters.clear()
+    logging.disable(logging.DEBUG)  # the compiler's trace, of which nobody reads a line
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         yield
+    logging.disable(logging.NOTSET)
     torch._dynamo.reset()
 
 
