@@ -19,6 +19,7 @@ from weightlora.graft import Gates, adapters, disconnect
 from weightlora.graft.export import export
 from weightlora.graft.fast import fast_path
 
+
 class Codes(nn.Module):
     """A linear layer that keeps bytes and one scale a row: the interface of GPTQ's and AWQ's layers, on any machine."""
 
@@ -110,6 +111,8 @@ def test_layers_that_pass_variants_by_are_refused(kind: str) -> None:
     name = {"awq": "AwqLoraLinear", "aqlm": "AqlmLoraLinear"}[kind]
     model = built(kind)
     for use in (adapters, Gates, lambda m: export(m, "nowhere")):
-        with pytest.raises(AdapterError, match=f"0 is a Codes under PEFT's {name}, which .* by bitsandbytes, GPTQ, HQQ"):
+        with pytest.raises(
+            AdapterError, match=f"0 is a Codes under PEFT's {name}, which .* by bitsandbytes, GPTQ, HQQ"
+        ):
             use(model)
     assert fast_path(model, engine_name="autograd") == 1  # the other layer

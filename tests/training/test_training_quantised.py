@@ -81,7 +81,9 @@ def test_a_whole_run(kind: str, tmp_path: Path) -> None:
     export(result, tmp_path / "native")
     stock = PeftModel.from_pretrained(quantised(tmp_path / "base", kind), tmp_path / "native")
     assert torch.allclose(logits(stock, batch()), live, atol=1e-5)
-    with pytest.raises(ExportError, match=r"the base model is quantised .*; load the full-precision base and pass base="):
+    with pytest.raises(
+        ExportError, match=r"the base model is quantised .*; load the full-precision base and pass base="
+    ):
         export(result, tmp_path / "no", "merged")
     full = LlamaForSequenceClassification.from_pretrained(tmp_path / "base")
     done = export(result, tmp_path / "merged", "merged", base=full, sample=batch())

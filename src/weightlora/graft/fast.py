@@ -39,7 +39,11 @@ class LeanVariant(PathVariant):
 def _is_plain(layer: LoraLayer, name: str) -> bool:
     """Stock LoRA in a layer kind whose forward asks for variants."""
     variant = layer.lora_variant.get(name)
-    return honours_variants(layer) and not layer.lora_bias.get(name) and (variant is None or isinstance(variant, LeanVariant))
+    return (
+        honours_variants(layer)
+        and not layer.lora_bias.get(name)
+        and (variant is None or isinstance(variant, LeanVariant))
+    )
 
 
 def _cast_outside(layer: LoraLayer) -> bool:

@@ -211,7 +211,11 @@ def warn_of_a_new_order(trainer: Trainer, step: int) -> None:
     Transformers draws batches of similar length from the global generator, and draws anew whenever it resumes.
     """
     epoch = trainer.state.epoch
-    if trainer.args.train_sampling_strategy == "group_by_length" and epoch is not None and not float(epoch).is_integer():
+    if (
+        trainer.args.train_sampling_strategy == "group_by_length"
+        and epoch is not None
+        and not float(epoch).is_integer()
+    ):
         log.warning(
             "group_by_length draws the epoch's order anew after the seam at step %d, as whenever the trainer resumes:"
             " some rows come twice in this epoch, some not; a seam at the end of an epoch avoids it",
