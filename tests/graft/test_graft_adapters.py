@@ -133,9 +133,31 @@ def test_refuses_a_convolution() -> None:
     refused(get_peft_model(net, LoraConfig(r=2, target_modules=["0"])), "0 is a Conv1d; only linear layers")
 
 
-def test_refuses_an_embedding_alone() -> None:
+@pytest.mark.parametrize("targets", [["0"], ["0", "1"]])
+def test_refuses_an_embedding_alone_or_beside_others(targets: list[str]) -> None:
     net = nn.Sequential(nn.Embedding(9, 4), nn.Linear(4, 2))
-    refused(get_peft_model(net, LoraConfig(r=2, target_modules=["0"])), "touches no linear layer; check target_modules")
+    refused(get_peft_model(net, LoraConfig(r=2, target_modules=targets)), "0 is an embedding with LoRA; only linear la")
+
+
+def test_refuses_a_layer_under_two_names() -> None:
+    linear = nn.Linear(4, 4)
+    net = get_peft_model(nn.Sequential(linear, nn.Tanh(), linear), LoraConfig(r=2, target_modules=["0"]))
+    refused(net, "0 and 2 are one and the same layer, so an adapter on it has no place of its own; leave both out")
+    net = nn.Sequential(
+        get_peft_model(nn.Sequential(linear), LoraConfig(r=2, target_modules=["0"])).base_model.model[0]
+    )
+    net.append(net[0])
+    net.peft_config = {"default": LoraConfig(r=2)}  # type: ignore[assignment]
+    refused(net, "0 and 1 are one and the same layer", "default")
+
+
+def test_refuses_a_bare_parameter() -> None:
+    net = get_peft_model(
+        nn.Sequential(nn.Linear(4, 3)), LoraConfig(r=2, target_modules=[], target_parameters=["0.weight"])
+    )
+    refused(
+        net, "0 is a Linear under PEFT's ParamWrapper, which computes adapters its own way, so they cannot be gated"
+    )
 
 
 def test_refuses_half_tied_factors_and_names_tied_ones() -> None:

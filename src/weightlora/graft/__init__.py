@@ -20,6 +20,7 @@ from weightlora.graft.gates import Gates, scalar_products
 from weightlora.graft.levels import operation_costs, placement_costs, reserved
 from weightlora.graft.manifest import MANIFEST, STATE, Manifest, fingerprint, readable
 from weightlora.graft.optimizer import Change, adopt, forget, remap
+from weightlora.graft.quantised import keep_unpacked
 from weightlora.graft.selection import Choice, Selection, select
 from weightlora.graft.surgery import disconnect, fold, grow_adapters, reshape, resize, restart, tie
 from weightlora.graft.tracing import trace
@@ -64,6 +65,7 @@ __all__ = [
     "grow_adapters",
     "has_adapters",
     "input_size",
+    "keep_unpacked",
     "layer_weights",
     "operation_costs",
     "output_energy",

@@ -9,8 +9,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from peft.tuners.lora.layer import LoraLayer
+from peft.tuners.lora.layer import Linear, LoraLayer
 from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
 
 from weightlora.errors import AdapterError
 
@@ -100,8 +101,9 @@ def adapters(model: nn.Module, name: str | None = None) -> tuple[Adapter, ...]:
         name: PEFT's adapter name; default: the active one.
 
     Raises:
-        AdapterError: the model has none, or one that cannot be gated (DoRA, embedding or convolution adapters, a
-            factor that one adapter shares with another's other half).
+        AdapterError: the model has none, or one that cannot be gated (DoRA, embedding or convolution adapters, a base
+            layer under two names, a quantised layer in which PEFT computes adapters its own way, a factor that one
+            adapter shares with another's other half).
 
     >>> import torch
     >>> from peft import LoraConfig, get_peft_model
@@ -113,6 +115,8 @@ def adapters(model: nn.Module, name: str | None = None) -> tuple[Adapter, ...]:
     seen: dict[tuple[int, int], int] = {}
     owners: dict[int, tuple[int, int]] = {}
     found: list[Adapter] = []
+    _check_embeddings(model, name)
+    _check_shared(model, name)
     for path, layer in lora_layers(model, name):
         A, B = factors(layer, name)
         _check_supported(path, layer, name)
@@ -156,8 +160,43 @@ def _check_supported(path: str, layer: LoraLayer, name: str) -> None:
     if layer.lora_bias.get(name):
         raise AdapterError(f"{path} has lora_bias=True, which cannot be gated; set lora_bias=False")
     base = layer.get_base_layer()
-    if not isinstance(base, nn.Linear) and not hasattr(base, "in_features"):
+    if linear_shape(base) is None:
         raise AdapterError(f"{path} is a {type(base).__name__}; only linear layers can be gated, target those")
+    if not honours_variants(layer):
+        raise AdapterError(
+            f"{path} is a {type(base).__name__} under PEFT's {type(layer).__name__}, which computes adapters its own"
+            " way, so they cannot be gated; use an unquantised base, or one by bitsandbytes, GPTQ, HQQ or torchao"
+        )
+
+
+def _check_embeddings(model: nn.Module, name: str) -> None:
+    for path, module in base_of(model).named_modules():
+        if isinstance(module, LoraLayer) and name in module.lora_embedding_A:
+            raise AdapterError(f"{path} is an embedding with LoRA; only linear layers can be gated, target those")
+
+
+def _check_shared(model: nn.Module, name: str) -> None:
+    """An adapter on a layer with two names would be on under one of them, merged under both, or the like."""
+    homes = {id(layer.get_base_layer()): path for path, layer in lora_layers(model, name)}
+    for path, module in base_of(model).named_modules(remove_duplicate=False):
+        home = homes.get(id(module))
+        if home is not None and not path.startswith(f"{home}."):
+            raise AdapterError(
+                f"{home} and {path.removesuffix('.base_layer')} are one and the same layer, so an adapter on it has no"
+                " place of its own; leave both out of target_modules"
+            )
+
+
+def linear_shape(base: nn.Module) -> tuple[int, int] | None:
+    """``(d_in, d_out)`` of a linear layer, quantised or not, or of GPT-2's ``Conv1D``; None of anything else."""
+    known = ("nx", "nf") if isinstance(base, Conv1D) else ("in_features", "out_features")
+    d_in, d_out = (base.__dict__.get(key) for key in known)
+    return (d_in, d_out) if isinstance(d_in, int) and isinstance(d_out, int) else None
+
+
+def honours_variants(layer: LoraLayer) -> bool:
+    """Whether a layer kind's forward asks for variants (AWQ, AQLM, EETQ, bare parameters, ... do not)."""
+    return isinstance(layer, Linear) or type(layer).resolve_lora_variant is not LoraLayer.resolve_lora_variant
 
 
 @contextlib.contextmanager
@@ -186,7 +225,8 @@ def layer_weights(model: nn.Module, name: str) -> tuple[Tensor, ...]:
     Empty where a quantised layer keeps no tensor of that name.
     """
     bases: list[Any] = [layer.get_base_layer() for _, layer in lora_layers(model, name)]
-    return tuple(base.weight.detach() if hasattr(base, "weight") else torch.empty(0) for base in bases)
+    weights = [base.weight.detach() if hasattr(base, "weight") else torch.empty(0) for base in bases]
+    return tuple(weight.T if isinstance(base, Conv1D) else weight for base, weight in zip(bases, weights, strict=True))
 
 
 def parameters(

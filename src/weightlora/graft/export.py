@@ -20,6 +20,7 @@ from weightlora.files import new_folder, write_text
 from weightlora.graft.adapters import base_of
 from weightlora.graft.card import model_card
 from weightlora.graft.profiles import Live, merge, read, write_adapter
+from weightlora.graft.quantised import keep_unpacked
 from weightlora.graft.selection import Selection
 from weightlora.graft.tuners import refuse_own_format
 from weightlora.graft.verify import compare, logits, plain_base, reload_adapter, sample_logits, save_and_reload
@@ -84,7 +85,8 @@ def export(
         profile: one of the four.
         sample: a batch (dict of tensors) to compare logits on; None: random token ids.
         adapter: PEFT's adapter name; default: the active one.
-        base: merge into this full-precision model of the same structure instead of the base under the adapters.
+        base: merge into this full-precision model of the same structure instead of the base under the adapters
+            (quantised, say); a note says how far its logits are from the live model's.
         overwrite: replace whatever `out` holds.
         about: Markdown for ``README.md``, such as what the run measured; it is put at the end.
 
@@ -110,8 +112,10 @@ def export(
     model, selection = (result, None) if isinstance(result, nn.Module) else (result.model, result.selection)
     refuse_own_format(model)
     path = _free_folder(out, overwrite)
+    keep_unpacked(model)
     live = read(model, adapter, whole=profile == "merged", stock=profile != "merged" or base is not None)
     sample, truth = sample_logits(live.root, sample)
+    own = truth
     if base is not None:
         truth = _on(base, live, sample)
     rank, plain = None, live.root
@@ -120,6 +124,7 @@ def export(
             if profile == "merged":
                 plain, notes = merge(live, base)
                 again = logits(save_and_reload(plain, folder), sample)
+                notes = notes if base is None else (*notes, _other_base(own, again))
             else:
                 rank, notes = write_adapter(live, folder, profile)
                 again, said = _reloaded(live.root, folder, sample)
@@ -149,6 +154,13 @@ def _on(base: nn.Module, live: Live, sample: Mapping[str, Any]) -> Tensor:
     with tempfile.TemporaryDirectory() as folder:
         write_adapter(live, Path(folder), "native")
         return _reloaded(base_of(base), Path(folder), sample)[0]
+
+
+def _other_base(own: Tensor, again: Tensor) -> str:
+    """How far the merged model is from the live one, which runs on another base: the error of quantisation, mostly."""
+    gap = (own.double() - again.to(own.device).double()).abs()
+    gap = float(gap[gap.isfinite()].max()) if gap.isfinite().any() else 0.0
+    return f"merged into base=: its logits differ by {gap:.3g} at most from the live model's, on the base it was trained on"
 
 
 def _free_folder(out: str | Path, overwrite: bool) -> Path:

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from typing import Any, Literal, get_args
 
-from peft.tuners.lora.layer import Linear, LoraLayer
+from peft.tuners.lora.layer import LoraLayer
 from torch import nn
 
 from weightlora.errors import ConfigError
-from weightlora.graft.adapters import adapter_name, lora_layers
+from weightlora.graft.adapters import adapter_name, honours_variants, lora_layers
 from weightlora.graft.variant import PathVariant
 from weightlora.ops import Engine, engine
 
@@ -37,10 +37,13 @@ class LeanVariant(PathVariant):
 
 
 def _is_plain(layer: LoraLayer, name: str) -> bool:
-    """Stock LoRA on something linear, in a layer kind whose forward asks for variants (AWQ, AQLM, EETQ, ... do not)."""
-    asks = isinstance(layer, Linear) or type(layer).resolve_lora_variant is not LoraLayer.resolve_lora_variant
+    """Stock LoRA in a layer kind whose forward asks for variants."""
     variant = layer.lora_variant.get(name)
-    return asks and not layer.lora_bias.get(name) and (variant is None or isinstance(variant, LeanVariant))
+    return (
+        honours_variants(layer)
+        and not layer.lora_bias.get(name)
+        and (variant is None or isinstance(variant, LeanVariant))
+    )
 
 
 def _cast_outside(layer: LoraLayer) -> bool:

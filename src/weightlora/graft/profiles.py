@@ -17,10 +17,11 @@ from peft.utils.other import AuxiliaryTrainingWrapper, ModulesToSaveWrapper
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 
 from weightlora.errors import ExportError
 from weightlora.files import write_text
-from weightlora.graft.adapters import adapter_name, adapters, base_of, lora_layers
+from weightlora.graft.adapters import adapter_name, adapters, base_of, linear_shape, lora_layers
 from weightlora.graft.variant import computing_factors
 from weightlora.graft.verify import HEAD, PREFIX, WEIGHTS, device_of, plain_base
 
@@ -194,9 +195,7 @@ def complete(root: nn.Module, pairs: Mapping[str, Pair], *, everywhere: bool) ->
 
 def _linear_shape(module: nn.Module) -> tuple[int, int] | None:
     """``(d_in, d_out)`` of a linear layer, with or without an adapter on it, quantised or not."""
-    base = module.get_base_layer() if isinstance(module, LoraLayer) else module
-    shape = base.__dict__.get("in_features"), base.__dict__.get("out_features")
-    return shape if isinstance(shape[0], int) and isinstance(shape[1], int) else None  # type: ignore[return-value]
+    return linear_shape(module.get_base_layer() if isinstance(module, LoraLayer) else module)  # type: ignore[arg-type]
 
 
 def _place(path: str) -> tuple[str, ...]:
@@ -276,6 +275,7 @@ def _config(live: Live, targets: list[str], rank: int, alpha: float, *, headless
         base_model_name_or_path=live.base_name,
         revision=old.revision,
         inference_mode=True,
+        fan_in_fan_out=old.fan_in_fan_out,
     )
     # PEFT makes a set of what it is given; a list has an order, which makes the file the same every time.
     config.target_modules = targets
@@ -325,7 +325,8 @@ def merge(live: Live, base: nn.Module | None) -> tuple[PreTrainedModel, tuple[st
     for path, pair in live.pairs.items():
         linear = _submodule(plain, path)
         weight = getattr(linear, "weight", None)
-        if quantised or not isinstance(weight, Tensor) or not weight.is_floating_point():
+        # A tensor of a class of its own, such as torchao's, may say that it is floating and yet round what it is given.
+        if quantised or type(weight) not in (nn.Parameter, Tensor) or not weight.is_floating_point():
             raise ExportError(
                 f"the base model is quantised ({type(linear).__name__} at {path}), and merging would round the adapter"
                 " away; load the full-precision base and pass base=..."
@@ -334,6 +335,7 @@ def merge(live: Live, base: nn.Module | None) -> tuple[PreTrainedModel, tuple[st
             raise ExportError(f"{path} has another shape in base= than under the adapter; pass the same model")
         wide = torch.promote_types(weight.dtype, torch.float32)
         delta = (pair.B.to(wide) @ pair.A.to(wide)) * pair.scale
+        delta = delta.T if isinstance(linear, Conv1D) else delta
         untied |= id(weight) in shared
         linear.weight = nn.Parameter((weight.to(wide) + delta.to(weight.device)).to(weight.dtype), requires_grad=False)
     for path, head in live.heads.items():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -244,13 +245,15 @@ def _plain(alpha: float) -> float:
 def sync_config(model: nn.Module, name: str, ranks: Sequence[int] | None = None) -> None:
     """Make PEFT's config tell the truth, so that its own ``save_pretrained`` writes a loadable adapter.
 
+    The model gets a config of its own: TRL gives its reference adapter the very same one, and users keep theirs.
+
     `ranks`: what the model's state dict shows of each adapter, where that differs from what trains.
     """
     live = adapters(model, name)
     if ranks is not None:
         live = tuple(replace(adapter, rank=rank) for adapter, rank in zip(live, ranks, strict=True))
     holder: Any = model
-    config = holder.peft_config[name]
+    config = holder.peft_config[name] = copy.copy(holder.peft_config[name])
     rank, alpha = common(live)
     config.target_modules = {adapter.name for adapter in live}
     config.exclude_modules = config.layers_to_transform = config.layers_pattern = None

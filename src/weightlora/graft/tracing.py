@@ -16,6 +16,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from weightlora.errors import AdapterError
 from weightlora.graft.activations import ActivationTrace, Storage
 from weightlora.graft.adapters import adapter_name, adapters, base_of, lora_layers
+from weightlora.graft.quantised import holds_more_than_data
 from weightlora.graft.standins import CudaKernels, KnownMasks, identity, stand_ins, uncheckpointed
 from weightlora.graft.variant import PathVariant
 from weightlora.ops.autograd import AdapterFunction, Products, TorchProducts
@@ -62,6 +63,9 @@ def trace(
     (144, 72)
     """
     name = adapter_name(model, name)
+    odd = holds_more_than_data(model)
+    if odd is not None:
+        raise AdapterError(f"what this model keeps cannot be traced without its weights: {odd} is in 8 bits")
     recorder = _Recorder(model, name)
     parameters, buffers = stand_ins(model)
     recorder.leaves(parameters)

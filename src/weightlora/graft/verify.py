@@ -55,6 +55,8 @@ def plain_base(root: nn.Module) -> nn.Module:
     """
     memo: dict[int, Any] = {id(p): _alias(p) for p in root.parameters()}
     memo.update({id(buffer): buffer for buffer in root.buffers()})
+    # Tensors that are mere attributes (HQQ's bias, which has a history, so that it could not be copied).
+    memo.update({id(t): t.detach() for m in root.modules() for t in vars(m).values() if isinstance(t, Tensor)})
     for head in (m.original_module for m in root.modules() if isinstance(m, AuxiliaryTrainingWrapper)):
         memo.update({id(p): nn.Parameter(p.detach().clone(), requires_grad=False) for p in head.parameters()})
         memo.update({id(buffer): buffer.detach().clone() for buffer in head.buffers()})

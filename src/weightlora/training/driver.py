@@ -27,6 +27,7 @@ from weightlora.graft import (
     fold,
     forget,
     grow_adapters,
+    keep_unpacked,
     layer_weights,
     parameters,
     refuse_tied,
@@ -89,6 +90,7 @@ class Driver:
         self.counts: dict[str, int] = {}  # adapter parameters: allocated, trainable at the start; effective at the end
         self.step = 0
         self.finite = FiniteWatch(model)
+        keep_unpacked(model)
 
     @property
     def seam(self) -> int | None:

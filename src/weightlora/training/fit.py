@@ -36,12 +36,15 @@ from weightlora.training.results import FitResult, PhaseResult, phase_result, re
 from weightlora.training.trainer import (
     average_micro_batches,
     check_trainer,
+    going_on,
     measure_step,
     no_reentrant_checkpointing,
     planned_steps,
     split_batch,
+    unwrap,
     use_batch,
     warmup_arguments,
+    warn_of_a_new_order,
 )
 
 log = logging.getLogger("weightlora")
@@ -239,7 +242,10 @@ class _Fit:
         peak = PeakMemory()
         callback.spent, callback.began = self.spent, time.perf_counter()
         until = self.driver.seam if stage == "warmup" and self.driver.seam else self.max_steps
-        with warmup_arguments(trainer) if stage == "warmup" else contextlib.nullcontext():
+        changed: Any = contextlib.nullcontext()
+        if self.driver.seam:
+            changed = warmup_arguments(trainer) if stage == "warmup" else going_on(trainer)
+        with changed:
             metrics = checkpoint.train_on(trainer, self.start, until)
         if self.restored is not None and self.driver.step < self.restored[1]:
             # The last process died after the last step of this phase: there was nothing to train, only to load.
@@ -300,7 +306,8 @@ class _Fit:
                 raise AssertionError("the rebuilt optimizer orders its parameters differently from the remapped one")
         else:
             trainer.optimizer = optimizer
-        trainer.model_wrapped = trainer.model
+        unwrap(trainer)
+        warn_of_a_new_order(trainer, step)
         return target
 
     def _torch_optimizer(self) -> torch.optim.Optimizer | None:

@@ -9,7 +9,7 @@ from typing import Any
 from transformers import Trainer
 
 from weightlora.errors import AdapterError
-from weightlora.graft import check_tuner, has_adapters, tuner_params
+from weightlora.graft import check_tuner, has_adapters, keep_unpacked, tuner_params
 from weightlora.methods import Method
 from weightlora.training import checkpoint
 from weightlora.training.finite import FiniteCallback, naming_the_last_good
@@ -26,6 +26,7 @@ def train_plain(trainer: Trainer, method: Method, resume: bool | str | Path, mea
         set_rates(trainer, method.rates)
     elif has_adapters(model):
         raise AdapterError(f"method {method.name!r} trains the plain model; give the trainer a model without adapters")
+    keep_unpacked(model)
     output_dir = Path(str(trainer.args.output_dir))
     start = checkpoint.resolve(resume, output_dir, manifest=False)
     steps = planned_steps(trainer)

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
+from accelerate.utils.other import is_compiled_module
 from transformers import Trainer
 
 from weightlora.errors import ConfigError
@@ -155,8 +156,29 @@ def check_trainer(trainer: Trainer) -> None:
         raise ConfigError("fp16 training scales gradients, and gates and credits would read them scaled; use bf16")
     if trainer.model_init is not None:
         raise ConfigError("model_init rebuilds the model inside train(); give the trainer a finished model instead")
+    if trainer.args.auto_find_batch_size:
+        raise ConfigError(
+            "auto_find_batch_size begins training anew with a smaller batch, after the method has counted steps and"
+            " gradients; set it to False, and find the batch with `weightlora plan` or set micro_batch="
+        )
     if trainer.train_dataset is None:
         raise ConfigError("the trainer has no train_dataset; give it one")
+    if isinstance(trainer.train_dataset, Iterator):
+        raise ConfigError(
+            "train_dataset is an iterator, which can be read once, and the seam reads it again; give an"
+            " IterableDataset whose __iter__ starts at the beginning"
+        )
+
+
+def unwrap(trainer: Trainer) -> None:
+    """Let the trainer wrap its model anew, now that it has other parameters; a compiled one stays compiled.
+
+    Accelerate marks what it has compiled as prepared, the mark lands on the model inside, and a second ``train`` would
+    run that. The compiler sees by itself that the structure is another, and compiles once more.
+    """
+    wrapped: Any = trainer.model_wrapped
+    if not (is_compiled_module(wrapped) and wrapped._orig_mod is trainer.model):
+        trainer.model_wrapped = trainer.model  # type: ignore[assignment]  # there by now
 
 
 @contextlib.contextmanager
@@ -169,6 +191,36 @@ def warmup_arguments(trainer: Trainer) -> Iterator[None]:
         yield
     finally:
         args.load_best_model_at_end, args.save_only_model, args.save_strategy = before
+
+
+@contextlib.contextmanager
+def going_on(trainer: Trainer) -> Iterator[None]:
+    """Arguments that must differ after T: what belongs at the start of a run was done there."""
+    args = trainer.args
+    before = args.eval_on_start
+    args.eval_on_start = False
+    try:
+        yield
+    finally:
+        args.eval_on_start = before
+
+
+def warn_of_a_new_order(trainer: Trainer, step: int) -> None:
+    """Say it where the rest of the epoch is not the one that had begun.
+
+    Transformers draws batches of similar length from the global generator, and draws anew whenever it resumes.
+    """
+    epoch = trainer.state.epoch
+    if (
+        trainer.args.train_sampling_strategy == "group_by_length"
+        and epoch is not None
+        and not float(epoch).is_integer()
+    ):
+        log.warning(
+            "group_by_length draws the epoch's order anew after the seam at step %d, as whenever the trainer resumes:"
+            " some rows come twice in this epoch, some not; a seam at the end of an epoch avoids it",
+            step,
+        )
 
 
 def no_reentrant_checkpointing(trainer: Trainer) -> None:
