@@ -96,7 +96,7 @@ def test_the_same_numbers_as_pefts_forward(kind: str, gated: bool) -> None:
             bare = model(x)
         assert torch.equal(model(x), bare)
         gates.detach()
-    with pytest.raises(ExportError, match="is no Transformers model|the base model is quantised"):
+    with pytest.raises(ExportError, match=r"is no Transformers model|the base model is quantised"):
         export(model, "nowhere", "merged", sample={"input": x.detach()})
     base = layer.get_base_layer()
     disconnect(model, ["0"])

@@ -141,7 +141,7 @@ def test_early_stopping_after_the_seam(tmp_path: Path) -> None:
 
 def test_early_stopping_before_the_seam_says_so(tmp_path: Path) -> None:
     each = stopping(tmp_path)
-    with pytest.raises(ScheduleError, match="training stopped at step 2, before the seam at 5; .*early stopping"):
+    with pytest.raises(ScheduleError, match=r"training stopped at step 2, before the seam at 5; .*early stopping"):
         fit(each, TWO)
     assert len(adapters(each.model)) == 6
 

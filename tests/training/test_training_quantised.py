@@ -95,7 +95,7 @@ def test_a_whole_run(kind: str, tmp_path: Path) -> None:
     gap = float((logits(merged, batch()) - live).abs().max())
     assert gap > 1e-4
     assert float(told[1]) == pytest.approx(gap, rel=1e-2)
-    print(f"{kind}: merged into the full-precision base, logits differ by {gap:.3g} of {float(live.abs().max()):.3g}")
+    print(f"{kind}: merged into the full-precision base, logits differ by {gap:.3g} of {float(live.abs().max()):.3g}")  # noqa: T201 - a figure to see with -s
 
 
 @pytest.mark.filterwarnings("ignore")

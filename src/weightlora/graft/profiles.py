@@ -195,7 +195,7 @@ def complete(root: nn.Module, pairs: Mapping[str, Pair], *, everywhere: bool) ->
 
 def _linear_shape(module: nn.Module) -> tuple[int, int] | None:
     """``(d_in, d_out)`` of a linear layer, with or without an adapter on it, quantised or not."""
-    return linear_shape(module.get_base_layer() if isinstance(module, LoraLayer) else module)  # type: ignore[arg-type]
+    return linear_shape(module.get_base_layer() if isinstance(module, LoraLayer) else module)
 
 
 def _place(path: str) -> tuple[str, ...]:
@@ -326,7 +326,8 @@ def merge(live: Live, base: nn.Module | None) -> tuple[PreTrainedModel, tuple[st
         linear = _submodule(plain, path)
         weight = getattr(linear, "weight", None)
         # A tensor of a class of its own, such as torchao's, may say that it is floating and yet round what it is given.
-        if quantised or type(weight) not in (nn.Parameter, Tensor) or not weight.is_floating_point():
+        own_kind = type(weight) not in (nn.Parameter, Tensor)
+        if quantised or not isinstance(weight, Tensor) or own_kind or not weight.is_floating_point():
             raise ExportError(
                 f"the base model is quantised ({type(linear).__name__} at {path}), and merging would round the adapter"
                 " away; load the full-precision base and pass base=..."

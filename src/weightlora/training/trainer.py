@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
-from accelerate.utils.other import is_compiled_module
+from accelerate.utils.other import is_compiled_module  # type: ignore[import-untyped]
 from transformers import Trainer
 
 from weightlora.errors import ConfigError
