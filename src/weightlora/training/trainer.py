@@ -147,8 +147,12 @@ def average_micro_batches(trainer: Trainer) -> None:
 
 def check_trainer(trainer: Trainer) -> None:
     """Refuse, with the remedy, what would give wrong numbers or fail later."""
-    if trainer.is_deepspeed_enabled or trainer.is_fsdp_enabled:
-        raise ConfigError("DeepSpeed and FSDP are not supported yet; run on one process or with plain DDP")
+    if trainer.is_deepspeed_enabled:
+        raise ConfigError(
+            "DeepSpeed is not supported: it owns the optimizer and its copies of what trains, which surgery would have"
+            " to cut and grow; drop the DeepSpeed configuration and start with torchrun (DDP), or shard the base with"
+            " FSDP2 (fsdp=True)"
+        )
     if trainer.args.n_gpu > 1:
         raise ConfigError("DataParallel is not supported: start one process per GPU with torchrun, or show it one GPU")
     if trainer.accelerator.scaler is not None:
