@@ -19,7 +19,8 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
-from tests.builders import adapter_state, batch, lora, trainer
+from tests.builders import adapter_state, base, batch, lora, trainer
+from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.optimizer import register_optimizer_step_post_hook
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -27,12 +28,14 @@ from transformers import TrainerCallback
 
 from weightlora.errors import WeightLoRAError
 from weightlora.graft import Selection, is_sharded
-from weightlora.methods import Flexora, Full, Method, WeightLoRA, WeightLoRAPlus
+from weightlora.methods import Flexora, Full, Method, MiLoRA, WeightLoRA, WeightLoRAPlus
 from weightlora.training import attach, fit
 
 METHODS: dict[str, Method] = {
     "weightlora+": WeightLoRAPlus.from_preset("paper", k=2, warmup_steps=5),
-    "recommended": WeightLoRA(k=2, warmup_steps=5),
+    "three": WeightLoRAPlus.from_preset("paper", k=3, warmup_steps=5),
+    "memory": WeightLoRA(memory="1GiB", warmup_steps=5),
+    "milora": MiLoRA(),
     "flexora": Flexora(warmup_steps=5, batches=2),  # it looks at rows that no process trains on
     "full": Full(),
 }
@@ -53,9 +56,7 @@ class Dying(TrainerCallback):
 def run(job: dict[str, Any]) -> None:
     """One process's part of a fit."""
     method, out = METHODS[job["method"]], Path(job["out"])
-    model = lora(dropout=job.get("dropout", 0.0)) if method.uses_adapters else lora().unload()
-    if job.get("double"):
-        model = model.double()
+    model = lora(dropout=0.0) if method.uses_adapters else base("bert", dropout=0.0)
     # 8 rows of 40 are held out by a method that asks for some: 32 are left, which all ways of splitting share evenly.
     settings = {"save_strategy": "steps", "save_steps": 4, "per_device_eval_batch_size": 4, **job.get("arguments", {})}
     made = trainer(out / "run", model, count=40 if method.held_out_batches else 32, **settings)
@@ -95,19 +96,24 @@ def counted(job: dict[str, Any]) -> None:
 
 def loop(job: dict[str, Any]) -> None:
     """A loop of one's own with DDP; `wrapped`: how often the model is wrapped (the seam asks for a second time)."""
-    torch.distributed.init_process_group("gloo")
-    rank, out, model = torch.distributed.get_rank(), Path(job["out"]), lora(dropout=0.0)
+    together = job["processes"]
+    if together > 1:
+        torch.distributed.init_process_group("gloo")
+    rank, out, model = int(os.environ.get("RANK", "0")), Path(job["out"]), lora(dropout=0.0)
+
+    def wrap(**settings: Any) -> nn.Module:
+        return DistributedDataParallel(model, **settings) if together > 1 else model
+
     # Wrapped once only, DDP is told that parameters may go unused: it would else notice the dropped ones itself.
-    once = {"find_unused_parameters": job["wrapped"] == 1}
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
     tuner = attach(model, WeightLoRAPlus.from_preset("paper", k=2, warmup_steps=3), optimizer)
-    wrapped = DistributedDataParallel(model, **once)
+    wrapped = wrap(find_unused_parameters=job["wrapped"] == 1)
     for step in range(8):
-        rows = {key: value.chunk(torch.distributed.get_world_size())[rank] for key, value in batch(8, step).items()}
+        rows = {key: value.chunk(together)[rank] for key, value in batch(8, step).items()}
         wrapped(**rows).loss.backward()
         optimizer.step()
         if isinstance(tuner.step(), Selection) and job["wrapped"] == 2:
-            wrapped = DistributedDataParallel(model)
+            wrapped = wrap()
         optimizer.zero_grad()
     (out / f"selection-{rank}.json").write_text(tuner.finish().to_json())
     torch.save(adapter_state(model), out / f"adapter-{rank}.pt")
@@ -130,7 +136,7 @@ def child(job: dict[str, Any], rank: int, port: int) -> NoReturn:
         KINDS[job.get("kind", "run")](job)
         code = 0
     except WeightLoRAError as error:
-        print(f"{type(error).__name__}: {error}")
+        sys.stdout.write(f"{type(error).__name__}: {error}\n")
         code = 2
     except BaseException:
         traceback.print_exc()
@@ -173,4 +179,5 @@ if __name__ == "__main__":
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # what libraries print is no answer
     for line in sys.stdin:
-        print(json.dumps(answer(json.loads(line))), file=answers, flush=True)
+        answers.write(json.dumps(answer(json.loads(line))) + "\n")
+        answers.flush()

@@ -21,6 +21,7 @@ from weightlora.graft.gates import Gates, scalar_products
 from weightlora.graft.levels import operation_costs, placement_costs, reserved
 from weightlora.graft.manifest import MANIFEST, STATE, Manifest, fingerprint, readable
 from weightlora.graft.optimizer import Change, adopt, forget, remap
+from weightlora.graft.rebuild import take_over
 from weightlora.graft.selection import Choice, Selection, select
 from weightlora.graft.surgery import disconnect, fold, grow_adapters, reshape, resize, restart, tie
 from weightlora.graft.tracing import trace
@@ -82,6 +83,7 @@ __all__ = [
     "scalar_products",
     "select",
     "stock_path",
+    "take_over",
     "tie",
     "trace",
     "tuned_layers",

@@ -285,9 +285,10 @@ def training_arguments(
 
 def _steps(args: Seq2SeqTrainingArguments, rows: int) -> int:
     """Optimizer steps, as the trainer counts them."""
+    together = int(args.world_size)  # asking for it makes the processes of a run meet
     if args.max_steps > 0:
         return int(args.max_steps)
-    batches = math.ceil(rows / args.train_batch_size)
+    batches = math.ceil(math.ceil(rows / args.train_batch_size) / together)
     return math.ceil(math.ceil(batches / args.gradient_accumulation_steps) * args.num_train_epochs)
 
 

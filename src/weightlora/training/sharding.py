@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import logging
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, cast
 
 from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin, parse_flag_from_env
 from torch import nn
@@ -108,9 +108,8 @@ def shard_base(trainer: Trainer) -> None:
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
 
-    plugin, model = asked_for(trainer), trainer.model
+    plugin, model = asked_for(trainer), cast(Any, trainer.model)
     assert plugin is not None
-    assert model is not None
     names = set(plugin.transformer_cls_names_to_wrap or getattr(model, "_no_split_modules", None) or ())
     whole = {p for p in model.parameters() if p.requires_grad or not p.is_floating_point()}
     device = trainer.args.device
