@@ -24,8 +24,8 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.optimizer import register_optimizer_step_post_hook
 from torch.utils._python_dispatch import TorchDispatchMode
-from transformers import TrainerCallback
 
+from weightlora.cli.main import main
 from weightlora.errors import WeightLoRAError
 from weightlora.graft import Selection, is_sharded
 from weightlora.methods import Flexora, Full, Method, MiLoRA, WeightLoRA, WeightLoRAPlus
@@ -42,15 +42,16 @@ METHODS: dict[str, Method] = {
 GRACE = 20.0  # seconds that processes may outlive one that failed: they wait for it in vain
 
 
-class Dying(TrainerCallback):
-    """Kills its process before the step after `step`: a checkpoint of that step is written."""
+def die_in_step(number: int) -> None:
+    """Kill this process when its optimizer steps for the `number`-th time; checkpoints of earlier steps are written."""
+    done = [0]
 
-    def __init__(self, step: int) -> None:
-        self.step = step
-
-    def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        if state.global_step == self.step:
+    def stepped(*_: Any) -> None:
+        done[0] += 1
+        if done[0] == number:
             os.kill(os.getpid(), signal.SIGKILL)
+
+    register_optimizer_step_post_hook(stepped)
 
 
 def run(job: dict[str, Any]) -> None:
@@ -61,8 +62,6 @@ def run(job: dict[str, Any]) -> None:
     settings = {"save_strategy": "steps", "save_steps": 4, "per_device_eval_batch_size": 4, **job.get("arguments", {})}
     made = trainer(out / "run", model, count=40 if method.held_out_batches else 32, **settings)
     rank = made.args.process_index
-    if job.get("dies") is not None and rank == made.args.world_size - 1:
-        made.add_callback(Dying(job["dies"]))
     result = fit(made, method, resume=job.get("resume", False), measure=False)
     sharded = [is_sharded(p) for p in made.model.parameters() if not p.requires_grad]
     seen = {"processes": made.args.world_size, "step": made.state.global_step, "sharded": all(sharded) and len(sharded)}
@@ -119,7 +118,16 @@ def loop(job: dict[str, Any]) -> None:
     torch.save(adapter_state(model), out / f"adapter-{rank}.pt")
 
 
-KINDS = {"run": run, "counted": counted, "loop": loop}
+def command(job: dict[str, Any]) -> None:
+    """A command as the program runs it, and as torchrun would start it in each process."""
+    sys.argv = ["weightlora", *job["words"]]
+    code = main()
+    if code:
+        sys.stdout.flush()
+        os._exit(code)
+
+
+KINDS = {"run": run, "counted": counted, "loop": loop, "command": command}
 
 
 def child(job: dict[str, Any], rank: int, port: int) -> NoReturn:
@@ -131,6 +139,9 @@ def child(job: dict[str, Any], rank: int, port: int) -> NoReturn:
             "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(job["processes"]), "MASTER_PORT": str(port),
             "LOCAL_WORLD_SIZE": str(job["processes"]), "MASTER_ADDR": "127.0.0.1",
         }  # fmt: skip
+    os.environ |= job.get("environment", {})
+    if "dies" in job and rank == job["processes"] - 1:
+        die_in_step(job["dies"])
     code = 1
     try:
         KINDS[job.get("kind", "run")](job)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import shutil
@@ -14,10 +15,15 @@ from typing import Any
 
 import pytest
 import torch
-from tests.builders import max_difference
+from safetensors.torch import load_file
+from tests.builders import lora, max_difference, trainer
 from torch import Tensor
 
+from weightlora.errors import ConfigError
 from weightlora.graft import Selection
+from weightlora.methods import LoRA
+from weightlora.runs.record import Record
+from weightlora.training import fit
 
 ROOT = Path(__file__).resolve().parents[2]
 # float32: a mean over a batch is a mean of means, its last bits differ, and 12 steps of Adam at 1e-2 carry that on.
@@ -133,7 +139,7 @@ def test_a_sharded_base_changes_nothing(together: Together, two: Path, tmp_path:
     same(two, sharded, 0.0)
 
 
-@pytest.mark.parametrize(("dies", "sharded"), [(4, False), (7, True)], ids=["warmup", "grown-sharded"])
+@pytest.mark.parametrize(("dies", "sharded"), [(5, False), (8, True)], ids=["warmup", "grown-sharded"])
 def test_one_process_is_killed(
     together: Together, one: Path, two: Path, tmp_path: Path, dies: int, sharded: bool
 ) -> None:
@@ -153,7 +159,7 @@ def test_one_process_is_killed(
 
 
 def test_one_process_is_killed_and_two_go_on(together: Together, one: Path, tmp_path: Path) -> None:
-    codes = together.codes(tmp_path, processes=1, dies=7, arguments=WHOLE)
+    codes = together.codes(tmp_path, processes=1, dies=8, arguments=WHOLE)
     assert codes == [-signal.SIGKILL]
     resumed = together.do(tmp_path, resume=True, arguments=WHOLE)
     assert "was made by 1 processes and goes on with 2, 4 x 1 examples" in said(resumed)
@@ -178,7 +184,7 @@ def test_what_cannot_go_on_as_it_began(together: Together, two: Path, tmp_path: 
 def test_sums_over_micro_batches_are_not_resumed_as_means(together: Together, tmp_path: Path) -> None:
     """A trainer of one process adds micro-batches up where the model ignores their number; two average them."""
     arguments = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 4}
-    assert together.codes(tmp_path, processes=1, dies=7, arguments=arguments) == [-signal.SIGKILL]
+    assert together.codes(tmp_path, processes=1, dies=8, arguments=arguments) == [-signal.SIGKILL]
     other = {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 1}
     assert "the sum over 4 micro-batches" in together.refused(tmp_path, resume=True, arguments=other)
 
@@ -209,16 +215,113 @@ def test_a_loop_of_ones_own(together: Together, tmp_path: Path) -> None:
     assert "gradients of step 4 differ between processes" in together.refused(tmp_path / "once", kind="loop", wrapped=1)
 
 
-@pytest.mark.parametrize(("arguments", "method", "message"), [
-    ({"fsdp_config": {"version": 1}}, "weightlora+", "FSDP1 flattens adapters and base into one parameter"),
-    ({"fsdp_config": {"cpu_offload": True}}, "weightlora+", "FSDP's cpu_offload is not supported"),
-    ({"fsdp_config": {"cpu_ram_efficient_loading": True}}, "weightlora+", "leaves most processes without weights"),
-    ({"fsdp_config": {"activation_checkpointing": True}}, "weightlora+", "use gradient_checkpointing=True instead"),
+def test_the_launcher_asks_for_sharding(together: Together, tmp_path: Path) -> None:
+    """What `accelerate launch` with an FSDP2 configuration sets; Accelerate itself passes over it on CPUs."""
+    asked = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2", "FSDP_CPU_RAM_EFFICIENT_LOADING": "false",
+             "FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP"}  # fmt: skip
+    together.do(tmp_path, environment=asked, arguments={"max_steps": 6})
+    assert json.loads((tmp_path / "seen-0.json").read_text())["sharded"] == 41
+    loads = {**asked, "FSDP_CPU_RAM_EFFICIENT_LOADING": "true"}
+    assert "leaves most processes without weights" in together.refused(tmp_path, environment=loads)
+
+
+@pytest.mark.parametrize(("config", "method", "message"), [
+    ({"version": 1}, "weightlora+", "FSDP1 flattens adapters and base into one parameter"),
+    ({"cpu_offload": True}, "weightlora+", "FSDP's cpu_offload is not supported"),
+    ({"activation_checkpointing": True}, "weightlora+", "use gradient_checkpointing=True instead"),
     ({}, "full", "full runs on one process, or by torchrun"),
     ({}, "milora", "milora reads the base's weights, which FSDP shards"),
     ({}, "memory", "memory is counted on a whole base, which FSDP shards"),
-], ids=["1", "offload", "loading", "checkpointing", "full", "milora", "budget"])  # fmt: skip
+], ids=["1", "offload", "checkpointing", "full", "milora", "budget"])  # fmt: skip
 def test_sharding_that_is_refused(
-    together: Together, tmp_path: Path, arguments: dict[str, Any], method: str, message: str
+    together: Together, tmp_path: Path, config: dict[str, Any], method: str, message: str
 ) -> None:
-    assert message in together.refused(tmp_path, method=method, arguments={**SHARDED, **arguments})
+    assert message in together.refused(tmp_path, method=method, arguments={**SHARDED, "fsdp_config": config})
+
+
+def test_engines_that_are_refused(tmp_path: Path) -> None:
+    several = trainer(tmp_path)
+    several.args._n_gpu = 2  # what Transformers notes where it sees two GPUs in one process
+    with pytest.raises(ConfigError, match="DataParallel is not supported: start one process per GPU with torchrun"):
+        fit(several, LoRA())
+    scaled = trainer(tmp_path)
+    scaled.accelerator.scaler = torch.amp.GradScaler("cpu")
+    with pytest.raises(ConfigError, match="fp16 training scales gradients.*; use bf16"):
+        fit(scaled, LoRA())
+    assert not list(tmp_path.iterdir())
+
+
+def test_deepspeed_is_refused(tmp_path: Path) -> None:
+    """By Transformers where it is not installed; by fit where it is."""
+    arguments: dict[str, Any] = {"deepspeed": {"zero_optimization": {"stage": 2}}}
+    if importlib.util.find_spec("deepspeed") is None:
+        with pytest.raises(ImportError, match="(?i)deepspeed"):
+            trainer(tmp_path, **arguments)
+    else:
+        with pytest.raises(ConfigError, match="DeepSpeed is not supported.*torchrun"):
+            fit(trainer(tmp_path, lora(), **arguments), LoRA())
+
+
+COMMAND = (
+    "--task", "docstrings", "--max-train-samples", "64", "--max-eval-samples", "16", "--model", "bert-tiny-shape",
+    "--max-length", "24", "--method", "weightlora+", "--k", "3", "--warmup-steps", "4", "--max-steps", "8",
+    "--save-steps", "3", "--per-device-train-batch-size", "4",
+)  # fmt: skip
+
+
+def train(together: Together, out: Path, *more: str, **job: Any) -> list[int]:
+    words = ["train", *COMMAND, *more, "--out", str(out / "run")]
+    return together.codes(out, processes=2, kind="command", words=words, **job)
+
+
+def saved(out: Path) -> dict[str, Tensor]:
+    return load_file(out / "run" / "adapter" / "adapter_model.safetensors")
+
+
+def test_two_processes_in_one_run_directory(together: Together, tmp_path: Path) -> None:
+    """One writes and tells. Killed and resumed it ends with the same adapter, dropout on; sharded, with the same."""
+    assert train(together, tmp_path / "whole") == [0, 0], said(tmp_path / "whole")
+    record = Record.read(tmp_path / "whole" / "run" / "record.json")
+    assert (record.status, record.max_steps, len(record.kept)) == ("ok", 8, 3)
+    told = [(tmp_path / "whole" / f"output-{rank}.txt").read_text() for rank in (0, 1)]
+    assert "adapters kept: 3 of 12" in told[0]
+    assert "docstrings" not in told[1]
+
+    killed = tmp_path / "killed"
+    assert train(together, killed, dies=7)[1] == -signal.SIGKILL
+    resumed = together.codes(killed, processes=2, kind="command", words=["resume", str(killed / "run")])
+    assert resumed == [0, 0], said(killed)
+    assert max_difference(saved(killed), saved(tmp_path / "whole")) == 0.0
+
+    assert train(together, tmp_path / "sharded", "--fsdp", "true") == [0, 0], said(tmp_path / "sharded")
+    assert max_difference(saved(tmp_path / "sharded"), saved(tmp_path / "whole")) == 0.0
+
+
+def test_a_command_that_shares_no_work(together: Together, tmp_path: Path) -> None:
+    words = ["compare", *COMMAND, "--out", str(tmp_path / "out")]
+    assert together.codes(tmp_path, processes=2, kind="command", words=words) == [2, 2]
+    assert "2 processes were started, and only train and resume share their work" in said(tmp_path)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.slow
+def test_torchrun_itself(tmp_path: Path) -> None:
+    """The launcher, nothing forked: as a user starts it."""
+    launch = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node",
+        "2",
+        "-m",
+        "weightlora",
+    ]
+    path = os.pathsep.join([str(ROOT / "src"), os.environ.get("PYTHONPATH", "")])
+    done = subprocess.run(
+        [*launch, "train", *COMMAND, "--out", str(tmp_path / "run")], capture_output=True, text=True, check=False,
+        timeout=280, env={**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout.count("adapters kept: 3 of 12") == 1
+    assert Record.read(tmp_path / "run" / "record.json").status == "ok"

@@ -46,20 +46,24 @@ def check_sharding(trainer: Trainer) -> None:
     """
     from torch.distributed.fsdp import CPUOffloadPolicy
 
-    model: Any = trainer.model
+    model, given = cast(Any, trainer.model), trainer.args.fsdp_plugin_args
     if is_sharded(model):
         raise ConfigError(
             "the model's weights are sharded already (fully_shard, or a distributed_config of from_pretrained); give"
             " the trainer a whole model and fsdp=True, and fit shards its base"
         )
-    plugin = asked_for(trainer)
-    if plugin is None:
-        return
-    if int(plugin.fsdp_version) != 2:
+    # Looked at first: on CPUs FSDP1's plugin cannot even be made.
+    version = None if given is None else int(given["fsdp_version"])
+    plugin = None if version == 1 else asked_for(trainer)
+    if plugin is not None:
+        version = int(plugin.fsdp_version)
+    if version == 1:
         raise ConfigError(
             "FSDP1 flattens adapters and base into one parameter, which cannot be cut or grown; use FSDP2:"
             " fsdp_config={'version': 2}, or fsdp_version: 2 for accelerate launch"
         )
+    if plugin is None:
+        return
     if plugin.cpu_ram_efficient_loading:
         raise ConfigError(
             "FSDP's cpu_ram_efficient_loading leaves most processes without weights, and fit looks at them first; set"
