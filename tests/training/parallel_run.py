@@ -25,6 +25,9 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim.optimizer import register_optimizer_step_post_hook
 from torch.utils._python_dispatch import TorchDispatchMode
 
+import weightlora.report
+import weightlora.runs.run
+import weightlora.tasks  # noqa: F401  # what commands import in time, once for all
 from weightlora.cli.main import main
 from weightlora.errors import WeightLoRAError
 from weightlora.graft import Selection, is_sharded
