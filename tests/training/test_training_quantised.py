@@ -90,7 +90,7 @@ def test_a_whole_run(kind: str, tmp_path: Path) -> None:
     merged = LlamaForSequenceClassification.from_pretrained(tmp_path / "merged")
     on_full = PeftModel.from_pretrained(full, tmp_path / "native")
     assert max_difference({"": logits(on_full, batch())}, {"": logits(merged, batch())}) < 1e-4
-    told = re.search(r"logits differ by (\S+) at most from the live model's", " ".join(done.notes))
+    told = re.search(r"logits differ by (\S+) at most from those on the base", " ".join(done.notes))
     assert told is not None
     gap = float((logits(merged, batch()) - live).abs().max())
     assert gap > 1e-4

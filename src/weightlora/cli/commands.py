@@ -25,7 +25,10 @@ def _write_json(target: str | None, text: str) -> None:
 def _report(record: Any, folder: Path, target: str | None) -> int:
     """Print what a run came to; 1 if it failed."""
     from weightlora.runs.run import ADAPTER, ERROR, MODEL
+    from weightlora.runs.together import follows
 
+    if follows():
+        return 0  # the main process tells
     _write_json(target, record.to_json())
     if record.status != "ok":
         print(f"weightlora: the run failed: {record.error} (see {folder / ERROR})", file=sys.stderr)

@@ -102,6 +102,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         sub, run, _ = table[parsed.command]
         if rest and not takes_rest:
             sub.error(f"unrecognized arguments: {' '.join(rest)}")
+        _check_processes(parsed)
         if parsed.json is not None and Path(parsed.json).is_dir():
             raise ConfigError(f"{parsed.json} is a folder; give --json a file, or - for standard output")
         if parsed.command == "report":  # which loads none of them
@@ -111,7 +112,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             _quiet_libraries()
             return run(parsed, rest, sub)
     except WeightLoRAError as error:
-        print(f"weightlora {command}: error: {error}", file=sys.stderr)
+        print(f"weightlora {command}: error: {error}{_which_process()}", file=sys.stderr)
         return 2
     except OSError as error:
         if error.filename is None and not disk_is_full(error):
@@ -121,6 +122,23 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("\ninterrupted" + _how_to_go_on(command, parsed), file=sys.stderr)
         return 130
+
+
+def _check_processes(parsed: argparse.Namespace) -> None:
+    """Most commands have nothing to share out among the processes of a launcher, and would all write the same files."""
+    from weightlora.runs.together import launched
+
+    if launched() > 1 and (parsed.command not in ("train", "resume") or getattr(parsed, "dry_run", False)):
+        raise ConfigError(
+            f"{launched()} processes were started, and only train and resume share their work; start"
+            f" `weightlora {parsed.command}` in one process, without torchrun or accelerate launch"
+        )
+
+
+def _which_process() -> str:
+    from weightlora.runs.together import follows
+
+    return f" (process {follows()})" if follows() else ""
 
 
 def _about_file(error: OSError) -> str:
@@ -275,7 +293,8 @@ def _quiet_libraries() -> None:
     """Progress is ours; libraries speak when something is wrong."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     logging.basicConfig(format="%(message)s", level=logging.WARNING)
-    logging.getLogger("weightlora").setLevel(logging.INFO)
+    # What one process says, the others would repeat.
+    logging.getLogger("weightlora").setLevel(logging.ERROR if _which_process() else logging.INFO)
     # Imported by PEFT wherever it is installed, it complains about kernels of its own that nothing here needs.
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     # PEFT asks Transformers by a name that is about to change; no user can do anything about it.

@@ -8,6 +8,7 @@ from weightlora.graft.adapters import (
     adapters,
     block_of,
     has_adapters,
+    is_sharded,
     layer_weights,
     parameters,
     refuse_tied,
@@ -21,6 +22,7 @@ from weightlora.graft.levels import operation_costs, placement_costs, reserved
 from weightlora.graft.manifest import MANIFEST, STATE, Manifest, fingerprint, readable
 from weightlora.graft.optimizer import Change, adopt, forget, remap
 from weightlora.graft.quantised import keep_unpacked
+from weightlora.graft.rebuild import take_over
 from weightlora.graft.selection import Choice, Selection, select
 from weightlora.graft.surgery import disconnect, fold, grow_adapters, reshape, resize, restart, tie
 from weightlora.graft.tracing import trace
@@ -65,6 +67,7 @@ __all__ = [
     "grow_adapters",
     "has_adapters",
     "input_size",
+    "is_sharded",
     "keep_unpacked",
     "layer_weights",
     "operation_costs",
@@ -82,6 +85,7 @@ __all__ = [
     "scalar_products",
     "select",
     "stock_path",
+    "take_over",
     "tie",
     "trace",
     "tuned_layers",

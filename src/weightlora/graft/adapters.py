@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from peft.tuners.lora.layer import Linear, LoraLayer
-from torch import Tensor, nn
+from torch import Tensor, distributed, nn
 from transformers.pytorch_utils import Conv1D
 
 from weightlora.errors import AdapterError
@@ -141,6 +141,19 @@ def adapters(model: nn.Module, name: str | None = None) -> tuple[Adapter, ...]:
     if not found:
         raise AdapterError(f"adapter {name!r} touches no linear layer; check target_modules of its LoraConfig")
     return tuple(found)
+
+
+def is_sharded(held: nn.Module | Tensor) -> bool:
+    """Whether a tensor, or any parameter of a model, lies in parts on several processes.
+
+    >>> is_sharded(nn.Linear(2, 2))
+    False
+    """
+    if not distributed.is_available():
+        return False
+    from torch.distributed.tensor import DTensor
+
+    return any(isinstance(t, DTensor) for t in (held.parameters() if isinstance(held, nn.Module) else (held,)))
 
 
 def refuse_tied(live: Sequence[Adapter]) -> None:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from weightlora.errors import ConfigError, ExportError
 from weightlora.files import new_folder, write_text
-from weightlora.graft.adapters import base_of
+from weightlora.graft.adapters import base_of, is_sharded
 from weightlora.graft.card import model_card
 from weightlora.graft.profiles import Live, merge, read, write_adapter
 from weightlora.graft.quantised import keep_unpacked
@@ -111,6 +111,11 @@ def export(
         raise ConfigError(f"base= is a model to merge into, but profile {profile!r} merges nothing; use 'merged'")
     model, selection = (result, None) if isinstance(result, nn.Module) else (result.model, result.selection)
     refuse_own_format(model)
+    if is_sharded(model):
+        raise ExportError(
+            "the base is sharded over processes (FSDP); write the adapter with trainer.save_model(folder), then load it"
+            " on a whole base in one process, with PeftModel.from_pretrained, and export that"
+        )
     path = _free_folder(out, overwrite)
     keep_unpacked(model)
     live = read(model, adapter, whole=profile == "merged", stock=profile != "merged" or base is not None)

@@ -19,6 +19,7 @@ from weightlora.errors import AdapterError, ConfigError
 from weightlora.graft import adapters
 from weightlora.methods import Method
 from weightlora.runs.config import RunConfig
+from weightlora.runs.together import launched
 from weightlora.tasks import Head, LoadedModel, Prepared, Task, load_model, load_task
 from weightlora.training import rows_to_hold_out
 
@@ -257,6 +258,8 @@ def training_arguments(
         )
     values = {**TRAINING_DEFAULTS, **own, "seed": config.seed, "output_dir": str(output_dir)}
     values["dataloader_pin_memory"] = torch.cuda.is_available()
+    # Else Accelerate would leave the processes of a launcher alone, each with the whole of the run.
+    values["use_cpu"] = launched() > 1 and not torch.accelerator.is_available()
     if config.method == "full":
         values["learning_rate"] = FULL_LEARNING_RATE
     values |= config.training
@@ -285,9 +288,10 @@ def training_arguments(
 
 def _steps(args: Seq2SeqTrainingArguments, rows: int) -> int:
     """Optimizer steps, as the trainer counts them."""
+    together = int(args.world_size)  # asking for it makes the processes of a run meet
     if args.max_steps > 0:
         return int(args.max_steps)
-    batches = math.ceil(rows / args.train_batch_size)
+    batches = math.ceil(math.ceil(rows / args.train_batch_size) / together)
     return math.ceil(math.ceil(batches / args.gradient_accumulation_steps) * args.num_train_epochs)
 
 

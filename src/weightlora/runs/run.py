@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import math
 import shutil
 import sys
 import traceback
@@ -19,23 +18,29 @@ from transformers import Trainer, TrainerCallback, set_seed
 from weightlora.core import parse_params
 from weightlora.errors import CheckpointError, WeightLoRAError
 from weightlora.files import disk_is_full, leftovers, new_folder, sweep, write_text
-from weightlora.graft import MANIFEST, Manifest, Selection, adapters, block_of, save_own_format, tuned_layers
-from weightlora.graft.export import export
+from weightlora.graft import MANIFEST, Manifest, Selection, adapters, block_of, tuned_layers
 from weightlora.runs.build import Parts, build, make_trainer, scored_on
 from weightlora.runs.config import CONFIG, RunConfig
 from weightlora.runs.lock import INSIDE, alone, refuse_busy
+from weightlora.runs.outcome import (
+    ADAPTER,
+    MODEL,
+    SELECTION,
+    batch_to_compare,
+    evaluate,
+    on_whole_base,
+    write_result,
+)
 from weightlora.runs.progress import Progress
 from weightlora.runs.record import AdapterScore, Kept, Phase, Record, collect_versions, machine
+from weightlora.runs.together import follows
 from weightlora.training import FitResult, fit
+from weightlora.training.processes import wait
 
 RECORD = "record.json"
-ADAPTER = "adapter"
-MODEL = "model"
-SELECTION = "selection.json"
 ERROR = "error.txt"
 PICTURE = "selection.png"
 SELECT = "select.json"
-SAMPLE_ROWS = 2
 # What a run writes under a temporary name first.
 WRITTEN = (CONFIG, RECORD, ADAPTER, MODEL, SELECTION, MANIFEST, ERROR, PICTURE)
 
@@ -51,6 +56,8 @@ def train(
     Raises:
         WeightLoRAError: the settings cannot work, or the folder is taken. Nothing was written.
     """
+    if follows():
+        return _follow(config, folder, resume=False, argv=argv)
     refuse_busy(folder)
     _check_folder(folder, overwrite)
     parts = build(config)
@@ -75,6 +82,8 @@ def resume(folder: Path, *, argv: Sequence[str] = (), quiet: bool = False) -> Re
         CheckpointError: no run directory, or the run is finished (then its record is there to read).
     """
     config = RunConfig.load(folder)
+    if follows():
+        return _follow(config, folder, resume=True, argv=argv)
     refuse_busy(folder)
     if finished(folder):
         raise CheckpointError(f"{folder} holds a finished run; there is nothing to resume (see {folder / RECORD})")
@@ -205,78 +214,42 @@ class _Recording:
 
 
 def _live(parts: Parts, config: RunConfig, folder: Path, *, resume: bool, argv: Sequence[str], quiet: bool) -> Record:
+    wait()  # until the folder is ready
     with _progress(config, quiet) as progress, _Recording(_first_record(parts, config, argv), folder) as recording:
         trainer = recording.trainer = make_trainer(parts, config, folder, progress)
-        # From here on every random number follows from the seed, whatever was drawn while loading.
-        set_seed(config.seed)
         described = Manifest.describe(adapters(parts.model)) if parts.method.uses_adapters else ()
-        result = fit(
-            trainer,
-            parts.method,
-            resume=resume,
-            micro_batch=_micro_batches(config),
-            log_omegas="all",
-            adapter_path=config.adapter_path,  # type: ignore[arg-type]  # checked by the configuration
-        )
-        metrics = _evaluate(trainer)
-        _write_result(result, trainer, folder, parts, described)
+        result, metrics, sample = _fitted(trainer, parts, config, resume)
+        write_result(on_whole_base(result, config), trainer.state.global_step, folder, described, sample)
         recording.record = replace(
             _last_record(recording.record, parts, result, metrics), budget=_budget(config, result, folder)
         )
     return recording.record
 
 
-def _evaluate(trainer: Trainer) -> dict[str, float]:
-    metrics = trainer.evaluate()
-    plain = {
-        key.removeprefix("eval_"): float(value) for key, value in metrics.items() if isinstance(value, int | float)
-    }
-    speed = ("runtime", "samples_per_second", "steps_per_second", "epoch", "model_preparation_time")
-    return {key: value for key, value in plain.items() if key not in speed}
-
-
-def _write_result(
-    result: FitResult,
-    trainer: Trainer,
-    folder: Path,
-    parts: Parts,
-    described: tuple[tuple[str, int, int, int], ...],
-) -> None:
-    sample = _sample(trainer, SAMPLE_ROWS if parts.task.head in ("seq2seq-lm", "causal-lm") else None)
-    if result.method.trains == "peft":
-        save_own_format(result.model, folder / ADAPTER, sample)
-        return
-    if result.selection is None:
-        with new_folder(folder / MODEL) as temporary:
-            model: Any = result.model
-            model.save_pretrained(temporary)
-        return
-    export(result, folder / ADAPTER, "native", sample=sample, overwrite=True)
-    result.selection.save(folder / SELECTION)
-    manifest = Manifest(
-        stage="final",
-        step=trainer.state.global_step,
-        adapter="default",
-        adapters=described,
-        method=result.method.to_dict(),
-        selection=result.selection,
-        data={"phases": [vars(phase) for phase in result.phases], "log": _omega_log(result)},
+def _fitted(
+    trainer: Trainer, parts: Parts, config: RunConfig, resume: bool
+) -> tuple[FitResult, dict[str, float], dict[str, Any]]:
+    """What all processes of a run do together: the result, its metrics, and a batch to compare its export on."""
+    # From here on every random number follows from the seed, whatever was drawn while loading.
+    set_seed(config.seed)
+    result = fit(
+        trainer,
+        parts.method,
+        resume=resume,
+        micro_batch=_micro_batches(config),
+        log_omegas="all",
+        adapter_path=config.adapter_path,  # type: ignore[arg-type]  # checked by the configuration
     )
-    write_text(folder / MANIFEST, manifest.to_json())
+    return result, evaluate(trainer), batch_to_compare(trainer, parts)
 
 
-def _sample(trainer: Trainer, rows: int | None) -> dict[str, Any]:
-    """A batch to compare logits on; its first rows only where each token has a logit per word of the vocabulary."""
-    batch = trainer._prepare_inputs(next(iter(trainer.get_eval_dataloader())))
-    return {key: value[:rows] for key, value in batch.items() if key not in trainer.label_names}
-
-
-def _omega_log(result: FitResult) -> list[dict[str, Any]]:
-    """The loss and omega entries of the trainer's log, for whoever draws them later."""
-    return [
-        {key: value for key, value in entry.items() if not isinstance(value, float) or math.isfinite(value)}
-        for entry in result.log_history
-    ]
+def _follow(config: RunConfig, folder: Path, *, resume: bool, argv: Sequence[str]) -> Record:
+    """A process beside the main one: it does its share of the training, and writes nothing."""
+    parts = build(config)
+    record = _first_record(parts, config, argv)
+    wait()  # until the main process has the folder ready
+    result, metrics, _ = _fitted(make_trainer(parts, config, folder, []), parts, config, resume)
+    return _last_record(record, parts, result, metrics)
 
 
 def refused(config: RunConfig, error: str, metric: str = "") -> Record:
@@ -332,6 +305,7 @@ def _last_record(record: Record, parts: Parts, result: FitResult, metrics: dict[
     return replace(
         record,
         status="ok",
+        max_steps=result.max_steps,
         k=_fixed_k(parts, selection, record.n_adapters),
         kept=_kept(parts, selection),
         adapters=() if selection is None else _scores(selection),

@@ -90,7 +90,7 @@ def damage(folder: Path) -> str | None:
     Files are compared with the checkpoint's own hashes. One without (its process died in the last moment, or an older
     release wrote it) is looked at file by file. No file with code in it is ever loaded.
     """
-    changed = _changed(folder)
+    changed = _changed(folder) or _absent(folder)
     if changed is not None:
         return changed
     broken = [file.name for file in sorted(folder.glob("*.safetensors")) if not readable(file)]
@@ -109,6 +109,21 @@ def damage(folder: Path) -> str | None:
         if code:
             return f"{file.name} holds code ({code[0]}) and is not loaded"
     return None
+
+
+def _absent(folder: Path) -> str | None:
+    """The first random state that is not there, of the processes that made the checkpoint: theirs are written apart.
+
+    Without one the trainer would go on with other random numbers, and say so to nobody.
+    """
+    try:
+        together = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))["data"]["batch"]["processes"]
+    except (OSError, ValueError, RecursionError, KeyError, TypeError):
+        return None  # a single process, an older release, or damage that is told elsewhere
+    if not isinstance(together, int) or not 1 < together < 2**16:
+        return None
+    names = [f"rng_state_{rank}.pth" for rank in range(together)]
+    return next((f"{name} is missing" for name in names if not (folder / name).is_file()), None)
 
 
 def _is_json(path: Path) -> bool:

@@ -39,6 +39,7 @@ from weightlora.graft import (
 )
 from weightlora.methods import Budget, HeldOut, Method, StepView
 from weightlora.training.finite import FiniteWatch, check_numbers
+from weightlora.training.processes import mean_over_processes
 
 log = logging.getLogger("weightlora")
 
@@ -179,9 +180,9 @@ class Driver:
             self.finite.see(self.step + 1)
             return
         if self.gates is not None and self.gates.omega.grad is not None:
-            _mean_over_processes(self.gates.omega.grad)
+            mean_over_processes(self.gates.omega.grad)
         if self.watch is not None:
-            _mean_over_processes(self.watch.products)
+            mean_over_processes(self.watch.products)
         self.finite.see(self.step + 1, *self._outside())
         view = self._view(lr_factor)
         self._add_penalty(view)
@@ -189,6 +190,10 @@ class Driver:
         for index in self.policy.held():
             for factor in self._factors[index]:
                 factor.grad = None
+
+    def trained(self) -> list[Tensor]:
+        """The gradients of all that trains in the model, as they are."""
+        return [p.grad for p in self.finite.parameters if p.grad is not None]
 
     def _outside(self) -> list[Tensor]:
         """Gradients, and what the method reads like one, of what is no parameter of the model."""
@@ -301,13 +306,3 @@ class Driver:
         if self.formed is not None:
             self.formed.load_raw_state({k.removeprefix("form."): v for k, v in state.items() if k.startswith("form.")})
         self.step = step
-
-
-def _mean_over_processes(grad: Tensor) -> None:
-    """Under data parallelism each process has seen its own examples; all must move the gates alike.
-
-    Omega is no parameter of the model, so the wrapper that averages the model's gradients does not know it.
-    """
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
-        torch.distributed.all_reduce(grad)
-        grad.div_(torch.distributed.get_world_size())

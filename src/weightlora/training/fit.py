@@ -28,13 +28,23 @@ from weightlora.training.budget import plan
 from weightlora.training.callback import SeamCallback
 from weightlora.training.driver import Driver
 from weightlora.training.finite import naming_the_last_good
+from weightlora.training.global_batch import GlobalBatch, averages
 from weightlora.training.held_out import hold_out
 from weightlora.training.measure import PeakMemory
 from weightlora.training.plain import train_plain
 from weightlora.training.predict import Predictor
+from weightlora.training.processes import check_same_everywhere, main_alone, processes
 from weightlora.training.results import FitResult, PhaseResult, phase_result, read_progress
+from weightlora.training.sharding import (
+    as_data_parallel,
+    asked_for,
+    check_method,
+    check_sharding,
+    leave_to_fsdp,
+    shard_base,
+    to_device,
+)
 from weightlora.training.trainer import (
-    average_micro_batches,
     check_trainer,
     going_on,
     measure_step,
@@ -97,7 +107,12 @@ def fit(
     resuming through a checkpoint, which is what makes a killed run continue to the same adapter.
     """
     check_trainer(trainer)
+    check_sharding(trainer)
     if not method.uses_adapters:
+        if asked_for(trainer) is not None:
+            raise ConfigError(
+                f"FSDP shards the frozen base under adapters; {method.name} runs on one process, or by torchrun (DDP)"
+            )
         return train_plain(trainer, method, resume, measure)
     rows = trainer.train_dataset
     try:
@@ -105,7 +120,7 @@ def fit(
     except WeightLoRAError:
         trainer.train_dataset = rows  # some may have been set aside
         raise
-    with naming_the_last_good(made.output_dir):
+    with naming_the_last_good(made.output_dir), as_data_parallel(trainer, sharded=made.sharded):
         return made.run(select_only)
 
 
@@ -126,6 +141,10 @@ class _Fit:
         self.trainer: Any = trainer
         self.method, self.measure, self.log_omegas = method, measure, log_omegas
         self.output_dir = Path(str(trainer.args.output_dir))
+        self.sharded = asked_for(trainer) is not None and processes() > 1
+        if self.sharded:
+            to_device(trainer)
+        tensors, begun = self._begin(resume)
         held_out = hold_out(trainer, method.held_out_batches)
         planned = plan(trainer, method, micro_batch, stock=adapter_path == "stock")
         self.batches = [split_batch(trainer, size) for size in planned.micro_batch]
@@ -137,34 +156,62 @@ class _Fit:
         self.own_optimizer = trainer.optimizer is None
         self.phases: list[PhaseResult] = []
         self.base = fingerprint(model)
-        self.start = checkpoint.resolve(resume, self.output_dir)
-        self.manifest: Manifest | None = None
         self.restored: tuple[dict[str, torch.Tensor], int] | None = None
         self.spent = 0.0  # seconds of the current phase in earlier processes
-        if self.start is not None:
-            self.manifest, tensors = Manifest.read(self.start)
-            self.manifest.check_same_model(self.driver.adapters, self.base)
-            if self.manifest.method != method.to_dict():
-                raise CheckpointError(
-                    f"{self.start} was made with {self.manifest.method}, not {method.to_dict()};"
-                    " resume with the same method"
-                )
-            self.spent, self.phases = read_progress(self.manifest.data, self.start)
-            if self.manifest.stage == "warmup":
-                self.restored = tensors, self.manifest.step
+        if self.manifest is not None:
+            self._check_same_run(self.manifest, tensors)
         formed = self.driver.policy.gated or type(self.driver.policy).form is not Policy.form
         if trainer.args.load_best_model_at_end and self.driver.seam is None and formed:
             raise ConfigError(
                 f"{method.name} decides only at the end, so an earlier checkpoint cannot be loaded back as the best;"
                 " set load_best_model_at_end=False"
             )
+        if self.sharded:
+            check_method(method, self.driver.policy)
+            self.measure = False  # of a whole model there is nothing to count
+            shard_base(trainer)
+        split = any(split is not None for split in self.batches)
+        if begun is None:
+            averaged = (split or processes() > 1) and averages(trainer)
+        else:
+            averaged = begun.add_up(trainer, split, self.output_dir)
+        self.batch = GlobalBatch.of(trainer, averaged)
         if resume is not False:
-            checkpoint.discard_after(self.output_dir, 0 if self.manifest is None else self.manifest.step)
+            with main_alone() as mine:
+                if mine:
+                    checkpoint.discard_after(self.output_dir, 0 if self.manifest is None else self.manifest.step)
+
+    def _begin(self, resume: bool | str | Path) -> tuple[dict[str, torch.Tensor], GlobalBatch | None]:
+        """Find the checkpoint to go on from, and let the trainer's steps be as large as that run's."""
+        self.manifest: Manifest | None = None
+        self.start = checkpoint.resolve(resume, self.output_dir)
+        if resume is not False:
+            # Each process has looked for itself.
+            found = "none" if self.start is None else self.start.name
+            check_same_everywhere("checkpoint", found, self.trainer.args.device)
+        if self.start is None:
+            return {}, None
+        self.manifest, tensors = Manifest.read(self.start)
+        begun = GlobalBatch.read(self.manifest.data, self.start)
+        if begun is not None:
+            begun.keep(self.trainer, self.start)
+        return tensors, begun
+
+    def _check_same_run(self, manifest: Manifest, tensors: dict[str, torch.Tensor]) -> None:
+        """The checkpoint must belong to this model and method; take over what it says."""
+        assert self.start is not None
+        manifest.check_same_model(self.driver.adapters, self.base)
+        if manifest.method != self.method.to_dict():
+            raise CheckpointError(
+                f"{self.start} was made with {manifest.method}, not {self.method.to_dict()};"
+                " resume with the same method"
+            )
+        self.spent, self.phases = read_progress(manifest.data, self.start)
+        if manifest.stage == "warmup":
+            self.restored = tensors, manifest.step
 
     def run(self, select_only: bool) -> FitResult:
         resumed_final = self.manifest is not None and self.manifest.stage == "final"
-        if any(split is not None for split in self.batches):
-            average_micro_batches(self.trainer)
         stock = self.driver.adapter_path in ("stock", "reference")
         predictor = Predictor(self.trainer, self.driver, self.batches, stock) if self.measure else None
         if resumed_final:
@@ -216,6 +263,10 @@ class _Fit:
         driver.counts = dict(self.manifest.data.get("adapter_params", {}))
         driver.ride()
 
+    def _data(self) -> dict[str, Any]:
+        """What a manifest says beside structure and step."""
+        return {"phases": [vars(phase) for phase in self.phases], "batch": self.batch.to_dict()}
+
     @contextlib.contextmanager
     def _callback(self) -> Iterator[SeamCallback]:
         callback = SeamCallback(
@@ -224,7 +275,7 @@ class _Fit:
             restored=self.restored,
             log_omegas=self.log_omegas,
             base=self.base,
-            data={"phases": [vars(phase) for phase in self.phases]},
+            data=self._data(),
         )
         self.trainer.add_callback(callback)
         try:
@@ -235,6 +286,8 @@ class _Fit:
     def _train(self, stage: Literal["warmup", "final"], callback: SeamCallback) -> dict[str, float]:
         """One call of the trainer; the phase's cost is counted on its first micro-batch before it starts."""
         trainer = self.trainer
+        if self.sharded:
+            leave_to_fsdp(trainer.model)
         cost = measure_step(trainer) if self.measure else None
         if self.driver.gates is not None:
             self.driver.gates.omega.grad = None  # what measuring left there
@@ -256,7 +309,7 @@ class _Fit:
         gates = len(self.driver.adapters) if self.driver.policy.trains_gates and stage == "warmup" else 0
         done = phase_result(trainer, stage, steps, callback.seconds(), trainable + gates, cost, peak)
         self.phases = [p for p in self.phases if p.name != stage] + [done]
-        callback.data = {"phases": [vars(phase) for phase in self.phases]}
+        callback.data = self._data()
         callback.spent, callback.began, self.spent = 0.0, None, 0.0
         return metrics
 
@@ -285,16 +338,14 @@ class _Fit:
         source = self.output_dir / f"checkpoint-{step}"
         if self.start is not None and checkpoint.whole(self.start) == step:
             source = self.start  # resumed at the very end of warm-up, perhaps from another place
-        target = checkpoint.write_seam(
-            source,
-            self.output_dir / f"seam-{step}",
-            trainer.model,
-            optimizer,
-            callback.manifest(step),
-            trainer._train_batch_size,
-        )
-        if trainer.args.save_strategy == "no" and source.parent == self.output_dir:
-            shutil.rmtree(source)
+        target = self.output_dir / f"seam-{step}"
+        with main_alone() as mine:  # all have written their random states into the source by now
+            if mine:
+                checkpoint.write_seam(
+                    source, target, trainer.model, optimizer, callback.manifest(step), trainer._train_batch_size
+                )
+                if trainer.args.save_strategy == "no" and source.parent == self.output_dir:
+                    shutil.rmtree(source)
         if self.own_optimizer:
             # The trainer builds a new one over the survivors and loads the remapped state into it, as it would in a
             # new process.

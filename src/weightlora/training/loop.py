@@ -13,6 +13,7 @@ from weightlora.graft import PathName, Selection
 from weightlora.methods import Method
 from weightlora.training.driver import Driver
 from weightlora.training.held_out import HeldOutBatches
+from weightlora.training.processes import check_alike
 
 LOOK_EVERY = 10  # steps between reading what the device saw: the trainer's own logging step is as often by default
 
@@ -27,6 +28,7 @@ class Tuner:
         self._driver, self._optimizer = driver, optimizer
         self._peak = [group.get("initial_lr", group["lr"]) for group in optimizer.param_groups]
         self._armed = False
+        self._alike: Selection | bool | None = False  # the structure whose gradients were last compared; None: all
         # Withholding a gradient must come after clipping and before the optimizer looks: this hook is that moment.
         self._hook = optimizer.register_step_pre_hook(self._before)
         driver.start(optimizer)
@@ -39,6 +41,9 @@ class Tuner:
 
     def _before(self, *_: Any) -> None:
         self._armed = True
+        if self._alike is not self._driver.selection:
+            check_alike(self._driver.trained(), self._driver.step + 1)
+            self._alike = self._driver.selection
         self._driver.before_step(self._lr_factor())
 
     def step(self) -> Selection | None:
@@ -99,6 +104,10 @@ def attach(
     held_out: Sequence[Mapping[str, Any]] = (),
 ) -> Tuner:
     """Put a method on a model and the optimizer that trains it.
+
+    Under several processes wrap the model in ``DistributedDataParallel`` after this call, and again when
+    :meth:`Tuner.step` returns a selection: parameters were replaced. Gradients that differ between processes
+    are refused.
 
     Args:
         model: a model with LoRA adapters (``peft.get_peft_model``).

@@ -8,12 +8,13 @@ from typing import Any
 
 from transformers import Trainer
 
-from weightlora.errors import AdapterError
+from weightlora.errors import AdapterError, CheckpointError
 from weightlora.graft import check_tuner, has_adapters, keep_unpacked, tuner_params
 from weightlora.methods import Method
 from weightlora.training import checkpoint
 from weightlora.training.finite import FiniteCallback, naming_the_last_good
 from weightlora.training.measure import PeakMemory
+from weightlora.training.processes import processes
 from weightlora.training.results import FitResult, phase_result
 from weightlora.training.trainer import measure_step, planned_steps, set_rates
 
@@ -29,6 +30,13 @@ def train_plain(trainer: Trainer, method: Method, resume: bool | str | Path, mea
     keep_unpacked(model)
     output_dir = Path(str(trainer.args.output_dir))
     start = checkpoint.resolve(resume, output_dir, manifest=False)
+    if start is not None:
+        made_by = max(1, len(list(start.glob("rng_state_*.pth"))))
+        if made_by != processes():
+            raise CheckpointError(
+                f"{start} was made by {made_by} processes, and this run has {processes()}; {method.name} keeps no"
+                f" record of its batch: resume on {made_by}"
+            )
     steps = planned_steps(trainer)
     cost = measure_step(trainer) if measure else None
     peak, began = PeakMemory(), time.perf_counter()

@@ -8,7 +8,8 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
-from accelerate.utils.other import is_compiled_module  # type: ignore[import-untyped]
+from accelerate.utils import get_int_from_env
+from accelerate.utils.other import is_compiled_module
 from transformers import Trainer
 
 from weightlora.errors import ConfigError
@@ -148,8 +149,18 @@ def average_micro_batches(trainer: Trainer) -> None:
 
 def check_trainer(trainer: Trainer) -> None:
     """Refuse, with the remedy, what would give wrong numbers or fail later."""
-    if trainer.is_deepspeed_enabled or trainer.is_fsdp_enabled:
-        raise ConfigError("DeepSpeed and FSDP are not supported yet; run on one process or with plain DDP")
+    if trainer.is_deepspeed_enabled:
+        raise ConfigError(
+            "DeepSpeed is not supported: it owns the optimizer and its copies of what trains, which surgery would have"
+            " to cut and grow; drop the DeepSpeed configuration and start with torchrun (DDP), or shard the base with"
+            " FSDP2 (fsdp=True)"
+        )
+    started = get_int_from_env(["WORLD_SIZE"], 1)
+    if started > 1 and trainer.args.world_size == 1:
+        raise ConfigError(
+            f"{started} processes were started, but each would train alone: Accelerate did not connect them; without a"
+            " GPU set use_cpu=True in the trainer's arguments (--use-cpu)"
+        )
     if trainer.args.n_gpu > 1:
         raise ConfigError("DataParallel is not supported: start one process per GPU with torchrun, or show it one GPU")
     if trainer.accelerator.scaler is not None:

@@ -1,0 +1,24 @@
+"""A finished adapter on a base that was built anew."""
+
+from __future__ import annotations
+
+from peft import get_peft_model_state_dict, set_peft_model_state_dict
+from torch import nn
+
+from weightlora.graft.selection import Selection
+from weightlora.graft.surgery import reshape, tie
+
+
+def take_over(model: nn.Module, source: nn.Module, selection: Selection, name: str = "default") -> None:
+    """Give a freshly built model the structure and the trained weights, heads included, of a finished one.
+
+    Args:
+        model: as the run that made `source` began: the same base, with all its adapters.
+        source: what the run ended with; its base may be sharded, and is not looked at.
+        selection: what the run kept.
+        name: PEFT's adapter name.
+    """
+    reshape(model, {c.name: c.rank for c in selection.kept}, {c.name: c.scale for c in selection.kept}, name)
+    tie(model, selection.groups, name)
+    trained = get_peft_model_state_dict(source, adapter_name=name, save_embedding_layers=False)
+    set_peft_model_state_dict(model, trained, adapter_name=name)

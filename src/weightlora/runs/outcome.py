@@ -1,0 +1,86 @@
+"""What a run comes to: its metrics, and the adapter, selection and manifest in its directory."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from transformers import Trainer
+
+from weightlora.files import new_folder, write_text
+from weightlora.graft import MANIFEST, Manifest, is_sharded, save_own_format, take_over
+from weightlora.graft.export import export
+from weightlora.runs.build import Parts, build
+from weightlora.runs.config import RunConfig
+from weightlora.training import FitResult
+
+ADAPTER = "adapter"
+MODEL = "model"
+SELECTION = "selection.json"
+SAMPLE_ROWS = 2
+
+
+def evaluate(trainer: Trainer) -> dict[str, float]:
+    """The task's metrics on its validation rows, without what they cost."""
+    metrics = trainer.evaluate()
+    plain = {
+        key.removeprefix("eval_"): float(value) for key, value in metrics.items() if isinstance(value, int | float)
+    }
+    speed = ("runtime", "samples_per_second", "steps_per_second", "epoch", "model_preparation_time")
+    return {key: value for key, value in plain.items() if key not in speed}
+
+
+def write_result(
+    result: FitResult,
+    step: int,
+    folder: Path,
+    described: tuple[tuple[str, int, int, int], ...],
+    sample: dict[str, Any],
+) -> None:
+    """Write the result, reloaded and compared, beside its selection and manifest."""
+    if result.method.trains == "peft":
+        save_own_format(result.model, folder / ADAPTER, sample)
+        return
+    if result.selection is None:
+        with new_folder(folder / MODEL) as temporary:
+            model: Any = result.model
+            model.save_pretrained(temporary)
+        return
+    export(result, folder / ADAPTER, "native", sample=sample, overwrite=True)
+    result.selection.save(folder / SELECTION)
+    manifest = Manifest(
+        stage="final",
+        step=step,
+        adapter="default",
+        adapters=described,
+        method=result.method.to_dict(),
+        selection=result.selection,
+        data={"phases": [vars(phase) for phase in result.phases], "log": _omega_log(result)},
+    )
+    write_text(folder / MANIFEST, manifest.to_json())
+
+
+def batch_to_compare(trainer: Trainer, parts: Parts) -> dict[str, Any]:
+    """A batch to compare logits on; its first rows only where each token has a logit per word of the vocabulary."""
+    rows = SAMPLE_ROWS if parts.task.head in ("seq2seq-lm", "causal-lm") else None
+    batch = trainer._prepare_inputs(next(iter(trainer.get_eval_dataloader())))
+    return {key: value[:rows] for key, value in batch.items() if key not in trainer.label_names}
+
+
+def _omega_log(result: FitResult) -> list[dict[str, Any]]:
+    """The loss and omega entries of the trainer's log, for whoever draws them later."""
+    return [
+        {key: value for key, value in entry.items() if not isinstance(value, float) or math.isfinite(value)}
+        for entry in result.log_history
+    ]
+
+
+def on_whole_base(result: FitResult, config: RunConfig) -> FitResult:
+    """The result on a base that is not sharded: built anew, because the base never changed."""
+    if not is_sharded(result.model) or result.selection is None:
+        return result
+    model = build(config).model
+    take_over(model, result.model, result.selection)
+    return replace(result, model=model)
