@@ -158,9 +158,9 @@ def _on(base: nn.Module, live: Live, sample: Mapping[str, Any]) -> Tensor:
 
 def _other_base(own: Tensor, again: Tensor) -> str:
     """How far the merged model is from the live one, which runs on another base: the error of quantisation, mostly."""
-    gap = (own.double() - again.to(own.device).double()).abs()
-    gap = float(gap[gap.isfinite()].max()) if gap.isfinite().any() else 0.0
-    return f"merged into base=: its logits differ by {gap:.3g} at most from the live model's, on the base it was trained on"
+    gaps = (own.double() - again.to(own.device).double()).abs()
+    gap = float(gaps[gaps.isfinite()].max()) if gaps.isfinite().any() else 0.0
+    return f"merged into base=: its logits differ by {gap:.3g} at most from the live model's, which has another base"
 
 
 def _free_folder(out: str | Path, overwrite: bool) -> Path:

@@ -9,6 +9,7 @@ from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from peft import LoraConfig
@@ -195,7 +196,7 @@ def complete(root: nn.Module, pairs: Mapping[str, Pair], *, everywhere: bool) ->
 
 def _linear_shape(module: nn.Module) -> tuple[int, int] | None:
     """``(d_in, d_out)`` of a linear layer, with or without an adapter on it, quantised or not."""
-    return linear_shape(module.get_base_layer() if isinstance(module, LoraLayer) else module)  # type: ignore[arg-type]
+    return linear_shape(module.get_base_layer() if isinstance(module, LoraLayer) else module)
 
 
 def _place(path: str) -> tuple[str, ...]:
@@ -324,7 +325,7 @@ def merge(live: Live, base: nn.Module | None) -> tuple[PreTrainedModel, tuple[st
     untied = False
     for path, pair in live.pairs.items():
         linear = _submodule(plain, path)
-        weight = getattr(linear, "weight", None)
+        weight: Any = getattr(linear, "weight", None)
         # A tensor of a class of its own, such as torchao's, may say that it is floating and yet round what it is given.
         if quantised or type(weight) not in (nn.Parameter, Tensor) or not weight.is_floating_point():
             raise ExportError(

@@ -8,7 +8,6 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
-from accelerate.utils.other import is_compiled_module
 from transformers import Trainer
 
 from weightlora.errors import ConfigError
@@ -177,7 +176,7 @@ def unwrap(trainer: Trainer) -> None:
     run that. The compiler sees by itself that the structure is another, and compiles once more.
     """
     wrapped: Any = trainer.model_wrapped
-    if not (is_compiled_module(wrapped) and wrapped._orig_mod is trainer.model):
+    if getattr(wrapped, "_orig_mod", None) is not trainer.model:  # where torch.compile keeps what it has compiled
         trainer.model_wrapped = trainer.model  # type: ignore[assignment]  # there by now
 
 
