@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,6 +13,7 @@ from peft import LoraConfig, get_peft_model
 from peft.tuners.lora.aqlm import AqlmLoraLinear
 from peft.tuners.lora.awq import AwqLoraLinear
 from peft.tuners.lora.gptq import GPTQLoraLinear
+from tests.builders import base, warm
 from torch import Tensor, nn
 
 from weightlora.errors import AdapterError, ExportError
@@ -53,9 +55,9 @@ def built(kind: str) -> nn.Module:
     model = get_peft_model(net, config)
     layers = {"gptq": GPTQLoraLinear, "awq": AwqLoraLinear, "aqlm": AqlmLoraLinear}
     if kind in layers:
-        base = model.base_model.model
+        inner = model.base_model.model
         made: Any = layers[kind]
-        base[0] = made(Codes(base[0].get_base_layer()), "default", config=config, r=4, lora_alpha=8)
+        inner[0] = made(Codes(inner[0].get_base_layer()), "default", config=config, r=4, lora_alpha=8)
     for name, parameter in model.named_parameters():
         if "lora_B" in name:
             nn.init.normal_(parameter, std=0.1)
@@ -98,10 +100,25 @@ def test_the_same_numbers_as_pefts_forward(kind: str, gated: bool) -> None:
         gates.detach()
     with pytest.raises(ExportError, match=r"is no Transformers model|the base model is quantised"):
         export(model, "nowhere", "merged", sample={"input": x.detach()})
-    base = layer.get_base_layer()
+    bare_layer = layer.get_base_layer()
     disconnect(model, ["0"])
-    assert model.base_model.model[0] is base
+    assert model.base_model.model[0] is bare_layer
     assert [a.name for a in adapters(model)] == ["1"]
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_torchao_base_takes_no_adapter_in(tmp_path: Path) -> None:
+    """Its tensors call themselves floating; what is merged into them would be rounded away."""
+    pytest.importorskip("torchao", reason="NO TORCHAO: bases quantised by it are not tested here")
+    from torchao.quantization import Int8WeightOnlyConfig, quantize_
+
+    plain = base("llama")
+    quantize_(plain, Int8WeightOnlyConfig(), filter_fn=lambda _, name: name.endswith("q_proj"))
+    model = warm(get_peft_model(plain, LoraConfig(r=2, target_modules=["q_proj"], task_type="SEQ_CLS")))
+    with pytest.raises(ExportError, match=r"the base model is quantised \(Linear at .*q_proj\), .* pass base="):
+        export(model, tmp_path / "out", "merged")
+    done = export(model, tmp_path / "out", "merged", base=base("llama"))
+    assert "differ by" in done.notes[-1]
 
 
 @pytest.mark.filterwarnings("ignore:Unsupported layer type")  # PEFT of our layer of bytes

@@ -45,7 +45,7 @@ def test_other_adapters_are_left_to_the_bit(made: Method, tmp_path: Path) -> Non
         return found
 
     state, config, want = others(), model.peft_config["other"].to_dict(), answers()
-    result = fit(trainer(tmp_path, model, steps=6), made)
+    result = fit(trainer(tmp_path, model, steps=6), made, measure=False)
     assert result.selection is not None
     assert result.selection.k == len(adapters(model)) == 2
     assert model.active_adapters == ["default"]
@@ -78,7 +78,7 @@ def test_a_layer_that_all_blocks_share(tmp_path: Path) -> None:
     states = []
     for path in ("stock", "autograd"):
         each = trainer(tmp_path / path, albert(), steps=5, optim="sgd")
-        fit(each, LoRA(), adapter_path=path)  # type: ignore[arg-type]
+        fit(each, LoRA(), adapter_path=path, measure=False)  # type: ignore[arg-type]
         states.append(adapter_state(each.model))
     assert max_difference(*states) < 1e-5
     each = trainer(tmp_path / "gated", albert(), steps=6)
@@ -112,7 +112,7 @@ def test_conv1d_is_a_linear_layer(tmp_path: Path) -> None:
     states = []
     for path in ("stock", "autograd"):
         each = trainer(tmp_path / path, gpt2(), steps=5, optim="sgd")
-        fit(each, LoRA(), adapter_path=path)  # type: ignore[arg-type]
+        fit(each, LoRA(), adapter_path=path, measure=False)  # type: ignore[arg-type]
         states.append(adapter_state(each.model))
     assert max_difference(*states) < 1e-5
     each = trainer(tmp_path / "gated", model, steps=6)

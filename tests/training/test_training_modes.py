@@ -77,7 +77,12 @@ def test_a_mode_is_the_stock_trainers_to_the_bit(mode: str, tmp_path: Path) -> N
     plain.train()
     ours = made(tmp_path / "b", mode)
     # Where lengths are grouped the seam is at the end of an epoch; see the next test.
-    fit(ours, WeightLoRA(k=1.0, warmup_steps=8 if mode == "group_by_length" else 5), adapter_path="stock")
+    fit(
+        ours,
+        WeightLoRA(k=1.0, warmup_steps=8 if mode == "group_by_length" else 5),
+        adapter_path="stock",
+        measure=mode == "streaming",
+    )
     assert max_difference(adapter_state(plain.model), adapter_state(ours.model)) == 0.0
     for key in ("loss", "eval_loss", "grad_norm"):
         assert entries(ours, key) == entries(plain, key)
@@ -90,12 +95,12 @@ def test_a_mode_is_the_stock_trainers_to_the_bit(mode: str, tmp_path: Path) -> N
 
 def test_a_seam_within_an_epoch_of_grouped_lengths_warns(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level("WARNING", logger="weightlora"):
-        fit(made(tmp_path / "a", "group_by_length"), TWO, select_only=True)
+        fit(made(tmp_path / "a", "group_by_length"), TWO, select_only=True, measure=False)
     assert "draws the epoch's order anew after the seam at step 5" in caplog.text
     caplog.clear()
     with caplog.at_level("WARNING", logger="weightlora"):
-        fit(made(tmp_path / "b", "group_by_length"), WeightLoRA(k=2, warmup_steps=8), select_only=True)
-        fit(trainer(tmp_path / "c"), TWO, select_only=True)
+        fit(made(tmp_path / "b", "group_by_length"), WeightLoRA(k=2, warmup_steps=8), select_only=True, measure=False)
+        fit(trainer(tmp_path / "c"), TWO, select_only=True, measure=False)
     assert "draws" not in caplog.text
 
 
@@ -103,9 +108,9 @@ def test_a_seam_within_an_epoch_of_grouped_lengths_warns(tmp_path: Path, caplog:
 def test_survivors_of_a_mode_are_those_of_a_run_that_was_cut(mode: str, tmp_path: Path) -> None:
     """Resumed in a new process from the seam: the same batches and the same loss are found again."""
     whole = made(tmp_path / "a", mode)
-    result = fit(whole, TWO)
+    result = fit(whole, TWO, measure=False)
     again = made(tmp_path / "b", mode)
-    resumed = fit(again, TWO, resume=tmp_path / "a" / "seam-5")
+    resumed = fit(again, TWO, resume=tmp_path / "a" / "seam-5", measure=False)
     assert resumed.selection == result.selection
     assert max_difference(adapter_state(whole.model), adapter_state(again.model)) == 0.0
 
@@ -129,7 +134,7 @@ def losses(each: Trainer) -> list[float]:
 
 def test_early_stopping_after_the_seam(tmp_path: Path) -> None:
     each = stopping(tmp_path)
-    result = fit(each, WeightLoRA(k=2, warmup_steps=1))
+    result = fit(each, WeightLoRA(k=2, warmup_steps=1), measure=False)
     assert losses(each) == sorted(losses(each), reverse=True)
     assert len(losses(each)) == each.state.global_step == 3
     assert [p.steps for p in result.phases] == [1, 2]
@@ -205,7 +210,7 @@ def compiler() -> Iterator[None]:
 
 @pytest.mark.usefixtures("compiler")
 def test_torch_compile_compiles_once_more_at_the_seam(tmp_path: Path) -> None:
-    """With gates before the seam, growth at it, and autocast throughout."""
+    """With gates before the seam and growth at it."""
     method: Method = WeightLoRAPlus.from_preset("paper", k=1, warmup_steps=3)
     runs = []
     for name, arguments in (
@@ -216,7 +221,7 @@ def test_torch_compile_compiles_once_more_at_the_seam(tmp_path: Path) -> None:
         model.base_model.model.config.problem_type = "single_label_classification"  # BERT sets it in its first step
         each = trainer(tmp_path / name, model, steps=6, optim="sgd", **arguments)
         each.add_callback(spy := Compiled())
-        runs.append((each, fit(each, method, adapter_path="autograd"), spy.graphs))
+        runs.append((each, fit(each, method, adapter_path="autograd", measure=False), spy.graphs))
     (plain, wanted, none), (ours, result, graphs) = runs
     assert result.selection is not None
     assert wanted.selection is not None

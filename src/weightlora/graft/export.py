@@ -165,7 +165,7 @@ def _other_base(own: Tensor, again: Tensor) -> str:
     """How far the merged model is from the live one, which runs on another base: the error of quantisation, mostly."""
     gaps = (own.double() - again.to(own.device).double()).abs()
     gap = float(gaps[gaps.isfinite()].max()) if gaps.isfinite().any() else 0.0
-    return f"merged into base=: its logits differ by {gap:.3g} at most from those on the base that it was trained on"
+    return f"merged into base=: its logits differ by {gap:.3g} at most from the live model's, which has another base"
 
 
 def _free_folder(out: str | Path, overwrite: bool) -> Path:

@@ -9,6 +9,7 @@ from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from peft import LoraConfig
@@ -324,7 +325,7 @@ def merge(live: Live, base: nn.Module | None) -> tuple[PreTrainedModel, tuple[st
     untied = False
     for path, pair in live.pairs.items():
         linear = _submodule(plain, path)
-        weight = getattr(linear, "weight", None)
+        weight: Any = getattr(linear, "weight", None)
         # A tensor of a class of its own, such as torchao's, may say that it is floating and yet round what it is given.
         own_kind = type(weight) not in (nn.Parameter, Tensor)
         if quantised or not isinstance(weight, Tensor) or own_kind or not weight.is_floating_point():

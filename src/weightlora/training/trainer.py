@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 from accelerate.utils import get_int_from_env
-from accelerate.utils.other import is_compiled_module
 from transformers import Trainer
 
 from weightlora.errors import ConfigError
@@ -188,7 +187,7 @@ def unwrap(trainer: Trainer) -> None:
     run that. The compiler sees by itself that the structure is another, and compiles once more.
     """
     wrapped: Any = trainer.model_wrapped
-    if not (is_compiled_module(wrapped) and wrapped._orig_mod is trainer.model):
+    if getattr(wrapped, "_orig_mod", None) is not trainer.model:  # where torch.compile keeps what it has compiled
         trainer.model_wrapped = trainer.model  # type: ignore[assignment]  # there by now
 
 
