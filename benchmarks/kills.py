@@ -96,13 +96,12 @@ def main(argv: Sequence[str] | None = None) -> int:
                     died.update(kill[3] for kill in hit)
                     methods[method] += len(hit)
                     runs += 1
-                    wrong = (
-                        [f"exit {done['tries'][-1]['code']}: {done['output'][-800:]}"]
-                        if done["tries"][-1]["code"] != 0
-                        else compared(method, run, whole)
-                    )
+                    # Killed after its last word, a run is finished, and `resume` says so and exits with 2.
+                    ended = done["tries"][-1]["code"] == 0 or "holds a finished run" in done["output"][-300:]
+                    wrong = compared(method, run, whole) if ended else [f"ended badly: {done['output'][-800:]}"]
                     if wrong:
                         findings.append({"method": method, "seed": seed, "kills": kills, "wrong": wrong})
+                        print(f"FINDING {findings[-1]}", flush=True)
                 for path in (*folder.glob("killed-*"), *folder.glob("whole*")):
                     shutil.rmtree(path) if path.is_dir() else path.unlink()
             print(f"{sum(died.values())} deaths in {runs} runs, {len(findings)} findings", flush=True)

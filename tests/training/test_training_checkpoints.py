@@ -18,7 +18,7 @@ from weightlora.errors import CheckpointError
 from weightlora.graft import adapters
 from weightlora.methods import Gradient, LoRA, Method, Random, Top, WeightLoRA, WeightLoRAPlus
 from weightlora.training import FitResult, fit
-from weightlora.training.checkpoint import latest, resolve, whole
+from weightlora.training.checkpoint import SEAL, discard_after, latest, resolve, whole
 
 METHODS: dict[str, Method] = {
     "weightlora": WeightLoRA(k=2, warmup_steps=5),
@@ -252,3 +252,15 @@ def test_final_checkpoints_are_stock_adapters(tmp_path: Path) -> None:
     made, _ = run(tmp_path, METHODS["weightlora-paper"])
     stock = PeftModel.from_pretrained(base("bert"), tmp_path / "checkpoint-12")
     assert torch.equal(logits(stock, batch()), logits(made.model, batch()))
+
+
+def test_temporary_files_of_a_seal_are_swept(tmp_path: Path) -> None:
+    """A process died while it sealed a checkpoint that is whole otherwise."""
+    run(tmp_path, METHODS["weightlora"])
+    folders = [path for path in tmp_path.iterdir() if path.name.startswith("checkpoint-")]
+    before = {path for folder in folders for path in folder.iterdir()}
+    for folder in folders:
+        (folder / f".{SEAL}.th0fvw39").write_text("{")
+    discard_after(tmp_path, 3)
+    assert len(folders) > 1
+    assert {path for folder in folders for path in folder.iterdir()} == before

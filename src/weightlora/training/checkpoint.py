@@ -16,8 +16,8 @@ from torch.serialization import get_unsafe_globals_in_checkpoint
 from transformers import PreTrainedModel, Trainer, TrainerState
 
 from weightlora.errors import CheckpointError
-from weightlora.files import new_folder, write_text
-from weightlora.graft import MANIFEST, Manifest, readable
+from weightlora.files import new_folder, sweep, write_text
+from weightlora.graft import MANIFEST, STATE, Manifest, readable
 
 log = logging.getLogger("weightlora")
 
@@ -211,11 +211,13 @@ def train_on(trainer: Trainer, start: Path | None, until: int) -> dict[str, floa
 
 def discard_after(output_dir: Path, step: int) -> None:
     """Remove half-written and damaged checkpoints beyond `step`: a resumed run writes them again and must not mix old
-    files with new."""
+    files with new. Those that stay lose the temporary files of a process that died while it sealed them."""
     for folder in output_dir.iterdir() if output_dir.is_dir() else ():
         found = _NAME.match(folder.name)
         if found and int(found.group(2)) >= step and (whole(folder) is None or damage(folder) is not None):
             shutil.rmtree(folder, ignore_errors=True)
+        elif found:
+            sweep(folder, SEAL, MANIFEST, STATE)
 
 
 def write_seam(
