@@ -61,7 +61,9 @@ class Events:
             signal.setitimer(signal.ITIMER_REAL, self.delay)
 
     def save(self) -> None:
-        self.log.write_text(json.dumps(self.labels), encoding="utf-8")
+        whole = self.log.with_suffix(".new")  # it may be killed here, too
+        whole.write_text(json.dumps(self.labels), encoding="utf-8")
+        os.replace(whole, self.log)
 
 
 def writes(mode: str | None, flags: int) -> bool:
