@@ -86,6 +86,7 @@ def resume(folder: Path, *, argv: Sequence[str] = (), quiet: bool = False) -> Re
         return _follow(config, folder, resume=True, argv=argv)
     refuse_busy(folder)
     if finished(folder):
+        sweep(folder, *WRITTEN)  # of a process that was killed after its last word
         raise CheckpointError(f"{folder} holds a finished run; there is nothing to resume (see {folder / RECORD})")
     with alone(folder):
         parts = build(config)
