@@ -113,7 +113,7 @@ METHODS = {
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("name", "stride"), [("weightlora", 8), ("paper", 11), ("weightlora+", 13)])
+@pytest.mark.parametrize(("name", "stride"), [("weightlora", 5), ("paper", 11), ("weightlora+", 13)])
 def test_killed_at_any_event_it_ends_with_the_same_adapter(
     killer: Killer, flags: list[str], tmp_path: Path, name: str, stride: int
 ) -> None:
@@ -139,7 +139,7 @@ def test_killed_at_any_event_it_ends_with_the_same_adapter(
         redone = resumed["events"].count("step")
         if redone != STEPS - last_checkpoint(killed["events"]):
             wrong.append(f"killed at event {number} ({label}): {redone} steps were done again")
-    assert len(points) >= (12 if name == "weightlora" else 7)
+    assert len(points) >= (20 if name == "weightlora" else 7)
     assert not wrong, "\n".join(wrong)
 
 
