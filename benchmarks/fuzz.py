@@ -231,6 +231,7 @@ class Fuzz:
 
     def manifest(self) -> None:
         from weightlora.graft import MANIFEST, Manifest
+        from weightlora.training.global_batch import GlobalBatch
         from weightlora.training.results import read_progress
 
         good = self.good_manifest()
@@ -240,6 +241,7 @@ class Fuzz:
             (self.work / "weightlora.safetensors").write_bytes(self.random.randbytes(self.random.randrange(40)))
         found, _ = Manifest.read(self.work)
         read_progress(found.data, self.work)
+        GlobalBatch.read(found.data, self.work)
 
     def record(self) -> None:
         from weightlora.runs.record import Record
@@ -322,7 +324,9 @@ class Fuzz:
                  "kept_activation_bytes": None, "flops_per_step": None, "peak_memory_bytes": None}  # fmt: skip
         return Manifest(
             stage="final", step=3, adapter="default", adapters=tuple((c.name, 8, 8, 4) for c in choices),
-            method={"name": "weightlora"}, selection=selection, data={"seconds": 1.0, "phases": [phase]}, base="ab",
+            method={"name": "weightlora"}, selection=selection, base="ab",
+            data={"seconds": 1.0, "phases": [phase],
+                  "batch": {"processes": 2, "examples": 8, "parts": 1, "averaged": True}},
         )  # fmt: skip
 
     def good_record(self) -> dict[str, Any]:

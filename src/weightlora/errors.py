@@ -2,7 +2,16 @@
 
 
 class WeightLoRAError(ValueError):
-    """Base of every error a user can cause. The command line prints it without a traceback and exits with 2."""
+    """Base of every error a user can cause. The command line prints it without a traceback and exits with 2.
+
+    Its message is one line whatever names and values of the user's it quotes.
+
+    >>> str(WeightLoRAError("no adapter 'a\\nb'"))
+    "no adapter 'a b'"
+    """
+
+    def __init__(self, message: str) -> None:
+        super().__init__(" ".join(message.splitlines()))
 
 
 class ScheduleError(WeightLoRAError):

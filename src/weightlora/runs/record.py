@@ -351,8 +351,7 @@ def _decode_items(origin: type, arguments: tuple[Any, ...], value: Any, where: s
     if origin is tuple:
         items = _expect(list, value, where)
         return tuple(_decode(arguments[0], item, f"{where}[{index}]") for index, item in enumerate(items))
-    named = {key: f"{where}.{key if key.isprintable() else repr(key)}" for key in _expect(dict, value, where)}
-    return {key: _decode(arguments[1], item, named[key]) for key, item in value.items()}
+    return {key: _decode(arguments[1], item, f"{where}.{key}") for key, item in _expect(dict, value, where).items()}
 
 
 def _decode_object(hint: Any, data: dict[str, Any], where: str) -> Any:

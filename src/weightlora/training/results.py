@@ -85,9 +85,7 @@ def read_progress(data: Mapping[str, Any], where: Path) -> tuple[float, list[Pha
         phases = [PhaseResult(**phase) for phase in data.get("phases", [])]
         spent = float(data.get("seconds", 0.0))
     except (TypeError, ValueError, OverflowError) as error:
-        # A key of the file stands in Python's message as it is; an error is one line.
-        what = " ".join(str(error).split())
-        raise CheckpointError(f"{where}: the manifest is damaged: {what}") from None
+        raise CheckpointError(f"{where}: the manifest is damaged: {error}") from None
     numbers = [spent, *(value for phase in phases for name, value in vars(phase).items() if name != "name")]
     for number in numbers:
         if number is not None and not (isinstance(number, int | float) and 0 <= number < 2**63):
