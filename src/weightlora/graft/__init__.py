@@ -23,6 +23,7 @@ from weightlora.graft.manifest import MANIFEST, STATE, Manifest, fingerprint, re
 from weightlora.graft.optimizer import Change, adopt, forget, remap
 from weightlora.graft.quantised import keep_unpacked
 from weightlora.graft.rebuild import take_over
+from weightlora.graft.saved import Held, Saved
 from weightlora.graft.selection import Choice, Selection, select
 from weightlora.graft.surgery import disconnect, fold, grow_adapters, reshape, resize, restart, tie
 from weightlora.graft.tracing import trace
@@ -41,6 +42,7 @@ __all__ = [
     "Form",
     "Formed",
     "Gates",
+    "Held",
     "Manifest",
     "Nest",
     "Offset",
@@ -48,6 +50,7 @@ __all__ = [
     "PlacementCosts",
     "ProductWatch",
     "RankGates",
+    "Saved",
     "Selection",
     "Storage",
     "Vectors",

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
@@ -17,6 +16,7 @@ from weightlora.errors import AdapterError
 from weightlora.graft.activations import ActivationTrace, Storage
 from weightlora.graft.adapters import adapter_name, adapters, base_of, lora_layers
 from weightlora.graft.quantised import holds_more_than_data
+from weightlora.graft.saved import Held, Saved
 from weightlora.graft.standins import CudaKernels, KnownMasks, identity, stand_ins, uncheckpointed
 from weightlora.graft.variant import PathVariant
 from weightlora.ops.autograd import AdapterFunction, Products, TorchProducts
@@ -146,13 +146,14 @@ def _traced_path(model: nn.Module, name: str, recorder: _Recorder) -> Iterator[N
             layer.cast_input_dtype_enabled = cast
 
 
-class _Event:
-    """One tensor that autograd saved; autograd holds it, so it lives as long as what saved it."""
+class _Event(Saved):
+    """One tensor that autograd saved: on whose behalf, and in which checkpointed unit."""
 
-    __slots__ = ("__weakref__", "owner", "storage", "tensor", "unit")
+    __slots__ = ("owner", "storage", "unit")
 
     def __init__(self, tensor: Tensor, storage: int, owner: int, unit: int) -> None:
-        self.tensor, self.storage, self.owner, self.unit = tensor, storage, owner, unit
+        super().__init__(tensor)
+        self.storage, self.owner, self.unit = storage, owner, unit
 
 
 class _Recorder:
@@ -177,7 +178,7 @@ class _Recorder:
         self.owner, self.unit = -1, -1
         self.unit_inputs: dict[int, list[int]] = {}
         self.opened: list[_Event] = []  # what the graph has just unpacked
-        self.events: weakref.WeakSet[_Event] = weakref.WeakSet()
+        self.held: Held[_Event] = Held()
 
     def leaves(self, parameters: Mapping[str, Tensor]) -> None:
         """Which bit each trained parameter stands for."""
@@ -209,16 +210,12 @@ class _Recorder:
         return self.index[key]
 
     def _pack(self, tensor: Tensor) -> _Event:
-        event = _Event(tensor, self._storage(tensor), self.owner, self.unit)
-        self.events.add(event)
-        return event
+        return self.held.add(_Event(tensor, self._storage(tensor), self.owner, self.unit))
 
     def let_go(self) -> None:
-        """Free the graph: a node that saved its own output holds itself, and with the hooks the model, in a circle
-        through C++ that no collector sees."""
+        """Free the graph."""
         self.opened = []
-        for event in list(self.events):
-            del event.tensor
+        self.held.let_go()
 
     def _unpack(self, event: _Event) -> Tensor:
         self.opened.append(event)

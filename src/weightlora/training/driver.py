@@ -191,10 +191,6 @@ class Driver:
             for factor in self._factors[index]:
                 factor.grad = None
 
-    def trained(self) -> list[Tensor]:
-        """The gradients of all that trains in the model, as they are."""
-        return [p.grad for p in self.finite.parameters if p.grad is not None]
-
     def _outside(self) -> list[Tensor]:
         """Gradients, and what the method reads like one, of what is no parameter of the model."""
         forms = [] if self.formed is None else self.formed.form.parameters().values()

@@ -46,10 +46,13 @@ class FiniteWatch:
         """Look anew for what trains."""
         self.parameters = [p for p in self.model.parameters() if p.requires_grad]
 
+    def gradients(self) -> list[Tensor]:
+        """Of all that trains in the model, as they are."""
+        return [p.grad for p in self.parameters if p.grad is not None]
+
     def see(self, step: int, *others: Tensor) -> None:
         """Look at the gradients of `step` (from 1), and at other tensors."""
-        grads = [p.grad for p in self.parameters if p.grad is not None]
-        grads += [tensor for tensor in others if tensor.numel()]
+        grads = [*self.gradients(), *(tensor for tensor in others if tensor.numel())]
         if not grads:
             return
         largest = get_total_norm([grad.detach() for grad in grads], norm_type=math.inf)

@@ -42,7 +42,7 @@ class Tuner:
     def _before(self, *_: Any) -> None:
         self._armed = True
         if self._alike is not self._driver.selection:
-            check_alike(self._driver.trained(), self._driver.step + 1)
+            check_alike(self._driver.finite.gradients(), self._driver.step + 1)
             self._alike = self._driver.selection
         self._driver.before_step(self._lr_factor())
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import random
-import weakref
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
@@ -12,6 +11,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
+
+from weightlora.graft import Held, Saved
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,15 +48,6 @@ def isolated_rng() -> Iterator[None]:
             np.random.set_state(numpy)
 
 
-class _Saved:
-    """What autograd holds in the place of a tensor that it saved: alive as long as backward may ask for it."""
-
-    __slots__ = ("__weakref__", "tensor")
-
-    def __init__(self, tensor: Tensor) -> None:
-        self.tensor = tensor
-
-
 def kept_bytes(model: nn.Module, loss: Callable[[], Tensor]) -> int:
     """Run a forward pass and let go of it; bytes that autograd held at its end, each storage once, parameters excluded.
 
@@ -69,24 +61,16 @@ def kept_bytes(model: nn.Module, loss: Callable[[], Tensor]) -> int:
 def _forward(model: nn.Module, loss: Callable[[], Tensor]) -> Iterator[tuple[int, Tensor]]:
     """Bytes that autograd holds at the end of a forward pass, and the loss; its graph lives as long as the context."""
     excluded = {t.untyped_storage().data_ptr() for t in (*model.parameters(), *model.buffers())}
-    saved: weakref.WeakSet[_Saved] = weakref.WeakSet()
-
-    def pack(tensor: Tensor) -> _Saved:
-        held = _Saved(tensor)
-        saved.add(held)
-        return held
-
+    held: Held[Saved] = Held()
     try:
-        with torch.autograd.graph.saved_tensors_hooks(pack, lambda held: held.tensor):
+        with torch.autograd.graph.saved_tensors_hooks(lambda t: held.add(Saved(t)), lambda saved: saved.tensor):
             value = loss()
-        storages = [held.tensor.untyped_storage() for held in saved]
+        storages = [saved.tensor.untyped_storage() for saved in held]
         sizes = {storage.data_ptr(): storage.nbytes() for storage in storages}
         del storages
         yield sum(size for pointer, size in sizes.items() if pointer not in excluded), value
     finally:
-        # A node that saved its own output holds itself, in a circle through C++ that no collector sees.
-        for held in list(saved):
-            del held.tensor
+        held.let_go()
 
 
 def step_cost(model: nn.Module, loss: Callable[[], Tensor]) -> StepCost:
