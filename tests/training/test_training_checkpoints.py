@@ -16,9 +16,9 @@ from transformers import Trainer
 
 from weightlora.errors import CheckpointError
 from weightlora.graft import adapters
-from weightlora.methods import Gradient, LoRA, Method, Random, Top, WeightLoRA, WeightLoRAPlus
+from weightlora.methods import DoRA, Gradient, LoRA, Method, Random, Top, WeightLoRA, WeightLoRAPlus
 from weightlora.training import FitResult, fit
-from weightlora.training.checkpoint import SEAL, discard_after, latest, resolve, whole
+from weightlora.training.checkpoint import SEAL, latest, resolve, whole
 
 METHODS: dict[str, Method] = {
     "weightlora": WeightLoRA(k=2, warmup_steps=5),
@@ -254,13 +254,18 @@ def test_final_checkpoints_are_stock_adapters(tmp_path: Path) -> None:
     assert torch.equal(logits(stock, batch()), logits(made.model, batch()))
 
 
-def test_temporary_files_of_a_seal_are_swept(tmp_path: Path) -> None:
-    """A process died while it sealed a checkpoint that is whole otherwise."""
-    run(tmp_path, METHODS["weightlora"])
+@pytest.mark.parametrize("method", [METHODS["weightlora"], DoRA()], ids=["weightlora", "dora"])
+def test_temporary_files_of_a_seal_are_swept(method: Method, tmp_path: Path) -> None:
+    """A process died while it sealed a checkpoint that is whole otherwise; the resumed run removes what it left."""
+
+    def again(resume: bool) -> None:
+        run(tmp_path, method, resume, model=lora(use_dora=method.name == "dora"))
+
+    again(False)
     folders = [path for path in tmp_path.iterdir() if path.name.startswith("checkpoint-")]
     before = {path for folder in folders for path in folder.iterdir()}
     for folder in folders:
         (folder / f".{SEAL}.th0fvw39").write_text("{")
-    discard_after(tmp_path, 3)
+    again(True)
     assert len(folders) > 1
     assert {path for folder in folders for path in folder.iterdir()} == before

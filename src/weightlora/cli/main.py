@@ -112,7 +112,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             _quiet_libraries()
             return run(parsed, rest, sub)
     except WeightLoRAError as error:
-        print(f"weightlora {command}: error: {error}{_which_process()}", file=sys.stderr)
+        which = f" (process {_number()})" if _number() else ""
+        print(f"weightlora {command}: error: {error}{which}", file=sys.stderr)
         return 2
     except OSError as error:
         if error.filename is None and not disk_is_full(error):
@@ -135,10 +136,11 @@ def _check_processes(parsed: argparse.Namespace) -> None:
         )
 
 
-def _which_process() -> str:
+def _number() -> int:
+    """Of this process among those of its run; 0 for the main one."""
     from weightlora.runs.together import follows
 
-    return f" (process {follows()})" if follows() else ""
+    return follows()
 
 
 def _about_file(error: OSError) -> str:
@@ -294,7 +296,7 @@ def _quiet_libraries() -> None:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     logging.basicConfig(format="%(message)s", level=logging.WARNING)
     # What one process says, the others would repeat.
-    logging.getLogger("weightlora").setLevel(logging.ERROR if _which_process() else logging.INFO)
+    logging.getLogger("weightlora").setLevel(logging.ERROR if _number() else logging.INFO)
     # Imported by PEFT wherever it is installed, it complains about kernels of its own that nothing here needs.
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     # PEFT asks Transformers by a name that is about to change; no user can do anything about it.

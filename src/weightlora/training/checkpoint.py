@@ -211,12 +211,17 @@ def train_on(trainer: Trainer, start: Path | None, until: int) -> dict[str, floa
 
 def discard_after(output_dir: Path, step: int) -> None:
     """Remove half-written and damaged checkpoints beyond `step`: a resumed run writes them again and must not mix old
-    files with new. Those that stay lose the temporary files of a process that died while it sealed them."""
+    files with new."""
     for folder in output_dir.iterdir() if output_dir.is_dir() else ():
         found = _NAME.match(folder.name)
         if found and int(found.group(2)) >= step and (whole(folder) is None or damage(folder) is not None):
             shutil.rmtree(folder, ignore_errors=True)
-        elif found:
+
+
+def sweep_all(output_dir: Path) -> None:
+    """Remove the temporary files that a process left in checkpoints when it died while it sealed them."""
+    for folder in output_dir.iterdir() if output_dir.is_dir() else ():
+        if _NAME.match(folder.name):
             sweep(folder, SEAL, MANIFEST, STATE)
 
 

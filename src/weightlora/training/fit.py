@@ -180,6 +180,7 @@ class _Fit:
             with main_alone() as mine:
                 if mine:
                     checkpoint.discard_after(self.output_dir, 0 if self.manifest is None else self.manifest.step)
+                    checkpoint.sweep_all(self.output_dir)
 
     def _begin(self, resume: bool | str | Path) -> tuple[dict[str, torch.Tensor], GlobalBatch | None]:
         """Find the checkpoint to go on from, and let the trainer's steps be as large as that run's."""

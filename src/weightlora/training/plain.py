@@ -14,7 +14,7 @@ from weightlora.methods import Method
 from weightlora.training import checkpoint
 from weightlora.training.finite import FiniteCallback, naming_the_last_good
 from weightlora.training.measure import PeakMemory
-from weightlora.training.processes import processes
+from weightlora.training.processes import main_alone, processes
 from weightlora.training.results import FitResult, phase_result
 from weightlora.training.trainer import measure_step, planned_steps, set_rates
 
@@ -37,6 +37,10 @@ def train_plain(trainer: Trainer, method: Method, resume: bool | str | Path, mea
                 f"{start} was made by {made_by} processes, and this run has {processes()}; {method.name} keeps no"
                 f" record of its batch: resume on {made_by}"
             )
+    if resume is not False:
+        with main_alone() as mine:
+            if mine:
+                checkpoint.sweep_all(output_dir)
     steps = planned_steps(trainer)
     cost = measure_step(trainer) if measure else None
     peak, began = PeakMemory(), time.perf_counter()
