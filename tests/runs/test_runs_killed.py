@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import json
-import os
 import re
 import signal
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+from tests.forks import Forks
 from tests.runs.commands import TINY, read, weightlora
 
 from weightlora.methods import METHODS as ALL
@@ -26,26 +23,12 @@ ALIKE = ("melora", "nora", "milora", "vera", "vb_lora")
 Kill = tuple[str, int, float]  # the label's start, which of those events, seconds to wait
 
 
-class Killer:
-    """A process that has everything imported and forks commands off; see ``killed_run.py``."""
-
-    def __init__(self) -> None:
-        self.process = subprocess.Popen(
-            [sys.executable, str(Path(__file__).with_name("killed_run.py"))],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-            env={**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
-        )
+class Killer(Forks):
+    """Commands that die at a chosen event; see ``killed_run.py``."""
 
     def life(self, out: Path, flags: list[str], kills: list[Kill]) -> list[dict[str, Any]]:
         """Train (and die, and resume) to the end; every process but the last was killed, and that one went well."""
-        assert self.process.stdin is not None
-        assert self.process.stdout is not None
-        job = {"out": str(out), "train": ["train", *flags, "--out", str(out)], "kills": kills}
-        self.process.stdin.write(json.dumps(job) + "\n")
-        self.process.stdin.flush()
-        answer = json.loads(self.process.stdout.readline())
+        answer = self.ask({"out": str(out), "train": ["train", *flags, "--out", str(out)], "kills": kills})
         tries: list[dict[str, Any]] = answer["tries"]
         assert tries[-1]["code"] == 0, f"{out.name}: {answer['output'][-2000:]}"
         for number, (kill, one) in enumerate(zip(kills, tries[:-1], strict=False)):
@@ -56,13 +39,9 @@ class Killer:
 
 @pytest.fixture(scope="module")
 def killer() -> Iterator[Killer]:
-    made = Killer()
-    yield made
-    assert made.process.stdin is not None
-    assert made.process.stdout is not None
-    made.process.stdin.close()
-    assert made.process.wait(timeout=30) == 0
-    made.process.stdout.close()
+    made = Killer(Path(__file__).with_name("killed_run.py"))
+    with made.until_done():
+        yield made
 
 
 @pytest.fixture

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -60,6 +61,16 @@ def test_other_adapters_are_left_to_the_bit(made: Method, tmp_path: Path) -> Non
 # one layer that computes several times
 
 
+def check_path(made: Callable[[], PeftModel], out: Path) -> None:
+    """Our path trains to what PEFT's own forward trains to."""
+    states = []
+    for path in ("stock", "autograd"):
+        each = trainer(out / path, made(), steps=5, optim="sgd")
+        fit(each, LoRA(), adapter_path=path, measure=False)  # type: ignore[arg-type]
+        states.append(adapter_state(each.model))
+    assert max_difference(*states) < 1e-5
+
+
 def albert() -> PeftModel:
     torch.manual_seed(0)
     base = AlbertForSequenceClassification(
@@ -75,12 +86,7 @@ def albert() -> PeftModel:
 
 def test_a_layer_that_all_blocks_share(tmp_path: Path) -> None:
     """ALBERT's blocks are one block, run three times: every adapter gets the sum of three gradients."""
-    states = []
-    for path in ("stock", "autograd"):
-        each = trainer(tmp_path / path, albert(), steps=5, optim="sgd")
-        fit(each, LoRA(), adapter_path=path, measure=False)  # type: ignore[arg-type]
-        states.append(adapter_state(each.model))
-    assert max_difference(*states) < 1e-5
+    check_path(albert, tmp_path)
     each = trainer(tmp_path / "gated", albert(), steps=6)
     result = fit(each, WeightLoRA.from_preset("paper", k=1, warmup_steps=3))
     assert result.selection is not None
@@ -109,12 +115,7 @@ def test_conv1d_is_a_linear_layer(tmp_path: Path) -> None:
     found = {a.name.removeprefix("transformer.h.0."): a.shape for a in adapters(model)[:3]}
     assert found == {"attn.c_attn": (16, 48), "attn.c_proj": (16, 16), "mlp.c_fc": (16, 64)}
     assert [tuple(w.shape[::-1]) for w in layer_weights(model, "default")] == [a.shape for a in adapters(model)]
-    states = []
-    for path in ("stock", "autograd"):
-        each = trainer(tmp_path / path, gpt2(), steps=5, optim="sgd")
-        fit(each, LoRA(), adapter_path=path, measure=False)  # type: ignore[arg-type]
-        states.append(adapter_state(each.model))
-    assert max_difference(*states) < 1e-5
+    check_path(gpt2, tmp_path)
     each = trainer(tmp_path / "gated", model, steps=6)
     result = fit(each, GROWN)
     assert result.selection is not None

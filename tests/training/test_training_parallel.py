@@ -17,6 +17,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from tests.builders import lora, max_difference, trainer
+from tests.forks import ROOT, Forks
 from torch import Tensor
 
 from weightlora.errors import ConfigError
@@ -25,7 +26,6 @@ from weightlora.methods import LoRA
 from weightlora.runs.record import Record
 from weightlora.training import fit
 
-ROOT = Path(__file__).resolve().parents[2]
 # float32: a mean over a batch is a mean of means, its last bits differ, and 12 steps of Adam at 1e-2 carry that on.
 FP32 = 1e-5
 # Omega learns at rate 5 and is float32 in every run.
@@ -34,28 +34,13 @@ SHARDED = {"fsdp": True}
 WHOLE = {"per_device_train_batch_size": 8}
 
 
-class Together:
-    """A process that has everything imported and forks the processes of a job off; see ``parallel_run.py``."""
-
-    def __init__(self) -> None:
-        path = os.pathsep.join([str(ROOT), str(ROOT / "src"), os.environ.get("PYTHONPATH", "")])
-        self.process = subprocess.Popen(
-            [sys.executable, str(Path(__file__).with_name("parallel_run.py"))],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,
-            text=True,
-            env={**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
-        )
+class Together(Forks):
+    """Jobs of several processes; see ``parallel_run.py``."""
 
     def codes(self, out: Path, **job: Any) -> list[int]:
         """Exit codes of a job's processes."""
-        assert self.process.stdin is not None
-        assert self.process.stdout is not None
         out.mkdir(parents=True, exist_ok=True)
-        self.process.stdin.write(json.dumps({"out": str(out), "method": "weightlora+", **job}) + "\n")
-        self.process.stdin.flush()
-        found: list[int] = json.loads(self.process.stdout.readline())
+        found: list[int] = self.ask({"out": str(out), "method": "weightlora+", **job})
         return found
 
     def do(self, out: Path, processes: int = 2, **job: Any) -> Path:
@@ -97,13 +82,9 @@ def same(a: Path, b: Path, tolerance: float) -> None:
 
 @pytest.fixture(scope="module")
 def together() -> Iterator[Together]:
-    made = Together()
-    yield made
-    assert made.process.stdin is not None
-    assert made.process.stdout is not None
-    made.process.stdin.close()
-    assert made.process.wait(timeout=30) == 0
-    made.process.stdout.close()
+    made = Together(Path(__file__).with_name("parallel_run.py"))
+    with made.until_done():
+        yield made
 
 
 @pytest.fixture(scope="module")
