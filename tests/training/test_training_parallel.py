@@ -29,7 +29,7 @@ from weightlora.training import fit
 # float32: a mean over a batch is a mean of means, its last bits differ, and 12 steps of Adam at 1e-2 carry that on.
 FP32 = 1e-5
 # Omega learns at rate 5 and is float32 in every run.
-OMEGA = 1e-4
+OMEGA = 1e-5
 SHARDED = {"fsdp": True}
 WHOLE = {"per_device_train_batch_size": 8}
 
