@@ -241,11 +241,12 @@ def picture(rows: Sequence[dict[str, Any]], found: Sequence[dict[str, Any]], pat
     names = [name for name in dict.fromkeys(one["row"] for one in rows)
              if sum(one["row"] == name for one in rows) == len(tasks)]  # fmt: skip
     figure, (left, right) = pyplot.subplots(1, 2, figsize=(13, 5.2), layout="constrained")
+    colors = matplotlib.colormaps["tab20"]
     for number, name in enumerate(names):
         mine = [one for one in rows if one["row"] == name]
         kept = statistics.mean(statistics.mean(one["kept_activation_bytes"].values()) for one in mine) / 2**20
         score = 100 * statistics.mean(statistics.median(one["scores"].values()) for one in mine)
-        left.scatter(kept, score, marker="osD^v<>PX*"[number % 10], s=60, label=name)
+        left.scatter(kept, score, marker="osD^v<>PX*hd8p"[number % 14], color=colors(number % 20), s=60, label=name)
     left.set(xlabel="kept for backward, MiB (mean over tasks and seeds)",
              ylabel="points (median over seeds, mean over tasks)")  # fmt: skip
     left.legend(fontsize=8)
