@@ -26,6 +26,9 @@ Kill = tuple[str, int, float]  # the label's start, which of those events, secon
 class Killer(Forks):
     """Commands that die at a chosen event; see ``killed_run.py``."""
 
+    def __init__(self) -> None:
+        super().__init__(Path(__file__).with_name("killed_run.py"))
+
     def life(self, out: Path, flags: list[str], kills: list[Kill]) -> list[dict[str, Any]]:
         """Train (and die, and resume) to the end; every process but the last was killed, and that one went well."""
         answer = self.ask({"out": str(out), "train": ["train", *flags, "--out", str(out)], "kills": kills})
@@ -39,7 +42,7 @@ class Killer(Forks):
 
 @pytest.fixture(scope="module")
 def killer() -> Iterator[Killer]:
-    made = Killer(Path(__file__).with_name("killed_run.py"))
+    made = Killer()
     with made.until_done():
         yield made
 

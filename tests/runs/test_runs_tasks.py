@@ -232,12 +232,8 @@ def test_a_file_of_chats_runs_and_its_perplexity_is_true(text_data: Path, tmp_pa
 @pytest.fixture(scope="module")
 def killer() -> Iterator[Killer]:
     made = Killer()
-    yield made
-    assert made.process.stdin is not None
-    made.process.stdin.close()
-    assert made.process.wait(timeout=30) == 0
-    assert made.process.stdout is not None
-    made.process.stdout.close()
+    with made.until_done():
+        yield made
 
 
 @pytest.mark.slow

@@ -37,6 +37,9 @@ WHOLE = {"per_device_train_batch_size": 8}
 class Together(Forks):
     """Jobs of several processes; see ``parallel_run.py``."""
 
+    def __init__(self) -> None:
+        super().__init__(Path(__file__).with_name("parallel_run.py"))
+
     def codes(self, out: Path, **job: Any) -> list[int]:
         """Exit codes of a job's processes."""
         out.mkdir(parents=True, exist_ok=True)
@@ -82,7 +85,7 @@ def same(a: Path, b: Path, tolerance: float) -> None:
 
 @pytest.fixture(scope="module")
 def together() -> Iterator[Together]:
-    made = Together(Path(__file__).with_name("parallel_run.py"))
+    made = Together()
     with made.until_done():
         yield made
 
