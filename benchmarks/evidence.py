@@ -3,8 +3,9 @@
     python benchmarks/evidence.py run --data-dir DATA --tasks sst2,stsb,mrpc
     python benchmarks/evidence.py show
 
-``run`` goes through the stages below, the most telling first; what is finished is not run again, so it can be stopped
-at any time. ``show`` reads what there is, writes ``benchmarks/results/evidence.json`` and prints the tables.
+``run`` goes through the stages below, the most telling first; what is finished, or is in
+``benchmarks/results/evidence.json``, is not run again, so it can be stopped at any time and gone on with elsewhere.
+``show`` adds to that file what there is, draws the picture and prints the tables.
 
 The learning rate of each method is chosen once per task, with K = 10 and rank 8, on a held-out tenth of the training
 rows, and used for all its K and ranks. The scale alpha / r is 4 throughout.
@@ -15,6 +16,7 @@ from __future__ import annotations
 import argparse
 import functools
 import itertools
+import json
 import math
 import statistics
 from collections.abc import Callable, Sequence
@@ -33,6 +35,9 @@ from weightlora.runs.run import RECORD, finished
 matplotlib.use("agg")
 from matplotlib import pyplot
 
+RESULTS = Path(__file__).parent / "results" / "evidence.json"
+CHOSEN_ON = ("sst2", "stsb", "mrpc")
+CONFIRMED_ON = ("qqp", "mnli")  # looked at once, after the rules were settled
 RATES = (3e-3, 1e-3, 3e-4)
 HOLDOUT = 0.1
 SEEDS = (0, 1, 2, 3, 4)
@@ -108,10 +113,29 @@ def rate_of(tried: Callable[[float], float | None]) -> float | None:
     return None if best is None else best[1]
 
 
+Known = dict[tuple[str, str], dict[str, Any]]
+
+
+def known() -> Known:
+    """The result file's rows by task and label, keyed by rate and seed as they were."""
+    if not RESULTS.is_file():
+        return {}
+    rows = json.loads(RESULTS.read_text())["rows"]
+    for one in rows:
+        one["trials"] = {float(rate): score for rate, score in one["trials"].items()}
+        for name in PER_SEED:
+            one[name] = {int(seed): value for seed, value in one[name].items()}
+    return {(one["task"], one["row"]): one for one in rows}
+
+
 def run(args: argparse.Namespace) -> None:
     """Every stage, row, task and seed that is not there yet."""
+    there = known()
 
     def tried(task: str, row: Row, rate: float) -> float:
+        before = there.get((task, label(tuned(row))))
+        if before is not None and rate in before["trials"]:
+            return float(before["trials"][rate])
         (record,) = execute([trial(args, task, row, rate)], quiet=True, say=say)
         return record.score if record.status == "ok" and record.score is not None else -math.inf
 
@@ -119,7 +143,8 @@ def run(args: argparse.Namespace) -> None:
         for row, task in itertools.product(STAGES[stage], args.tasks):
             rate = rate_of(functools.partial(tried, task, row))
             assert rate is not None
-            runs = [config(task, args.data_dir, row, rate, seed) for seed in SEEDS]
+            done = there.get((task, label(row)), {}).get("scores", {})
+            runs = [config(task, args.data_dir, row, rate, seed) for seed in SEEDS if seed not in done]
             execute([job(one, args.out / "runs") for one in runs], quiet=True, say=say)
 
 
@@ -132,30 +157,35 @@ def read(one: Job) -> Record | None:
     return Record.read(one.folder / RECORD) if finished(one.folder) else None
 
 
+PER_SEED = ("scores", "kept", "params", "kept_activation_bytes", "flops_per_step", "seconds_per_step")
+
+
 def collect(args: argparse.Namespace) -> list[dict[str, Any]]:
-    """What there is of every row and task: scores by seed, what was kept, what it cost."""
-    found = []
-    for row, task in itertools.product(dict.fromkeys(itertools.chain(*STAGES.values())), args.tasks):
-        trials = {rate: read(trial(args, task, row, rate)) for rate in RATES}
-        judged = {rate: record.score for rate, record in trials.items() if record is not None}
-        rate = rate_of(judged.get)
+    """What there is of every row and task: scores by seed, what was kept, what it cost; known rows are added to."""
+    there, found = known(), []
+    for row, task in itertools.product(dict.fromkeys(itertools.chain(*STAGES.values())), CHOSEN_ON + CONFIRMED_ON):
+        one = there.get((task, label(row))) or {"task": task, "row": label(row), "trials": {}}
+        tuning = there.get((task, label(tuned(row))), {}).get("trials", {})
+        tries = {rate: record.score for rate in RATES if (record := read(trial(args, task, row, rate))) is not None}
+        one["trials"] = tuning | tries | one["trials"]
+        rate = rate_of(one["trials"].get)
         if rate is None:
             continue
-        runs = {seed: read(job(config(task, args.data_dir, row, rate, seed), args.out / "runs")) for seed in SEEDS}
-        records = {seed: record for seed, record in runs.items() if record is not None}
-        if not records:
-            continue
-        last = {seed: record.phases[-1] for seed, record in records.items()}
-        found.append({
-            "task": task, "row": label(row), "rate": rate, "trials": judged,
-            "scores": {seed: record.score for seed, record in records.items()},
-            "kept": {seed: [adapter.name for adapter in record.kept] for seed, record in records.items()},
-            "params": {seed: (record.budget or {}).get("effective") for seed, record in records.items()},
-            "kept_activation_bytes": {seed: phase.kept_activation_bytes for seed, phase in last.items()},
-            "flops_per_step": {seed: phase.flops_per_step for seed, phase in last.items()},
-            "seconds_per_step": {seed: phase.seconds_per_step for seed, phase in last.items()},
-            "versions": records[min(records)].versions, "machine": records[min(records)].machine,
-        })  # fmt: skip
+        assert one.setdefault("rate", rate) == rate, (one["row"], task)
+        for seed in SEEDS:
+            record = read(job(config(task, args.data_dir, row, rate, seed), args.out / "runs"))
+            if record is None or seed in one.get("scores", {}):
+                continue
+            last = record.phases[-1]
+            values = (record.score, [adapter.name for adapter in record.kept], (record.budget or {}).get("effective"),
+                      last.kept_activation_bytes, last.flops_per_step, last.seconds_per_step)  # fmt: skip
+            for name, value in zip(PER_SEED, values, strict=True):
+                one.setdefault(name, {})[seed] = value
+            ran_with = {"versions": record.versions, "machine": record.machine}
+            if ran_with not in one.setdefault("ran_with", []):
+                one["ran_with"].append(ran_with)
+        if one.get("scores"):
+            found.append(one)
     return found
 
 
@@ -268,19 +298,22 @@ def show(args: argparse.Namespace) -> None:
     if not rows:
         print(f"SKIPPED: no finished runs in {args.out}; make some with `python benchmarks/evidence.py run`")
         return
-    found = [one for pair in pairs() if (one := against(rows, *pair)) is not None]
-    command = "python benchmarks/evidence.py run --data-dir DATA"
-    result = {"benchmark": "evidence", "command": command, "training": TRAINING, "rows": rows, "comparisons": found}
-    write(Path(__file__).parent / "results" / "evidence.json", result)
-    picture(rows, found, Path(__file__).parents[1] / "docs" / "evidence.png")
-    print(tables(rows, found, args.tasks))
+    result: dict[str, Any] = {"benchmark": "evidence", "command": "python benchmarks/evidence.py run --data-dir DATA"}
+    result |= {"training": TRAINING, "rows": rows}
+    for name, tasks in ("comparisons", CHOSEN_ON), ("confirmation", CONFIRMED_ON):
+        mine = [one for one in rows if one["task"] in tasks]
+        found = result[name] = [one for pair in pairs() if (one := against(mine, *pair)) is not None]
+        if name == "comparisons":
+            picture(mine, found, Path(__file__).parents[1] / "docs" / "evidence.png")
+        print(f"\n{name}\n\n{tables(mine, found, list(dict.fromkeys(one['task'] for one in mine)))}")
+    write(RESULTS, result)
 
 
 def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", nargs="?", default="show", choices=("run", "show"))
     parser.add_argument("--data-dir", default="../shared/data")
-    parser.add_argument("--tasks", default="sst2,stsb,mrpc", type=lambda text: text.split(","))
+    parser.add_argument("--tasks", default=",".join(CHOSEN_ON), help="to run", type=lambda text: text.split(","))
     parser.add_argument("--stages", default="", type=lambda text: [s for s in text.split(";") if s], help="a;b")
     parser.add_argument("--out", type=Path, default=Path("runs/evidence"))
     return parser.parse_args(argv)
