@@ -21,7 +21,7 @@ from weightlora.graft.gates import Gates, scalar_products
 from weightlora.graft.levels import operation_costs, placement_costs, reserved
 from weightlora.graft.manifest import MANIFEST, STATE, Manifest, fingerprint, readable
 from weightlora.graft.optimizer import Change, adopt, forget, remap
-from weightlora.graft.quantised import keep_unpacked
+from weightlora.graft.quantised import keep_unpacked, stored
 from weightlora.graft.rebuild import take_over
 from weightlora.graft.saved import Held, Saved
 from weightlora.graft.selection import Choice, Selection, select
@@ -88,6 +88,7 @@ __all__ = [
     "scalar_products",
     "select",
     "stock_path",
+    "stored",
     "take_over",
     "tie",
     "trace",

@@ -235,10 +235,11 @@ def factors(layer: LoraLayer, name: str) -> tuple[nn.Parameter, nn.Parameter]:
 def layer_weights(model: nn.Module, name: str) -> tuple[Tensor, ...]:
     """The frozen weight ``(d_out, d_in)`` under every adapter, in module order; to be read, not written.
 
-    Empty where a quantised layer keeps no tensor of that name.
+    Empty where a quantised layer keeps no tensor of that name (GPTQModel's has something else there).
     """
     bases: list[Any] = [layer.get_base_layer() for _, layer in lora_layers(model, name)]
-    weights = [base.weight.detach() if hasattr(base, "weight") else torch.empty(0) for base in bases]
+    found = [getattr(base, "weight", None) for base in bases]
+    weights = [weight.detach() if isinstance(weight, Tensor) else torch.empty(0) for weight in found]
     return tuple(weight.T if isinstance(base, Conv1D) else weight for base, weight in zip(bases, weights, strict=True))
 
 

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from weightlora.errors import CheckpointError
 from weightlora.files import new_file, write_text
 from weightlora.graft.adapters import Adapter, base_of
+from weightlora.graft.quantised import stored
 from weightlora.graft.selection import Selection
 
 MANIFEST = "weightlora.json"
@@ -143,7 +144,7 @@ def fingerprint(model: nn.Module) -> str:
     for weight in frozen[:: max(1, len(frozen) // SAMPLED_TENSORS)]:
         if weight.is_meta:
             continue
-        flat = weight.detach().reshape(-1)
+        flat = stored(weight.detach())[0].reshape(-1)
         some = flat[:: max(1, flat.numel() // SAMPLED_NUMBERS)][:SAMPLED_NUMBERS]
         digest.update(some.to("cpu", torch.float64).numpy().tobytes())
     return digest.hexdigest()[:32]

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 
 def keep_unpacked(model: nn.Module) -> int:
@@ -34,6 +35,20 @@ def keep_unpacked(model: nn.Module) -> int:
 def holds_more_than_data(model: nn.Module) -> str | None:
     """The name of a parameter that cannot be stood in for by its shape and dtype alone; None if there is none.
 
-    8-bit parameters of bitsandbytes hold codes and scales beside their data.
+    8-bit parameters of bitsandbytes hold codes and scales beside their data, torchao's are made of several tensors.
     """
-    return next((name for name, p in model.named_parameters() if hasattr(p, "SCB")), None)
+    return next((name for name, p in model.named_parameters() if hasattr(p, "SCB") or stored(p)[0] is not p), None)
+
+
+def stored(tensor: Tensor) -> list[Tensor]:
+    """The plain tensors that hold a tensor's numbers: itself, or the parts of one of torchao's.
+
+    >>> import torch
+    >>> x = torch.ones(2)
+    >>> stored(x)[0] is x
+    True
+    """
+    if not is_traceable_wrapper_subclass(tensor):
+        return [tensor]
+    names, _ = tensor.__tensor_flatten__()
+    return [part for name in names for part in stored(getattr(tensor, name))]

@@ -65,7 +65,9 @@ def trace(
     name = adapter_name(model, name)
     odd = holds_more_than_data(model)
     if odd is not None:
-        raise AdapterError(f"what this model keeps cannot be traced without its weights: {odd} is in 8 bits")
+        raise AdapterError(
+            f"what this model keeps cannot be traced without its weights: {odd} is quantised, and more than its data"
+        )
     recorder = _Recorder(model, name)
     parameters, buffers = stand_ins(model)
     recorder.leaves(parameters)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from weightlora.graft import Held, Saved
+from weightlora.graft import Held, Saved, stored
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,12 +60,13 @@ def kept_bytes(model: nn.Module, loss: Callable[[], Tensor]) -> int:
 @contextlib.contextmanager
 def _forward(model: nn.Module, loss: Callable[[], Tensor]) -> Iterator[tuple[int, Tensor]]:
     """Bytes that autograd holds at the end of a forward pass, and the loss; its graph lives as long as the context."""
-    excluded = {t.untyped_storage().data_ptr() for t in (*model.parameters(), *model.buffers())}
+    own = [part for t in (*model.parameters(), *model.buffers()) for part in stored(t)]
+    excluded = {t.untyped_storage().data_ptr() for t in own}
     held: Held[Saved] = Held()
     try:
         with torch.autograd.graph.saved_tensors_hooks(lambda t: held.add(Saved(t)), lambda saved: saved.tensor):
             value = loss()
-        storages = [saved.tensor.untyped_storage() for saved in held]
+        storages = [part.untyped_storage() for saved in held for part in stored(saved.tensor)]
         sizes = {storage.data_ptr(): storage.nbytes() for storage in storages}
         del storages
         yield sum(size for pointer, size in sizes.items() if pointer not in excluded), value
