@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import contextlib
+import os
+import random
 import resource
+import shutil
+import subprocess
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from tests.runs.commands import TINY, read, weightlora
+from tests.runs.commands import TINY, read, tree, weightlora
 
 
 @contextlib.contextmanager
@@ -63,3 +68,96 @@ def test_a_folder_that_cannot_be_made(flags: list[str], tmp_path: Path, capsys: 
         assert len(error) == 1
         assert "give a path that exists, and that you may read or write" in error[0]
     assert (tmp_path / "file").read_text() == "no folder"
+
+
+@pytest.fixture
+def disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of its own with 4 MiB on it; a loud skip where none may be mounted."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    done = mount("-t", "tmpfs", "-o", "size=4m", "tmpfs", str(folder))
+    if done.returncode:
+        pytest.skip(f"NO MOUNTING HERE ({done.stderr.strip()}): a really full disk is not tested")
+    yield folder
+    subprocess.run(["umount", "-l", str(folder)], check=True)
+
+
+def mount(*words: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(["mount", *words], capture_output=True, text=True, check=False)
+
+
+def told(capsys: pytest.CaptureFixture[str]) -> list[str]:
+    """Lines of error that are not progress."""
+    return [line for line in capsys.readouterr().err.strip().splitlines() if ": step " not in line]
+
+
+@pytest.mark.parametrize("free", [0, 40, 400, 1200], ids=lambda k: f"{k}KiB")
+def test_a_disk_that_is_really_full(
+    free: int, disk: Path, flags: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Whatever did not fit, one line says so; with space the run ends with the adapter of one that always had it."""
+    assert weightlora("train", *flags, "--out", tmp_path / "whole") == 0
+    expected = (tmp_path / "whole" / "adapter" / "adapter_model.safetensors").read_bytes()
+    (disk / "others").write_bytes(bytes(os.statvfs(disk).f_bavail * os.statvfs(disk).f_frsize - free * 1024))
+    capsys.readouterr()
+    assert weightlora("train", *flags, "--out", disk / "run") == 1
+    (line,) = told(capsys)
+    assert "free some" in line
+    assert not (disk / "run" / "adapter").exists()
+    assert not [path for path in disk.rglob(".*") if path.suffix != ".lock"]
+    (disk / "others").unlink()
+    again = (
+        ["resume", disk / "run"]
+        if (disk / "run" / "config.json").is_file()
+        else ["train", *flags, "--out", disk / "run"]
+    )
+    assert weightlora(*again) == 0
+    assert (disk / "run" / "adapter" / "adapter_model.safetensors").read_bytes() == expected
+
+
+def test_a_disk_that_may_only_be_read(disk: Path, flags: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert weightlora("train", *flags, "--out", disk / "run") == 0
+    before = tree(disk)
+    assert mount("-o", "remount,ro", str(disk)).returncode == 0
+    for words in (
+        ["train", *flags, "--out", disk / "new"],
+        ["export", disk / "run", "--profile", "portable"],
+        ["compare", "--methods", "lora", *flags, "--out", disk / "many"],
+        ["report", disk / "run", "--out", disk / "page.html"],
+    ):
+        capsys.readouterr()
+        assert weightlora(*words) in (1, 2), words
+        (line,) = told(capsys)
+        assert "Read-only file system" in line, words
+    assert tree(disk) == before
+    # What only reads goes on working.
+    assert weightlora("report", disk / "run", "--out", disk.parent / "page.html") == 0
+
+
+def test_a_clock_that_jumps(flags: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By years, both ways, at every look; and files whose dates say the opposite of their order."""
+    assert weightlora("train", *flags, "--out", tmp_path / "whole") == 0
+    expected = (tmp_path / "whole" / "adapter" / "adapter_model.safetensors").read_bytes()
+    shutil.copytree(tmp_path / "whole", tmp_path / "half")
+    for name in ("adapter", "checkpoints/checkpoint-6"):
+        shutil.rmtree(tmp_path / "half" / name)
+    for path in ("record.json", "weightlora.json", "selection.json"):
+        (tmp_path / "half" / path).unlink()
+    for age, folder in enumerate(sorted((tmp_path / "half" / "checkpoints").iterdir(), reverse=True)):
+        for path in (folder, *folder.iterdir()):
+            os.utime(path, (1e9 + 1e8 * age, 1e9 + 1e8 * age))
+    draw, now = random.Random(0), time.time
+    looks = []
+
+    def jumping() -> float:
+        looks.append(draw.uniform(-1e8, 1e8))
+        return now() + looks[-1]
+
+    monkeypatch.setattr(time, "time", jumping)
+    assert weightlora("train", *flags, "--out", tmp_path / "run") == 0
+    assert weightlora("resume", tmp_path / "half") == 0
+    assert len(looks) > 3
+    for run in ("run", "half"):
+        assert (tmp_path / run / "adapter" / "adapter_model.safetensors").read_bytes() == expected
+    seconds = [phase["seconds"] for phase in read(tmp_path / "run" / "record.json")["phases"]]
+    assert all(0 < number < 300 for number in seconds)
