@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -133,6 +134,13 @@ def batches(size: int = 4, seed: int = 0) -> Iterator[dict[str, Tensor]]:
     """Different batches without end."""
     for index in itertools.count():
         yield batch(size, seed=1000 * (seed + 1) + index)
+
+
+def recomputing(**settings: Any) -> dict[str, Any]:
+    """Arguments of a trainer that checkpoints, by the name that this release of Transformers has for it."""
+    known = {field.name for field in fields(TrainingArguments)}
+    name = next(name for name in ("activation_checkpointing", "gradient_checkpointing") if name in known)
+    return {name: True, **({f"{name}_kwargs": settings} if settings else {})}
 
 
 class Spy(TrainerCallback):

@@ -9,7 +9,7 @@ import torch
 from tests.builders import batch, lora, max_difference, warm
 from torch import Tensor, nn
 
-from weightlora.graft import adapters, disconnect, end_backward_at_lowest
+from weightlora.graft import adapters, checkpoint_blocks, disconnect, end_backward_at_lowest
 
 LAYERS = 4
 families = pytest.mark.parametrize("family", ["bert", "llama", "deberta"])
@@ -47,7 +47,7 @@ def test_input_gradients_go_off_and_stay_off(family: str) -> None:
     model.train()
     hugging = model.base_model.model
     for _ in range(2):  # the second call overwrites the handle of the first hook
-        hugging.activation_checkpointing_enable({"use_reentrant": False})
+        checkpoint_blocks(hugging, {"use_reentrant": False})
         hugging.enable_input_require_grads()
     only_block(model, 2)
     assert forward(model)[1] == [True] * (LAYERS + 1)
@@ -56,8 +56,8 @@ def test_input_gradients_go_off_and_stay_off(family: str) -> None:
     assert forward(model)[1] == lowered
     for again in (hugging.enable_input_require_grads, model.enable_input_require_grads):
         again()
-    hugging.activation_checkpointing_enable({"use_reentrant": False})
-    model.activation_checkpointing_enable({"use_reentrant": False})
+    checkpoint_blocks(hugging, {"use_reentrant": False})
+    checkpoint_blocks(model, {"use_reentrant": False})
     assert forward(model)[1] == lowered
     assert end_backward_at_lowest(model) == 0
 
@@ -69,7 +69,7 @@ def test_gradients_are_those_without_checkpointing(family: str) -> None:
         model = warm(lora(family, LAYERS))
         model.train()
         if recompute:
-            model.base_model.model.activation_checkpointing_enable({"use_reentrant": False})
+            checkpoint_blocks(model.base_model.model, {"use_reentrant": False})
         only_block(model, 1)
         end_backward_at_lowest(model)
         loss, seen = forward(model)

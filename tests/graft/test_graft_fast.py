@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from weightlora.errors import AdapterError, ConfigError
-from weightlora.graft import Gates, disconnect, end_backward_at_lowest
+from weightlora.graft import Gates, checkpoint_blocks, disconnect, end_backward_at_lowest
 from weightlora.graft.adapters import block_of, lora_layers
 from weightlora.graft.fast import LeanVariant, fast_path, stock_path
 from weightlora.training.measure import step_cost
@@ -194,7 +194,7 @@ def test_nothing_below_the_lowest_survivor_is_kept(family: str, checkpointing: b
     config = LoraConfig(r=2, lora_dropout=0.05, target_modules=_targets(family))
     model = get_peft_model(base, config).train()
     if checkpointing:
-        base.activation_checkpointing_enable({"use_reentrant": False})
+        checkpoint_blocks(base, {"use_reentrant": False})
     base.enable_input_require_grads()
     blocks = list((base.model.layers if family == "llama" else base.base_model.encoder.layer).children())
     outputs: list[StorageWeakRef] = []
@@ -230,7 +230,7 @@ def test_checkpointing_draws_the_same_masks_again(family: str, asked: bool) -> N
     for recompute in (False, True):
         model = wrapped(family, dropout=0.3).train()
         if recompute:
-            model.base_model.model.activation_checkpointing_enable({"use_reentrant": False})
+            checkpoint_blocks(model.base_model.model, {"use_reentrant": False})
             if asked:
                 model.base_model.model.enable_input_require_grads()
         fast_path(model, engine_name="autograd")

@@ -12,7 +12,7 @@ from tests.builders import FAMILIES, adapter_state, base, batch, batches, logits
 from torch import Tensor, nn
 
 from weightlora.core import gate_gradient
-from weightlora.graft import Gates, scalar_products
+from weightlora.graft import Gates, checkpoint_blocks, scalar_products
 from weightlora.ops import ENGINES
 
 VALUES = [0.0, 1.0, 0.5, -1.5, 0.0, 2.0]
@@ -127,7 +127,7 @@ def test_gradient_under_checkpointing_is_the_same(engine: str) -> None:
         model = exact(dropout=0.2)
         model.train()
         if recompute:
-            model.activation_checkpointing_enable({"use_reentrant": False})
+            checkpoint_blocks(model, {"use_reentrant": False})
         gates = gated(model, engine, VALUES)
         torch.manual_seed(0)
         model(**batch()).loss.backward()

@@ -16,7 +16,15 @@ from tests.builders import ALL_LINEAR, FAMILIES, QKV, batch, lora
 from torch import Tensor, nn
 
 from weightlora.errors import AdapterError
-from weightlora.graft import ActivationTrace, adapters, disconnect, end_backward_at_lowest, fast_path, trace
+from weightlora.graft import (
+    ActivationTrace,
+    adapters,
+    checkpoint_blocks,
+    disconnect,
+    end_backward_at_lowest,
+    fast_path,
+    trace,
+)
 from weightlora.training.measure import kept_bytes
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -70,7 +78,7 @@ def counted(
     if not stock:
         fast_path(model, engine_name="autograd")
     if checkpointing:
-        model.base_model.model.activation_checkpointing_enable()
+        checkpoint_blocks(model.base_model.model)
         end_backward_at_lowest(model)
     return kept_bytes(model, loss_of(model, rows(), autocast))
 
@@ -166,7 +174,7 @@ def test_the_recomputed_block(family: str) -> None:
 
 def test_nothing_is_drawn_changed_or_left_behind() -> None:
     model = build("deberta")
-    model.base_model.model.activation_checkpointing_enable()
+    checkpoint_blocks(model.base_model.model)
     before, state = torch.get_rng_state(), {k: v.clone() for k, v in model.state_dict().items()}
     hooks = sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules())
     trace(model, loss_of(model, rows()))

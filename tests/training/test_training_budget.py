@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from tests.builders import adapter_state, lora, max_difference, trainer
+from tests.builders import adapter_state, lora, max_difference, recomputing, trainer
 from transformers import Trainer, TrainerCallback
 
 from weightlora.errors import BudgetError, ConfigError, ScheduleError
@@ -254,7 +254,7 @@ def test_a_plain_loop_has_no_batches_to_count_on() -> None:
 
 
 def test_gradient_checkpointing_is_counted(tmp_path: Path) -> None:
-    arguments = {"activation_checkpointing": True, "activation_checkpointing_kwargs": {"use_reentrant": False}}
+    arguments = recomputing(use_reentrant=False)
     plain, _ = whole()
     planned = plan(made(tmp_path, **arguments), WeightLoRA(memory="1TiB"), (None, None)).budget
     assert isinstance(planned, Budget)

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from tests.builders import adapter_state, examples, lora, max_difference, trainer, warm
+from tests.builders import adapter_state, examples, lora, max_difference, recomputing, trainer, warm
 from torch import Tensor
 from torch._dynamo.utils import counters
 from torch.utils.data import IterableDataset
@@ -54,12 +54,11 @@ def made(out: Path, mode: str) -> Trainer:
         each = trainer(out, data=uneven(32), logging_steps=1, train_sampling_strategy="group_by_length")
         each.data_collator = padded
         return each
-    checkpointing = {"activation_checkpointing": True, "activation_checkpointing_kwargs": {"use_reentrant": True}}
     settings: dict[str, dict[str, Any]] = {
         "label_smoothing": {"label_smoothing_factor": 0.2, "gradient_accumulation_steps": 2},
         "eval_on_start": {"eval_on_start": True, "eval_strategy": "steps", "eval_steps": 4},
         "bf16": {"bf16": True},
-        "reentrant": checkpointing,
+        "reentrant": recomputing(use_reentrant=True),
     }
     return trainer(out, logging_steps=1, **settings[mode])
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from tests.builders import FAMILIES, LENGTH, VOCABULARY, lora, trainer
+from tests.builders import FAMILIES, LENGTH, VOCABULARY, lora, recomputing, trainer
 from torch import Tensor
 
 from weightlora.methods import LoRA, MELoRA, Method, Random, WeightLoRA, WeightLoRAPlus
@@ -50,14 +50,13 @@ def test_every_phase_is_predicted(tmp_path: Path, kind: str) -> None:
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_every_family_with_checkpointing(tmp_path: Path, family: str) -> None:
-    made = trainer(tmp_path, lora(family), steps=6, gradient_checkpointing=True)
+    made = trainer(tmp_path, lora(family), steps=6, **recomputing())
     check(fit(made, WeightLoRA(k=2, warmup_steps=3)))
 
 
-@pytest.mark.parametrize("arguments", [{"bf16": True}, {"activation_checkpointing_kwargs": {"use_reentrant": True}}])
+@pytest.mark.parametrize("arguments", [{"bf16": True}, recomputing(use_reentrant=True)])
 def test_arguments_of_the_trainer(tmp_path: Path, arguments: dict[str, Any]) -> None:
-    checkpointing = "bf16" not in arguments
-    made = trainer(tmp_path, lora("llama"), steps=6, gradient_checkpointing=checkpointing, **arguments)
+    made = trainer(tmp_path, lora("llama"), steps=6, **arguments)
     check(fit(made, WeightLoRA(k=2, warmup_steps=3)))
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from peft import get_peft_model
-from tests.builders import FAMILIES, Spy, adapter_state, base, lora, max_difference, trainer, warm
+from tests.builders import FAMILIES, Spy, adapter_state, base, lora, max_difference, recomputing, trainer, warm
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import Trainer, TrainerCallback
@@ -188,9 +188,9 @@ def lowest(selection: Any) -> list[bool]:
 
 CHECKPOINTING = {
     "off": {},
-    "default": {"activation_checkpointing": True},
-    "non-reentrant": {"activation_checkpointing": True, "activation_checkpointing_kwargs": {"use_reentrant": False}},
-    "reentrant": {"activation_checkpointing": True, "activation_checkpointing_kwargs": {"use_reentrant": True}},
+    "default": recomputing(),
+    "non-reentrant": recomputing(use_reentrant=False),
+    "reentrant": recomputing(use_reentrant=True),
 }
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from peft import LoraConfig
-from tests.builders import adapter_state, max_difference
+from tests.builders import adapter_state, max_difference, recomputing
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, PrinterCallback
 
@@ -86,7 +86,7 @@ def expected(names: tuple[str, ...]) -> list[bool]:
 @pytest.mark.parametrize("made", [Top(k=2), WeightLoRA(k=2, warmup_steps=4), WeightLoRAPlus(k=1, warmup_steps=4)])
 def test_the_backward_pass_stops_at_the_lowest_survivor(made: Method, tmp_path: Path) -> None:
     each = sft(tmp_path)
-    assert each.args.activation_checkpointing
+    assert all(getattr(each.args, key) == value for key, value in recomputing().items())  # TRL's default
     with depths(each) as rows:
         result = fit(each, made, measure=False)
     assert result.selection is not None
@@ -110,7 +110,7 @@ def test_warm_up_to_k_equals_n_is_trls_own_training(tmp_path: Path) -> None:
 def test_checkpointing_changes_nothing_after_the_seam(tmp_path: Path) -> None:
     runs = []
     for name, on in (("a", True), ("b", False)):
-        each = sft(tmp_path / name, activation_checkpointing=on)
+        each = sft(tmp_path / name, **dict.fromkeys(recomputing(), on))
         runs.append((fit(each, WeightLoRA(k=2, warmup_steps=4)), each))
     assert runs[0][0].selection == runs[1][0].selection
     assert max_difference(*(adapter_state(each.model) for _, each in runs)) == 0.0

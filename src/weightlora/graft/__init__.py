@@ -14,7 +14,7 @@ from weightlora.graft.adapters import (
     refuse_tied,
 )
 from weightlora.graft.architectures import Blocks, Nest, Offset, Vectors
-from weightlora.graft.depth import end_backward_at_lowest
+from weightlora.graft.depth import checkpoint_blocks, end_backward_at_lowest
 from weightlora.graft.fast import PATHS, PathName, check_path, fast_path, stock_path
 from weightlora.graft.forms import Form, Formed, RankGates
 from weightlora.graft.gates import Gates, scalar_products
@@ -60,6 +60,7 @@ __all__ = [
     "block_of",
     "check_path",
     "check_tuner",
+    "checkpoint_blocks",
     "disconnect",
     "dora_config",
     "end_backward_at_lowest",

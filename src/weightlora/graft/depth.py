@@ -1,4 +1,4 @@
-"""Let the backward pass end at the lowest live adapter, whatever switched input gradients on before."""
+"""How far down the backward pass goes, and what it computes anew: checkpointing, and what that does to the lowest."""
 
 from __future__ import annotations
 
@@ -14,6 +14,21 @@ _HOOK_NAMES = ("make_inputs_require_grad", "make_inputs_require_grads")
 
 def _stay_off() -> None:
     """Stands in for ``enable_input_require_grads``, which nothing needs once checkpointing is non-reentrant."""
+
+
+def checkpoint_blocks(model: nn.Module, settings: dict[str, Any] | None = None, **layers: Any) -> None:
+    """Switch gradient checkpointing on, by the name that the installed release of Transformers has for it.
+
+    Args:
+        model: of Transformers, or PEFT's around one.
+        settings: keyword arguments of ``torch.utils.checkpoint``; default: Transformers' own.
+        layers: ``every_n_layers``, ``offload``: which blocks, and where to; releases that know neither refuse them.
+    """
+    hugging: Any = model
+    if hasattr(hugging, "activation_checkpointing_enable"):
+        hugging.activation_checkpointing_enable(activation_checkpointing_kwargs=settings, **layers)
+    else:
+        hugging.gradient_checkpointing_enable(gradient_checkpointing_kwargs=settings, **layers)
 
 
 def end_backward_at_lowest(model: nn.Module) -> int:

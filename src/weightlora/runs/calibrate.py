@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from weightlora.errors import ConfigError
-from weightlora.graft import fast_path
+from weightlora.graft import checkpoint_blocks, fast_path
 from weightlora.runs.memory import trained
 from weightlora.runs.plan import Planner
 from weightlora.runs.plan_config import PlanConfig, adapted, loss_of
@@ -62,7 +62,7 @@ def calibrate(config: PlanConfig, planner: Planner, device: str, micro_batch: in
         if config.adapter_path != "stock":
             fast_path(model)
         if config.checkpointing:
-            bones.model.activation_checkpointing_enable()
+            checkpoint_blocks(bones.model)
         loss = loss_of(model, batch, config.autocast, device)
         if device == "cuda":
             measured = _peak(model, loss)

@@ -12,7 +12,7 @@ from accelerate.utils import get_int_from_env
 from transformers import Trainer
 
 from weightlora.errors import ConfigError
-from weightlora.graft import ActivationTrace, trace
+from weightlora.graft import ActivationTrace, checkpoint_blocks, trace
 from weightlora.training.measure import StepCost, isolated_rng, step_cost
 
 log = logging.getLogger("weightlora")
@@ -75,11 +75,7 @@ def _checkpoint_as_in_training(trainer: Trainer) -> None:
         return
     settings = dict(getattr(args, "activation_checkpointing_kwargs", None) or args.gradient_checkpointing_kwargs or {})
     layers = {key: settings.pop(key) for key in ("every_n_layers", "offload") if key in settings}
-    enable = getattr(model, "activation_checkpointing_enable", None)
-    if enable is None:  # the name of older releases
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=settings or None)
-    else:
-        enable(activation_checkpointing_kwargs=settings or None, **layers)
+    checkpoint_blocks(model, settings or None, **layers)
 
 
 def use_batch(trainer: Trainer, split: tuple[int, int] | None) -> None:
