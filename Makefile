@@ -14,7 +14,7 @@ PYTEST_FLAGS ?=
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help install demo test lint bench docs clean
+.PHONY: help install demo test compat lint bench docs clean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -29,6 +29,10 @@ demo: $(VENV)/.stamp-demo ## train WeightLoRA on the embedded task (minutes on t
 
 test: $(VENV)/.stamp-test ## run the whole suite, doctests included
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist worksteal $(PYTEST_FLAGS)
+
+compat: ## run the suite with the oldest and the newest PEFT and Transformers that are allowed
+	.ci/compat floor $(PYTEST_FLAGS)
+	.ci/compat ceiling $(PYTEST_FLAGS)
 
 lint: $(VENV)/.stamp-dev ## check style, formatting and types
 	$(BIN)/ruff check .

@@ -13,6 +13,7 @@ from tests.builders import FAMILIES, Spy, adapter_state, base, lora, max_differe
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import Trainer, TrainerCallback
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from weightlora.errors import AdapterError, ConfigError, ScheduleError, WeightLoRAError
 from weightlora.graft import adapters
@@ -206,7 +207,9 @@ def test_gradient_checkpointing_ends_where_it_must(made: Method, kind: str, tmp_
     assert result.selection == wanted.selection
     assert max_difference(adapter_state(model), adapter_state(plain.model)) == 0.0
     seam = result.seam_step or 0
-    assert all(depth.steps[step] == [True] * 4 for step in range(1, seam + 1))
+    # In older releases a block's hooks run inside its reentrant checkpoint, where nothing has a gradient.
+    seen = kind != "reentrant" or "__call__" not in vars(GradientCheckpointingLayer)
+    assert all(depth.steps[step] == [seen] * 4 for step in range(1, seam + 1))
     assert all(depth.steps[step] == lowest(result.selection) for step in range(seam + 1, 13))
     # And in a new process that begins after the seam.
     again = lora(layers=4)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 from collections.abc import Callable, Iterator, Mapping
+from inspect import signature
 from typing import Any
 
 import torch
@@ -23,8 +24,12 @@ def planned_steps(trainer: Trainer) -> int:
     args = trainer.args
     if args.max_steps > 0:
         return int(args.max_steps)
+    count = trainer.set_initial_training_values
+    older = (
+        (trainer.get_total_train_batch_size(args),) if "total_train_batch_size" in signature(count).parameters else ()
+    )
     with isolated_rng():
-        return int(trainer.set_initial_training_values(args, trainer.get_train_dataloader())[-1])
+        return int(count(args, trainer.get_train_dataloader(), *older)[-1])
 
 
 def measure_step(trainer: Trainer) -> StepCost | None:
