@@ -22,7 +22,7 @@ from transformers import (
 
 from weightlora.graft import adapters
 from weightlora.graft.export import export
-from weightlora.methods import WeightLoRA, WeightLoRAPlus
+from weightlora.methods import NoRA, WeightLoRA, WeightLoRAPlus
 from weightlora.training import fit
 
 trl = pytest.importorskip("trl")
@@ -147,6 +147,28 @@ def test_dpo(given: str, tmp_path: Path) -> None:
     stock = PeftModel.from_pretrained(bare(LlamaForCausalLM), tmp_path / "out").eval()
     with torch.no_grad():
         assert torch.allclose(stock(input_ids=ids).logits, mine, atol=1e-5)
+
+
+@pytest.mark.parametrize("given", ["config", "model"])
+def test_dpo_leaves_a_frozen_pair_alone(given: str, tmp_path: Path) -> None:
+    """At every step TRL asks the reference, and PEFT then lets all factors of the policy require gradients."""
+    base, config = bare(LlamaForCausalLM), lora("CAUSAL_LM")
+    each = dpo(tmp_path, base, peft_config=config) if given == "config" else dpo(tmp_path, get_peft_model(base, config))
+    seen: list[dict[str, Tensor]] = []
+
+    class Look(TrainerCallback):
+        def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+            named = each.model.named_parameters()
+            seen.append({k: p.detach().clone() for k, p in named if ".default." in k or k.startswith("form_")})
+
+    each.add_callback(Look())
+    fit(each, NoRA(), measure=False)
+    pairs = [key for key in seen[0] if "lora_" in key]
+    inner = [key for key in seen[0] if key.startswith("form_")]
+    assert (len(pairs), len(inner)) == (12, 12)
+    assert all(torch.equal(seen[0][key], seen[-1][key]) for key in pairs)
+    assert not any(torch.equal(seen[0][key], seen[-1][key]) for key in inner)
+    assert bool(losses(each).isfinite().all())
 
 
 def test_reward(tmp_path: Path) -> None:

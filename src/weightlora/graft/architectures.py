@@ -129,5 +129,7 @@ class Nest(Form):
         return int(self.inner[index][0].shape[0])
 
     def effective(self, index: int, A: Tensor, B: Tensor) -> tuple[Tensor, Tensor]:
+        # Detached, since PEFT lets all factors of an adapter require gradients whenever one is set active or enabled
+        # again, as TRL does at every step to ask a reference.
         inner_A, inner_B = self.inner[index]
-        return inner_A.to(A.dtype) @ A, B @ inner_B.to(B.dtype)
+        return inner_A.to(A.dtype) @ A.detach(), B.detach() @ inner_B.to(B.dtype)
