@@ -19,11 +19,17 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
-from tests.builders import adapter_state, base, batch, lora, trainer
+from peft import LoraConfig, get_peft_model
+from tests.builders import QKV, adapter_state, base, batch, lora, trainer
+from tests.methods.test_methods_battery import LORA, build
+from tests.training.test_training_quantised import quantised
+from tests.training.test_training_trl import GROWN, bare, dpo
+from tests.training.test_training_trl import lora as dpo_lora
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.optimizer import register_optimizer_step_post_hook
 from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import LlamaForCausalLM
 
 import weightlora.report
 import weightlora.runs.run
@@ -31,7 +37,7 @@ import weightlora.tasks  # noqa: F401  # what commands import in time, once for 
 from weightlora.cli.main import main
 from weightlora.errors import WeightLoRAError
 from weightlora.graft import Selection, is_sharded
-from weightlora.methods import Flexora, Full, Method, MiLoRA, WeightLoRA, WeightLoRAPlus
+from weightlora.methods import DoRA, Flexora, Full, Method, MiLoRA, VBLoRA, VeRA, WeightLoRA, WeightLoRAPlus
 from weightlora.training import attach, fit
 
 METHODS: dict[str, Method] = {
@@ -40,8 +46,10 @@ METHODS: dict[str, Method] = {
     "memory": WeightLoRA(memory="1GiB", warmup_steps=5),
     "milora": MiLoRA(),
     "flexora": Flexora(warmup_steps=5, batches=2),  # it looks at rows that no process trains on
-    "full": Full(),
+    **{f"any {name}": build(name, "recommended") for name in LORA},
+    **{f"any {kind.name}": kind() for kind in (Full, DoRA, VeRA, VBLoRA)},
 }
+SHAPES = [(16, 16)] * 6  # of what adapters sit on
 GRACE = 20.0  # seconds that processes may outlive one that failed: they wait for it in vain
 
 
@@ -57,19 +65,38 @@ def die_in_step(number: int) -> None:
     register_optimizer_step_post_hook(stepped)
 
 
+def built(method: Method) -> nn.Module:
+    """What a method trains, without dropout."""
+    plain, config = base("bert", dropout=0.0), LoraConfig(r=4, target_modules=list(QKV["bert"]), task_type="SEQ_CLS")
+    if method.trains == "full":
+        return plain
+    return lora(dropout=0.0) if method.trains == "lora" else get_peft_model(plain, method.peft_config(config, SHAPES))
+
+
+def on_quantised(kind: str, out: Path) -> nn.Module:
+    """LoRA on a base that bitsandbytes has quantised."""
+    base("llama", width=64, dropout=0.0).save_pretrained(out / f"base-{os.environ.get('RANK', '0')}")
+    loaded = quantised(out / f"base-{os.environ.get('RANK', '0')}", kind)
+    config = LoraConfig(r=4, target_modules=["q_proj", "v_proj", "down_proj"], task_type="SEQ_CLS")
+    torch.manual_seed(1)
+    return get_peft_model(loaded, config)
+
+
 def run(job: dict[str, Any]) -> None:
     """One process's part of a fit."""
     method, out = METHODS[job["method"]], Path(job["out"])
-    model = lora(dropout=0.0) if method.uses_adapters else base("bert", dropout=0.0)
-    # 8 rows of 40 are held out by a method that asks for some: 32 are left, which all ways of splitting share evenly.
+    model = on_quantised(job["base"], out) if "base" in job else built(method)
+    # A batch of 4 rows, or two, are held out by a method that asks for some: 32 are left, which all ways of splitting
+    # share evenly.
+    count = 32 + 4 * min(2, method.held_out_batches)
     settings = {"save_strategy": "steps", "save_steps": 4, "per_device_eval_batch_size": 4, **job.get("arguments", {})}
-    made = trainer(out / "run", model, count=40 if method.held_out_batches else 32, **settings)
+    made = trainer(out / "run", model, count=count, **settings)
     rank = made.args.process_index
     result = fit(made, method, resume=job.get("resume", False), measure=False)
     sharded = [is_sharded(p) for p in made.model.parameters() if not p.requires_grad]
     seen = {"processes": made.args.world_size, "step": made.state.global_step, "sharded": all(sharded) and len(sharded)}
     (out / f"seen-{rank}.json").write_text(json.dumps(seen))
-    torch.save(adapter_state(made.model), out / f"adapter-{rank}.pt")
+    torch.save(adapter_state(made.model) or made.model.state_dict(), out / f"adapter-{rank}.pt")
     if result.selection is not None:
         (out / f"selection-{rank}.json").write_text(result.selection.to_json())
 
@@ -94,6 +121,16 @@ def counted(job: dict[str, Any]) -> None:
         register_optimizer_step_post_hook(lambda *_: noted.seen.append(("step", 0)))
         run(job)
     (Path(job["out"]) / f"collectives-{torch.distributed.get_rank()}.json").write_text(json.dumps(noted.seen))
+
+
+def dpo_fit(job: dict[str, Any]) -> None:
+    """TRL's DPO trainer, half a batch on each of two."""
+    out = Path(job["out"])
+    made = dpo(out / "run", bare(LlamaForCausalLM), peft_config=dpo_lora("CAUSAL_LM"), arguments=job["arguments"])
+    selection = fit(made, GROWN, measure=False).selection
+    assert selection is not None
+    (out / f"selection-{made.args.process_index}.json").write_text(selection.to_json())
+    torch.save(adapter_state(made.model), out / f"adapter-{made.args.process_index}.pt")
 
 
 def loop(job: dict[str, Any]) -> None:
@@ -130,7 +167,7 @@ def command(job: dict[str, Any]) -> None:
         os._exit(code)
 
 
-KINDS = {"run": run, "counted": counted, "loop": loop, "command": command}
+KINDS = {"run": run, "counted": counted, "loop": loop, "command": command, "dpo": dpo_fit}
 
 
 def child(job: dict[str, Any], rank: int, port: int) -> NoReturn:

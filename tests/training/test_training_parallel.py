@@ -22,7 +22,7 @@ from torch import Tensor
 
 from weightlora.errors import ConfigError
 from weightlora.graft import Selection
-from weightlora.methods import LoRA
+from weightlora.methods import METHODS, LoRA
 from weightlora.runs.record import Record
 from weightlora.training import fit
 
@@ -52,7 +52,9 @@ class Together(Forks):
         assert codes == [0] * processes, said(out)
         for rank in range(1, processes):
             assert max_difference(adapter(out), adapter(out, rank)) == 0.0
-            assert selection(out) == selection(out, rank)
+            chose = [(out / f"selection-{each}.json").is_file() for each in (0, rank)]
+            assert chose[0] == chose[1]
+            assert not chose[0] or selection(out) == selection(out, rank)
         return out
 
     def refused(self, out: Path, processes: int = 2, **job: Any) -> str:
@@ -107,6 +109,44 @@ def test_two_processes_decide_and_train_as_one(one: Path, two: Path) -> None:
     assert [(s["processes"], s["step"]) for s in seen] == [(1, 12), (2, 12)]
     same(one, two, FP32)
     assert {choice.rank for choice in selection(two).kept} == {12}  # grown
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", METHODS)
+def test_every_method(together: Together, tmp_path: Path, name: str) -> None:
+    """One process is two: with the base in parts where the method can, whole otherwise."""
+    whole_base = METHODS[name].trains != "lora" or name in ("nora", "milora")
+    arguments = {} if whole_base else SHARDED
+    alone = together.do(tmp_path / "one", 1, method=f"any {name}", arguments=WHOLE)
+    two = together.do(tmp_path / "two", method=f"any {name}", arguments=arguments)
+    assert json.loads((two / "seen-0.json").read_text())["sharded"] == (False if whole_base else 41)
+    ends = [{key: t for key, t in adapter(out).items() if "key.bias" not in key} for out in (alone, two)]
+    assert (
+        max_difference(*ends) <= FP32
+    )  # softmax does not see a key's bias: its gradient is rounding, which Adam scales
+    if METHODS[name].trains == "lora":
+        assert selection(alone).names == selection(two).names
+    if whole_base:
+        assert "without FSDP" in (
+            told := together.refused(tmp_path / "no", method=f"any {name}", arguments=SHARDED)
+        ) or ("or by torchrun (DDP)" in told)
+
+
+@pytest.mark.parametrize("kind", ["4bit", "8bit"])
+@pytest.mark.parametrize("sharded", [False, True], ids=["ddp", "fsdp2"])
+def test_a_quantised_base(together: Together, tmp_path: Path, kind: str, sharded: bool) -> None:
+    pytest.importorskip("bitsandbytes", reason="NO BITSANDBYTES: it is not tested with several processes")
+    alone = together.do(tmp_path / "one", 1, base=kind, arguments=WHOLE)
+    two = together.do(tmp_path / "two", base=kind, arguments=SHARDED if sharded else {})
+    same(alone, two, FP32)
+
+
+@pytest.mark.parametrize("sharded", [False, True], ids=["ddp", "fsdp2"])
+def test_trls_dpo(together: Together, tmp_path: Path, sharded: bool) -> None:
+    pytest.importorskip("trl", reason="NO TRL: its trainers are not tested with several processes")
+    alone = together.do(tmp_path / "one", 1, kind="dpo", arguments={"per_device_train_batch_size": 8})
+    two = together.do(tmp_path / "two", kind="dpo", arguments=SHARDED if sharded else {})
+    same(alone, two, FP32)
 
 
 def test_held_out_rows_are_the_same_everywhere(together: Together, tmp_path: Path) -> None:
@@ -212,7 +252,7 @@ def test_the_launcher_asks_for_sharding(together: Together, tmp_path: Path) -> N
 @pytest.mark.parametrize(("config", "method", "message"), [
     ({"cpu_offload": True}, "weightlora+", "FSDP's cpu_offload is not supported"),
     ({"activation_checkpointing": True}, "weightlora+", "use gradient_checkpointing=True instead"),
-    ({}, "full", "full runs on one process, or by torchrun"),
+    ({}, "any full", "full runs on one process, or by torchrun"),
     ({}, "milora", "milora reads the base's weights, which FSDP shards"),
     ({}, "memory", "memory is counted on a whole base, which FSDP shards"),
 ], ids=["offload", "checkpointing", "full", "milora", "budget"])  # fmt: skip
@@ -299,24 +339,26 @@ def test_a_command_that_shares_no_work(together: Together, tmp_path: Path) -> No
     assert not (tmp_path / "out").exists()
 
 
+LAUNCHERS = {
+    "torchrun": ["torch.distributed.run", "--standalone", "--nproc-per-node", "2"],
+    # `--cpu` starts several processes only by MPI; this asks for torchrun's way, and stays on the CPU where no GPU is.
+    "accelerate": ["accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--num_machines", "1",
+                   "--mixed_precision", "no", "--dynamo_backend", "no"],
+}  # fmt: skip
+
+
 @pytest.mark.slow
-def test_torchrun_itself(tmp_path: Path) -> None:
-    """The launcher, nothing forked: as a user starts it."""
-    launch = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        "--nproc-per-node",
-        "2",
-        "-m",
-        "weightlora",
-    ]
+@pytest.mark.parametrize("launcher", LAUNCHERS)
+def test_the_launchers_themselves(launcher: str, tmp_path: Path) -> None:
+    """Nothing forked: as a user starts it."""
+    run = tmp_path / "run"
     path = os.pathsep.join([str(ROOT / "src"), os.environ.get("PYTHONPATH", "")])
     done = subprocess.run(
-        [*launch, "train", *COMMAND, "--out", str(tmp_path / "run")], capture_output=True, text=True, check=False,
-        timeout=280, env={**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
+        [sys.executable, "-m", *LAUNCHERS[launcher], "-m", "weightlora", "train", *COMMAND, "--out", str(run)],
+        capture_output=True, text=True, check=False, timeout=280,
+        env={**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
     assert done.stdout.count("adapters kept: 3 of 12") == 1
-    assert Record.read(tmp_path / "run" / "record.json").status == "ok"
+    assert Record.read(run / "record.json").status == "ok"
+    assert (run / "checkpoints" / "checkpoint-8" / "rng_state_1.pth").is_file()  # there were two

@@ -79,10 +79,10 @@ def trained(each: Any, result: Any, later: Later) -> None:
     assert not any(torch.equal(adapter_state(model)[key], later.state[key]) for key in moving)
 
 
-def dpo(out: Path, model: Any, **more: Any) -> Any:
+def dpo(out: Path, model: Any, *, arguments: Any = None, **more: Any) -> Any:
     made = trl.DPOTrainer(
         model=model,
-        args=trl.DPOConfig(output_dir=str(out), **SETTINGS),
+        args=trl.DPOConfig(output_dir=str(out), **{**SETTINGS, **(arguments or {})}),
         train_dataset=pairs(prompt=True),
         processing_class=tokenizer(),
         **more,
