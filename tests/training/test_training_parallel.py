@@ -332,6 +332,24 @@ def test_two_processes_in_one_run_directory(together: Together, tmp_path: Path) 
     assert max_difference(saved(tmp_path / "sharded"), saved(tmp_path / "whole")) == 0.0
 
 
+def test_a_length_in_epochs_stays_what_it_was(together: Together, tmp_path: Path) -> None:
+    """Two processes would count half as many steps for the same rows, too few for this warm-up."""
+    words = list(COMMAND)
+    words[words.index("--max-steps") : words.index("--max-steps") + 2] = ["--num-train-epochs", "1"]
+    words[words.index("--per-device-train-batch-size") + 1] = "8"
+    for name, more in (("whole", {}), ("killed", {"dies": 7})):
+        out = tmp_path / name
+        train = ["train", *words, "--dropout", "0", "--out", str(out / "run")]
+        codes = together.codes(out, processes=1, kind="command", words=train, **more)
+        assert codes == [-signal.SIGKILL if more else 0], said(out)
+    resume = ["resume", str(tmp_path / "killed" / "run")]
+    assert together.codes(tmp_path / "killed", processes=2, kind="command", words=resume) == [0, 0]
+    assert Record.read(tmp_path / "killed" / "run" / "record.json").max_steps == 8
+    # The model's own dropout draws other numbers from there on; what was decided before stays.
+    chosen = [Selection.load(tmp_path / name / "run" / "selection.json").names for name in ("whole", "killed")]
+    assert chosen[0] == chosen[1]
+
+
 def test_a_command_that_shares_no_work(together: Together, tmp_path: Path) -> None:
     words = ["compare", *COMMAND, "--out", str(tmp_path / "out")]
     assert together.codes(tmp_path, processes=2, kind="command", words=words) == [2, 2]

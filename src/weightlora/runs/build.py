@@ -198,8 +198,12 @@ def check_method(config: RunConfig) -> None:
         chosen.begin(adapters(model), steps)
 
 
-def build(config: RunConfig) -> Parts:
+def build(config: RunConfig, steps: int | None = None) -> Parts:
     """Load and check everything a run needs, without writing anything.
+
+    Args:
+        config: the run.
+        steps: of a run that goes on: how many optimizer steps it began with.
 
     Raises:
         WeightLoRAError: whatever is wrong with task, data, model, targets, method or schedule.
@@ -209,7 +213,8 @@ def build(config: RunConfig) -> Parts:
     args = training_arguments(config, Path("unused"), prepared)
     rows = len(prepared.train)
     held = rows_to_hold_out(rows, chosen.held_out_batches, args.per_device_eval_batch_size)
-    steps = _steps(args, rows - held)
+    counted = _steps(args, rows - held)
+    steps = steps or counted
     if chosen.uses_adapters:
         chosen.begin(adapters(model), steps)
     return Parts(

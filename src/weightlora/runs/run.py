@@ -35,6 +35,7 @@ from weightlora.runs.progress import Progress
 from weightlora.runs.record import AdapterScore, Kept, Phase, Record, collect_versions, machine
 from weightlora.runs.together import follows
 from weightlora.training import FitResult, fit
+from weightlora.training.checkpoint import begun_steps
 from weightlora.training.processes import wait
 
 RECORD = "record.json"
@@ -89,7 +90,7 @@ def resume(folder: Path, *, argv: Sequence[str] = (), quiet: bool = False) -> Re
         sweep(folder, *WRITTEN)  # of a process that was killed after its last word
         raise CheckpointError(f"{folder} holds a finished run; there is nothing to resume (see {folder / RECORD})")
     with alone(folder):
-        parts = build(config)
+        parts = build(config, begun_steps(folder / "checkpoints"))
         sweep(folder, *WRITTEN)
         sweep(folder / "checkpoints", "seam-*")
         return _live(parts, config, folder, resume=True, argv=argv, quiet=quiet)
@@ -246,7 +247,7 @@ def _fitted(
 
 def _follow(config: RunConfig, folder: Path, *, resume: bool, argv: Sequence[str]) -> Record:
     """A process beside the main one: it does its share of the training, and writes nothing."""
-    parts = build(config)
+    parts = build(config, begun_steps(folder / "checkpoints") if resume else None)
     record = _first_record(parts, config, argv)
     wait()  # until the main process has the folder ready
     result, metrics, _ = _fitted(make_trainer(parts, config, folder, []), parts, config, resume)

@@ -53,6 +53,18 @@ def latest(output_dir: Path, *, manifest: bool = True) -> Path | None:
     return ranked[-1] if ranked else None
 
 
+def begun_steps(output_dir: Path) -> int | None:
+    """Optimizer steps, from first to last, of the run whose checkpoints these are; None where none is whole.
+
+    Counted when it began: another number of processes would count the steps of an epoch otherwise.
+    """
+    folder = latest(output_dir, manifest=False)
+    steps = (
+        None if folder is None else json.loads((folder / TRAINER_STATE).read_text(encoding="utf-8")).get("max_steps")
+    )
+    return steps if isinstance(steps, int) and steps > 0 else None
+
+
 def _ranked(output_dir: Path, manifest: bool) -> list[Path]:
     """Whole checkpoints, the furthest last."""
     found = [
