@@ -25,7 +25,7 @@ from torch import Tensor
 from adapter_path import Bench, provenance, write
 from benchlib.shapes import SHAPES, Shape, build, resized
 from memory_vs_adapters import peak
-from weightlora.graft import adapters, end_backward_at_lowest
+from weightlora.graft import adapters, checkpoint_blocks, end_backward_at_lowest
 from weightlora.runs.estimate import Estimate, Phase, Setting, Traced
 from weightlora.training.measure import kept_bytes
 
@@ -70,7 +70,7 @@ def rows(name: str, shape: Shape, args: argparse.Namespace) -> Iterator[dict[str
     for checkpointing in (False, True):
         estimate = Estimate(traced, Setting(checkpointing=checkpointing))
         if checkpointing:
-            base.activation_checkpointing_enable()
+            checkpoint_blocks(base)
             end_backward_at_lowest(bench.model)
         for kind, live in sets(bench).items():
             phase = Phase(name=kind, live=tuple(sorted(index[n] for n in live)))

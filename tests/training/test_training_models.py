@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -45,7 +46,11 @@ def test_other_adapters_are_left_to_the_bit(made: Method, tmp_path: Path) -> Non
         model.set_adapter("default")
         return found
 
-    state, config, want = others(), model.peft_config["other"].to_dict(), answers()
+    def settings() -> dict[str, Any]:
+        # PEFT 0.20 writes down the base's name, an empty one, when it saves.
+        return {**model.peft_config["other"].to_dict(), "base_model_name_or_path": None}
+
+    state, config, want = others(), settings(), answers()
     result = fit(trainer(tmp_path, model, steps=6), made, measure=False)
     assert result.selection is not None
     assert result.selection.k == len(adapters(model)) == 2
@@ -53,7 +58,7 @@ def test_other_adapters_are_left_to_the_bit(made: Method, tmp_path: Path) -> Non
     assert others().keys() == state.keys()
     assert max_difference(others(), state) == 0.0
     assert not any(p.requires_grad for n, p in model.named_parameters() if ".other." in n)
-    assert model.peft_config["other"].to_dict() == config
+    assert settings() == config
     assert torch.equal(answers(), want)
     assert not any(layer.lora_variant for _, layer in lora_layers(model, "other"))
 

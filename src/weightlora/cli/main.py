@@ -82,6 +82,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     Traceback (most recent call last):
     SystemExit: 0
     """
+    # PEFT 0.20 says so of a base that has no name, whenever it is saved.
+    warnings.filterwarnings("ignore", "Could not find a config file in", UserWarning)
     words = arguments.dashed(sys.argv[1:] if argv is None else argv)
     parser, table = build_parser()
     if not words:
