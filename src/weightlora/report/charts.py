@@ -199,7 +199,7 @@ def _curves(
     """Curves against the optimizer step, with the seam marked. A curve: look, name, points, whether to dot them."""
     curves = [curve for curve in curves if curve[2]]
     steps = [x for curve in curves for x, _ in curve[2]]
-    last = max([*steps, (record.max_steps or 0) if record.status == "ok" else 0])
+    last = max([*steps, (record.max_steps or 0) if record.status == "ok" else 0, 1])
     across = Axis(low=0, high=last, start=LEFT, end=WIDTH - RIGHT)
     up = Axis.around([y for curve in curves for _, y in curve[2]], BOTTOM, TOP)
     paths, texts = frame(across, up, across_name="optimizer step", up_name=fitted(unit, 200))
