@@ -270,7 +270,7 @@ def picture(rows: Sequence[dict[str, Any]], found: Sequence[dict[str, Any]], pat
     tasks = list(dict.fromkeys(one["task"] for one in rows))
     names = [name for name in dict.fromkeys(one["row"] for one in rows)
              if sum(one["row"] == name for one in rows) == len(tasks)]  # fmt: skip
-    figure, (left, right) = pyplot.subplots(1, 2, figsize=(13, 5.2), layout="constrained")
+    figure, (left, right) = pyplot.subplots(1, 2, figsize=(13, 7.2), layout="constrained")
     colors = matplotlib.colormaps["tab20"]
     for number, name in enumerate(names):
         mine = [one for one in rows if one["row"] == name]
@@ -279,7 +279,7 @@ def picture(rows: Sequence[dict[str, Any]], found: Sequence[dict[str, Any]], pat
         left.scatter(kept, score, marker="osD^v<>PX*hd8p"[number % 14], color=colors(number % 20), s=60, label=name)
     left.set(xlabel="kept for backward, MiB (mean over tasks and seeds)",
              ylabel="points (median over seeds, mean over tasks)")  # fmt: skip
-    left.legend(fontsize=8)
+    left.legend(fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.12), ncol=2)
     whole = [one for one in found if len(one["tasks"]) == len(tasks)]
     for height, one in enumerate(reversed(whole)):
         mean, low, high = (100 * number for number in one["all"])
@@ -302,6 +302,8 @@ def show(args: argparse.Namespace) -> None:
     result |= {"training": TRAINING, "rows": rows}
     for name, tasks in ("comparisons", CHOSEN_ON), ("confirmation", CONFIRMED_ON):
         mine = [one for one in rows if one["task"] in tasks]
+        if not mine:
+            continue
         found = result[name] = [one for pair in pairs() if (one := against(mine, *pair)) is not None]
         if name == "comparisons":
             picture(mine, found, Path(__file__).parents[1] / "docs" / "evidence.png")

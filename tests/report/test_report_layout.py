@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from weightlora.report.layout import layout
+from weightlora.report.layout import Grid, layout
 from weightlora.runs.record import AdapterScore, Record
 
 
@@ -82,3 +82,9 @@ def test_no_two_adapters_ever_share_a_place(names: list[str], data: st.DataObjec
     places = layout(adapters)
     assert [place.adapter for place in places] == adapters
     assert len({(place.tower, place.block, place.kind) for place in places}) == len(names)
+
+
+def test_a_block_that_is_said_to_be_the_billionth_takes_one_row() -> None:
+    scores = [adapter(f"layer.{block}.q", block, "q") for block in (3, 2**31, 2**62)]
+    assert Grid.of(layout(scores)).rows == {3: 0.0, 2**31: 1.0, 2**62: 2.0}
+    assert Grid.of(layout(scores[:1])).rows == {0: 0.0, 1: 1.0, 2: 2.0, 3: 3.0}

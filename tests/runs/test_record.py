@@ -223,6 +223,7 @@ def test_other_schema_versions_are_refused(version: object) -> None:
         ("metrics", {"accuracy": "high"}, "key 'metrics.accuracy' must be a number, not text"),
         ("metrics", {"accuracy": True}, "key 'metrics.accuracy' must be a number, not true or false"),
         ("metrics", {"accuracy": 10**400}, "key 'metrics.accuracy' is a whole number too large for a float"),
+        ("max_steps", 10**400, "key 'max_steps' is a whole number of 1329 bits; 63 are enough"),
         ("metrics", [], "key 'metrics' must be an object, not a list"),
         ("kept", {}, "key 'kept' must be a list, not an object"),
         ("kept", [1], r"key 'kept\[0\]' must be an object, not a whole number"),

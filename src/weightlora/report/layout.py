@@ -11,6 +11,7 @@ from weightlora.runs.record import AdapterScore
 OTHER = "other"
 """The tower of adapters outside every stack of layers, in a model that has several stacks."""
 GAP = 0.35
+MOST_BLOCKS = 1000
 """The space between towers, and below what lies outside the layers; in columns or rows."""
 
 
@@ -71,8 +72,11 @@ class Grid:
         pairs = dict.fromkeys((place.tower, place.kind) for place in places)
         ordered = sorted(pairs, key=lambda pair: towers.index(pair[0]))  # stable: module order inside a tower
         columns = {pair: index + GAP * towers.index(pair[0]) for index, pair in enumerate(ordered)}
-        blocks = [place.block for place in places if place.block is not None]
-        rows: dict[int | None, float] = {block: float(block) for block in range(max(blocks, default=-1) + 1)}
+        blocks = {place.block for place in places if place.block is not None}
+        last = max(blocks, default=-1)
+        # Blocks without an adapter have their row, too; not so where one is said to be the billionth.
+        shown = range(last + 1) if min(blocks, default=0) >= 0 and last < MOST_BLOCKS else sorted(blocks)
+        rows: dict[int | None, float] = {block: float(row) for row, block in enumerate(shown)}
         if any(place.block is None for place in places):
             rows[None] = len(rows) + GAP * bool(rows)
         return cls(columns=columns, rows=rows)

@@ -343,6 +343,8 @@ def _decode(hint: Any, value: Any, where: str) -> Any:
         raise CheckpointError(f"key '{where}' is {value!r}; allowed are {', '.join(arguments)}")
     if hint is float:
         return _decode_float(value, where)
+    if hint is int and isinstance(value, int) and abs(value) >= 2**63:
+        raise CheckpointError(f"key '{where}' is a whole number of {value.bit_length()} bits; 63 are enough")
     return value if hint is Any or origin is Literal else _expect(hint, value, where)
 
 
