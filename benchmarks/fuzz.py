@@ -25,7 +25,8 @@ import tempfile
 import time
 import traceback
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -81,6 +82,7 @@ class Fuzz:
         self.outcomes: Counter[str] = Counter()
         self.findings: list[dict[str, str]] = []
         self.outside: list[str] = []
+        self.guarding = False
         sys.addaudithook(self.watch)
         self.kinds: dict[str, Callable[[], Any]] = {
             "arguments": self.arguments,
@@ -116,7 +118,7 @@ class Fuzz:
         out, err = io.StringIO(), io.StringIO()
         outcome = "accepted"
         try:
-            with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+            with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err), self.guard():
                 self.kinds[kind]()
         except WeightLoRAError as error:
             outcome = "refused"
@@ -134,9 +136,18 @@ class Fuzz:
             self.outside.clear()
         self.outcomes[f"{kind}: {outcome}"] += 1
 
+    @contextlib.contextmanager
+    def guard(self) -> Iterator[None]:
+        """A hook cannot be taken off again; here it looks."""
+        self.guarding = True
+        try:
+            yield
+        finally:
+            self.guarding = False
+
     def watch(self, event: str, args: tuple[Any, ...]) -> None:
-        """Note what is about to change a file elsewhere."""
-        if event not in CHANGES or not isinstance(args[0], str | bytes | os.PathLike):
+        """Note what is about to change a file elsewhere, and forbid it."""
+        if not self.guarding or event not in CHANGES or not isinstance(args[0], str | bytes | os.PathLike):
             return
         if event == "open" and not args[2] & (os.O_WRONLY | os.O_RDWR | os.O_CREAT):
             return
@@ -145,6 +156,7 @@ class Fuzz:
         path = os.path.abspath(os.fsdecode(args[0]))
         if not path.startswith((str(self.folder), *IGNORED)):
             self.outside.append(f"{event} {path}")
+            raise PermissionError(f"{path}: not in a fuzz run")
 
     def find(self, kind: str, number: int, what: str) -> None:
         """Note a finding; the first two hundred are kept."""
@@ -202,10 +214,8 @@ class Fuzz:
             words.append(self.random.choice(flags))
             if self.random.random() < 0.9:
                 words.append(str(self.random.choice([*VALUES, "sst2", "lora", "weightlora+", "minilm", "0.25", "7"])))
-        if "--json" in words:  # a name of the fuzzer's would be the user's own wish to write there
-            at = words.index("--json")
-            words[at : at + 2] = ["--json", str(self.work / "out.json")]
-        return words
+        # A name of the fuzzer's would be the user's own wish to write there.
+        return [str(self.work / "out.json") if before == "--json" else word for before, word in pairwise(["", *words])]
 
     def arguments(self) -> None:
         from weightlora.cli.main import main
