@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import peft
 import pytest
 import torch
 from peft import PeftModel
@@ -16,7 +17,7 @@ from safetensors.torch import load_file
 from tests.runs.commands import copy_data, read, read_rows, tree, weightlora, write_rows
 from tests.runs.test_runs_killed import Killer, differences, last_checkpoint, outcome
 from tests.tasks.test_tasks_completions import CHATML
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, BartForConditionalGeneration
 
 from weightlora.runs import progress
 from weightlora.tasks import LoadedModel, load_model, text_metrics
@@ -139,6 +140,11 @@ def test_a_summarizers_adapter_is_plain_and_portable(
         "2",
     )
     flags = ("--task", "xsum", "--data-dir", text_data, "--model", "bart-small-shape", *lengths, *SEAM, *COMMON)
+    looked_for = "_prepare_encoder_decoder_kwargs_for_generation"
+    if peft.__version__.startswith("0.20.") and not hasattr(BartForConditionalGeneration, looked_for):
+        assert weightlora("train", *flags, "--out", tmp_path / "run") == 2
+        assert "cannot wrap BartForConditionalGeneration of the installed" in capsys.readouterr().err
+        pytest.skip("PEFT 0.20 WRAPS NO SUMMARIZER of this Transformers: only its refusal was tested")
     record = train(tmp_path / "run", *flags)
     assert (record["metric"], len(record["kept"]), record["n_adapters"]) == ("rouge1", 3, 32)
     config = read(tmp_path / "run" / "adapter" / "adapter_config.json")

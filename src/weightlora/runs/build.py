@@ -157,7 +157,11 @@ def target_shapes(config: RunConfig, loaded: LoadedModel) -> list[tuple[int, int
 
 
 def with_adapters(config: RunConfig, task: Task, loaded: LoadedModel, method: Method, rank: int) -> peft.PeftModel:
-    """A PEFT model with one adapter on each target; heads train and are saved. Drawn from the run's seed."""
+    """A PEFT model with one adapter on each target; heads train and are saved. Drawn from the run's seed.
+
+    Raises:
+        ConfigError: this PEFT cannot wrap that model.
+    """
     from transformers import set_seed
 
     set_seed(config.seed)
@@ -170,7 +174,14 @@ def with_adapters(config: RunConfig, task: Task, loaded: LoadedModel, method: Me
         target_modules=targets(config.targets, loaded),
         modules_to_save=list(loaded.heads),
     )
-    return peft.get_peft_model(loaded.model, method.peft_config(lora, target_shapes(config, loaded)))
+    wanted = method.peft_config(lora, target_shapes(config, loaded))
+    try:
+        return peft.get_peft_model(loaded.model, wanted)
+    except AttributeError as error:  # PEFT 0.20 looks for a method that Transformers 5.18 has renamed
+        kind = type(loaded.model).__name__
+        raise ConfigError(
+            f"PEFT {peft.__version__} cannot wrap {kind} of the installed Transformers: {error}; install peft>=0.21"
+        ) from error
 
 
 def check_shared(config: RunConfig) -> None:
