@@ -17,6 +17,10 @@ LETTER = 6.3  # a wide guess at a letter's width at that size; nobody knows whic
 Point = tuple[float, float]
 
 
+LARGEST = 1e100  # of what is drawn: around larger numbers an axis would have no finite length
+FAR = 1e6  # in units of a picture
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Path:
     """An outline: ``d`` in SVG's own words, a CSS class, and what a reader sees who points at it."""
@@ -76,16 +80,17 @@ class Axis:
 
     @classmethod
     def around(cls, values: Iterable[float], start: float, end: float, *, margin: float = 0.05) -> Axis:
-        """A scale that shows all finite values, with some room around them; 0 to 1 if there are none."""
-        known = [value for value in values if math.isfinite(value)] or [0.0, 1.0]
+        """A scale that shows all values within reason, with some room around them; 0 to 1 if there are none."""
+        known = [value for value in values if abs(value) <= LARGEST] or [0.0, 1.0]
         low, high = min(known), max(known)
         room = (high - low) * margin or abs(high) * 0.1
         room = room if room > 1e-100 else 1.0
         return cls(low=low - room, high=high + room, start=start, end=end)
 
     def at(self, value: float) -> float:
-        """The place of a value."""
-        return self.start + (self.end - self.start) * (value - self.low) / (self.high - self.low)
+        """The place of a value; of one out of all reason, far outside."""
+        place = self.start + (self.end - self.start) * (value - self.low) / (self.high - self.low)
+        return min(max(place, -FAR), FAR)
 
     def ticks(self, most: int = 5, *, whole: bool = False) -> list[tuple[float, str]]:
         """``(place, words)`` of round values, at most ``most`` + 1 of them."""

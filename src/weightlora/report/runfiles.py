@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import re
+import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,6 @@ from weightlora.runs.record import AdapterScore, Kept, Phase, Record
 RECORD = "record.json"
 MANIFEST = "weightlora.json"
 CHECKPOINTS = "checkpoints"
-LARGEST = 1e100  # of a number in a log: an axis around larger ones would have no finite length
 TRAINER_STATE = "trainer_state.json"
 TUNING = "tune"  # where `compare` puts the trials of learning rates; they are no results
 ERROR_LINES = 40
@@ -145,7 +145,7 @@ def _object(path: Path) -> dict[str, Any]:
 
 def _number(value: Any) -> bool:
     # Compared, not converted: a whole number from a file may be too large for a float.
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) <= LARGEST
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
 
 
 def _entries(data: dict[str, Any]) -> Any:
