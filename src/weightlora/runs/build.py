@@ -177,7 +177,10 @@ def with_adapters(config: RunConfig, task: Task, loaded: LoadedModel, method: Me
     wanted = method.peft_config(lora, target_shapes(config, loaded))
     try:
         return peft.get_peft_model(loaded.model, wanted)
-    except AttributeError as error:  # PEFT 0.20 looks for a method that Transformers 5.18 has renamed
+    except AttributeError as error:
+        if "_prepare_encoder_decoder_kwargs_for_generation" not in str(error):
+            raise
+        # PEFT 0.20 looks for a method that Transformers 5.18 no longer has.
         kind = type(loaded.model).__name__
         raise ConfigError(
             f"PEFT {peft.__version__} cannot wrap {kind} of the installed Transformers: {error}; install peft>=0.21"
@@ -224,7 +227,7 @@ def build(config: RunConfig, steps: int | None = None) -> Parts:
     args = training_arguments(config, Path("unused"), prepared)
     rows = len(prepared.train)
     held = rows_to_hold_out(rows, chosen.held_out_batches, args.per_device_eval_batch_size)
-    counted = _steps(args, rows - held)
+    counted = _steps(args, rows - held)  # also where it is known: the processes of a run meet here
     steps = steps or counted
     if chosen.uses_adapters:
         chosen.begin(adapters(model), steps)
