@@ -14,11 +14,9 @@ WIDTH = 360
 FONT = 11
 LETTER = 6.3  # a wide guess at a letter's width at that size; nobody knows which font a reader has
 
-Point = tuple[float, float]
-
-
 LARGEST = 1e100  # of what is drawn: around larger numbers an axis would have no finite length
 FAR = 1e6  # in units of a picture
+Point = tuple[float, float]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
