@@ -121,7 +121,7 @@ def codes(model: nn.Module) -> dict[str, torch.Tensor]:
     """The quantised weights: as stored, or where a tensor calls itself floating, what it stands for."""
     found = {}
     for name, tensor in (*model.named_parameters(), *model.named_buffers()):
-        poses = hasattr(tensor, "tensor_impl") or type(tensor).__module__.startswith("torchao")
+        poses = type(tensor.data).__module__.startswith("torchao")
         if poses or not tensor.is_floating_point():
             stored = tensor.dequantize() if poses else tensor
             found[name.replace(".base_layer", "")] = stored.detach().clone()
