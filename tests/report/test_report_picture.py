@@ -90,5 +90,5 @@ def test_a_plain_picture_looks_the_same() -> None:
 def test_a_number_out_of_all_reason_is_drawn_outside() -> None:
     axis = Axis.around([1.0, 1e308, 2.0, float("inf"), -1e308], 0, 100)
     assert (axis.low, axis.high) == pytest.approx((0.95, 2.05))
-    assert (axis.at(1e308), axis.at(-1e308)) == (1e6, -1e6)
+    assert (axis.at(1e308), axis.at(-1e308), axis.at(10**400)) == (1e6, -1e6, 1e6)
     assert "e" not in line([(axis.at(x), 1.0) for x in (1.0, 1e308, -1e308)])

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 
 from weightlora.report.layout import layout
 from weightlora.report.picture import (
+    LARGEST,
     WIDTH,
     Axis,
     Path,
@@ -187,7 +188,7 @@ def metric_picture(record: Record, log: Log) -> Picture | None:
         and record.max_steps
         and (not taken or taken[-1][0] < record.max_steps)
     ):
-        taken.append((float(record.max_steps), score))
+        taken.append((float(min(record.max_steps, LARGEST)), score))
     if len(taken) < 2:
         return None
     return _curves(record, "metric", "Validation metric", record.metric, [("kept", record.metric, taken, True)])
@@ -200,7 +201,7 @@ def _curves(
     curves = [curve for curve in curves if curve[2]]
     steps = [x for curve in curves for x, _ in curve[2]]
     last = max([*steps, (record.max_steps or 0) if record.status == "ok" else 0, 1])
-    across = Axis(low=0, high=last, start=LEFT, end=WIDTH - RIGHT)
+    across = Axis(low=0, high=min(last, LARGEST), start=LEFT, end=WIDTH - RIGHT)
     up = Axis.around([y for curve in curves for _, y in curve[2]], BOTTOM, TOP)
     paths, texts = frame(across, up, across_name="optimizer step", up_name=fitted(unit, 200))
     seam = record.seam_step

@@ -87,6 +87,7 @@ class Axis:
 
     def at(self, value: float) -> float:
         """The place of a value; of one out of all reason, far outside."""
+        value = min(max(value, -LARGEST), LARGEST)  # a whole number from a file may be too large for a float
         place = self.start + (self.end - self.start) * (value - self.low) / (self.high - self.low)
         return min(max(place, -FAR), FAR)
 

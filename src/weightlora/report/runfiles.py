@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from weightlora.errors import CheckpointError, ConfigError
+from weightlora.errors import CheckpointError, ConfigError, WeightLoRAError
 from weightlora.runs.record import AdapterScore, Kept, Phase, Record
 
 RECORD = "record.json"
@@ -186,9 +186,8 @@ def _completed(record: Record, manifest: dict[str, Any]) -> Record:
                 adapters=tuple(_adapter(choice) for choice in choices),
                 kept=tuple(Kept(name=c["name"], omega=c["omega"], rank=c["rank"]) for c in choices if c["kept"]),
             )
-        whole.to_json()  # which refuses a value of another type than the schema's
-        return whole
-    except (KeyError, TypeError, ValueError, AttributeError):
+        return Record.from_json(whole.to_json())  # which refuses a value of another type than the schema's
+    except (WeightLoRAError, KeyError, TypeError, ValueError, AttributeError):
         return record  # damaged or of another release: what the record says has to do
 
 

@@ -76,6 +76,8 @@ class Phase:
             value = getattr(self, field.name)
             if isinstance(value, (int, float)) and value < 0:
                 raise ConfigError(f"phase {self.name!r}: {field.name} is {value}; it cannot be negative")
+            if isinstance(value, int) and value >= 2**63:  # as in a checkpoint's manifest
+                raise ConfigError(f"phase {self.name!r}: {field.name} has {value.bit_length()} bits; 63 are enough")
 
     @property
     def seconds_per_step(self) -> float | None:
@@ -343,8 +345,6 @@ def _decode(hint: Any, value: Any, where: str) -> Any:
         raise CheckpointError(f"key '{where}' is {value!r}; allowed are {', '.join(arguments)}")
     if hint is float:
         return _decode_float(value, where)
-    if hint is int and isinstance(value, int) and abs(value) >= 2**63:
-        raise CheckpointError(f"key '{where}' is a whole number of {value.bit_length()} bits; 63 are enough")
     return value if hint is Any or origin is Literal else _expect(hint, value, where)
 
 
