@@ -22,6 +22,14 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, BartForConditional
 from weightlora.runs import progress
 from weightlora.tasks import LoadedModel, load_model, text_metrics
 
+# Why this PEFT puts no adapters on BART's summarizer; "" where it does.
+NO_SUMMARIZER = (
+    "PEFT 0.20 WRAPS NO SUMMARIZER of this Transformers: only its refusal is tested"
+    if peft.__version__.startswith("0.20.")
+    and not hasattr(BartForConditionalGeneration, "_prepare_encoder_decoder_kwargs_for_generation")
+    else ""
+)
+
 HEADS = {"squad": "question-answering", "squad_v2": "question-answering", "xsum": "seq2seq-lm"}
 HEADS |= {"cnn_dailymail": "seq2seq-lm"}
 COMMON = ("--max-steps", "6", "--per-device-train-batch-size", "4", "--learning-rate", "5e-3", "--logging-steps", "1")
@@ -140,11 +148,10 @@ def test_a_summarizers_adapter_is_plain_and_portable(
         "2",
     )
     flags = ("--task", "xsum", "--data-dir", text_data, "--model", "bart-small-shape", *lengths, *SEAM, *COMMON)
-    looked_for = "_prepare_encoder_decoder_kwargs_for_generation"
-    if peft.__version__.startswith("0.20.") and not hasattr(BartForConditionalGeneration, looked_for):
+    if NO_SUMMARIZER:
         assert weightlora("train", *flags, "--out", tmp_path / "run") == 2
         assert "cannot wrap BartForConditionalGeneration of the installed" in capsys.readouterr().err
-        pytest.skip("PEFT 0.20 WRAPS NO SUMMARIZER of this Transformers: only its refusal was tested")
+        pytest.skip(NO_SUMMARIZER)
     record = train(tmp_path / "run", *flags)
     assert (record["metric"], len(record["kept"]), record["n_adapters"]) == ("rouge1", 3, 32)
     config = read(tmp_path / "run" / "adapter" / "adapter_config.json")
@@ -250,6 +257,8 @@ def killer() -> Iterator[Killer]:
 def test_killed_before_at_and_after_the_seam_it_ends_the_same(
     killer: Killer, text_data: Path, tmp_path: Path, task: str, shape: str, step: int
 ) -> None:
+    if NO_SUMMARIZER and task == "xsum":
+        pytest.skip(NO_SUMMARIZER)
     flags = ["--task", task, "--data-dir", str(text_data), "--model", shape, "--save-steps", "2", *SEAM, *COMMON]
     flags += ["--warmup-steps", "3", "--max-eval-samples", "4"]
     flags += ["--max-length", "64", *(["--doc-stride", "16"] if task == "squad_v2" else ["--max-target-length", "8"])]
