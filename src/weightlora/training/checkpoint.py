@@ -8,12 +8,12 @@ import logging
 import re
 import shutil
 import zipfile
-from pathlib import Path
+from pathlib import Path, PureWindowsPath
 from typing import Any
 
 import torch
 from torch.serialization import get_unsafe_globals_in_checkpoint
-from transformers import PreTrainedModel, Trainer, TrainerState
+from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainerState
 
 from weightlora.errors import CheckpointError
 from weightlora.files import new_folder, sweep, write_text
@@ -28,6 +28,8 @@ _NUMPY = re.compile(
     r"numpy\.(_core|core)\.multiarray\._reconstruct|numpy\.ndarray|numpy\.dtype|numpy\.dtypes\.UInt32DType"
 )
 _NAME = re.compile(r"^(checkpoint|seam)-(\d+)$")
+_BEST = re.compile(r"checkpoint-\d+")  # as the trainer names its own
+_SHARD = re.compile(r"\w[\w.-]*")
 
 
 def whole(folder: Path, *, manifest: bool = True) -> int | None:
@@ -102,7 +104,7 @@ def damage(folder: Path) -> str | None:
     Files are compared with the checkpoint's own hashes. One without (its process died in the last moment, or an older
     release wrote it) is looked at file by file. No file with code in it is ever loaded.
     """
-    changed = _changed(folder) or _absent(folder)
+    changed = _changed(folder) or _absent(folder) or _elsewhere(folder)
     if changed is not None:
         return changed
     broken = [file.name for file in sorted(folder.glob("*.safetensors")) if not readable(file)]
@@ -136,6 +138,35 @@ def _absent(folder: Path) -> str | None:
         return None
     names = [f"rng_state_{rank}.pth" for rank in range(together)]
     return next((f"{name} is missing" for name in names if not (folder / name).is_file()), None)
+
+
+def _elsewhere(folder: Path) -> str | None:
+    """The first file that names another one, for the trainer to read, and may so lead out of the run's folder."""
+    state = _object(folder / TRAINER_STATE)
+    if state is None:
+        return f"{TRAINER_STATE} is damaged"
+    best, step = state.get("best_model_checkpoint"), state.get("best_global_step")
+    if best is not None and not (isinstance(best, str) and _BEST.fullmatch(PureWindowsPath(best).name)):
+        return f"{TRAINER_STATE} is damaged: best_model_checkpoint {best!r} is no checkpoint"
+    if step is not None and not isinstance(step, int):
+        return f"{TRAINER_STATE} is damaged: best_global_step {step!r} is no number of steps"
+    for file in sorted(folder.glob("*.index.json")):
+        shards = (_object(file) or {}).get("weight_map")
+        if not isinstance(shards, dict):
+            return f"{file.name} is damaged"
+        for shard in shards.values():
+            if not isinstance(shard, str) or not _SHARD.fullmatch(shard):
+                return f"{file.name} is damaged: it names {shard!r}, which is no file beside it"
+    return None
+
+
+def _object(path: Path) -> dict[str, Any] | None:
+    """A JSON file that holds an object, or None."""
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return None
+    return found if isinstance(found, dict) else None
 
 
 def _is_json(path: Path) -> bool:
@@ -212,13 +243,54 @@ def _best(output_dir: Path, manifest: bool) -> tuple[Path | None, dict[Path, str
 def train_on(trainer: Trainer, start: Path | None, until: int) -> dict[str, float]:
     """``trainer.train`` from `start`; if that is at step `until` already, only load: the trainer would do a step too
     many."""
-    if start is None or (whole(start, manifest=False) or 0) < until:
-        return dict(trainer.train(resume_from_checkpoint=None if start is None else str(start)).metrics)
+    if start is None:
+        return dict(trainer.train().metrics)
+    best = best_so_far(start, needed=trainer.args.load_best_model_at_end)
+    if (whole(start, manifest=False) or 0) < until:
+        callback = _BestSoFar(best)
+        trainer.add_callback(callback)
+        try:
+            return dict(trainer.train(resume_from_checkpoint=str(start)).metrics)
+        finally:
+            trainer.remove_callback(callback)
     trainer._load_from_checkpoint(str(start))
     trainer.state = TrainerState.load_from_json(str(start / TRAINER_STATE))
-    if trainer.args.load_best_model_at_end and trainer.state.best_model_checkpoint is not None:
+    trainer.state.best_model_checkpoint = None if best is None else str(best)
+    if trainer.args.load_best_model_at_end and best is not None:
         trainer._load_best_model()
     return {}
+
+
+def best_so_far(start: Path, *, needed: bool) -> Path | None:
+    """The best checkpoint that `start` knows of, looked for beside it by name: a run may have been moved, and what a
+    file says must not lead elsewhere. None where there was none yet, or where it is gone and nobody needs it.
+
+    Raises:
+        CheckpointError: it is needed, to be loaded at the end, and gone or damaged.
+    """
+    named = json.loads((start / TRAINER_STATE).read_text(encoding="utf-8")).get("best_model_checkpoint")
+    if named is None:
+        return None
+    best = start.parent / PureWindowsPath(named).name
+    wrong = damage(best) if best.is_dir() else "it is missing"
+    if wrong is None:
+        return best
+    if needed:
+        raise CheckpointError(
+            f"{best} is the best checkpoint that {start} knows of, to be loaded at the end, and cannot be: {wrong};"
+            " restore it, or resume with load_best_model_at_end=False"
+        )
+    return None
+
+
+class _BestSoFar(TrainerCallback):
+    """Puts the best checkpoint in the place of the one that the trainer read from its state file."""
+
+    def __init__(self, best: Path | None) -> None:
+        self.best = None if best is None else str(best)
+
+    def on_train_begin(self, args: Any, state: TrainerState, control: Any, **_: Any) -> None:
+        state.best_model_checkpoint = self.best
 
 
 def discard_after(output_dir: Path, step: int) -> None:
