@@ -96,6 +96,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--params", default="166k")
     parser.add_argument("--max-steps", default="60")
     parser.add_argument("--max-train-samples", default="4000")
+    parser.add_argument("--max-eval-samples", default="", help="default: the whole validation set")
     parser.add_argument("--name", default="one-budget", help="of the result files")
     parser.add_argument("--out", type=Path, default=Path("runs/one-budget"))
     return parser.parse_args(argv)
@@ -110,6 +111,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         words = ["compare", "--methods", args.methods, "--task", task, "--data-dir", args.data_dir, "--model", "minilm",
                  "--params", args.params, "--seeds", args.seeds, "--max-steps", args.max_steps,
                  "--max-train-samples", args.max_train_samples]  # fmt: skip
+        words += ["--max-eval-samples", args.max_eval_samples] if args.max_eval_samples else []
         words += ["--tune", args.tune] if args.tune else []
         weightlora([*words, "--out", str(args.out / task)])
         found = runs(args.out / task)
