@@ -6,11 +6,13 @@
 
 Runs ``weightlora compare`` per task (what is finished already is not run again) and writes one file per task: each
 seed's score, kept adapters, parameters, and the difference from LoRA on the same seeds with a 95% interval (paired t).
+What the file holds already stays in it, so that methods and seeds can be added: ``--seeds 3,4``.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import shlex
 import statistics
 from collections.abc import Sequence
@@ -23,43 +25,67 @@ from adapter_path import write
 from weightlora.cli.main import main as weightlora
 from weightlora.runs.record import Record
 
-BASE = "lora-recommended"
+SUFFIX = "-recommended"
+BASE = "lora" + SUFFIX
 
 
-def runs(folder: Path) -> dict[str, dict[int, Record]]:
-    """Finished runs by method and seed; tuning runs left out."""
-    found: dict[str, dict[int, Record]] = {}
+Runs = dict[str, dict[int, dict[str, Any]]]  # by method and seed
+PER_SEED = ("score", "kept", "budget", "kept_activation_bytes", "training")
+
+
+def ran(folder: Path) -> Runs:
+    """Finished runs below a folder; tuning runs left out."""
+    found: Runs = {}
     for path in sorted(folder.glob("*/seed-*/record.json")):
         record = Record.read(path)
         if record.status == "ok" and record.score is not None:
-            found.setdefault(path.parent.parent.name, {})[record.seed] = record
+            found.setdefault(path.parent.parent.name, {})[record.seed] = {
+                "score": record.score,
+                "kept": len(record.kept),
+                "budget": record.budget,
+                "kept_activation_bytes": record.phases[-1].kept_activation_bytes,
+                "training": record.config["training"],
+                "ran_with": {"versions": record.versions, "machine": record.machine},
+            }
     return found
 
 
-def _scores(records: dict[int, Record], seeds: Sequence[int]) -> list[float]:
-    return [float(records[seed].score) for seed in seeds]  # type: ignore[arg-type]  # `runs` took those that have one
+def known(path: Path, command: list[str]) -> Runs:
+    """The runs that a result file holds already, made by the same command but for its methods and seeds."""
+    if not path.is_file():
+        return {}
+    content = json.loads(path.read_text())
+    if settings(shlex.split(content["command"])[1:]) != settings(command):
+        raise SystemExit(f"{path} was made by `{content['command']}`; give these runs another --name")
+    return {
+        name: {
+            seed: {key: found[key][place] for key in PER_SEED} | {"ran_with": found["ran_with"][found["with"][place]]}
+            for place, seed in enumerate(found["seeds"])
+        }
+        for name, found in content["rows"].items()
+    }
 
 
-def row(mine: dict[int, Record], base: dict[int, Record]) -> dict[str, Any]:
+def settings(command: list[str]) -> dict[str, str]:
+    """What all runs of a command have in common: its flags but for methods and seeds."""
+    flags = dict(zip(command[1::2], command[2::2], strict=True))
+    return {flag: value for flag, value in flags.items() if flag not in ("--methods", "--seeds")}
+
+
+def row(mine: dict[int, dict[str, Any]], base: dict[int, dict[str, Any]]) -> dict[str, Any]:
     """Scores, and the paired difference from `base` over the seeds that both have."""
     seeds = sorted(mine)
-    last = [mine[seed] for seed in seeds]
-    scores = _scores(mine, seeds)
-    found = {
-        "seeds": seeds,
-        "scores": scores,
-        "mean": statistics.mean(scores),
-        "spread": statistics.stdev(scores) if len(scores) > 1 else None,
-        "kept": [len(record.kept) for record in last],
-        "budget": [record.budget for record in last],
-        "kept_activation_bytes": [record.phases[-1].kept_activation_bytes for record in last],
-        "training": [record.config["training"] for record in last],
-        "versions": last[0].versions,
-        "machine": last[0].machine,
-    }
+    found: dict[str, Any] = {"seeds": seeds} | {key: [mine[seed][key] for seed in seeds] for key in PER_SEED}
+    found |= {"mean": statistics.mean(found["score"]), "spread": None, "ran_with": [], "with": []}
+    if len(seeds) > 1:
+        found["spread"] = statistics.stdev(found["score"])
+    for seed in seeds:
+        if mine[seed]["ran_with"] not in found["ran_with"]:
+            found["ran_with"].append(mine[seed]["ran_with"])
+        found["with"].append(found["ran_with"].index(mine[seed]["ran_with"]))
     both = [seed for seed in seeds if seed in base]
     if base and mine is not base and len(both) > 1:
-        here, there = _scores(mine, both), _scores(base, both)
+        here, there = ([one[seed]["score"] for seed in both] for one in (mine, base))
         low, high = stats.ttest_rel(here, there).confidence_interval(0.95)
         differences = [one - other for one, other in zip(here, there, strict=True)]
         found["from_lora"] = {"mean": statistics.mean(differences), "low": float(low), "high": float(high)}
@@ -82,7 +108,9 @@ def markdown(rows: dict[str, dict[str, Any]]) -> str:
         )
         size = f"{statistics.mean(effective) / 1e3:.0f} k" if all(effective) else "-"
         memory = statistics.mean(found["kept_activation_bytes"]) / 2**20
-        lines.append(f"| `{name}` | {found['mean']:.4f}{spread} | {interval} | {alive} | {size} | {memory:.0f} MiB |")
+        lines.append(
+            f"| `{name.removesuffix(SUFFIX)}` | {found['mean']:.4f}{spread} | {interval} | {alive} | {size} | {memory:.0f} MiB |"
+        )
     return "\n".join(lines)
 
 
@@ -113,12 +141,18 @@ def main(argv: Sequence[str] | None = None) -> None:
                  "--max-train-samples", args.max_train_samples]  # fmt: skip
         words += ["--max-eval-samples", args.max_eval_samples] if args.max_eval_samples else []
         words += ["--tune", args.tune] if args.tune else []
+        shown = ["DATA" if word == args.data_dir else word for word in words]
+        path = Path(__file__).parent / "results" / f"{args.name}-{task}.json"
+        found = known(path, shown)
         weightlora([*words, "--out", str(args.out / task)])
-        found = runs(args.out / task)
+        for name, mine in ran(args.out / task).items():
+            found[name] = found.get(name, {}) | mine
+        shown[shown.index("--seeds") + 1] = ",".join(
+            str(seed) for seed in sorted({s for m in found.values() for s in m})
+        )
+        command = shlex.join(["weightlora", *shown])
         rows = {name: row(mine, found.get(BASE, {})) for name, mine in found.items()}
-        command = shlex.join(["weightlora", *words]).replace(args.data_dir, "DATA")
-        result = {"benchmark": args.name, "command": command, "task": task, "model": "minilm", "rows": rows}
-        write(Path(__file__).parent / "results" / f"{args.name}-{task}.json", result)
+        write(path, {"benchmark": args.name, "command": command, "task": task, "model": "minilm", "rows": rows})
         print(f"\n{task}: `{command}`\n\n{markdown(rows)}\n")
 
 
