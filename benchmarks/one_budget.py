@@ -108,9 +108,8 @@ def markdown(rows: dict[str, dict[str, Any]]) -> str:
         )
         size = f"{statistics.mean(effective) / 1e3:.0f} k" if all(effective) else "-"
         memory = statistics.mean(found["kept_activation_bytes"]) / 2**20
-        lines.append(
-            f"| `{name.removesuffix(SUFFIX)}` | {found['mean']:.4f}{spread} | {interval} | {alive} | {size} | {memory:.0f} MiB |"
-        )
+        score = f"{found['mean']:.4f}{spread}"
+        lines.append(f"| `{name.removesuffix(SUFFIX)}` | {score} | {interval} | {alive} | {size} | {memory:.0f} MiB |")
     return "\n".join(lines)
 
 
