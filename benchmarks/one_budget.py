@@ -118,7 +118,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--data-dir", default="../shared/data")
     parser.add_argument("--tasks", default="sst2,stsb")
     parser.add_argument("--methods", default="all")
-    parser.add_argument("--seeds", default="0,1,2")
+    parser.add_argument("--seeds", default="0,1,2,3,4")
     parser.add_argument("--tune", default="", help="multiples of the default learning rate, chosen on held-out rows")
     parser.add_argument("--params", default="166k")
     parser.add_argument("--max-steps", default="60")
