@@ -1,12 +1,15 @@
 """All methods at one parameter budget on real tasks, each compared with plain LoRA, seed by seed.
 
     python benchmarks/one_budget.py --data-dir DATA
+    python benchmarks/one_budget.py --data-dir DATA --tasks qqp --max-eval-samples 1500
+    python benchmarks/one_budget.py --tasks sst2,stsb,qqp show
     python benchmarks/one_budget.py --data-dir DATA --tasks mrpc --methods lora,weightlora,random,top \\
         --tune 0.3,1,3 --seeds 0,1,2,3,4 --name tuned
 
 Runs ``weightlora compare`` per task (what is finished already is not run again) and writes one file per task: each
 seed's score, kept adapters, parameters, and the difference from LoRA on the same seeds with a 95% interval (paired t).
-What the file holds already stays in it, so that methods and seeds can be added: ``--seeds 3,4``.
+What the file holds already stays in it, so that methods and seeds can be added: ``--seeds 3,4``. ``show`` runs
+nothing: it prints these files, and by how much `weightlora` is ahead of each other method on average over the tasks.
 """
 
 from __future__ import annotations
@@ -22,7 +25,9 @@ from typing import Any
 from scipy import stats
 
 from adapter_path import write
+from evidence import against, points
 from weightlora.cli.main import main as weightlora
+from weightlora.methods import METHODS
 from weightlora.runs.record import Record
 
 SUFFIX = "-recommended"
@@ -95,6 +100,7 @@ def row(mine: dict[int, dict[str, Any]], base: dict[int, dict[str, Any]]) -> dic
 def markdown(rows: dict[str, dict[str, Any]]) -> str:
     """The table of a task, best first."""
     lines = ["| method | score | from LoRA, 95% | alive | parameters in effect | kept |", "|---|---|---|---|---|---|"]
+    most = max(len(found["seeds"]) for found in rows.values())
     for name, found in sorted(rows.items(), key=lambda item: -item[1]["mean"]):
         difference, kept = found.get("from_lora"), found["kept"]
         alive = f"{min(kept)}" if min(kept) == max(kept) else f"{min(kept)}-{max(kept)}"
@@ -108,13 +114,39 @@ def markdown(rows: dict[str, dict[str, Any]]) -> str:
         )
         size = f"{statistics.mean(effective) / 1e3:.0f} k" if all(effective) else "-"
         memory = statistics.mean(found["kept_activation_bytes"]) / 2**20
-        score = f"{found['mean']:.4f}{spread}"
+        fewer = f" ({len(kept)} seeds)" if len(kept) < most else ""
+        score = f"{found['mean']:.4f}{spread}{fewer}"
         lines.append(f"| `{name.removesuffix(SUFFIX)}` | {score} | {interval} | {alive} | {size} | {memory:.0f} MiB |")
     return "\n".join(lines)
 
 
+def result(args: argparse.Namespace, task: str) -> Path:
+    return Path(__file__).parent / "results" / f"{args.name}-{task}.json"
+
+
+def show(args: argparse.Namespace) -> None:
+    """The stored tables, and `weightlora` against each other method over all of these tasks."""
+    rows = []
+    for task in args.tasks.split(","):
+        content = json.loads(result(args, task).read_text())
+        print(f"\n{task}: `{content['command']}`\n\n{markdown(content['rows'])}")
+        for name, found in content["rows"].items():
+            scores = dict(zip(found["seeds"], found["score"], strict=True))
+            rows.append({"task": task, "row": name.removesuffix(SUFFIX), "scores": scores})
+    tasks = list(dict.fromkeys(one["task"] for one in rows))
+    print(
+        "\n| `weightlora` minus | " + " | ".join(tasks) + " | mean of tasks | won |\n" + "|---" * (len(tasks) + 3) + "|"
+    )
+    others = dict.fromkeys(one["row"] for one in rows if one["row"] != "weightlora")
+    found = [one for name in others if (one := against(rows, "weightlora", name)) and len(one["tasks"]) == len(tasks)]
+    for one in sorted(found, key=lambda one: one["all"][0]):
+        cells = [points(one["tasks"][task]) for task in tasks]
+        print(f"| `{one['other']}` | {' | '.join(cells)} | {points(one['all'])} | {one['wins']} of {one['pairs']} |")
+
+
 def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", nargs="?", default="run", choices=("run", "show"))
     parser.add_argument("--data-dir", default="../shared/data")
     parser.add_argument("--tasks", default="sst2,stsb")
     parser.add_argument("--methods", default="all")
@@ -131,6 +163,9 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 def main(argv: Sequence[str] | None = None) -> None:
     args = parse(argv)
+    if args.what == "show":
+        show(args)
+        return
     for task in args.tasks.split(","):
         if not (Path(args.data_dir) / task).is_dir():
             print(f"SKIPPED {task}: {args.data_dir}/{task} is not there; name the folder with --data-dir")
@@ -141,7 +176,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         words += ["--max-eval-samples", args.max_eval_samples] if args.max_eval_samples else []
         words += ["--tune", args.tune] if args.tune else []
         shown = ["DATA" if word == args.data_dir else word for word in words]
-        path = Path(__file__).parent / "results" / f"{args.name}-{task}.json"
+        path = result(args, task)
         found = known(path, shown)
         weightlora([*words, "--out", str(args.out / task)])
         for name, mine in ran(args.out / task).items():
