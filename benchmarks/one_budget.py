@@ -181,9 +181,10 @@ def main(argv: Sequence[str] | None = None) -> None:
         weightlora([*words, "--out", str(args.out / task)])
         for name, mine in ran(args.out / task).items():
             found[name] = found.get(name, {}) | mine
-        shown[shown.index("--seeds") + 1] = ",".join(
-            str(seed) for seed in sorted({s for m in found.values() for s in m})
-        )
+        seeds = sorted({seed for mine in found.values() for seed in mine})
+        names = [name.removesuffix(SUFFIX) for name in found]
+        shown[shown.index("--seeds") + 1] = ",".join(map(str, seeds))
+        shown[shown.index("--methods") + 1] = "all" if set(METHODS) <= set(names) else ",".join(names)
         command = shlex.join(["weightlora", *shown])
         rows = {name: row(mine, found.get(BASE, {})) for name, mine in found.items()}
         write(path, {"benchmark": args.name, "command": command, "task": task, "model": "minilm", "rows": rows})
