@@ -41,12 +41,8 @@ def whole(folder: Path, *, manifest: bool = True) -> int | None:
     found = _NAME.match(folder.name)
     if not found or (manifest and not (folder / MANIFEST).is_file()):
         return None
-    try:
-        state = json.loads((folder / TRAINER_STATE).read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
-        return None
     step = int(found.group(2))
-    return step if isinstance(state, dict) and state.get("global_step") == step else None
+    return step if (_object(folder / TRAINER_STATE) or {}).get("global_step") == step else None
 
 
 def latest(output_dir: Path, *, manifest: bool = True) -> Path | None:
@@ -61,9 +57,7 @@ def begun_steps(output_dir: Path) -> int | None:
     Counted when it began: another number of processes would count the steps of an epoch otherwise.
     """
     folder = latest(output_dir, manifest=False)
-    steps = (
-        None if folder is None else json.loads((folder / TRAINER_STATE).read_text(encoding="utf-8")).get("max_steps")
-    )
+    steps = None if folder is None else (_object(folder / TRAINER_STATE) or {}).get("max_steps")
     return steps if isinstance(steps, int) and steps > 0 else None
 
 
@@ -268,7 +262,7 @@ def best_so_far(start: Path, *, needed: bool) -> Path | None:
     Raises:
         CheckpointError: it is needed, to be loaded at the end, and gone or damaged.
     """
-    named = json.loads((start / TRAINER_STATE).read_text(encoding="utf-8")).get("best_model_checkpoint")
+    named = (_object(start / TRAINER_STATE) or {}).get("best_model_checkpoint")
     if named is None:
         return None
     best = start.parent / PureWindowsPath(named).name
