@@ -128,15 +128,16 @@ def show(args: argparse.Namespace) -> None:
     """The stored tables, and `weightlora` against each other method over all of these tasks."""
     rows = []
     for task in args.tasks.split(","):
+        if not result(args, task).is_file():
+            print(f"SKIPPED {task}: {result(args, task)} is not there; run this script for it first")
+            continue
         content = json.loads(result(args, task).read_text())
         print(f"\n{task}: `{content['command']}`\n\n{markdown(content['rows'])}")
         for name, found in content["rows"].items():
             scores = dict(zip(found["seeds"], found["score"], strict=True))
             rows.append({"task": task, "row": name.removesuffix(SUFFIX), "scores": scores})
     tasks = list(dict.fromkeys(one["task"] for one in rows))
-    print(
-        "\n| `weightlora` minus | " + " | ".join(tasks) + " | mean of tasks | won |\n" + "|---" * (len(tasks) + 3) + "|"
-    )
+    print(f"\n| `weightlora` minus | {' | '.join(tasks)} | mean of tasks | won |\n{'|---' * (len(tasks) + 3)}|")
     others = dict.fromkeys(one["row"] for one in rows if one["row"] != "weightlora")
     found = [one for name in others if (one := against(rows, "weightlora", name)) and len(one["tasks"]) == len(tasks)]
     for one in sorted(found, key=lambda one: one["all"][0]):

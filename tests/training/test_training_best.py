@@ -20,8 +20,6 @@ from weightlora.training.checkpoint import SEAL, damage, resolve, seal
 METHODS: dict[str, Method] = {"weightlora": WeightLoRA(k=2, warmup_steps=3), "lora": LoRA(), "full": Full()}
 EVERY_STEP = {"eval_strategy": "steps", "eval_steps": 1, "save_strategy": "steps", "save_steps": 1,
               "metric_for_best_model": "nearness", "greater_is_better": True}  # fmt: skip
-
-
 BEST = 5
 
 
