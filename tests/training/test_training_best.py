@@ -64,13 +64,18 @@ def say(folder: Path, *, sealed: bool, **entries: Any) -> None:
     seal(folder) if sealed else (folder / SEAL).unlink()
 
 
+def named(best: Path) -> dict[str, Any]:
+    """The best checkpoint by its path alone: from a step the trainer would make the path anew when it saves."""
+    return {"best_model_checkpoint": str(best), "best_global_step": None}
+
+
 @pytest.mark.parametrize("step", [7, 8])
 @pytest.mark.parametrize("name", METHODS)
 def test_a_run_that_was_moved(name: str, step: int, done: Any, tmp_path: Path) -> None:
     """The state still names the old place, which is gone; the best is found in the new one."""
     whole, expected = done[name]
     here = stopped(whole, tmp_path / "moved", step)
-    say(here, sealed=True, best_model_checkpoint=str(tmp_path / "gone" / f"checkpoint-{BEST}"))
+    say(here, sealed=True, **named(tmp_path / "gone" / f"checkpoint-{BEST}"))
     made = run(here.parent, name, resume=True)
     assert made.state.best_model_checkpoint == str(here.parent / f"checkpoint-{BEST}")
     assert max_difference(weights(made), expected) == 0.0
@@ -84,7 +89,7 @@ def test_a_state_that_leads_elsewhere(name: str, step: int, sealed: bool, done: 
     whole, expected = done[name]
     here = stopped(whole, tmp_path / "run", step)
     trap = shutil.copytree(whole / "checkpoint-7", tmp_path / "trap" / f"checkpoint-{BEST}")
-    say(here, sealed=sealed, best_model_checkpoint=str(trap))
+    say(here, sealed=sealed, **named(trap))
     made = run(here.parent, name, resume=True)
     assert max_difference(weights(made), expected) == 0.0
 
