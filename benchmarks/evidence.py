@@ -60,6 +60,7 @@ STAGES: dict[str, list[Row]] = {
     "rules, K=5": [("weightlora", 5, 8, "T=0.05")],
     "growth": [("weightlora+", 10, 8, None), ("weightlora+", 10, 2, None), ("lora", None, 2, None)],
     "K=1": [(name, 1, 8, None) for name in SELECTORS],
+    "equal parameters": [("weightlora", 7, 8, "T=0.05")],
     "more": [("weightlora", 5, 8, "coverage"), ("weightlora:paper", 10, 8, None)],
     "ranks": [(name, k, r, None) for r in (1, 4) for name, k in (("lora", None), ("weightlora+", 10))],
 }
@@ -222,6 +223,7 @@ def pairs() -> list[tuple[str, str]]:
     found = [(f"weightlora, K={k}, r=8", f"{other}, K={k}, r=8") for k in (10, 5, 1) for other in SELECTORS[1:]]
     found += [("weightlora, K=5, r=8", "random, K=10, r=8"), ("weightlora coverage, K=5, r=8", "weightlora, K=5, r=8")]
     found += [(f"weightlora T=0.05, K={k}, r=8", f"{other}, K={k}, r=8") for k in (10, 5) for other in SELECTORS]
+    found += [("weightlora T=0.05, K=7, r=8", f"{other}, K=10, r=8") for other in SELECTORS[1:]]
     found += [("weightlora T=0.05, K=10, r=8", "lora, r=8")]
     found += [("weightlora, K=10, r=8", "weightlora:paper, K=10, r=8"), ("weightlora, K=10, r=8", "lora, r=8")]
     found += [("weightlora, K=10, r=8", "lora, r=2")]
