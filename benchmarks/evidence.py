@@ -51,7 +51,8 @@ TRAINING = {
 }
 SELECTORS = ("weightlora", "random", "top", "gradient")
 
-VARIANTS: dict[str, dict[str, Any]] = {"coverage": {"score": "coverage"}, "T=0.05": {"warmup_steps": 0.05}}
+VARIANTS: dict[str, dict[str, Any]] = {"coverage": {"score": "coverage"}, "T=0.05": {"warmup_steps": 0.05}, "ramp": {}}
+TRAINED: dict[str, dict[str, Any]] = {"ramp": {"warmup_steps": 0.15}}  # the rate rises until T: low while all train
 Row = tuple[str, int | None, int, str | None]  # method or method:preset, K, rank, variant
 STAGES: dict[str, list[Row]] = {
     "K=10": [("lora", None, 8, None), *((name, 10, 8, None) for name in SELECTORS)],
@@ -61,7 +62,10 @@ STAGES: dict[str, list[Row]] = {
     "growth": [("weightlora+", 10, 8, None), ("weightlora+", 10, 2, None), ("lora", None, 2, None)],
     "K=1": [(name, 1, 8, None) for name in SELECTORS],
     "equal parameters": [("weightlora", 7, 8, "T=0.05")],
-    "more": [("weightlora", 5, 8, "coverage"), ("weightlora:paper", 10, 8, None)],
+    "ramp": [(name, 10, 8, "ramp") for name in ("weightlora", "gradient")],
+    "ramp, others": [("lora", None, 8, "ramp"), *((name, 10, 8, "ramp") for name in ("random", "top"))],
+    "paper": [("weightlora:paper", 10, 8, None)],
+    "coverage": [("weightlora", 5, 8, "coverage")],
     "ranks": [(name, k, r, None) for r in (1, 4) for name, k in (("lora", None), ("weightlora+", 10))],
 }
 
@@ -81,7 +85,8 @@ def config(task: str, data_dir: str, row: Row, rate: float, seed: int) -> RunCon
         settings |= VARIANTS[variant]
     return RunConfig(
         task=task, data_dir=data_dir, model="minilm", max_train_samples=6000, r=rank, alpha=4.0 * rank, method=method,
-        preset=preset or "recommended", settings=settings, seed=seed, training={**TRAINING, "learning_rate": rate},
+        preset=preset or "recommended", settings=settings, seed=seed,
+        training={**TRAINING, "learning_rate": rate, **TRAINED.get(variant or "", {})},
     )  # fmt: skip
 
 
@@ -225,6 +230,8 @@ def pairs() -> list[tuple[str, str]]:
     found += [(f"weightlora T=0.05, K={k}, r=8", f"{other}, K={k}, r=8") for k in (10, 5) for other in SELECTORS]
     found += [("weightlora T=0.05, K=7, r=8", f"{other}, K=10, r=8") for other in SELECTORS[1:]]
     found += [("weightlora T=0.05, K=10, r=8", "lora, r=8")]
+    found += [("weightlora ramp, K=10, r=8", other) for other in ("weightlora, K=10, r=8", "lora ramp, r=8")]
+    found += [("weightlora ramp, K=10, r=8", f"{other} ramp, K=10, r=8") for other in SELECTORS[1:]]
     found += [("weightlora, K=10, r=8", "weightlora:paper, K=10, r=8"), ("weightlora, K=10, r=8", "lora, r=8")]
     found += [("weightlora, K=10, r=8", "lora, r=2")]
     return found + [(f"weightlora+, K=10, r={r}", f"lora, r={r}") for r in (8, 4, 2, 1)]
