@@ -51,7 +51,12 @@ TRAINING = {
 }
 SELECTORS = ("weightlora", "random", "top", "gradient")
 
-VARIANTS: dict[str, dict[str, Any]] = {"coverage": {"score": "coverage"}, "T=0.05": {"warmup_steps": 0.05}, "ramp": {}}
+VARIANTS: dict[str, dict[str, Any]] = {
+    "T=0.05": {"warmup_steps": 0.05},
+    "coverage": {"score": "coverage"},
+    "coverage, T=0.05": {"score": "coverage", "warmup_steps": 0.05},
+    "ramp": {},
+}
 TRAINED: dict[str, dict[str, Any]] = {"ramp": {"warmup_steps": 0.15}}  # the rate rises until T: low while all train
 Row = tuple[str, int | None, int, str | None]  # method or method:preset, K, rank, variant
 STAGES: dict[str, list[Row]] = {
@@ -66,6 +71,8 @@ STAGES: dict[str, list[Row]] = {
     "ramp, others": [("lora", None, 8, "ramp"), *((name, 10, 8, "ramp") for name in ("random", "top"))],
     "paper": [("weightlora:paper", 10, 8, None)],
     "coverage": [("weightlora", 5, 8, "coverage")],
+    "coverage, T=0.05, K=5": [("weightlora", 5, 8, "coverage, T=0.05")],
+    "coverage, T=0.05, K=10": [("weightlora", 10, 8, "coverage, T=0.05")],
     "ranks": [(name, k, r, None) for r in (1, 4) for name, k in (("lora", None), ("weightlora+", 10))],
 }
 
@@ -228,11 +235,16 @@ def pairs() -> list[tuple[str, str]]:
     found = [(f"weightlora, K={k}, r=8", f"{other}, K={k}, r=8") for k in (10, 5, 1) for other in SELECTORS[1:]]
     found += [("weightlora, K=5, r=8", "random, K=10, r=8"), ("weightlora coverage, K=5, r=8", "weightlora, K=5, r=8")]
     found += [(f"weightlora T=0.05, K={k}, r=8", f"{other}, K={k}, r=8") for k in (10, 5) for other in SELECTORS]
+    for k in (10, 5):
+        others = "weightlora T=0.05", "weightlora", *SELECTORS[1:]
+        found += [(f"weightlora coverage, T=0.05, K={k}, r=8", f"{other}, K={k}, r=8") for other in others]
+    found += [("weightlora coverage, T=0.05, K=10, r=8", "lora, r=8")]
     found += [("weightlora T=0.05, K=7, r=8", f"{other}, K=10, r=8") for other in SELECTORS[1:]]
     found += [("weightlora T=0.05, K=10, r=8", "lora, r=8")]
     found += [("weightlora ramp, K=10, r=8", other) for other in ("weightlora, K=10, r=8", "lora ramp, r=8")]
     found += [("weightlora ramp, K=10, r=8", f"{other} ramp, K=10, r=8") for other in SELECTORS[1:]]
-    found += [("weightlora, K=10, r=8", "weightlora:paper, K=10, r=8"), ("weightlora, K=10, r=8", "lora, r=8")]
+    found += [("weightlora:paper, K=10, r=8", f"{other}, K=10, r=8") for other in ("weightlora T=0.05", *SELECTORS)]
+    found += [("weightlora:paper, K=10, r=8", "lora, r=8"), ("weightlora, K=10, r=8", "lora, r=8")]
     found += [("weightlora, K=10, r=8", "lora, r=2")]
     return found + [(f"weightlora+, K=10, r={r}", f"lora, r={r}") for r in (8, 4, 2, 1)]
 
@@ -279,7 +291,8 @@ def picture(rows: Sequence[dict[str, Any]], found: Sequence[dict[str, Any]], pat
     tasks = list(dict.fromkeys(one["task"] for one in rows))
     names = [name for name in dict.fromkeys(one["row"] for one in rows)
              if sum(one["row"] == name for one in rows) == len(tasks)]  # fmt: skip
-    figure, (left, right) = pyplot.subplots(1, 2, figsize=(13, 7.2), layout="constrained")
+    whole = [one for one in found if len(one["tasks"]) == len(tasks)]
+    figure, (left, right) = pyplot.subplots(1, 2, figsize=(13, 2 + len(whole) / 5), layout="constrained")
     colors = matplotlib.colormaps["tab20"]
     for number, name in enumerate(names):
         mine = [one for one in rows if one["row"] == name]
@@ -289,7 +302,6 @@ def picture(rows: Sequence[dict[str, Any]], found: Sequence[dict[str, Any]], pat
     left.set(xlabel="kept for backward, MiB (mean over tasks and seeds)",
              ylabel="points (median over seeds, mean over tasks)")  # fmt: skip
     left.legend(fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.12), ncol=2)
-    whole = [one for one in found if len(one["tasks"]) == len(tasks)]
     for height, one in enumerate(reversed(whole)):
         mean, low, high = (100 * number for number in one["all"])
         right.plot([low, high], [height, height], color="tab:blue")
