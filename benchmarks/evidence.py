@@ -301,14 +301,14 @@ def picture(rows: Sequence[dict[str, Any]], found: Sequence[dict[str, Any]], pat
         left.scatter(kept, score, marker="osD^v<>PX*hd8p"[number % 14], color=colors(number % 20), s=60, label=name)
     left.set(xlabel="kept for backward, MiB (mean over tasks and seeds)",
              ylabel="points (median over seeds, mean over tasks)")  # fmt: skip
-    left.legend(fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.12), ncol=2)
+    figure.legend(fontsize=8, loc="outside lower center", ncol=5)
     for height, one in enumerate(reversed(whole)):
         mean, low, high = (100 * number for number in one["all"])
         right.plot([low, high], [height, height], color="tab:blue")
         right.plot(mean, height, "o", color="tab:blue")
     right.set_yticks(range(len(whole)), [f"{one['one']}  minus  {one['other']}" for one in reversed(whole)], fontsize=8)
     right.axvline(0, color="grey", linewidth=0.8)
-    right.set(xlabel="points, mean over tasks, 95% interval over seeds", xlim=(-30, 30))
+    right.set(xlabel="points, mean over tasks, 95% interval over seeds", xlim=(-32, 32))
     figure.savefig(path, dpi=110)
     pyplot.close(figure)
 
