@@ -51,13 +51,12 @@ TRAINING = {
 }
 SELECTORS = ("weightlora", "random", "top", "gradient")
 
-VARIANTS: dict[str, dict[str, Any]] = {
-    "T=0.05": {"warmup_steps": 0.05},
-    "coverage": {"score": "coverage"},
-    "coverage, T=0.05": {"score": "coverage", "warmup_steps": 0.05},
-    "ramp": {},
+VARIANTS: dict[str, dict[str, dict[str, Any]]] = {
+    "T=0.05": {"settings": {"warmup_steps": 0.05}},
+    "coverage": {"settings": {"score": "coverage"}},
+    "coverage, T=0.05": {"settings": {"score": "coverage", "warmup_steps": 0.05}},
+    "ramp": {"training": {"warmup_steps": 0.15}},  # the learning rate rises until T: low while all adapters train
 }
-TRAINED: dict[str, dict[str, Any]] = {"ramp": {"warmup_steps": 0.15}}  # the rate rises until T: low while all train
 Row = tuple[str, int | None, int, str | None]  # method or method:preset, K, rank, variant
 STAGES: dict[str, list[Row]] = {
     "K=10": [("lora", None, 8, None), *((name, 10, 8, None) for name in SELECTORS)],
@@ -87,13 +86,12 @@ def config(task: str, data_dir: str, row: Row, rate: float, seed: int) -> RunCon
     """One run of a row."""
     name, k, rank, variant = row
     method, _, preset = name.partition(":")
-    settings: dict[str, Any] = {} if k is None else {"k": k}
-    if variant:
-        settings |= VARIANTS[variant]
+    change = VARIANTS[variant] if variant else {}
+    settings = ({} if k is None else {"k": k}) | change.get("settings", {})
     return RunConfig(
         task=task, data_dir=data_dir, model="minilm", max_train_samples=6000, r=rank, alpha=4.0 * rank, method=method,
         preset=preset or "recommended", settings=settings, seed=seed,
-        training={**TRAINING, "learning_rate": rate, **TRAINED.get(variant or "", {})},
+        training={**TRAINING, "learning_rate": rate, **change.get("training", {})},
     )  # fmt: skip
 
 
@@ -232,20 +230,19 @@ def against(rows: Sequence[dict[str, Any]], one: str, other: str) -> dict[str, A
 
 def pairs() -> list[tuple[str, str]]:
     """The comparisons that the three questions ask for."""
-    found = [(f"weightlora, K={k}, r=8", f"{other}, K={k}, r=8") for k in (10, 5, 1) for other in SELECTORS[1:]]
-    found += [("weightlora, K=5, r=8", "random, K=10, r=8"), ("weightlora coverage, K=5, r=8", "weightlora, K=5, r=8")]
-    found += [(f"weightlora T=0.05, K={k}, r=8", f"{other}, K={k}, r=8") for k in (10, 5) for other in SELECTORS]
-    for k in (10, 5):
-        others = "weightlora T=0.05", "weightlora", *SELECTORS[1:]
-        found += [(f"weightlora coverage, T=0.05, K={k}, r=8", f"{other}, K={k}, r=8") for other in others]
-    found += [("weightlora coverage, T=0.05, K=10, r=8", "lora, r=8")]
-    found += [("weightlora T=0.05, K=7, r=8", f"{other}, K=10, r=8") for other in SELECTORS[1:]]
-    found += [("weightlora T=0.05, K=10, r=8", "lora, r=8")]
-    found += [("weightlora ramp, K=10, r=8", other) for other in ("weightlora, K=10, r=8", "lora ramp, r=8")]
-    found += [("weightlora ramp, K=10, r=8", f"{other} ramp, K=10, r=8") for other in SELECTORS[1:]]
-    found += [("weightlora:paper, K=10, r=8", f"{other}, K=10, r=8") for other in ("weightlora T=0.05", *SELECTORS)]
-    found += [("weightlora:paper, K=10, r=8", "lora, r=8"), ("weightlora, K=10, r=8", "lora, r=8")]
-    found += [("weightlora, K=10, r=8", "lora, r=2")]
+
+    def over(one: str, k: int, others: Sequence[str], at: int | None = None) -> list[tuple[str, str]]:
+        return [(f"{one}, K={k}, r=8", f"{other}, K={at or k}, r=8") for other in others]
+
+    credit, short, spread, paper = SELECTORS[0], "weightlora T=0.05", "weightlora coverage, T=0.05", "weightlora:paper"
+    rest = SELECTORS[1:]
+    found = over(credit, 10, rest) + over(credit, 5, rest) + over(credit, 1, rest) + over(credit, 5, ["random"], at=10)
+    found += over(short, 10, SELECTORS) + over(short, 5, SELECTORS) + over(short, 7, rest, at=10)
+    found += over(spread, 10, [short, *SELECTORS]) + over(spread, 5, [short, *SELECTORS])
+    found += over("weightlora coverage", 5, [credit]) + over(paper, 10, [short, *SELECTORS])
+    found += over("weightlora ramp", 10, [credit, *(f"{other} ramp" for other in rest)])
+    found += [("weightlora ramp, K=10, r=8", "lora ramp, r=8"), (f"{credit}, K=10, r=8", "lora, r=2")]
+    found += [(f"{one}, K=10, r=8", "lora, r=8") for one in (credit, short, spread, paper)]
     return found + [(f"weightlora+, K=10, r={r}", f"lora, r={r}") for r in (8, 4, 2, 1)]
 
 
