@@ -279,7 +279,8 @@ def tables(rows: Sequence[dict[str, Any]], found: Sequence[dict[str, Any]], task
     for one in found:
         cells = [points(one["tasks"][task]) if task in one["tasks"] else "" for task in tasks]
         name = f"`{one['one']}` - `{one['other']}`"
-        lines.append(f"| {name} | {' | '.join(cells)} | {points(one['all'])} | {one['wins']} of {one['pairs']} |")
+        average = points(one["all"]) if len(one["tasks"]) == len(tasks) else ""
+        lines.append(f"| {name} | {' | '.join(cells)} | {average} | {one['wins']} of {one['pairs']} |")
     return "\n".join(lines)
 
 
