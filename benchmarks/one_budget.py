@@ -4,13 +4,15 @@
     python benchmarks/one_budget.py --data-dir DATA --tasks qqp --max-eval-samples 1500
     python benchmarks/one_budget.py --data-dir DATA --methods weightlora --warmup-steps 0.05 --name one-budget-T5
     python benchmarks/one_budget.py --tasks sst2,stsb,qqp show
+    python benchmarks/one_budget.py --tasks sst2,stsb,qqp --name one-budget-T5 show
     python benchmarks/one_budget.py --data-dir DATA --tasks mrpc --methods lora,weightlora,random,top \\
         --tune 0.3,1,3 --seeds 0,1,2,3,4 --name tuned
 
 Runs ``weightlora compare`` per task (what is finished already is not run again) and writes one file per task: each
 seed's score, kept adapters, parameters, and the difference from LoRA on the same seeds with a 95% interval (paired t).
 What the file holds already stays in it, so that methods and seeds can be added: ``--seeds 3,4``. ``show`` runs
-nothing: it prints these files, and by how much `weightlora` is ahead of each other method on average over the tasks.
+nothing: it prints these files, and by how much `weightlora` is ahead of each other method on average over the tasks;
+with another ``--name`` also of the methods in the first files.
 """
 
 from __future__ import annotations
@@ -33,6 +35,7 @@ from weightlora.runs.record import Record
 
 SUFFIX = "-recommended"
 BASE = "lora" + SUFFIX
+NAME = "one-budget"
 
 
 Runs = dict[str, dict[int, dict[str, Any]]]  # by method and seed
@@ -121,22 +124,34 @@ def markdown(rows: dict[str, dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
-def result(args: argparse.Namespace, task: str) -> Path:
-    return Path(__file__).parent / "results" / f"{args.name}-{task}.json"
+def result(name: str, task: str) -> Path:
+    return Path(__file__).parent / "results" / f"{name}-{task}.json"
+
+
+def scores(task: str, rows: dict[str, dict[str, Any]], of: str = "") -> list[dict[str, Any]]:
+    """What `against` compares: each method's score by seed."""
+    return [
+        {
+            "task": task,
+            "row": name.removesuffix(SUFFIX) + of,
+            "scores": dict(zip(one["seeds"], one["score"], strict=True)),
+        }
+        for name, one in rows.items()
+    ]
 
 
 def show(args: argparse.Namespace) -> None:
     """The stored tables, and `weightlora` against each other method over all of these tasks."""
     rows = []
     for task in args.tasks.split(","):
-        if not result(args, task).is_file():
-            print(f"SKIPPED {task}: {result(args, task)} is not there; run this script for it first")
+        if not result(args.name, task).is_file():
+            print(f"SKIPPED {task}: {result(args.name, task)} is not there; run this script for it first")
             continue
-        content = json.loads(result(args, task).read_text())
+        content = json.loads(result(args.name, task).read_text())
         print(f"\n{task}: `{content['command']}`\n\n{markdown(content['rows'])}")
-        for name, found in content["rows"].items():
-            scores = dict(zip(found["seeds"], found["score"], strict=True))
-            rows.append({"task": task, "row": name.removesuffix(SUFFIX), "scores": scores})
+        rows += scores(task, content["rows"])
+        if args.name != NAME and result(NAME, task).is_file():
+            rows += scores(task, json.loads(result(NAME, task).read_text())["rows"], of=f", {NAME}")
     tasks = list(dict.fromkeys(one["task"] for one in rows))
     print(f"\n| `weightlora` minus | {' | '.join(tasks)} | mean of tasks | won |\n{'|---' * (len(tasks) + 3)}|")
     others = dict.fromkeys(one["row"] for one in rows if one["row"] != "weightlora")
@@ -159,8 +174,8 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--max-train-samples", default="4000")
     parser.add_argument("--max-eval-samples", default="", help="default: the whole validation set")
     parser.add_argument("--warmup-steps", default="", help="T of the methods that have one; default: the method's own")
-    parser.add_argument("--name", default="one-budget", help="of the result files")
-    parser.add_argument("--out", type=Path, default=Path("runs/one-budget"))
+    parser.add_argument("--name", default=NAME, help="of the result files")
+    parser.add_argument("--out", type=Path, default=Path("runs") / NAME)
     return parser.parse_args(argv)
 
 
@@ -180,7 +195,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         words += ["--warmup-steps", args.warmup_steps] if args.warmup_steps else []
         words += ["--tune", args.tune] if args.tune else []
         shown = ["DATA" if word == args.data_dir else word for word in words]
-        path = result(args, task)
+        path = result(args.name, task)
         found = known(path, shown)
         weightlora([*words, "--out", str(args.out / task)])
         for name, mine in ran(args.out / task).items():
