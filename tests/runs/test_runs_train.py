@@ -87,11 +87,19 @@ def predict(model: torch.nn.Module, loaded: LoadedModel, texts: list[list[str]])
         return torch.cat([model(**dict(inputs)).logits for inputs in encoded])
 
 
-def numbers(task: str, logits: Tensor, labels: np.ndarray) -> dict[str, float]:
+def target_spread(folder: Path, task: str, shape: str) -> float:
+    """Standard deviation of the training targets; their root mean square for a head without a bias (Llama's)."""
+    targets = np.array([row["label"] for row in read_rows(folder / task / "train.jsonl")], dtype=float)
+    return float(np.sqrt(np.mean(targets**2)) if shape == "llama-small" else targets.std())
+
+
+def numbers(task: str, logits: Tensor, labels: np.ndarray, spread: float) -> dict[str, float]:
     """Loss and metrics of a task from its logits."""
     if task == "stsb":
         values = logits.squeeze(-1).double().numpy()
-        return {"pearson": pearsonr(values, labels).statistic, "loss": float(np.mean((values - labels) ** 2))}
+        # The loss is in units of the spread of the training targets.
+        loss = float(np.mean((values - labels) ** 2)) / spread**2
+        return {"pearson": pearsonr(values, labels).statistic, "loss": loss}
     loss = torch.nn.functional.cross_entropy(logits.double(), torch.from_numpy(labels)).item()
     classes = logits.argmax(-1).numpy()
     found = {"accuracy": float((classes == labels).mean()), "loss": loss}
@@ -134,7 +142,7 @@ def test_train_leaves_a_true_record_and_a_stock_adapter(
         check_selection(record, run, LINEARS[shape][targets == "attention"], method, k)
         live = PeftModel.from_pretrained(loaded.model, run / "adapter")
     texts, labels = validation(small_data, task)
-    truth = numbers(task, predict(live, loaded, texts), labels)
+    truth = numbers(task, predict(live, loaded, texts), labels, target_spread(small_data, task, shape))
     for name, value in truth.items():
         # The predictions of an untrained model hardly differ, which makes their correlation a delicate number.
         tolerance = 1e-3 if name == "pearson" else 1e-5

@@ -6,12 +6,14 @@ from weightlora.graft.adapters import (
     Adapter,
     adapter_name,
     adapters,
+    base_of,
     block_of,
     has_adapters,
     is_sharded,
     layer_weights,
     parameters,
     refuse_tied,
+    trained_module,
 )
 from weightlora.graft.architectures import Blocks, Nest, Offset, Vectors
 from weightlora.graft.depth import checkpoint_blocks, end_backward_at_lowest
@@ -57,6 +59,7 @@ __all__ = [
     "adapter_name",
     "adapters",
     "adopt",
+    "base_of",
     "block_of",
     "check_path",
     "check_tuner",
@@ -93,6 +96,7 @@ __all__ = [
     "take_over",
     "tie",
     "trace",
+    "trained_module",
     "tuned_layers",
     "tuner_config",
     "tuner_params",

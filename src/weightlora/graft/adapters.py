@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from peft.tuners.lora.layer import Linear, LoraLayer
+from peft.utils.other import ModulesToSaveWrapper
 from torch import Tensor, distributed, nn
 from transformers.pytorch_utils import Conv1D
 
@@ -47,6 +48,16 @@ def base_of(model: nn.Module) -> nn.Module:
     """The module in which adapter names are counted: the base model inside a PeftModel, or the model itself."""
     inner = getattr(getattr(model, "base_model", None), "model", None)
     return inner if isinstance(inner, nn.Module) and hasattr(model, "peft_config") else model
+
+
+def trained_module(model: nn.Module, path: str) -> nn.Module:
+    """The module that computes under a name of the base model: where PEFT trains a copy of it, the active copy."""
+    module = base_of(model)
+    for part in path.split("."):
+        module = module.get_submodule(part)
+        if isinstance(module, ModulesToSaveWrapper):
+            module = module.modules_to_save[module.active_adapters[0]]
+    return module
 
 
 def has_adapters(model: nn.Module) -> bool:

@@ -10,7 +10,7 @@ from typing import Any
 from transformers import Trainer
 
 from weightlora.files import new_folder, write_text
-from weightlora.graft import MANIFEST, Manifest, is_sharded, save_own_format, take_over
+from weightlora.graft import MANIFEST, Manifest, base_of, is_sharded, save_own_format, take_over, trained_module
 from weightlora.graft.export import export
 from weightlora.runs.build import Parts, build
 from weightlora.runs.config import RunConfig
@@ -60,6 +60,14 @@ def write_result(
         data={"phases": [vars(phase) for phase in result.phases], "log": _omega_log(result)},
     )
     write_text(folder / MANIFEST, manifest.to_json())
+
+
+def answer_in_own_units(result: FitResult, parts: Parts) -> None:
+    """Let the judged model of a regression answer in the units of the user's targets, before it is written."""
+    targets = parts.prepared.targets
+    if targets is not None:
+        head: Any = trained_module(result.model, targets.head)
+        targets.fold(head, base_of(result.model).config)
 
 
 def batch_to_compare(trainer: Trainer, parts: Parts) -> dict[str, Any]:

@@ -26,6 +26,7 @@ from weightlora.runs.outcome import (
     ADAPTER,
     MODEL,
     SELECTION,
+    answer_in_own_units,
     batch_to_compare,
     evaluate,
     on_whole_base,
@@ -242,7 +243,9 @@ def _fitted(
         log_omegas="all",
         adapter_path=config.adapter_path,  # type: ignore[arg-type]  # checked by the configuration
     )
-    return result, evaluate(trainer), batch_to_compare(trainer, parts)
+    metrics = evaluate(trainer)
+    answer_in_own_units(result, parts)
+    return result, metrics, batch_to_compare(trainer, parts)
 
 
 def _follow(config: RunConfig, folder: Path, *, resume: bool, argv: Sequence[str]) -> Record:

@@ -45,7 +45,11 @@ def _export(config: RunConfig, folder: Path, out: Path, profile: str, overwrite:
             f"{folder / ADAPTER} is an adapter in PEFT's own format: {config.method} is no plain LoRA, so no profile"
             " can hold it; open it with peft.PeftModel.from_pretrained"
         )
-    loaded = base_model(config, read_task(config))
+    task = read_task(config)
+    loaded = base_model(config, task)
+    targets = task.targets(loaded)
+    if targets is not None:
+        targets.announce(loaded.model.config, folded=True)  # the run folded it into the head that it saved
     model = PeftModel.from_pretrained(loaded.model, folder / ADAPTER)
     model.eval()
     return export(_Finished(model, Selection.load(folder / SELECTION)), out, profile, overwrite=overwrite, about=about)

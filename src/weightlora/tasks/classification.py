@@ -17,6 +17,7 @@ from weightlora.tasks.files import load_files
 from weightlora.tasks.glue import GLUE, load_glue
 from weightlora.tasks.models import LoadedModel
 from weightlora.tasks.sources import DEFAULT_HOLDOUT
+from weightlora.tasks.targets import Targets
 from weightlora.tasks.task import Head, Prepared, Task
 
 CLASSIFICATIONS = (*GLUE, "docstrings", "files")
@@ -64,13 +65,23 @@ class Classification(Task):
         return {"head": self.head, **labels}
 
     def prepare(self, loaded: LoadedModel, max_length: int) -> Prepared:
-        train, validation = tokenize(self, loaded.tokenizer, max_length)
+        targets = self.targets(loaded)
+        if targets is not None:
+            targets.announce(loaded.model.config)
+        train, validation = tokenize(self, loaded.tokenizer, max_length, targets)
         return Prepared(
             train=train,
             validation=validation,
             collator=DataCollatorWithPadding(loaded.tokenizer),
-            compute_metrics=self.compute_metrics,
+            compute_metrics=self.compute_metrics if targets is None else targets.judge(self.compute_metrics),
+            targets=targets,
         )
+
+    def targets(self, loaded: LoadedModel) -> Targets | None:
+        if not self.is_regression or loaded.answer_layer is None:
+            return None
+        layer: Any = loaded.model.get_submodule(loaded.answer_layer)
+        return Targets.of(self.train[self.label_column], loaded.answer_layer, bias=layer.bias is not None)
 
     @property
     def num_labels(self) -> int:
@@ -201,7 +212,7 @@ def _hold_out(
 
 
 def tokenize(
-    task: Classification, tokenizer: PreTrainedTokenizerBase, max_length: int = 128
+    task: Classification, tokenizer: PreTrainedTokenizerBase, max_length: int = 128, targets: Targets | None = None
 ) -> tuple[Dataset, Dataset]:
     """Turn both splits into token ids, without padding (leave that to ``DataCollatorWithPadding``).
 
@@ -209,6 +220,7 @@ def tokenize(
         task: what to tokenize.
         tokenizer: a tokenizer; pairs are cut longest first.
         max_length: the most tokens per row, special tokens included; never more than the tokenizer's own limit.
+        targets: of a regression, to standardise its labels; None leaves them as they are.
 
     Returns:
         Training and validation rows in memory: ``input_ids``, ``attention_mask``, ``token_type_ids`` if the tokenizer
@@ -230,5 +242,7 @@ def tokenize(
         features = Features(
             {name: Sequence(Value("int32" if name == "input_ids" else "int8")) for name in columns} | {"labels": label}
         )
-        tokenized.append(Dataset.from_dict({**columns, "labels": list(split[task.label_column])}, features=features))
+        labels = list(split[task.label_column])
+        labels = labels if targets is None else targets.standard(labels)
+        tokenized.append(Dataset.from_dict({**columns, "labels": labels}, features=features))
     return tokenized[0], tokenized[1]

@@ -71,6 +71,7 @@ class LoadedModel:
         heads: modules outside the pretrained backbone, or missing from its checkpoint: they train and are saved.
         attention_targets: last names of the query, key and value projections.
         linear_targets: full names of every linear layer in the backbone's blocks, in model order.
+        answer_layer: full name of the linear layer that gives a classifier's logits; None for other models.
     """
 
     model: PreTrainedModel
@@ -79,6 +80,7 @@ class LoadedModel:
     heads: tuple[str, ...]
     attention_targets: tuple[str, ...]
     linear_targets: tuple[str, ...]
+    answer_layer: str | None = None
 
 
 def load_model(
@@ -126,13 +128,15 @@ def load_model(
         model.accepts_loss_kwargs = False  # type: ignore[assignment]
     every_linear = linear_targets(model)
     last_names = frozenset(target.rsplit(".", 1)[-1] for target in every_linear)
+    heads = find_heads(name, head, model, missing)
     return LoadedModel(
         model=model.train(),
         tokenizer=tokenizer,
         name=name,
-        heads=find_heads(name, head, model, missing),
+        heads=heads,
         attention_targets=tuple(last for last in ATTENTION_NAMES if last in last_names),
         linear_targets=every_linear,
+        answer_layer=_answer_layer(model, heads) if head == CLASSIFICATION else None,
     )
 
 
@@ -293,6 +297,18 @@ def find_heads(name: str, head: Head, model: PreTrainedModel, missing: set[str])
             raise ConfigError(f"model {name!r}: its checkpoint lacks {key!r}; it does not fit {type(model).__name__}")
         inside[".".join(parts[:2])] = None
     return (*inside, *heads)
+
+
+def _answer_layer(model: PreTrainedModel, heads: tuple[str, ...]) -> str | None:
+    """The last linear layer of the heads that has an output per label."""
+    inside = [
+        name
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear)
+        and module.out_features == model.config.num_labels
+        and any(name == head or name.startswith(f"{head}.") for head in heads)
+    ]
+    return inside[-1] if inside else None
 
 
 def _has_weights(module: nn.Module) -> bool:

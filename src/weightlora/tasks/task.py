@@ -13,6 +13,7 @@ from transformers import Trainer
 
 from weightlora.errors import DataError
 from weightlora.tasks.metrics import Metric
+from weightlora.tasks.targets import Targets
 
 if TYPE_CHECKING:
     from weightlora.tasks.models import LoadedModel
@@ -34,6 +35,8 @@ class Prepared:
         ordered: whether ``compute_metrics`` takes predictions by their place: row i of the validation rows.
         trainer: the trainer's class.
         training: training arguments whose defaults differ for this task.
+        targets: of a regression, whose labels are standardised: once the model is judged, ``targets.fold`` makes its
+            head answer in the user's units. None for every other task.
     """
 
     train: Dataset
@@ -44,6 +47,7 @@ class Prepared:
     ordered: bool = False
     trainer: type[Trainer] = Trainer
     training: Mapping[str, Any] = field(default_factory=dict)
+    targets: Targets | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,6 +89,10 @@ class Task(ABC):
     def model_settings(self) -> dict[str, Any]:
         """What :func:`weightlora.tasks.load_model` must know to load a model for this task."""
         return {"head": self.head}
+
+    def targets(self, loaded: LoadedModel) -> Targets | None:
+        """How this task standardises its targets for a model; None where it has no regression targets."""
+        return None
 
     @abstractmethod
     def prepare(self, loaded: LoadedModel, max_length: int) -> Prepared:
