@@ -97,7 +97,6 @@ def test_small_keeps_the_share_of_adapters(tmp_path: Path) -> None:
     ("words", "message"),
     [
         (("table9",), "'table9' is no experiment of this release; there are table1, table2"),
-        (("figure2",), "figure2 "),
         (("table1", "--task", "squad"), "this table has no task 'squad'; it has mnli, sst2, cola"),
         (("table1", "--methods", "dora"), "this table has no method 'dora'; it has Full Fine-Tuning, LoRA"),
         (("table1", "--scale", "tiny"), "argument --scale: invalid choice: 'tiny'"),
@@ -133,7 +132,7 @@ def test_figure_3_is_counted_for_the_papers_ranks(
 ) -> None:
     words = figure_words("figure3", False, [], None)
     assert words[0] == "memory"
-    assert words[words.index("--ranks") + 1] == "8,16,32,64,128,256"
+    assert words[words.index("--ranks") + 1] == "1,8,16,32,64,128,256"
     assert words[words.index("--limit") + 1] == "16GiB"
     small = ("--scale", "small", "--data-dir", small_data, "--task", "sst2", *TINY, "--ranks", "2", "--points", "2")
     assert weightlora("reproduce", "figure3", *small, "--out", tmp_path / "f3") == 0
@@ -198,3 +197,16 @@ def test_a_plan_for_a_machine_goes_to_standard_output_alone(capsys: pytest.Captu
     assert weightlora("reproduce", "table3", "--dry-run", "--task", "rte", "--json", "-") == 0
     plan = json.loads(capsys.readouterr().out)
     assert (len(plan["cells"]), plan["trials"], plan["runs"]) == (12, 12 * 40, 12 * 5)
+
+
+@pytest.mark.parametrize(("figure", "command"), [("figure2", "probe"), ("figure3", "memory")])
+def test_a_figure_runs_dry(figure: str, command: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out, plan = tmp_path / "out", tmp_path / "plan.json"
+    words = ("reproduce", figure, "--dry-run", "--scale", "small", "--out", out, "--json", plan)
+    assert weightlora(*words) == 0
+    assert capsys.readouterr().out.startswith(f"would run: weightlora {command} --model microsoft/deberta-v3-base ")
+    assert not out.exists()
+    assert read(plan)["config"]["model"] == "minilm"  # of the small scale, which has the last word
+    if figure == "figure3":
+        assert "1,8,16,32,64,128,256" in read(plan)["command"]
+    assert weightlora("reproduce", figure, "--dry-run", "--model", "./nowhere") == 2

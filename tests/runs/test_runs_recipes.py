@@ -82,6 +82,41 @@ def test_the_cells_of_a_recipe_are_those_of_the_paper(table: str) -> None:
     assert {(cell.row, cell.config.task) for cell in made.cells} == expected
 
 
+# Training rows of each task on the hub; SQuAD's and the summaries' runs are counted in epochs.
+ROWS = {"mnli": 392_702, "sst2": 67_349, "cola": 8_551, "qqp": 363_846, "qnli": 104_743, "rte": 2_490, "mrpc": 3_668,
+        "stsb": 5_749}  # fmt: skip
+
+
+@each_table
+def test_t_is_at_most_one_epoch(table: str) -> None:
+    """Paper, 3.3: T "does not exceed the duration of a single epoch"."""
+    seen = 0
+    for cell in grid(recipe(table)).cells:
+        if not cell.config.method.startswith("weightlora"):
+            continue
+        seen += 1
+        made: Any = cell.config.make_method()
+        training = cell.config.training
+        length = training.get("num_train_epochs")
+        if length is not None:
+            assert made.warmup_steps * length <= 1, (cell.row, cell.config.task)
+            continue
+        batch = training["per_device_train_batch_size"] * training["gradient_accumulation_steps"]
+        steps = made.warmup_steps if made.warmup_steps >= 1 else made.warmup_steps * training["max_steps"]
+        assert steps * batch <= ROWS[cell.config.task], (cell.row, cell.config.task)
+    assert seen
+
+
+@pytest.mark.parametrize("table", ["table1", "table6"])
+def test_what_departs_is_listed(table: str) -> None:
+    listed = " ".join(arguments.read_section(str(recipe(table)))["departures"])
+    assert "the paper's B.1 says one epoch" in listed
+    for cell in grid(recipe(table)).cells:
+        made: Any = cell.config.make_method()
+        if cell.config.method == "weightlora" and made.warmup_steps <= cell.config.training["warmup_steps"]:
+            assert f"{cell.config.task.upper()} {made.warmup_steps}".replace("COLA", "CoLA") in listed
+
+
 # methods.md's reading of the printed counts: shapes (d_in, d_out) of the adapted layers of each model, in one block.
 Q = (768, 768)
 BLOCKS: dict[str, tuple[list[tuple[int, int]], int]] = {

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import shlex
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
@@ -77,9 +78,25 @@ def _figure(name: str, small: bool, parsed: argparse.Namespace) -> int:
 
     if FIGURES[name] not in COMMANDS:
         raise ConfigError(f"{name} is made by `weightlora {FIGURES[name]}`, which this release does not have")
+    words = figure_words(name, small, [word for word in parsed.given if word != "--dry-run"], parsed.out)
     if parsed.dry_run:
-        raise ConfigError(f"{name} has no dry run; see recipes/paper/{name}.yaml for what it runs")
-    return main(figure_words(name, small, parsed.given, parsed.out))
+        return _dry_figure(words, parsed.json)
+    return main(words)
+
+
+def _dry_figure(words: Sequence[str], target: str | None) -> int:
+    """Check all of a figure's settings that needs neither weights nor data, and print the command that would run."""
+    from weightlora.cli.main import build_parser
+    from weightlora.runs.dry import check
+
+    parser = build_parser()[1][words[0]][0]
+    parsed, rest = parser.parse_known_args(words[1:])
+    config = arguments.run_config(parsed, rest, parser, "weightlora")
+    check(config)
+    commands._write_json(target, json.dumps({"dry_run": True, "command": list(words), "config": config.to_dict()}))
+    if target != "-":
+        print(f"would run: {shlex.join(['weightlora', *words])}")
+    return 0
 
 
 def dry_run(grid: Any, folder: Path, target: str | None) -> int:
