@@ -200,12 +200,13 @@ class Formed:
                 A.copy_(state[f"A.{adapter.name}"])
                 B.copy_(state[f"B.{adapter.name}"])
 
-    def fold(self, live: Sequence[Sequence[int]] | None = None) -> dict[nn.Parameter, Change]:
+    def fold(self, live: Sequence[Sequence[int]] | None = None, *, anew: bool = False) -> dict[nn.Parameter, Change]:
         """Take the form off: every layer is stock LoRA with the factors that the form made of its own.
 
         Args:
             live: for each adapter the ranks to go on with (an empty list: leave it as it is, to be disconnected);
                 None: all.
+            anew: the optimizer's memory of A and B is of no use any more.
 
         Returns:
             How the optimizer state follows.
@@ -224,7 +225,7 @@ class Formed:
             new = set_factors(layer, self.name, *(t.detach().clone() for t in pair))
             for parameter in new:
                 parameter.requires_grad_(True)
-            known = c is not None
+            known = c is not None and not anew
             factor = None if c is None else c.index_select(0, keep).reciprocal()
             changes[A] = Change.cut(new[0], dim=0, keep=keep) if known else Change.renew(new[0])
             changes[B] = Change.cut(new[1], dim=1, keep=keep, factors=factor) if known else Change.renew(new[1])

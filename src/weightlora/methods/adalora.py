@@ -57,6 +57,10 @@ class AdaLoRA(RankMethod):
 class AdaLoRAPolicy(RankPolicy):
     """Statistics of every entry of E, Q and P; see :class:`AdaLoRA`."""
 
+    # The regulariser's gradient does not shrink with E as the loss's does: it is most of what Adam remembers of P and
+    # Q, and would hold the survivors back for as long as second moments last.
+    anew = True
+
     def __init__(self, method: AdaLoRA, adapters: tuple[Adapter, ...], max_steps: int) -> None:
         super().__init__(method, adapters, max_steps)
         self.method = method

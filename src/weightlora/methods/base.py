@@ -109,7 +109,8 @@ class Policy(ABC):
     ``seam`` is the optimizer step after which surgery happens: 0 before training, None never (then :meth:`decide` is
     asked once, at the end). ``gated`` says whether the run needs the omega vector, ``watches`` whether it needs
     ``StepView.products`` (False after some step: no more). ``restart``: after the seam the survivors train from LoRA's
-    initial values again, drawn from this generator. ``held_out``: the batches that the method asked for, there from
+    initial values again, drawn from this generator. ``anew``: a regulariser that ends at the seam fills the optimizer's
+    memory of A and B, which then starts anew there. ``held_out``: the batches that the method asked for, there from
     :meth:`prepare` on. ``budget``: what survivors may cost, for a method that asked (:attr:`Method.limit`).
     """
 
@@ -118,6 +119,7 @@ class Policy(ABC):
     trains_gates: bool = False
     watches: bool = False
     restart: torch.Generator | None = None
+    anew: ClassVar[bool] = False
     held_out: HeldOut | None = None
     budget: Budget | None = None
 

@@ -86,6 +86,8 @@ class IncreLoRA(Method):
 class IncreLoRAPolicy(Policy):
     """Allocates what an adapter can reach at most, and opens ranks; see :class:`IncreLoRA`."""
 
+    anew = True  # as AdaLoRA's: the same regulariser
+
     def __init__(self, method: IncreLoRA, adapters: tuple[Adapter, ...], max_steps: int) -> None:
         super().__init__(adapters)
         self.method, n = method, len(adapters)

@@ -251,7 +251,7 @@ class Driver:
             self.watch.close()
             self.watch = None
         if self.formed is not None:
-            folded = self.formed.fold(self.policy.live(self.formed.form))
+            folded = self.formed.fold(self.policy.live(self.formed.form), anew=self.policy.anew)
             self.formed = None
             if optimizer is not None:
                 remap(optimizer, folded)
