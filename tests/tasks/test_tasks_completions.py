@@ -175,6 +175,21 @@ def test_rows_whose_prompts_leave_no_room(
         load(fine, validation_file=fine).prepare(loaded, 1)
 
 
+def test_an_empty_completion_teaches_to_end(
+    tmp_path: Path, loaded: LoadedModel, caplog: pytest.LogCaptureFixture
+) -> None:
+    """One such row among 300 of a public instruction set is an example, not a fault; it is counted."""
+    own = [{"prompt": f"the color {n} is", "completion": "deep blue" if n % 4 else " " * n} for n in range(8)]
+    talks = [{"messages": chat(f"color {n}", "blue" if n else "")} for n in range(3)]
+    files = [write(tmp_path / name, *rows) for name, rows in (("a.jsonl", own), ("b.jsonl", talks))]
+    loaded.tokenizer.chat_template = CHATML
+    plain, talked = (learned(load(file, validation_file=file), loaded) for file in files)
+    assert [teach for _, teach in plain] == ["deep blue [SEP]" if n % 4 else "[SEP]" for n in range(8)]
+    assert [teach for _, teach in talked] == ["< end >", "blue < end >", "blue < end >"]
+    assert f"{files[0]}: 2 of 8 completions are empty: there the model learns to end at once" in caplog.text
+    assert f"{files[1]}: 1 of 3 completions are empty" in caplog.text
+
+
 GOOD, TALK = {"prompt": "p", "completion": "c"}, {"messages": chat("u", "a")}
 
 
@@ -185,7 +200,6 @@ GOOD, TALK = {"prompt": "p", "completion": "c"}, {"messages": chat("u", "a")}
         ((GOOD, "[1]"), "a list, not an object"),
         ((GOOD, {"prompt": "p"}), "no column 'completion'; there are: 'prompt'; a row is"),
         ((GOOD, {"prompt": "p", "completion": 3}), "column 'completion' holds 3, not text"),
-        ((GOOD, {"prompt": "p", "completion": " "}), "the completion is empty"),
         ((GOOD, TALK), "no column 'prompt'"),
         ((TALK, GOOD), "no column 'messages'"),
         ((TALK, {"messages": "hello"}), "column 'messages' holds no list of messages"),
@@ -194,7 +208,6 @@ GOOD, TALK = {"prompt": "p", "completion": "c"}, {"messages": chat("u", "a")}
         ((TALK, {"messages": chat("u")}), "a chat needs a message before"),
         ((TALK, {"messages": chat("u", "a", "u")}), "a chat must end in one message of the assistant"),
         ((TALK, {"messages": chat("\ud800", "a")}), "half of a surrogate pair"),
-        ((TALK, {"messages": chat("u", "")}), "the assistant's message is empty"),
         (
             (
                 {"prompt": chat("u"), "completion": chat("u", "a")[1:]},

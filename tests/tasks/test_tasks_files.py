@@ -9,7 +9,9 @@ import pytest
 
 from weightlora.errors import ConfigError, DataError
 from weightlora.tasks import load_task
-from weightlora.tasks.files import load_files, read_table, sort_classes
+from weightlora.tasks.classes import sort_classes
+from weightlora.tasks.files import read_table
+from weightlora.tasks.labelled import load_files
 
 GOOD = [{"text": "a fine day", "label": "yes"}, {"text": "a bad day", "label": "no"}] * 10
 

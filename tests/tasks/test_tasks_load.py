@@ -238,6 +238,13 @@ def test_docstrings_of_this_python() -> None:
     assert Counter(about_mail).most_common(1)[0][0] == topics.index("text and data formats")
 
 
+def test_docstrings_that_are_held_out_are_not_reported() -> None:
+    reported, tuned = load_task("docstrings"), load_task("docstrings", holdout=0.1)
+    assert not set(reported.validation["text"]) & {*tuned.validation["text"], *tuned.train["text"]}
+    assert {*tuned.validation["text"], *tuned.train["text"]} == set(reported.train["text"])
+    assert reported.seen_rows == tuned.seen_rows == 0
+
+
 def test_docstrings_are_read_the_same_from_a_copy_and_without_importing(tmp_path: Path) -> None:
     for module in [modules.split()[0] for modules in TOPICS.values()]:
         lines = ['raise RuntimeError("imported")', "class A:"]

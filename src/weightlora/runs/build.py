@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -20,7 +21,7 @@ from weightlora.graft import adapters
 from weightlora.methods import Method
 from weightlora.runs.config import RunConfig
 from weightlora.runs.together import launched
-from weightlora.tasks import Head, LoadedModel, Prepared, Task, load_model, load_task
+from weightlora.tasks import Head, LoadedModel, Prepared, Task, lacks_validation, load_model, load_task, tell_once
 from weightlora.training import rows_to_hold_out
 
 # Where the arguments of a run differ from Transformers' defaults.
@@ -103,16 +104,36 @@ def read_task(config: RunConfig) -> Task:
 
 
 def scored_on(config: RunConfig, task: Task) -> dict[str, Any]:
-    """Which rows judge the run: ``split``, the number of ``rows``, and how a part of the training rows was drawn."""
+    """Which rows judge the run: ``split``, the number of ``rows``, and how a part of the training rows was drawn.
+
+    ``also_trained_on`` counts those among them whose texts are in training rows as well, ``checkpoint`` is "best" where
+    they chose it. Neither is there where there is nothing to say.
+    """
     where: dict[str, Any] = {"split": "validation", "rows": len(task.validation)}
-    if config.holdout is not None or lacks_validation(config):
+    if config.holdout is not None or lacks_validation(config.task, config.validation_file):
         where |= {"split": "train", "split_seed": config.split_seed}
-    return where if config.holdout is None else {**where, "holdout": config.holdout}
+    if config.holdout is not None:
+        where["holdout"] = config.holdout
+    if task.seen_rows:
+        where["also_trained_on"] = task.seen_rows
+    if config.training.get("load_best_model_at_end"):
+        where["checkpoint"] = "best"
+    return where
 
 
-def lacks_validation(config: RunConfig) -> bool:
-    """Whether the task is a file of the user's without validation rows, so that training rows are held out."""
-    return config.validation_file is None and (config.task == "files" or config.task.endswith(".jsonl"))
+def tell_scored_on(config: RunConfig, where: dict[str, Any]) -> None:
+    """Log what makes a score better than it would be on rows that nobody has looked at."""
+    if seen := where.get("also_trained_on", 0):
+        what = f"{seen} of {where['rows']} rows that judge the run have the texts of training rows"
+        tell_once(logging.WARNING, f"{data_name(config)}: {what}; the record says so")
+    if where.get("checkpoint") == "best":
+        what = "the best checkpoint is chosen on the rows that judge the run, so its score is the best of several there"
+        tell_once(logging.WARNING, f"{data_name(config)}: {what}; the record says so")
+
+
+def data_name(config: RunConfig) -> str:
+    """The task, or the user's own training file, as a message names it."""
+    return f"task {config.task!r}" if config.train_file is None else str(config.train_file)
 
 
 def base_model(config: RunConfig, task: Task) -> LoadedModel:

@@ -13,7 +13,7 @@ from weightlora.methods import METHODS
 from weightlora.runs.build import build, check_method, check_shared, read_task, training_arguments
 from weightlora.runs.cluster import Cluster
 from weightlora.runs.config import RunConfig
-from weightlora.runs.jobs import Job, execute, on_training_rows
+from weightlora.runs.jobs import Job, check_apart, execute, on_training_rows
 from weightlora.runs.record import Record
 from weightlora.runs.run import finished, refused
 
@@ -54,7 +54,8 @@ def compare(
         folder: runs go to ``folder/<method>-<preset>/seed-<s>``, tuning runs to ``folder/tune/...``.
         tune: multiples of the learning rate (of each method's own default: full fine-tuning starts lower). Each method
             is first trained once with each on nine tenths of the *training* rows and judged on the other tenth; its
-            best rate is used for its runs. Validation rows play no part in that.
+            best rate is used for its runs, which are judged on the validation rows; those play no part in the choice.
+            The share that is held out is the configuration's ``holdout``, by default a tenth.
         cluster: as :func:`weightlora.runs.jobs.execute`.
         say: takes a line of progress.
 
@@ -82,6 +83,7 @@ def compare(
             if label not in failures:
                 default = training_arguments(base, folder).learning_rate
                 trials[label] = _trials(base, [default * factor for factor in tune], folder / "tune" / label)
+        check_apart(base for label, base in plan.items() if label in trials and label in waiting)
         tried = iter(execute([job for jobs in trials.values() for job in jobs], cluster=cluster, say=say))
         for label, jobs in trials.items():
             rate = _best(jobs, [next(tried) for _ in jobs])
@@ -89,7 +91,8 @@ def compare(
                 failures[label] = f"no learning rate worked; see {folder / 'tune' / label}"
                 continue
             say(f"{label}: learning rate {rate:g}")
-            plan[label] = replace(plan[label], training={**plan[label].training, "learning_rate": rate})
+            training = {**plan[label].training, "learning_rate": rate}
+            plan[label] = replace(plan[label], training=training, holdout=None)
     runs = [(label, replace(base, seed=seed)) for label, base in plan.items() for seed in seeds]
     jobs = [
         Job(config=run, folder=folder / label / f"seed-{run.seed}", title=f"{label}, seed {run.seed}")
@@ -115,7 +118,7 @@ def _trials(config: RunConfig, rates: Sequence[float], folder: Path) -> list[Job
     jobs = []
     for rate in sorted(float(f"{rate:.6g}") for rate in rates):
         training = {**config.training, "learning_rate": rate}
-        trial = on_training_rows(replace(config, seed=TUNE_SEED, training=training), TUNE_HOLDOUT)
+        trial = on_training_rows(replace(config, seed=TUNE_SEED, training=training), config.holdout or TUNE_HOLDOUT)
         jobs.append(Job(config=trial, folder=folder / f"lr-{rate:g}", title=f"tuning {config.method}, rate {rate:g}"))
     return jobs
 

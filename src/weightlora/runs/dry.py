@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
-from weightlora.errors import ConfigError, DataError
+from weightlora.errors import ConfigError
 from weightlora.runs.build import training_arguments
 from weightlora.runs.config import RunConfig
-from weightlora.tasks import MODELS, TASKS
+from weightlora.tasks import MODELS, check_name
 
 
 def check(config: RunConfig) -> None:
@@ -20,10 +19,7 @@ def check(config: RunConfig) -> None:
     Raises:
         WeightLoRAError: what is wrong, as the run itself would say it.
     """
-    if config.task not in TASKS and not config.task.endswith(".jsonl"):
-        close = difflib.get_close_matches(config.task.lower(), TASKS, n=1, cutoff=0.5)
-        hint = f"did you mean {close[0]!r}? " if close else ""
-        raise DataError(f"unknown task {config.task!r}; {hint}the tasks are {', '.join(TASKS)}")
+    check_name(config.task)
     if config.task == "files" and config.train_file is None:
         raise ConfigError("task 'files' needs train_file, the path of a JSONL or CSV file; pass it")
     folder = Path(config.model).expanduser()

@@ -9,19 +9,23 @@ import logging
 import re
 import time
 import traceback
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from types import TracebackType
 
-from weightlora.errors import ConfigError
+from weightlora.errors import ConfigError, WeightLoRAError
 from weightlora.files import write_text
-from weightlora.runs.build import lacks_validation
+from weightlora.runs.build import data_name, read_task
 from weightlora.runs.cluster import Cluster, spread
 from weightlora.runs.config import CONFIG, RunConfig
 from weightlora.runs.lock import alone
 from weightlora.runs.record import Record
 from weightlora.runs.run import ERROR, RECORD, finished, refused, resume, train
+from weightlora.tasks import lacks_validation, tell_once
+
+_ROWS = ("task", "data_dir", "train_file", "validation_file", "text_column", "pair_column", "label_column",
+         "regression", "max_eval_samples", "split_seed")  # fmt: skip
 
 log = logging.getLogger("weightlora")
 
@@ -113,11 +117,37 @@ def on_training_rows(config: RunConfig, share: float) -> RunConfig:
     Raises:
         ConfigError: the reported rows would be among them.
     """
-    if lacks_validation(config):
+    if lacks_validation(config.task, config.validation_file):
         raise ConfigError(
             "without --validation-file, settings would be chosen on the rows that are reported; give a validation file"
         )
     return replace(config, holdout=share)
+
+
+def check_apart(configs: Iterable[RunConfig]) -> None:
+    """Check that settings are not chosen on the rows that are reported, by the rows' texts.
+
+    A run that chooses is judged on training rows, so the two meet where training and validation rows do. Some common
+    rows are in many public data sets and are told; data that cannot be read are left to the runs, which say why.
+
+    Raises:
+        ConfigError: half of the reported rows or more are training rows: one file was given twice, or split in vain.
+    """
+    different = {tuple(getattr(config, name) for name in _ROWS): config for config in configs}
+    for config in different.values():
+        try:
+            task = read_task(replace(config, holdout=None, max_train_samples=None))
+        except WeightLoRAError:
+            continue
+        seen, rows = task.seen_rows, len(task.validation)
+        if 2 * seen >= rows:
+            raise ConfigError(
+                f"{data_name(config)}: {seen} of {rows} reported rows are training rows, on which settings would be"
+                " chosen; give validation rows that are not in the training data"
+            )
+        if seen:
+            what = f"{seen} of {rows} reported rows are training rows too, and settings may be chosen on them"
+            tell_once(logging.WARNING, f"{data_name(config)}: {what}")
 
 
 def attempt(config: RunConfig, folder: Path, *, quiet: bool = False) -> Record:

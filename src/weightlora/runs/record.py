@@ -127,7 +127,9 @@ class Record:
         budget: adapter parameters, heads excluded: ``asked`` (``--params``, if given), ``allocated``, ``trainable`` at
             the most, ``effective`` at the end, and ``stored_bytes`` of the adapter's files. Empty in older records.
         scored_on: the rows behind ``metrics``: ``split`` ("validation", or "train" for training rows that were held
-            out, by ``split_seed`` and the share ``holdout`` if one was asked for) and ``rows``. Empty in older records.
+            out, by ``split_seed`` and the share ``holdout`` if one was asked for) and ``rows``; ``also_trained_on``:
+            how many of them have the texts of training rows, if any; ``checkpoint``: "best" where they chose it. Empty
+            in older records.
         predicted: ``{phase name: {field of Phase: number}}``, from one traced forward before the first step.
         placement: where a budget decided what lives: its kind, the budget, what the survivors cost, the lowest level
             they reach, their importance, the micro-batch. Empty where a count decided.

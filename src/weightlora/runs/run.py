@@ -19,7 +19,7 @@ from weightlora.core import parse_params
 from weightlora.errors import CheckpointError, WeightLoRAError
 from weightlora.files import disk_is_full, leftovers, new_folder, sweep, write_text
 from weightlora.graft import MANIFEST, Manifest, Selection, adapters, block_of, tuned_layers
-from weightlora.runs.build import Parts, build, make_trainer, scored_on
+from weightlora.runs.build import Parts, build, make_trainer, scored_on, tell_scored_on
 from weightlora.runs.config import CONFIG, RunConfig
 from weightlora.runs.lock import INSIDE, alone, refuse_busy
 from weightlora.runs.outcome import (
@@ -218,7 +218,9 @@ class _Recording:
 
 def _live(parts: Parts, config: RunConfig, folder: Path, *, resume: bool, argv: Sequence[str], quiet: bool) -> Record:
     wait()  # until the folder is ready
-    with _progress(config, quiet) as progress, _Recording(_first_record(parts, config, argv), folder) as recording:
+    record = _first_record(parts, config, argv)
+    tell_scored_on(config, record.scored_on)
+    with _progress(config, quiet) as progress, _Recording(record, folder) as recording:
         trainer = recording.trainer = make_trainer(parts, config, folder, progress)
         described = Manifest.describe(adapters(parts.model)) if parts.method.uses_adapters else ()
         result, metrics, sample = _fitted(trainer, parts, config, resume)

@@ -15,8 +15,9 @@ from weightlora.errors import ConfigError
 from weightlora.files import write_text
 from weightlora.runs.cluster import Cluster
 from weightlora.runs.config import RunConfig
-from weightlora.runs.jobs import Job, execute, on_training_rows, run_name
+from weightlora.runs.jobs import Job, check_apart, execute, on_training_rows, run_name
 from weightlora.runs.record import Record
+from weightlora.runs.run import finished
 
 log = logging.getLogger("weightlora")
 
@@ -156,11 +157,14 @@ def sweep(
         What ``sweep.json`` holds: the grid and, per cell, the chosen setting, its trials and its runs.
 
     Raises:
-        ConfigError: a run directory holds something else. A run that fails is recorded and does not stop the others.
+        ConfigError: a run directory holds something else, or half of the reported rows are training rows and there is
+            something to choose. A run that fails is recorded and does not stop the others.
     """
     trials = [grid.trials(cell, folder) for cell in grid.cells]
     if grid.chooses:
         say(f"choosing among {len(grid.settings)} settings on held-out training rows")
+    if any(not finished(job.folder) for jobs in trials for job in jobs):
+        check_apart(cell.config for cell in grid.cells)
     tried = iter(execute([job for jobs in trials for job in jobs], cluster=cluster, quiet=quiet, say=say))
     tries = [[(job, next(tried)) for job in jobs] for jobs in trials]
     chosen = [_choose(grid, pairs) for pairs in tries]

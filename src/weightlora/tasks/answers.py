@@ -60,6 +60,10 @@ class QuestionAnswering(Task):
     def columns(self) -> tuple[str, ...]:
         return (*COLUMNS, "answer_starts")
 
+    @property
+    def inputs(self) -> tuple[str, ...]:
+        return "context", "question"
+
     def prepare(self, loaded: LoadedModel, max_length: int) -> Prepared:
         tokenizer = loaded.tokenizer
         if not tokenizer.is_fast:

@@ -13,14 +13,14 @@ from weightlora.errors import ConfigError, DataError
 from weightlora.tasks import metrics
 from weightlora.tasks.docstrings import load_docstrings
 from weightlora.tasks.examples import Examples, hold_out, subset
-from weightlora.tasks.files import load_files
 from weightlora.tasks.glue import GLUE, load_glue
+from weightlora.tasks.labelled import load_files
 from weightlora.tasks.models import LoadedModel
-from weightlora.tasks.sources import DEFAULT_HOLDOUT
+from weightlora.tasks.sources import DEFAULT_HOLDOUT, OWN_TABLE
 from weightlora.tasks.targets import Targets
 from weightlora.tasks.task import Head, Prepared, Task
 
-CLASSIFICATIONS = (*GLUE, "docstrings", "files")
+CLASSIFICATIONS = (*GLUE, "docstrings", OWN_TABLE)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,6 +58,10 @@ class Classification(Task):
     @property
     def columns(self) -> tuple[str, ...]:
         return (*self.text_columns, self.label_column)
+
+    @property
+    def inputs(self) -> tuple[str, ...]:
+        return self.text_columns
 
     @property
     def model_settings(self) -> dict[str, Any]:
@@ -110,8 +114,9 @@ def load_classification(  # noqa: PLR0913 - one argument per user setting
     seed: int = 0,
 ) -> Classification:
     """Load a GLUE task, ``docstrings`` or ``files``; arguments and errors as :func:`weightlora.tasks.load_task`."""
-    if name == "files":
-        source = _files(train_file, validation_file, text_column, pair_column, label_column, regression)
+    if name == OWN_TABLE:
+        judge = validation_file if holdout is None else None
+        source = _files(train_file, judge, text_column, pair_column, label_column, regression)
     else:
         source = _docstrings() if name == "docstrings" else _glue(name, data_dir, validation=holdout is None)
     train, validation = source.train, source.validation

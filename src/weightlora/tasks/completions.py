@@ -19,6 +19,7 @@ from weightlora.tasks.generate import PromptTrainer
 from weightlora.tasks.models import LoadedModel
 from weightlora.tasks.summaries import decode
 from weightlora.tasks.task import Head, Prepared, Task
+from weightlora.tasks.told import tell_once
 
 log = logging.getLogger("weightlora")
 
@@ -59,6 +60,10 @@ class Completion(Task):
     def columns(self) -> tuple[str, ...]:
         return "prompt", "completion"
 
+    @property
+    def inputs(self) -> tuple[str, ...]:
+        return self.columns  # many completions may go on from one prompt, or from none
+
     def prepare(self, loaded: LoadedModel, max_length: int) -> Prepared:
         length = min(max_length, loaded.tokenizer.model_max_length)
         train, left_out = self._tokens(self.train, loaded, length)
@@ -66,7 +71,7 @@ class Completion(Task):
             raise ConfigError(f"max_length={max_length} leaves no prompt room for a completion; give more")
         if left_out:
             log.warning(
-                "%d of %d training rows are left out: their prompts fill max_length=%d",
+                "%d of %d training rows are left out: their prompts fill max_length=%d, or they are empty",
                 left_out,
                 len(self.train),
                 length,
@@ -239,7 +244,7 @@ def read_completions(table: Table) -> tuple[Dataset, bool]:
     whose last message, the assistant's, is the completion.
 
     Raises:
-        DataError: a row of another form, or of another kind than the first; an empty completion.
+        DataError: a row of another form, or of another kind than the first.
     """
     chats: list[list[Message]]
     if "messages" in table.rows[0]:
@@ -255,15 +260,20 @@ def read_completions(table: Table) -> tuple[Dataset, bool]:
         lengths = [len(chat) for chat in before]
     for row, (chat, length) in enumerate(zip(chats, lengths, strict=True)):
         _check_chat(table, row, chat, length)
+    _tell_empty(table, [chat[-1]["content"] for chat in chats])
     return _dataset([json.dumps(chat[:-1]) for chat in chats], [json.dumps(chat[-1:]) for chat in chats]), True
 
 
 def _read_plain(table: Table) -> Dataset:
     prompts, completions = (read_texts(table, name, _FORM) for name in ("prompt", "completion"))
-    for row, text in enumerate(completions):
-        if not text.strip():
-            raise table.error(row, "the completion is empty; write one or drop the row")
+    _tell_empty(table, completions)
     return _dataset(prompts, completions)
+
+
+def _tell_empty(table: Table, completions: list[str]) -> None:
+    if empty := sum(not text.strip() for text in completions):
+        what = f"{empty} of {len(completions)} completions are empty: there the model learns to end at once"
+        tell_once(logging.WARNING, f"{table.path}: {what}")
 
 
 _FORM = 'a row is {"prompt": ..., "completion": ...} or {"messages": [...]}, and all rows are of one kind'
@@ -283,15 +293,13 @@ def _messages(table: Table, row: int, value: object, column: str) -> list[Messag
 
 
 def _check_chat(table: Table, row: int, chat: list[Message], prompt: int) -> None:
-    """Raise DataError unless one message of the assistant, with content, follows a prompt of so many messages."""
+    """Raise DataError unless one message of the assistant follows a prompt of so many messages."""
     if not prompt:
         raise table.error(row, "a chat needs a message before the assistant's answer; add one or drop the row")
     if len(chat) != prompt + 1 or chat[-1]["role"] != "assistant":
         raise table.error(
             row, "a chat must end in one message of the assistant, which is learned; add it or drop the row"
         )
-    if not chat[-1]["content"].strip():
-        raise table.error(row, "the assistant's message is empty; write one or drop the row")
 
 
 def _dataset(prompts: list[str], completions: list[str]) -> Dataset:

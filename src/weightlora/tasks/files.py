@@ -1,22 +1,18 @@
-"""The user's own JSONL and CSV files, and every way in which they can be wrong, said with file and line."""
+"""Tables of rows from JSONL, CSV and TSV files, and every way in which they can be wrong, said with file and line."""
 
 from __future__ import annotations
 
-import csv
-import io
 import json
 import math
-import re
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from weightlora.errors import DataError
-from weightlora.tasks.examples import Examples
+from weightlora.tasks.delimited import DELIMITERS, delimited_rows
 
-DELIMITERS = {".csv": ",", ".tsv": "\t"}
 JSONL = (".jsonl", ".json", ".ndjson")
-WHOLE_NUMBER = re.compile(r"[+-]?[0-9]{1,300}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,11 +53,11 @@ def read_table(path: Path) -> Table:
         path: the file.
 
     Returns:
-        Its rows; blank lines are skipped.
+        Its rows; blank lines are skipped. Delimiters and quotes: see `delimited_rows`.
 
     Raises:
-        DataError: missing or empty file, unknown suffix, broken line, a line that is not an object, wrong number of
-            cells; the message names file, line and remedy.
+        DataError: missing or empty file, unknown suffix, broken line, a line that is not an object, a key that occurs
+            twice, wrong number of cells; the message names file, line and remedy.
     """
     suffix = path.suffix.lower()
     if suffix not in (*JSONL, *DELIMITERS):
@@ -78,7 +74,7 @@ def read_table(path: Path) -> Table:
     except UnicodeDecodeError as error:
         line = data.count(b"\n", 0, error.start) + 1
         raise DataError(f"{path}:{line}: not UTF-8 text; convert the file to UTF-8") from None
-    parse = _jsonl_rows(path, text) if suffix in JSONL else _csv_rows(path, text, DELIMITERS[suffix])
+    parse = _jsonl_rows(path, text) if suffix in JSONL else delimited_rows(path, text, DELIMITERS[suffix])
     rows, lines = [], []
     for line, row in parse:
         rows.append(row)
@@ -93,7 +89,7 @@ def _jsonl_rows(path: Path, text: str) -> Iterator[tuple[int, dict[str, object]]
         if not line.strip():
             continue
         try:
-            row = json.loads(line)
+            row = json.loads(line, object_pairs_hook=_object)
         except (ValueError, RecursionError) as error:
             raise DataError(f"{path}:{number}: broken JSON ({error}); write one JSON object per line") from None
         if not isinstance(row, dict):
@@ -102,30 +98,12 @@ def _jsonl_rows(path: Path, text: str) -> Iterator[tuple[int, dict[str, object]]
         yield number, row
 
 
-def _csv_rows(path: Path, text: str, delimiter: str) -> Iterator[tuple[int, dict[str, object]]]:
-    # strict: an unclosed quote must be an error, not a cell that swallows the rest of the file.
-    reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
-    header: list[str] = []
-    start = 1
-    while True:
-        start = reader.line_num + 1
-        try:
-            cells = next(reader)
-        except StopIteration:
-            return
-        except csv.Error as error:
-            raise DataError(f"{path}:{start}: broken CSV ({error}); check the quotes of this row") from None
-        if not cells:
-            continue
-        if not header:
-            header = cells
-            if len(set(header)) < len(header):
-                raise DataError(f"{path}:{start}: the header names a column twice; give every column its own name")
-        elif len(cells) != len(header):
-            problem = f"{len(cells)} cells where the header has {len(header)}; quote cells that hold a {delimiter!r}"
-            raise DataError(f"{path}:{start}: {problem}")
-        else:
-            yield start, dict(zip(header, cells, strict=True))
+def _object(pairs: list[tuple[str, object]]) -> dict[str, object]:
+    found = dict(pairs)
+    if len(found) < len(pairs):  # the last one would win, in silence
+        twice = Counter(name for name, _ in pairs).most_common(1)[0][0]
+        raise ValueError(f"the key {shown(twice)} occurs twice in one object")
+    return found
 
 
 def half_a_pair(text: str) -> bool:
@@ -142,41 +120,12 @@ def read_texts(table: Table, column: str, remedy: str) -> list[str]:
     texts = []
     for number, value in enumerate(table.column(column, remedy)):
         if not isinstance(value, str):
-            shown = _shown(value)
-            raise table.error(number, f"column {column!r} holds {shown}, not text; make it a string or drop the row")
+            problem = f"column {column!r} holds {shown(value)}, not text"
+            raise table.error(number, f"{problem}; make it a string or drop the row")
         if half_a_pair(value):
             raise table.error(number, f"column {column!r} holds half of a surrogate pair; repair or drop the row")
         texts.append(value)
     return texts
-
-
-def read_classes(table: Table, column: str, remedy: str) -> list[str]:
-    """Return a column of class names; whole numbers and booleans become their JSON spelling.
-
-    Raises:
-        DataError: the column is missing, or a value is neither a string nor a whole number, or is empty.
-    """
-    names = []
-    for number, value in enumerate(table.column(column, remedy)):
-        if isinstance(value, bool):
-            names.append("true" if value else "false")
-        elif isinstance(value, int) or (isinstance(value, str) and value):
-            names.append(str(value))
-        else:
-            problem = f"the label {_shown(value)} is not a class; use a string or a whole number"
-            raise table.error(number, f"{problem}, or ask for regression where the target is a number")
-    return names
-
-
-def sort_classes(names: set[str]) -> tuple[str, ...]:
-    """Return class names in order: by value if all are whole numbers, else by text.
-
-    >>> sort_classes({"10", "9", "-1"}), sort_classes({"b", "a", "10"})
-    (('-1', '9', '10'), ('10', 'a', 'b'))
-    """
-    if all(WHOLE_NUMBER.fullmatch(name) for name in names):
-        return tuple(sorted(names, key=lambda name: (int(name), name)))
-    return tuple(sorted(names))
 
 
 def read_targets(table: Table, column: str, remedy: str) -> list[float]:
@@ -189,7 +138,7 @@ def read_targets(table: Table, column: str, remedy: str) -> list[float]:
     for number, value in enumerate(table.column(column, remedy)):
         target = _number(value)
         if target is None:
-            problem = f"the label {_shown(value)} is not a finite number"
+            problem = f"the label {shown(value)} is not a finite number"
             raise table.error(number, f"{problem}; repair or drop the row, or leave regression off for classes")
         targets.append(target)
     return targets
@@ -205,63 +154,7 @@ def _number(value: object) -> float | None:
     return number if math.isfinite(number) else None
 
 
-def _shown(value: object) -> str:
+def shown(value: object) -> str:
+    """A value of a row as JSON, cut where it is long."""
     text = json.dumps(value)
     return text if len(text) <= 40 else f"{text[:37]}..."
-
-
-def load_files(
-    train_file: Path,
-    validation_file: Path | None,
-    *,
-    text_columns: tuple[str, ...],
-    label_column: str,
-    regression: bool,
-) -> tuple[Examples, Examples | None, tuple[str, ...] | None]:
-    """Read the user's files into examples.
-
-    Args:
-        train_file: rows to train on; they define the classes.
-        validation_file: rows to judge by, or None.
-        text_columns: one column, or two for pairs.
-        label_column: classes, or numbers for regression.
-        regression: whether labels are numbers.
-
-    Returns:
-        Training examples, validation examples or None, class names or None for regression.
-
-    Raises:
-        DataError: see `read_table`, `read_texts`, `read_classes` and `read_targets`; a single class in training; a
-            validation label unseen in training.
-    """
-    tables = [read_table(path) for path in (train_file, validation_file) if path is not None]
-    texts = [{name: read_texts(table, name, _remedy(name, text_columns)) for name in text_columns} for table in tables]
-    remedy = "name the label's column with label_column"
-    labels: list[list[int] | list[float]]
-    classes: tuple[str, ...] | None = None
-    if regression:
-        labels = [*(read_targets(table, label_column, remedy) for table in tables)]
-    else:
-        names = [read_classes(table, label_column, remedy) for table in tables]
-        classes = sort_classes(set(names[0]))
-        if len(classes) < 2:
-            problem = f"all training labels are {classes[0]!r}; a classification task needs at least two classes"
-            raise DataError(f"{train_file}: column {label_column!r}: {problem}, check label_column")
-        labels = [*(_encode(table, column, classes) for table, column in zip(tables, names, strict=True))]
-    train, *rest = (Examples(texts=text, labels=label) for text, label in zip(texts, labels, strict=True))
-    return train, rest[0] if rest else None, classes
-
-
-def _remedy(column: str, text_columns: tuple[str, ...]) -> str:
-    option = "text_column" if column == text_columns[0] else "pair_column"
-    return f"name the text's column with {option}"
-
-
-def _encode(table: Table, names: list[str], classes: tuple[str, ...]) -> list[int]:
-    index = {name: number for number, name in enumerate(classes)}
-    for row, name in enumerate(names):
-        if name not in index:
-            known = ", ".join(map(repr, classes[:8])) + (", ..." if len(classes) > 8 else "")
-            problem = f"the label {name!r} does not occur in training (there: {known})"
-            raise table.error(row, f"{problem}; correct it, or add training rows with it")
-    return [index[name] for name in names]

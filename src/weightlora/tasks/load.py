@@ -11,14 +11,15 @@ from weightlora.errors import ConfigError, DataError
 from weightlora.tasks.answers import QuestionAnswering, read_squad
 from weightlora.tasks.classification import CLASSIFICATIONS, load_classification
 from weightlora.tasks.completions import Completion, read_completions, read_gsm8k
+from weightlora.tasks.delimited import DELIMITERS
 from weightlora.tasks.files import Table
-from weightlora.tasks.sources import SOURCES, choose, is_file_task, read_splits
+from weightlora.tasks.sources import OWN_TABLE, SOURCES, choose, is_file_task, read_splits
 from weightlora.tasks.summaries import SUMMARIES, Summarization, read_summaries
 from weightlora.tasks.task import Task
 
 SQUAD = ("squad", "squad_v2")
 TASKS = (*CLASSIFICATIONS, *SOURCES)
-"""Names that `load_task` knows; every path that ends in ``.jsonl`` is a task too."""
+"""Names that `load_task` knows; every path of a JSONL file (``.jsonl``, ``.json``, ``.ndjson``) is a task too."""
 
 # Of whom a setting is, where it is not everybody's. "JSONL" stands for a task that is a file.
 _OWNERS: dict[str, tuple[str, ...]] = {
@@ -45,6 +46,21 @@ def default_max_length(name: str) -> int:
     return _FILE_LENGTH if is_file_task(name) else _LENGTHS.get(name, _CLASSIFICATION_LENGTH)
 
 
+def check_name(name: str) -> None:
+    """Check that there is a task of this name; nothing is read.
+
+    Raises:
+        DataError: there is none; the message names a similar one, and all of them.
+    """
+    if name in TASKS or is_file_task(name):
+        return
+    close = difflib.get_close_matches(name.lower(), TASKS, n=1, cutoff=0.5)
+    hint = f"did you mean {close[0]!r}? " if close else ""
+    if Path(name).suffix.lower() in DELIMITERS:
+        hint = f"a table of texts and labels is the train_file of task {OWN_TABLE!r}; "
+    raise DataError(f"unknown task {name!r}; {hint}the tasks are {', '.join(TASKS)}, or the path of a .jsonl file")
+
+
 def load_task(  # noqa: PLR0913 - one argument per user setting
     name: str,
     *,
@@ -69,7 +85,7 @@ def load_task(  # noqa: PLR0913 - one argument per user setting
     Args:
         name: ``cola``, ``sst2``, ``mrpc``, ``qqp``, ``stsb``, ``mnli`` (matched), ``qnli``, ``rte``; the embedded
             ``docstrings``; your own labelled ``files``; ``squad``, ``squad_v2``; ``xsum``, ``cnn_dailymail``;
-            ``gsm8k``; or the path of a ``.jsonl`` file with prompts and completions, or chats.
+            ``gsm8k``; or the path of a ``.jsonl`` (``.json``, ``.ndjson``) file with prompts and completions, or chats.
         data_dir: folder with ``<task>/train.jsonl`` and ``<task>/validation.jsonl`` (MNLI:
             ``validation_matched.jsonl``; GSM8K: ``test.jsonl``); None for the hub.
         train_file: the training rows of ``files``, JSONL or CSV.
@@ -98,10 +114,7 @@ def load_task(  # noqa: PLR0913 - one argument per user setting
     >>> len(task.train), len(task.validation), task.num_labels, task.metric
     (100, 20, 7, 'accuracy')
     """
-    if name not in TASKS and not is_file_task(name):
-        close = difflib.get_close_matches(name.lower(), TASKS, n=1, cutoff=0.5)
-        hint = f"did you mean {close[0]!r}? " if close else ""
-        raise DataError(f"unknown task {name!r}; {hint}the tasks are {', '.join(TASKS)}, or the path of a .jsonl file")
+    check_name(name)
     rows: dict[str, Any] = {
         "max_train_samples": max_train_samples,
         "max_eval_samples": max_eval_samples,

@@ -13,6 +13,7 @@ from weightlora.tasks.examples import Examples, hold_out, shuffled
 from weightlora.tasks.files import JSONL, Table, read_table
 
 DEFAULT_HOLDOUT = 0.1
+OWN_TABLE = "files"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,6 +41,15 @@ def is_file_task(name: str) -> bool:
     (True, False)
     """
     return Path(name).suffix.lower() in JSONL
+
+
+def lacks_validation(name: str, validation_file: object) -> bool:
+    """Whether a task is the user's own file without one of validation rows, so that training rows are held out.
+
+    >>> lacks_validation("my/chats.JSON", None), lacks_validation("files", "v.csv"), lacks_validation("gsm8k", None)
+    (True, False, False)
+    """
+    return validation_file is None and (name == OWN_TABLE or is_file_task(name))
 
 
 def read_splits(name: str, data_dir: Path | None, validation_file: Path | None, *, validation: bool) -> list[Table]:

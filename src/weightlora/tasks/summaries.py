@@ -48,6 +48,10 @@ class Summarization(Task):
     def columns(self) -> tuple[str, ...]:
         return self.text_column, self.summary_column
 
+    @property
+    def inputs(self) -> tuple[str, ...]:
+        return (self.text_column,)
+
     def prepare(self, loaded: LoadedModel, max_length: int) -> Prepared:
         tokenizer = loaded.tokenizer
         special = tokenizer.num_special_tokens_to_add(pair=False)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -84,6 +85,19 @@ class Task(ABC):
     @abstractmethod
     def columns(self) -> tuple[str, ...]:
         """The columns that both splits must have."""
+
+    @property
+    @abstractmethod
+    def inputs(self) -> tuple[str, ...]:
+        """The columns of texts by which a row is known again; its label does not count."""
+
+    @functools.cached_property
+    def seen_rows(self) -> int:
+        """How many validation rows have the texts of a training row."""
+        judged = list(zip(*(self.validation[column] for column in self.inputs), strict=True))
+        wanted = set(judged)
+        seen = {row for row in zip(*(self.train[column] for column in self.inputs), strict=True) if row in wanted}
+        return sum(row in seen for row in judged)
 
     @property
     def model_settings(self) -> dict[str, Any]:
