@@ -13,7 +13,8 @@ from weightlora.core import one_round
 from weightlora.errors import ConfigError, ScheduleError
 from weightlora.graft import Adapter, Form, RankGates, Selection
 from weightlora.methods.alora_scores import Scoring, exact_scores, gradient_scores
-from weightlora.methods.base import Factors, Fresh, Method, Policy, StepView, check_choice, check_warmup
+from weightlora.methods.base import Factors, Fresh, Method, Policy, StepView
+from weightlora.methods.checks import check_choice, check_warmup
 
 
 @dataclass(frozen=True, kw_only=True)

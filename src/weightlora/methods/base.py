@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
+from abc import ABC, ABCMeta, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
-from typing import Any, ClassVar, Literal, Protocol
+from typing import Any, ClassVar, Literal, Protocol, TypeVar
 
 import torch
 from torch import Tensor
 
-from weightlora.core import PlacementCosts, k_for_params, rank_for_params, resolve_k, total_params
-from weightlora.errors import ConfigError, ScheduleError
+from weightlora.core import PlacementCosts, declared, k_for_params, rank_for_params, total_params
+from weightlora.errors import ConfigError
 from weightlora.graft import Adapter, Form, Gates, RankGates, Selection, select
+from weightlora.methods.checks import check_choice, check_steps
 
 PRESETS = ("recommended", "paper", "official")
 Factors = Sequence[tuple[Tensor, Tensor]]
+M = TypeVar("M", bound="Method")
 
 
 class HeldOut(Protocol):
@@ -197,9 +199,26 @@ class Policy(ABC):
         """Put :meth:`state` back."""
 
 
+class _FromPreset(ABCMeta):
+    """Fills what the caller leaves out from the preset that he names, before any default of the class."""
+
+    def __call__(cls: type[M], *values: Any, **given: Any) -> M:  # type: ignore[misc]  # a metaclass's self is a class
+        known = [f.name for f in fields(cls)]
+        allowed = ", ".join(sorted(known, key=lambda name: (name == "preset", name)))
+        if values:
+            raise ConfigError(f"{cls.name} takes settings by name, not {values[0]!r} alone; they are {allowed}")
+        unknown = sorted(set(given) - set(known))
+        if unknown:
+            raise ConfigError(f"{cls.name} has no setting {unknown[0]!r}; it has {allowed}")
+        preset = given.get("preset", "recommended")
+        check_choice("preset", preset, PRESETS)
+        made: M = type.__call__(cls, **{**cls.presets.get(preset, {}), **given})
+        return made
+
+
 @dataclass(frozen=True, kw_only=True)
-class Method(ABC):
-    """A method's settings. ``preset`` names where the values come from; see :meth:`from_preset`."""
+class Method(ABC, metaclass=_FromPreset):
+    """A method's settings. ``preset`` names where those come from that are not given."""
 
     name: ClassVar[str]
     presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {}
@@ -210,27 +229,38 @@ class Method(ABC):
     kind: ClassVar[str] = "LORA"  # of the model's PEFT adapters
     rates: ClassVar[Mapping[str, float]] = {}  # learning rates over the run's, by a part of the parameter's name
     in_shares: ClassVar[tuple[str, ...]] = ("warmup_steps",)  # settings that may be shares of the run
+    # What every run says for itself: no preset is changed by it, unless the preset has a value for it.
+    asked: ClassVar[tuple[str, ...]] = ("k", "memory", "step_time", "seed")
 
     preset: str = "recommended"
 
     def __post_init__(self) -> None:
-        check_choice("preset", self.preset, PRESETS)
+        for f in fields(self):
+            object.__setattr__(self, f.name, declared(type(self), f.name, getattr(self, f.name)))
+            if f.name in self.in_shares:
+                check_steps(getattr(self, f.name), f.name)
 
     @classmethod
     def from_preset(cls, preset: str, **overrides: Any) -> Any:
-        """The method with a preset's values; any field can be overridden.
+        """The method with a preset's values; any field can be overridden. The same as ``cls(preset=preset, ...)``.
 
         Raises:
             ConfigError: unknown preset, or a field that the method does not have.
         """
-        check_choice("preset", preset, PRESETS)
-        known = {f.name for f in fields(cls)}
-        unknown = sorted(set(overrides) - known)
-        if unknown:
-            raise ConfigError(
-                f"{cls.name} has no setting {unknown[0]!r}; it has {', '.join(sorted(known - {'preset'})) or 'none'}"
-            )
-        return cls(**{**cls.presets.get(preset, {}), **overrides, "preset": preset})
+        return cls(**{**overrides, "preset": preset})
+
+    @property
+    def label(self) -> str:
+        """The preset, and which of its settings this method has otherwise: "paper, changed: score"."""
+        values = self.presets.get(self.preset, {})
+        changed = [
+            f.name
+            for f in fields(self)
+            if f.name != "preset"
+            and (f.name in values or f.name not in self.asked)
+            and getattr(self, f.name) != values.get(f.name, f.default)
+        ]
+        return f"{self.preset}, changed: {', '.join(changed)}" if changed else self.preset
 
     @property
     def uses_adapters(self) -> bool:
@@ -296,7 +326,7 @@ class Method(ABC):
             omegas=[1.0] * len(live) if omegas is None else omegas,
             scores=scores,
             method=self.name,
-            preset=self.preset,
+            preset=self.label,
             step=step,
             why=why,
         )
@@ -311,61 +341,6 @@ def slope(held_out: HeldOut, index: int, leaf: Tensor) -> Tensor:
     finally:
         leaf.requires_grad_(False)
     return grad
-
-
-def check_choice(name: str, value: str, allowed: tuple[str, ...]) -> None:
-    """Refuse a word that the setting `name` does not know.
-
-    >>> check_choice("rule", "best", ("signed", "positive"))
-    Traceback (most recent call last):
-    ...
-    weightlora.errors.ConfigError: rule 'best' is unknown; use one of signed, positive
-    """
-    if value not in allowed:
-        raise ConfigError(f"{name} {value!r} is unknown; use one of {', '.join(allowed)}")
-
-
-def check_k_value(k: int | float) -> None:
-    """Refuse a ``k`` that no model could satisfy.
-
-    >>> check_k_value(0)
-    Traceback (most recent call last):
-    ...
-    weightlora.errors.ConfigError: k=0 is not allowed; use a count of adapters (1 or more) or a share such as 0.25
-    """
-    number = isinstance(k, int | float) and not isinstance(k, bool)
-    if not number or not (0 < k <= 1 if isinstance(k, float) else k >= 1):
-        raise ConfigError(f"k={k!r} is not allowed; use a count of adapters (1 or more) or a share such as 0.25")
-
-
-def check_k(k: int | float, live: Sequence[Adapter]) -> int:
-    """``k`` as a count, or a ScheduleError that says what the model allows."""
-    try:
-        return resolve_k(k, len(live))
-    except ConfigError as error:
-        raise ScheduleError(str(error)) from None
-
-
-def check_warmup(steps: int | float, max_steps: int, name: str = "warmup_steps") -> int:
-    """A warm-up length T in optimizer steps; a fraction means a share of the run. `name` is for messages.
-
-    Raises:
-        ScheduleError: T is not inside the run.
-
-    >>> check_warmup(0.1, 300), check_warmup(50, 300)
-    (30, 50)
-    """
-    if isinstance(steps, bool) or not isinstance(steps, int | float) or steps <= 0:
-        raise ScheduleError(f"{name}={steps!r} is not allowed; use a number of steps (1 or more) or a share below 1")
-    count = max(1, round(steps * max_steps)) if isinstance(steps, float) and steps < 1 else int(steps)
-    if count != steps and not (isinstance(steps, float) and steps < 1):
-        raise ScheduleError(f"{name}={steps!r} is neither a whole number of steps nor a share below 1")
-    if count >= max_steps:
-        raise ScheduleError(
-            f"{name}={steps} needs more than the {max_steps} optimizer steps of this run;"
-            f" use at most {max_steps - 1}, a share such as 0.1, or train longer"
-        )
-    return count
 
 
 def with_k(method: Any, params: int, shapes: Sequence[tuple[int, int]], rank: int) -> tuple[Any, int]:

@@ -12,7 +12,8 @@ from torch import Tensor
 from weightlora.core import one_shot, support
 from weightlora.errors import ConfigError, ScheduleError
 from weightlora.graft import Adapter, Selection
-from weightlora.methods.base import Method, Policy, StepView, check_k, check_k_value, check_warmup, with_k
+from weightlora.methods.base import Method, Policy, StepView, with_k
+from weightlora.methods.checks import check_k, check_k_value, check_warmup
 
 
 class Fixed(Policy):

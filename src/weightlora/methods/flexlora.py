@@ -40,8 +40,6 @@ class FlexLoRA(Method):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.ranks is not None:
-            object.__setattr__(self, "ranks", tuple(self.ranks))
         for name in ("clients", "rounds"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name}={getattr(self, name)} is not allowed; use 1 or more")

@@ -13,7 +13,8 @@ from torch import Tensor
 from weightlora.core import block_gates
 from weightlora.errors import ConfigError, ScheduleError
 from weightlora.graft import Adapter, Selection
-from weightlora.methods.base import Method, Policy, StepView, check_warmup, slope
+from weightlora.methods.base import Method, Policy, StepView, slope
+from weightlora.methods.checks import check_warmup
 
 
 @dataclass(frozen=True, kw_only=True)

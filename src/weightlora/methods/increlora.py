@@ -13,7 +13,8 @@ from torch import Tensor
 from weightlora.core import mean_rank_for_params, orthogonality, resolve_k, smooth_sensitivity
 from weightlora.errors import ConfigError, ScheduleError
 from weightlora.graft import Adapter, Form, Selection
-from weightlora.methods.base import Factors, Fresh, Method, Policy, StepView, check_k, check_k_value, check_warmup
+from weightlora.methods.base import Factors, Fresh, Method, Policy, StepView
+from weightlora.methods.checks import check_k, check_k_value, check_warmup
 from weightlora.methods.increlora_pool import GrowingGates, RankPool
 from weightlora.methods.ranks import check_interval, check_smoothing
 
@@ -60,7 +61,7 @@ class IncreLoRA(Method):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_k_value(self.top_h)
+        check_k_value(self.top_h, "top_h")
         if self.incre_rank_num is not None and self.incre_rank_num < 1:
             raise ConfigError(f"incre_rank_num={self.incre_rank_num!r} is not allowed; use 1 or more, or None")
         check_smoothing(self.beta1, self.beta2, self.orth_reg_weight)

@@ -13,7 +13,8 @@ from torch import Tensor
 from weightlora.core import smallest_prefix
 from weightlora.errors import ConfigError, ScheduleError
 from weightlora.graft import Adapter, Selection
-from weightlora.methods.base import Method, Policy, StepView, check_warmup
+from weightlora.methods.base import Method, Policy, StepView
+from weightlora.methods.checks import check_warmup
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -45,7 +45,7 @@ class MELoRA(Method):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if isinstance(self.minis, bool) or not isinstance(self.minis, int) or self.minis < 1:
+        if self.minis < 1:
             raise ConfigError(f"minis={self.minis!r} is not allowed; use a whole number, 1 or more")
 
     def begin(self, adapters: tuple[Adapter, ...], max_steps: int) -> Policy:

@@ -58,7 +58,7 @@ class NoRA(Method):
         super().__post_init__()
         for name, low in (("outer_rank", 1), ("calibration_batches", 0)):
             value = getattr(self, name)
-            if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < low):
+            if value is not None and value < low:
                 raise ConfigError(f"{name}={value!r} is not allowed; use a whole number, {low} or more")
         if not 0 <= self.exponent < float("inf"):
             raise ConfigError(f"exponent={self.exponent} is not usable; use 1.0, or 0.5 where inputs have outliers")

@@ -14,7 +14,8 @@ from torch import Tensor
 from weightlora.core import mean_rank_for_params
 from weightlora.errors import ConfigError, ScheduleError
 from weightlora.graft import Adapter, Form, RankGates, Selection
-from weightlora.methods.base import Factors, Method, Policy, StepView, check_warmup
+from weightlora.methods.base import Factors, Method, Policy, StepView
+from weightlora.methods.checks import check_warmup
 
 UNKNOWN = 2**31  # what a loop that does not say how long it is passes for its optimizer steps
 
@@ -47,7 +48,7 @@ class RankMethod(Method):
     def __post_init__(self) -> None:
         super().__post_init__()
         for name, value in (("target_r", self.target_r), ("init_r", self.init_r)):
-            if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
+            if value is not None and value < 1:
                 raise ConfigError(f"{name}={value!r} is not allowed; use 1 or more, or None")
         if self.target_r is not None and self.init_r is not None and self.init_r < self.target_r:
             raise ConfigError(f"init_r={self.init_r} is below target_r={self.target_r}; ranks are only taken away")
@@ -153,6 +154,6 @@ def check_interval(interval: int | float, max_steps: int, name: str = "deltaT") 
     >>> check_interval(100, 50), check_interval(0.1, 50)
     (100, 5)
     """
-    if isinstance(interval, int) and not isinstance(interval, bool) and interval >= max_steps:
+    if isinstance(interval, int) and interval >= max_steps:
         return interval  # legal: the last event comes whatever the interval
     return check_warmup(interval, max_steps, name)

@@ -9,8 +9,9 @@ from typing import Any, ClassVar
 from weightlora.core import total_params
 from weightlora.errors import ConfigError
 from weightlora.graft import Adapter, Form, Selection, Vectors
-from weightlora.methods.base import Factors, Method, Policy, check_choice
+from weightlora.methods.base import Factors, Method, Policy
 from weightlora.methods.baselines import Fixed
+from weightlora.methods.checks import check_choice
 
 VARIANTS = ("tl6", "tl5")
 

@@ -10,7 +10,8 @@ from typing import Any, ClassVar, Literal, get_args
 from weightlora.core import Rule, Shape, parse_bytes, parse_share
 from weightlora.errors import ConfigError
 from weightlora.graft import Adapter
-from weightlora.methods.base import Method, check_choice, check_k_value, with_k
+from weightlora.methods.base import Method, with_k
+from weightlora.methods.checks import check_choice, check_k_value
 from weightlora.methods.presets import WEIGHTLORA
 from weightlora.methods.weightlora_policy import Score, WeightLoRAPolicy
 

@@ -11,7 +11,8 @@ import torch
 from weightlora.core import Growth, Noise, Remainder, grown_ranks, rank_for_params, total_params
 from weightlora.errors import ConfigError, ScheduleError
 from weightlora.graft import Adapter, Selection
-from weightlora.methods.base import GrowthPlan, check_choice
+from weightlora.methods.base import GrowthPlan
+from weightlora.methods.checks import check_choice
 from weightlora.methods.presets import WEIGHTLORA_PLUS
 from weightlora.methods.weightlora import WeightLoRA
 from weightlora.methods.weightlora_policy import WeightLoRAPolicy

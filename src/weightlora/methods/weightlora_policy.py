@@ -13,7 +13,8 @@ from weightlora.core import coverage, credit, gate_step, gradual_k, support
 from weightlora.errors import ScheduleError
 from weightlora.graft import Adapter, Selection
 from weightlora.methods.affordable import most_important
-from weightlora.methods.base import Budget, Factors, Policy, StepView, check_k, check_warmup
+from weightlora.methods.base import Budget, Factors, Policy, StepView
+from weightlora.methods.checks import check_k, check_warmup
 
 if TYPE_CHECKING:
     from weightlora.methods.weightlora import WeightLoRA

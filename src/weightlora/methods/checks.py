@@ -1,0 +1,77 @@
+"""What a setting may be: words, counts, shares of the adapters and of the run."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+from weightlora.core import resolve_k
+from weightlora.errors import ConfigError, ScheduleError
+from weightlora.graft import Adapter
+
+
+def check_choice(name: str, value: str, allowed: tuple[str, ...]) -> None:
+    """Refuse a word that the setting `name` does not know.
+
+    >>> check_choice("rule", "best", ("signed", "positive"))
+    Traceback (most recent call last):
+    ...
+    weightlora.errors.ConfigError: rule 'best' is unknown; use one of signed, positive
+    """
+    if value not in allowed:
+        raise ConfigError(f"{name} {value!r} is unknown; use one of {', '.join(allowed)}")
+
+
+def check_k_value(k: int | float, name: str = "k") -> None:
+    """Refuse a ``k`` that no model could satisfy, and 1.0, which is one adapter to some and all of them to others.
+
+    >>> check_k_value(0)
+    Traceback (most recent call last):
+    ...
+    weightlora.errors.ConfigError: k=0 is not allowed; use a count of adapters (1 or more) or a share such as 0.25
+    """
+    if isinstance(k, float) and k == 1:
+        raise ConfigError(f"{name}=1.0 may mean one adapter or all of them; use 1 for one, the count n for all")
+    if not (0 < k < 1 if isinstance(k, float) else k >= 1):
+        raise ConfigError(f"{name}={k!r} is not allowed; use a count of adapters (1 or more) or a share such as 0.25")
+
+
+def check_k(k: int | float, live: Sequence[Adapter]) -> int:
+    """``k`` as a count, or a ScheduleError that says what the model allows."""
+    try:
+        return resolve_k(k, len(live))
+    except ConfigError as error:
+        raise ScheduleError(str(error)) from None
+
+
+def check_steps(steps: int | float | None, name: str) -> None:
+    """Refuse a length that no run could have: a number of optimizer steps, or a share of the run below 1. 1.0 is
+    neither: one step to some, the whole run to others.
+
+    >>> check_steps(0, "warmup_steps")
+    Traceback (most recent call last):
+    ...
+    weightlora.errors.ConfigError: warmup_steps=0 is not allowed; use a number of steps (1 or more) or a share below 1
+    """
+    if isinstance(steps, float) and steps == 1:
+        raise ConfigError(f"{name}=1.0 may mean one step or the whole run; use 1 for one, a share such as 0.15 else")
+    if steps is not None and (not 0 < steps < math.inf or (steps > 1 and steps != int(steps))):
+        raise ConfigError(f"{name}={steps!r} is not allowed; use a number of steps (1 or more) or a share below 1")
+
+
+def check_warmup(steps: int | float, max_steps: int, name: str = "warmup_steps") -> int:
+    """A warm-up length T in optimizer steps; a fraction means a share of the run. `name` is for messages.
+
+    Raises:
+        ScheduleError: T is not inside the run.
+
+    >>> check_warmup(0.1, 300), check_warmup(50, 300)
+    (30, 50)
+    """
+    count = max(1, round(steps * max_steps)) if isinstance(steps, float) and steps < 1 else int(steps)
+    if count >= max_steps:
+        raise ScheduleError(
+            f"{name}={steps} needs more than the {max_steps} optimizer steps of this run;"
+            f" use at most {max_steps - 1}, a share such as 0.1, or train longer"
+        )
+    return count
