@@ -16,9 +16,9 @@ from torch import nn
 import weightlora as wl
 from weightlora.core import block_gates
 from weightlora.errors import ConfigError, ScheduleError
-from weightlora.graft import Gates, adapters
+from weightlora.graft import Gates, adapters, block_numbers
 from weightlora.methods import Flexora, StepView
-from weightlora.methods.flexora import FlexoraPolicy, block_indices
+from weightlora.methods.flexora import FlexoraPolicy
 from weightlora.training.held_out import HeldOutBatches
 
 
@@ -142,7 +142,7 @@ def test_keeps_blocks_strictly_above_zero_and_starts_again() -> None:
 
 def test_blocks_are_counted_over_the_model_and_outsiders_stay() -> None:
     bart = lora("bart")
-    assert len(set(block_indices(adapters(bart)))) == 4  # two of the encoder, two of the decoder
+    assert len(set(block_numbers(adapters(bart)))) == 4  # two of the encoder, two of the decoder
     model = lora(targets=[*QKV["bert"], "pooler.dense"])
     loop = Loop.start(Flexora(warmup_steps=4), model).run(4)
     assert any("pooler" in a.name for a in adapters(model))

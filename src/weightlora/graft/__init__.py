@@ -7,6 +7,7 @@ from weightlora.graft.adapters import (
     adapter_name,
     adapters,
     base_of,
+    block_numbers,
     block_of,
     has_adapters,
     is_sharded,
@@ -24,6 +25,7 @@ from weightlora.graft.levels import operation_costs, placement_costs, reserved
 from weightlora.graft.manifest import MANIFEST, STATE, Manifest, fingerprint, readable
 from weightlora.graft.optimizer import Change, adopt, forget, remap
 from weightlora.graft.quantised import keep_unpacked, stored
+from weightlora.graft.readiness import check_held, check_peft_model, check_ready
 from weightlora.graft.rebuild import take_over
 from weightlora.graft.saved import Held, Saved
 from weightlora.graft.selection import Choice, Selection, select
@@ -60,8 +62,12 @@ __all__ = [
     "adapters",
     "adopt",
     "base_of",
+    "block_numbers",
     "block_of",
+    "check_held",
     "check_path",
+    "check_peft_model",
+    "check_ready",
     "check_tuner",
     "checkpoint_blocks",
     "disconnect",

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from peft.tuners.lora.layer import Linear, LoraLayer
+from peft.tuners.lora.layer import Linear, LoraLayer, ParamWrapper
 from peft.utils.other import ModulesToSaveWrapper
 from torch import Tensor, distributed, nn
 from transformers.pytorch_utils import Conv1D
@@ -104,6 +104,21 @@ def block_of(path: str) -> int | None:
     return int(found.group(1)) if found else None
 
 
+def block_numbers(live: Sequence[Adapter]) -> list[int | None]:
+    """The block of each adapter, counted over the whole model; None outside blocks.
+
+    An encoder's block 0 is not a decoder's: blocks are one where their paths are, not where their numbers are.
+
+    >>> paths = ("encoder.layers.0.fc1", "encoder.layers.0.fc2", "decoder.layers.0.fc1", "head")
+    >>> rest = {"kind": "", "d_in": 1, "d_out": 1, "rank": 1, "scale": 1.0}
+    >>> block_numbers([Adapter(index=i, name=p, block=block_of(p), **rest) for i, p in enumerate(paths)])
+    [0, 0, 1, None]
+    """
+    seen: dict[str, int] = {}
+    found = [_BLOCK.search(adapter.name) for adapter in live]
+    return [None if at is None else seen.setdefault(at.string[: at.end(1)], len(seen)) for at in found]
+
+
 def adapters(model: nn.Module, name: str | None = None) -> tuple[Adapter, ...]:
     """The adapters of a PEFT LoRA model in module order (never parameter, set or dict order).
 
@@ -175,6 +190,12 @@ def refuse_tied(live: Sequence[Adapter]) -> None:
 
 
 def _check_supported(path: str, layer: LoraLayer, name: str) -> None:
+    if isinstance(layer, ParamWrapper):
+        # Also where the user named modules: of models whose experts are fused, PEFT rewrites them to parameters.
+        raise AdapterError(
+            f"{path} holds its weights as bare parameters ({layer.parameter_name}), as the fused experts of"
+            " mixture-of-experts models do; only linear layers can be gated: target the attention layers, not experts"
+        )
     # A variant of our own (a gate left from before) is fine; DoRA and friends compute something else.
     variant = layer.lora_variant.get(name)
     if variant is not None and not getattr(variant, "is_gate", False):
@@ -220,7 +241,11 @@ def linear_shape(base: nn.Module) -> tuple[int, int] | None:
 
 def honours_variants(layer: LoraLayer) -> bool:
     """Whether a layer kind's forward asks for variants (AWQ, AQLM, EETQ, bare parameters, ... do not)."""
-    return isinstance(layer, Linear) or type(layer).resolve_lora_variant is not LoraLayer.resolve_lora_variant
+    # A layer kind says so by a method of its own, or, in later releases of PEFT, by a property.
+    ways = ("resolve_lora_variant", "lora_variants")
+    return isinstance(layer, Linear) or any(
+        getattr(type(layer), way, None) is not getattr(LoraLayer, way, None) for way in ways
+    )
 
 
 @contextlib.contextmanager

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from weightlora.core import block_gates
 from weightlora.errors import ConfigError, ScheduleError
-from weightlora.graft import Adapter, Selection
+from weightlora.graft import Adapter, Selection, block_numbers
 from weightlora.methods.base import Method, Policy, StepView, slope
 from weightlora.methods.checks import check_warmup
 
@@ -71,15 +71,6 @@ class Flexora(Method):
         return FlexoraPolicy(self, adapters, max_steps)
 
 
-def block_indices(adapters: Sequence[Adapter]) -> list[int | None]:
-    """The block of each adapter, counted over the whole model (an encoder's block 0 is not a decoder's), or None."""
-    seen: dict[tuple[str, int], int] = {}
-    return [
-        None if a.block is None else seen.setdefault((f"{a.name}.".split(f".{a.block}.", 1)[0], a.block), len(seen))
-        for a in adapters
-    ]
-
-
 class FlexoraPolicy(Policy):
     """Alternates with the optimizer: it moves A and B, the policy moves alpha; see :class:`Flexora`."""
 
@@ -90,7 +81,7 @@ class FlexoraPolicy(Policy):
         self.method = method
         self.seam = check_warmup(method.warmup_steps, max_steps)
         self.restart = torch.Generator().manual_seed(method.seed)
-        self.blocks = block_indices(adapters)
+        self.blocks = block_numbers(adapters)
         count = len({block for block in self.blocks if block is not None})
         if count < 2:
             raise ScheduleError(

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from weightlora.core import coverage, credit, gate_step, gradual_k, support
 from weightlora.errors import ScheduleError
-from weightlora.graft import Adapter, Selection
+from weightlora.graft import Adapter, Selection, block_numbers
 from weightlora.methods.affordable import most_important
 from weightlora.methods.base import Budget, Factors, Policy, StepView
 from weightlora.methods.checks import check_k, check_warmup
@@ -104,7 +104,7 @@ class WeightLoRAPolicy(Policy):
             kept = support(self.credits[alive], k, "signed")
             why = f"the {k} largest credits (loss decrease bought by an adapter's own updates) in {self.horizon} steps"
         else:
-            blocks = [-1 if a.block is None else a.block for a in self.adapters]
+            blocks = [-1 if block is None else block for block in block_numbers(self.adapters)]
             kept = coverage([scores[i] for i in alive], [blocks[i] for i in alive], k)
             why = f"credit in {self.horizon} steps, spread over blocks: the {k} that maximise sum of sqrt per block"
         return method.choose(self.adapters, [alive[i] for i in kept], why, step=step, omegas=omegas, scores=scores)

@@ -39,7 +39,7 @@ def compare(
     config: RunConfig,
     methods: Sequence[str],
     seeds: Sequence[int],
-    folder: Path,
+    folder: str | Path,
     *,
     tune: Sequence[float] = (),
     cluster: Cluster | None = None,
@@ -69,6 +69,7 @@ def compare(
     """
     if any(not 0 < factor < math.inf for factor in tune):
         raise ConfigError(f"tune={','.join(f'{factor:g}' for factor in tune)} must be factors above 0, such as 0.3,1,3")
+    folder = Path(folder)
     plan: dict[str, RunConfig] = {}
     for text in methods:
         name, preset = parse_method(text, config.preset)

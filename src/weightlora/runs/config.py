@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import json
 import math
-import typing
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
-from weightlora.core import parse_params
+from weightlora.core import declared, parse_params
 from weightlora.errors import CheckpointError, ConfigError
 from weightlora.files import write_text
 from weightlora.graft import check_path
@@ -77,6 +76,8 @@ class RunConfig:
     training: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        for f in fields(self):
+            object.__setattr__(self, f.name, declared(RunConfig, f.name, getattr(self, f.name)))
         if not self.max_length:
             object.__setattr__(self, "max_length", default_max_length(self.task))
         for name in ("r", "max_length"):
@@ -112,27 +113,27 @@ class RunConfig:
         """Plain data."""
         return {"schema_version": SCHEMA_VERSION, **asdict(self)}
 
-    def save(self, folder: Path, name: str = CONFIG) -> Path:
+    def save(self, folder: str | Path, name: str = CONFIG) -> Path:
         """Write ``config.json``."""
-        return write_text(folder / name, json.dumps(self.to_dict(), indent=1, allow_nan=False) + "\n")
+        return write_text(Path(folder) / name, json.dumps(self.to_dict(), indent=1, allow_nan=False) + "\n")
 
     @staticmethod
-    def is_one(path: Path) -> bool:
+    def is_one(path: str | Path) -> bool:
         """Whether a file is a run's configuration, of this release or another."""
         try:
-            data = json.loads(path.read_text(encoding="utf-8"))
+            data = json.loads(Path(path).read_text(encoding="utf-8"))
         except (OSError, ValueError, RecursionError):
             return False
         return isinstance(data, dict) and {"schema_version", "task", "model", "method", "training"} <= set(data)
 
     @classmethod
-    def load(cls, folder: Path) -> RunConfig:
+    def load(cls, folder: str | Path) -> RunConfig:
         """Read ``config.json`` of a run directory.
 
         Raises:
             CheckpointError: it is missing or damaged.
         """
-        path = folder / CONFIG
+        path = Path(folder) / CONFIG
         try:
             data = json.loads(path.read_text(encoding="utf-8"))
         except OSError:
@@ -144,20 +145,14 @@ class RunConfig:
         known = {f.name for f in fields(cls)}
         if not isinstance(data, dict) or data.pop("schema_version", None) != SCHEMA_VERSION or set(data) - known:
             raise CheckpointError(f"{path} is not a run configuration of this release (schema {SCHEMA_VERSION})")
-        _check_types(cls, data, path)
+        for name, value in data.items():
+            try:
+                declared(cls, name, value)
+            except ConfigError as error:
+                raise CheckpointError(
+                    f"{path} is damaged: {error}; or restore the file, or start another run"
+                ) from None
         try:
             return cls(**data)
         except TypeError as error:
             raise CheckpointError(f"{path} is damaged: {error}") from None
-
-
-def _check_types(cls: type[RunConfig], data: dict[str, Any], path: Path) -> None:
-    """Raise CheckpointError for a value of another type than its field has."""
-    for name, hint in typing.get_type_hints(cls).items():
-        kinds = typing.get_args(hint) if typing.get_origin(hint) is not dict else (dict,)
-        allowed = tuple(kinds or (hint,))
-        allowed += (int,) if float in allowed else ()
-        value = data.get(name)
-        wrong = not isinstance(value, allowed) or (isinstance(value, bool) and bool not in allowed)
-        if name in data and wrong:
-            raise CheckpointError(f"{path} is damaged: {name} is {value!r}; restore the file, or start another run")

@@ -48,7 +48,7 @@ WRITTEN = (CONFIG, RECORD, ADAPTER, MODEL, SELECTION, MANIFEST, ERROR, PICTURE)
 
 
 def train(
-    config: RunConfig, folder: Path, *, overwrite: bool = False, argv: Sequence[str] = (), quiet: bool = False
+    config: RunConfig, folder: str | Path, *, overwrite: bool = False, argv: Sequence[str] = (), quiet: bool = False
 ) -> Record:
     """Start a run in `folder`.
 
@@ -58,6 +58,7 @@ def train(
     Raises:
         WeightLoRAError: the settings cannot work, or the folder is taken. Nothing was written.
     """
+    folder = Path(folder)
     if follows():
         return _follow(config, folder, resume=False, argv=argv)
     refuse_busy(folder)
@@ -77,12 +78,13 @@ def train(
             raise
 
 
-def resume(folder: Path, *, argv: Sequence[str] = (), quiet: bool = False) -> Record:
+def resume(folder: str | Path, *, argv: Sequence[str] = (), quiet: bool = False) -> Record:
     """Go on with a run that was interrupted, from its latest whole checkpoint, to the same final adapter.
 
     Raises:
         CheckpointError: no run directory, or the run is finished (then its record is there to read).
     """
+    folder = Path(folder)
     config = RunConfig.load(folder)
     if follows():
         return _follow(config, folder, resume=True, argv=argv)
@@ -97,17 +99,19 @@ def resume(folder: Path, *, argv: Sequence[str] = (), quiet: bool = False) -> Re
         return _live(parts, config, folder, resume=True, argv=argv, quiet=quiet)
 
 
-def finished(folder: Path) -> bool:
+def finished(folder: str | Path) -> bool:
     """Whether a run in `folder` ended well."""
-    return (folder / RECORD).is_file() and Record.read(folder / RECORD).status == "ok"
+    record = Path(folder) / RECORD
+    return record.is_file() and Record.read(record).status == "ok"
 
 
-def select(config: RunConfig, folder: Path, *, overwrite: bool = False, quiet: bool = False) -> Selection:
+def select(config: RunConfig, folder: str | Path, *, overwrite: bool = False, quiet: bool = False) -> Selection:
     """Run only until the selection is made; write ``selection.json`` and a ``LoraConfig`` for any other trainer.
 
     Raises:
         WeightLoRAError: as :func:`train`.
     """
+    folder = Path(folder)
     refuse_busy(folder)
     _check_folder(folder, overwrite)
     parts = build(config)
@@ -269,7 +273,7 @@ def _blank(config: RunConfig, metric: str) -> Record:
     return Record(
         status="running",
         method=config.method,
-        preset=config.preset,
+        preset=config.make_method().label,
         task=config.task,
         model=config.model,
         seed=config.seed,
@@ -298,6 +302,7 @@ def _first_record(parts: Parts, config: RunConfig, argv: Sequence[str]) -> Recor
     tuned = tuned_layers(parts.model) if parts.method.trains == "peft" else ()
     return replace(
         _blank(config, parts.task.metric),
+        preset=parts.method.label,
         r=parts.rank if live else None,
         n_adapters=len(live) + len(tuned),
         max_steps=parts.max_steps,

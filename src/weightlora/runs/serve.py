@@ -16,7 +16,9 @@ from weightlora.runs.lock import alone
 from weightlora.runs.run import ADAPTER, SELECTION, finished
 
 
-def export_run(folder: Path, out: Path, profile: str, *, overwrite: bool = False, about: str = "") -> Export:
+def export_run(
+    folder: str | Path, out: str | Path, profile: str, *, overwrite: bool = False, about: str = ""
+) -> Export:
     """Export a finished run's adapter.
 
     Args:
@@ -29,6 +31,7 @@ def export_run(folder: Path, out: Path, profile: str, *, overwrite: bool = False
     Raises:
         CheckpointError: no finished run there, or one without an adapter.
     """
+    folder, out = Path(folder), Path(out)
     config = RunConfig.load(folder)
     if not finished(folder):
         raise CheckpointError(f"{folder} holds no finished run; `weightlora resume {folder}` finishes it")

@@ -64,9 +64,9 @@ def check_name(name: str) -> None:
 def load_task(  # noqa: PLR0913 - one argument per user setting
     name: str,
     *,
-    data_dir: Path | None = None,
-    train_file: Path | None = None,
-    validation_file: Path | None = None,
+    data_dir: str | Path | None = None,
+    train_file: str | Path | None = None,
+    validation_file: str | Path | None = None,
     text_column: str | None = None,
     pair_column: str | None = None,
     label_column: str = "label",
@@ -123,8 +123,8 @@ def load_task(  # noqa: PLR0913 - one argument per user setting
     }
     _check_numbers(**rows)
     own: dict[str, Any] = {
-        "train_file": train_file,
-        "validation_file": validation_file,
+        "train_file": _path("train_file", train_file),
+        "validation_file": _path("validation_file", validation_file),
         "text_column": text_column,
         "pair_column": pair_column,
         "regression": regression or None,
@@ -135,14 +135,21 @@ def load_task(  # noqa: PLR0913 - one argument per user setting
     }
     given = {option: value for option, value in own.items() if value is not None}
     _check_owners(name, given)
+    folder = _path("data_dir", data_dir)
     if name in CLASSIFICATIONS:
-        return load_classification(name, data_dir=data_dir, label_column=label_column, **given, **rows)
-    tables = read_splits(name, data_dir, given.pop("validation_file", None), validation=holdout is None)
+        return load_classification(name, data_dir=folder, label_column=label_column, **given, **rows)
+    tables = read_splits(name, folder, given.pop("validation_file", None), validation=holdout is None)
     if name in SQUAD:
         return _squad(name, tables, rows, given)
     if name in SUMMARIES:
         return _summaries(name, tables, rows, given)
     return _completions(name, tables, rows, given)
+
+
+def _path(option: str, value: str | Path | None) -> Path | None:
+    if not isinstance(value, str | Path | None):
+        raise ConfigError(f"{option}={value!r} is not allowed; use a path, or None")
+    return None if value is None else Path(value)
 
 
 def _squad(name: str, tables: list[Table], rows: dict[str, Any], given: dict[str, Any]) -> Task:

@@ -13,6 +13,7 @@ from transformers.trainer_utils import SaveStrategy
 from weightlora.graft import Manifest
 from weightlora.training import checkpoint
 from weightlora.training.driver import Driver
+from weightlora.training.preflight import check_optimizer, torch_optimizer
 
 Stage = Literal["warmup", "final"]
 
@@ -73,6 +74,8 @@ class SeamCallback(TrainerCallback):
         return float(trainer.optimizer.param_groups[0]["lr"]) / base if base else 0.0
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        # A trainer may make its optimizer itself, and only when it begins.
+        check_optimizer(self.driver.model, torch_optimizer(self.trainer.optimizer), self.driver.name)
         # The trainer has loaded its checkpoint by now: B is there in its folded form, so the raw state goes on top.
         if self.restored is not None:
             self.driver.load_state(*self.restored)
@@ -81,8 +84,7 @@ class SeamCallback(TrainerCallback):
         self.driver.before_step(self._lr_factor())
 
     def on_optimizer_step(self, args: Any, state: Any, control: Any, **given: Any) -> None:
-        optimizer = given["optimizer"]
-        self.driver.after_step(self._lr_factor(), getattr(optimizer, "optimizer", optimizer))
+        self.driver.after_step(self._lr_factor(), torch_optimizer(given["optimizer"]))
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         self._check_finite(control)

@@ -38,7 +38,7 @@ from weightlora.graft import (
     tie,
 )
 from weightlora.methods import Budget, HeldOut, Method, StepView
-from weightlora.training.finite import FiniteWatch, check_numbers
+from weightlora.training.finite import FiniteWatch, check_learned, check_numbers
 from weightlora.training.processes import mean_over_processes
 
 log = logging.getLogger("weightlora")
@@ -243,6 +243,7 @@ class Driver:
         check_numbers("gates", omegas)
         selection = self.policy.decide(omegas)
         check_numbers("scores", [choice.score for choice in selection.choices])
+        check_learned(selection, gates=self.policy.trains_gates)
         growth = self.policy.growth(selection)
         if self.gates is not None:
             self.gates.detach()

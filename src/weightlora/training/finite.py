@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from torch.nn.utils import get_total_norm
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from weightlora.errors import DivergedError
+from weightlora.errors import DivergedError, ScheduleError
+from weightlora.graft import Selection
 from weightlora.training import checkpoint
 
 REMEDY = (
@@ -78,6 +79,26 @@ def check_numbers(what: str, numbers: Sequence[float | None]) -> None:
     if bad:
         raise DivergedError(
             f"{len(bad)} of {len(numbers)} {what} are NaN or infinite at the selection; {REMEDY}", step=None
+        )
+
+
+def check_learned(selection: Selection, *, gates: bool) -> None:
+    """Refuse a choice among adapters that nothing tells apart, because none of them has learned.
+
+    Args:
+        selection: what was decided, not applied yet.
+        gates: whether gates were trained; then those are what was ranked where there is no score.
+
+    Raises:
+        ScheduleError: some are to be removed, and all scores are 0, or all gates as they were at the start.
+    """
+    scores = [choice.score for choice in selection.choices]
+    what = "scores are 0" if None not in scores else "gates are where they began" if gates else ""
+    idle = not any(scores) if None not in scores else all(c.omega in (0.0, 1.0) for c in selection.choices)
+    if what and idle and selection.k < selection.n:
+        raise ScheduleError(
+            f"all {selection.n} {what} at the seam: no adapter has learned anything, so there is nothing to choose by;"
+            " check that the learning rate is not 0 and that the loss depends on the adapters"
         )
 
 

@@ -33,6 +33,7 @@ from weightlora.training.held_out import hold_out
 from weightlora.training.measure import PeakMemory
 from weightlora.training.plain import train_plain
 from weightlora.training.predict import Predictor
+from weightlora.training.preflight import check_best, check_fit, check_trainers_model
 from weightlora.training.processes import check_same_everywhere, main_alone, processes
 from weightlora.training.results import FitResult, PhaseResult, phase_result, read_progress
 from weightlora.training.sharding import (
@@ -106,14 +107,17 @@ def fit(
     Source: paper, section 3.3 (T steps, then disconnect; "the batch size can be increased"). Departs from it in
     resuming through a checkpoint, which is what makes a killed run continue to the same adapter.
     """
+    micro_batch = check_fit(trainer, method, resume, micro_batch, log_omegas)
     check_trainer(trainer)
     check_sharding(trainer)
+    check_best(trainer)
     if not method.uses_adapters:
         if asked_for(trainer) is not None:
             raise ConfigError(
                 f"FSDP shards the frozen base under adapters; {method.name} runs on one process, or by torchrun (DDP)"
             )
         return train_plain(trainer, method, resume, measure)
+    check_trainers_model(trainer)
     rows = trainer.train_dataset
     try:
         made = _Fit(trainer, method, resume, micro_batch, measure, log_omegas, adapter_path)

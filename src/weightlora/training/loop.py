@@ -13,6 +13,7 @@ from weightlora.graft import PathName, Selection
 from weightlora.methods import Method
 from weightlora.training.driver import Driver
 from weightlora.training.held_out import HeldOutBatches
+from weightlora.training.preflight import check_method, check_model, count, torch_optimizer
 from weightlora.training.processes import check_alike
 
 LOOK_EVERY = 10  # steps between reading what the device saw: the trainer's own logging step is as often by default
@@ -112,7 +113,7 @@ def attach(
     Args:
         model: a model with LoRA adapters (``peft.get_peft_model``).
         method: for example ``WeightLoRA(k=10, warmup_steps=100)``.
-        optimizer: holds the adapters' parameters; at the seam it is changed in place.
+        optimizer: holds the adapters' parameters; at the seam it is changed in place. What Accelerate wrapped is fine.
         max_steps: optimizer steps of the whole run; needed only where the method counts in shares of it.
         adapter_path: how adapters compute, as :func:`fit`.
         held_out: batches that the loop does not train on, for a method that looks at some; ``model(**batch).loss`` is
@@ -122,7 +123,8 @@ def attach(
         A :class:`Tuner`.
 
     Raises:
-        AdapterError, ScheduleError: the method cannot run; nothing was changed.
+        AdapterError, ConfigError, ScheduleError: the method cannot run, the adapters cannot train, or the optimizer
+            does not hold all of them; nothing was changed.
 
     >>> import weightlora as wl
     >>> from peft import LoraConfig, get_peft_model
@@ -136,9 +138,12 @@ def attach(
     >>> tuner.selection.k
     1
     """
+    check_method(method)
+    optimizer = torch_optimizer(optimizer)
+    check_model(model, optimizer)
     share = next((s for s in method.in_shares if isinstance(getattr(method, s, None), float)), None)
     if share is not None and max_steps is None:
         raise ScheduleError(f"{share} is a share of the run; give attach(..., max_steps=N), or a number of steps")
-    steps = max_steps if max_steps is not None else 2**31
+    steps = 2**31 if max_steps is None else count("max_steps", max_steps)
     unseen = HeldOutBatches(model, held_out) if held_out else None
     return Tuner(Driver(model, method, steps, adapter_path=adapter_path, held_out=unseen), optimizer)
