@@ -7,11 +7,14 @@ import itertools
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model, inject_adapter_in_model
+from peft.tuners.lora.layer import LoraLayer
 from tests.builders import ALL_LINEAR, FAMILIES, QKV, base, lora
 from torch import nn
+from transformers import MixtralConfig, MixtralForCausalLM, T5Config, T5ForConditionalGeneration
 
 from weightlora.errors import AdapterError
-from weightlora.graft import adapters, parameters
+from weightlora.graft import adapters, block_numbers, parameters
+from weightlora.graft.adapters import honours_variants
 
 HOMES = {
     "bert": ("bert.encoder.layer.{}.attention.self.", ("query", "key", "value")),
@@ -155,9 +158,53 @@ def test_refuses_a_bare_parameter() -> None:
     net = get_peft_model(
         nn.Sequential(nn.Linear(4, 3)), LoraConfig(r=2, target_modules=[], target_parameters=["0.weight"])
     )
-    refused(
-        net, "0 is a Linear under PEFT's ParamWrapper, which computes adapters its own way, so they cannot be gated"
-    )
+    refused(net, "0 has LoRA on its bare parameter 'weight', as PEFT puts it on the fused experts and routers")
+
+
+@pytest.mark.filterwarnings("ignore:The following .*_pattern keys:RuntimeWarning")  # PEFT about its own rewriting
+def test_names_the_experts_of_a_mixture() -> None:
+    """PEFT makes parameters of the expert modules that were asked for, so no quantised base is at fault."""
+    sizes = {"vocab_size": 9, "hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_local_experts": 2}
+    net = MixtralForCausalLM(MixtralConfig(**sizes, num_attention_heads=2, num_key_value_heads=1))
+    chosen = LoraConfig(r=2, target_modules=["q_proj", "w1", "w2", "w3"])
+    refused(get_peft_model(net, chosen), r"layers\.0\.mlp\.experts has LoRA on its bare parameter .*mixture-of-experts")
+    net = MixtralForCausalLM(MixtralConfig(**sizes, num_attention_heads=2, num_key_value_heads=1))
+    assert [a.kind for a in adapters(get_peft_model(net, LoraConfig(r=2, target_modules=["q_proj"])))] == ["q_proj"]
+
+
+def test_asks_a_layer_both_ways_whether_it_honours_variants() -> None:
+    """Of today's releases by a method, of later ones by a property; a kind that says neither does not."""
+
+    class Silent(nn.Module, LoraLayer):
+        def __init__(self) -> None:
+            nn.Module.__init__(self)
+
+    class Today(Silent):
+        def resolve_lora_variant(self, **_: object) -> None:  # type: ignore[override]
+            return None
+
+    class Later(Silent):
+        @property
+        def lora_variants(self) -> dict[tuple[str, ...], type]:
+            return {}
+
+    found = [honours_variants(kind()) for kind in (Today, Later, Silent)]  # type: ignore[abstract]
+    assert found == [True, True, False]
+
+
+@pytest.mark.parametrize("make", ["bart", "t5"])
+def test_blocks_of_two_stacks_are_different_blocks(make: str) -> None:
+    if make == "bart":
+        live = adapters(lora("bart", 2))
+    else:
+        sizes = {"vocab_size": 9, "d_model": 8, "d_kv": 4, "d_ff": 8, "num_layers": 2, "num_heads": 2}
+        net = T5ForConditionalGeneration(T5Config(**sizes, decoder_start_token_id=0))
+        live = adapters(get_peft_model(net, LoraConfig(r=2, target_modules=["q", "v", "wo"])))
+    of: dict[int | None, set[tuple[str, int | None]]] = {}
+    for adapter, number in zip(live, block_numbers(live), strict=True):
+        stack = "decoder" if "decoder" in adapter.name else "encoder"
+        of.setdefault(number, set()).add((stack, adapter.block))
+    assert list(of.values()) == [{("encoder", 0)}, {("encoder", 1)}, {("decoder", 0)}, {("decoder", 1)}]
 
 
 def test_refuses_half_tied_factors_and_names_tied_ones() -> None:

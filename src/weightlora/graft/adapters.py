@@ -191,10 +191,11 @@ def refuse_tied(live: Sequence[Adapter]) -> None:
 
 def _check_supported(path: str, layer: LoraLayer, name: str) -> None:
     if isinstance(layer, ParamWrapper):
-        # Also where the user named modules: of models whose experts are fused, PEFT rewrites them to parameters.
+        # Also where the user named modules: of models with fused experts PEFT makes parameters of them.
         raise AdapterError(
-            f"{path} holds its weights as bare parameters ({layer.parameter_name}), as the fused experts of"
-            " mixture-of-experts models do; only linear layers can be gated: target the attention layers, not experts"
+            f"{path} has LoRA on its bare parameter {layer.parameter_name!r}, as PEFT puts it on the fused experts and"
+            " routers of mixture-of-experts models; only linear layers can be gated: target those (attention, shared"
+            " experts)"
         )
     # A variant of our own (a gate left from before) is fine; DoRA and friends compute something else.
     variant = layer.lora_variant.get(name)

@@ -105,6 +105,7 @@ def export(
     >>> done.profile, done.rank, done.max_difference <= done.tolerance
     ('native', 2, True)
     """
+    _check_types(result, out, sample, base)
     if profile not in PROFILES:
         raise ConfigError(f"export profile {profile!r} is unknown; use one of {', '.join(PROFILES)}")
     if base is not None and profile != "merged":
@@ -166,6 +167,23 @@ def _other_base(own: Tensor, again: Tensor) -> str:
     gaps = (own.double() - again.to(own.device).double()).abs()
     gap = float(gaps[gaps.isfinite()].max()) if gaps.isfinite().any() else 0.0
     return f"merged into base=: its logits differ by {gap:.3g} at most from the live model's, which has another base"
+
+
+def _check_types(result: Any, out: Any, sample: Any, base: Any) -> None:
+    model = result if isinstance(result, nn.Module) else getattr(result, "model", result)
+    for name, value, kinds, words in (
+        (
+            "result",
+            result if isinstance(result, nn.Module) else getattr(result, "model", result),
+            nn.Module,
+            "what fit returned, or a PEFT model",
+        ),
+        ("out", out, str | Path, "the path of a folder"),
+        ("sample", sample, Mapping | None, "a batch as a dict of tensors, or None"),
+        ("base", base, nn.Module | None, "a model, or None"),
+    ):
+        if not isinstance(value, kinds):
+            raise ConfigError(f"{name} is a {type(value).__name__}; give {words}")
 
 
 def _free_folder(out: str | Path, overwrite: bool) -> Path:

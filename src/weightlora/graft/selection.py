@@ -12,7 +12,7 @@ from typing import Any
 
 from peft import LoraConfig
 
-from weightlora.errors import CheckpointError
+from weightlora.errors import CheckpointError, ConfigError
 from weightlora.files import write_text
 from weightlora.graft.adapters import Adapter
 from weightlora.graft.surgery import common
@@ -201,7 +201,7 @@ class Selection:
         """Read :meth:`to_json` back."""
         try:
             return cls.from_dict(json.loads(text))
-        except (ValueError, RecursionError) as error:
+        except (TypeError, ValueError, RecursionError) as error:
             if isinstance(error, CheckpointError):
                 raise
             raise CheckpointError(f"the selection is not JSON: {error}") from None
@@ -209,6 +209,8 @@ class Selection:
     @classmethod
     def load(cls, path: str | Path) -> Selection:
         """Read a file that :meth:`save` wrote."""
+        if not isinstance(path, str | Path):
+            raise ConfigError(f"{path!r} is no path of a selection; give the file that Selection.save wrote")
         try:
             return cls.from_json(Path(path).read_text(encoding="utf-8"))
         except OSError as error:

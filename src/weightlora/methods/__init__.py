@@ -60,8 +60,8 @@ def method(name: str, preset: str = "recommended", **settings: Any) -> Method:
     >>> method("random", k=5, seed=1)
     Random(preset='recommended', k=5, seed=1)
     """
-    if name not in METHODS:
-        near = difflib.get_close_matches(name, METHODS, n=1)
+    if not isinstance(name, str) or name not in METHODS:
+        near = difflib.get_close_matches(str(name), METHODS, n=1)
         hint = f"did you mean {near[0]!r}? " if near else ""
         raise ConfigError(f"method {name!r} is unknown; {hint}the methods are {', '.join(METHODS)}")
     made: Method = METHODS[name].from_preset(preset, **settings)
