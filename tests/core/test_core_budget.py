@@ -143,11 +143,11 @@ def test_no_adapters() -> None:
 
 
 def test_resolve_k() -> None:
-    assert [resolve_k(k, 36) for k in (1, 36, 0.25, 0.5, 0.001, 0.999)] == [1, 36, 9, 18, 1, 36]
+    assert [resolve_k(k, 36) for k in (1, 36, 1.0, 0.25, 0.5, 0.001, 0.999)] == [1, 36, 36, 9, 18, 1, 36]
     assert resolve_k(0.25, 6) == 2  # 1.5, half up
     assert resolve_k(0.29, 50) == 15  # 14.5 as written, 14.499999999999998 in binary
     for n in range(1, 60):
-        for hundredths in range(1, 100):
+        for hundredths in range(1, 101):
             exact = Decimal(hundredths) * n / 100
             assert resolve_k(hundredths / 100, n) == max(1, int(exact + Decimal("0.5")))
 

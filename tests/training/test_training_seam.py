@@ -295,7 +295,7 @@ def test_other_things_that_cannot_run(tmp_path: Path) -> None:
     stop_at_once(each(), Full(), AdapterError, "trains the plain model; give the trainer a model without adapters")
     sizes = r"a micro-batch of 3 does not divide the effective batch of 4; use one of \[1, 2, 4\]"
     stop_at_once(each(), PAPER, ConfigError, sizes, micro_batch=(3, None))
-    stop_at_once(each(), PAPER, ConfigError, "a micro-batch of 0 does not divide", micro_batch=(None, 0))
+    stop_at_once(each(), PAPER, ConfigError, "micro_batch=0 is not allowed", micro_batch=(None, 0))
     stop_at_once(each(), PAPER, WeightLoRAError, "nowhere is not a whole checkpoint", resume=tmp_path / "nowhere")
     nothing = each()
     nothing.train_dataset = None

@@ -20,7 +20,7 @@ def resolve_k(k: int | float, n: int) -> int:
     """The number of adapters that `k` asks for, as a count or as a fraction of n.
 
     An int is a count in 1..n. A float in (0, 1) is a fraction: `max(1, k * n)` rounded half up, in decimal as
-    written (0.29 of 50 is 14.5, so 15). 1.0 is neither: one adapter to some, all of them to others.
+    written (0.29 of 50 is 14.5, so 15). 1.0 is all n.
 
     Args:
         k: count or fraction.
@@ -30,8 +30,8 @@ def resolve_k(k: int | float, n: int) -> int:
         ConfigError: anything else; the line gives the allowed range.
         AdapterError: n is below 1.
 
-    >>> resolve_k(10, 36), resolve_k(0.25, 36), resolve_k(0.001, 36)
-    (10, 9, 1)
+    >>> resolve_k(10, 36), resolve_k(0.25, 36), resolve_k(0.001, 36), resolve_k(1.0, 36)
+    (10, 9, 1, 36)
     >>> resolve_k(37, 36)
     Traceback (most recent call last):
     ...
@@ -44,9 +44,7 @@ such as 0.25
     if isinstance(k, bool) or not isinstance(k, (int, float)):
         raise ConfigError(f"k={k!r} is neither a count nor a fraction; {allowed}")
     if isinstance(k, float):
-        if k == 1:
-            raise ConfigError(f"k=1.0 may mean one adapter or all {n}; use 1 or {n}")
-        if not 0 < k < 1:
+        if not 0 < k <= 1:
             raise ConfigError(f"k={k} is not a fraction between 0 and 1; {allowed}")
         return max(1, int((Decimal(repr(float(k))) * n).to_integral_value(ROUND_HALF_UP)))
     if k < 1:

@@ -172,12 +172,7 @@ def _other_base(own: Tensor, again: Tensor) -> str:
 def _check_types(result: Any, out: Any, sample: Any, base: Any) -> None:
     model = result if isinstance(result, nn.Module) else getattr(result, "model", result)
     for name, value, kinds, words in (
-        (
-            "result",
-            result if isinstance(result, nn.Module) else getattr(result, "model", result),
-            nn.Module,
-            "what fit returned, or a PEFT model",
-        ),
+        ("result", model, nn.Module, "what fit returned, or a PEFT model"),
         ("out", out, str | Path, "the path of a folder"),
         ("sample", sample, Mapping | None, "a batch as a dict of tensors, or None"),
         ("base", base, nn.Module | None, "a model, or None"),

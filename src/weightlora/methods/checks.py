@@ -23,16 +23,14 @@ def check_choice(name: str, value: str, allowed: tuple[str, ...]) -> None:
 
 
 def check_k_value(k: int | float, name: str = "k") -> None:
-    """Refuse a ``k`` that no model could satisfy, and 1.0, which is one adapter to some and all of them to others.
+    """Refuse a ``k`` that no model could satisfy. A float is a share, so that 1.0 is all adapters and 1 is one.
 
     >>> check_k_value(0)
     Traceback (most recent call last):
     ...
     weightlora.errors.ConfigError: k=0 is not allowed; use a count of adapters (1 or more) or a share such as 0.25
     """
-    if isinstance(k, float) and k == 1:
-        raise ConfigError(f"{name}=1.0 may mean one adapter or all of them; use 1 for one, the count n for all")
-    if not (0 < k < 1 if isinstance(k, float) else k >= 1):
+    if not (0 < k <= 1 if isinstance(k, float) else k >= 1):
         raise ConfigError(f"{name}={k!r} is not allowed; use a count of adapters (1 or more) or a share such as 0.25")
 
 

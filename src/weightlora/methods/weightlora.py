@@ -23,12 +23,13 @@ class WeightLoRA(Method):
     ``min over omega, A, B of L(W_i + s omega_i B_i A_i)  subject to  ||omega||_0 <= K``
 
     Args:
-        k: how many adapters live: a count (1..n) or a share of n (0.25). None: a budget decides; without one 0.25.
+        k: how many adapters live: a count (1..n), or as a float a share of n (0.25; 1.0 is all). None: a budget
+            decides; without one 0.25.
         memory: instead of k, bytes that the whole run may take ("12GiB"): those survive whose importance is the highest
             in total among all sets that fit. Gates are not projected on the way. Ours, a departure from the paper.
         step_time: instead of k, operations of a step after T as a share of one with all adapters ("0.6x"). Likewise.
-        warmup_steps: T in optimizer steps, or a share of the run below 1. None (``official``): gates learn to the end
-            and nothing is disconnected before the adapter is saved.
+        warmup_steps: T in optimizer steps, or a share of the run below 1 (1.0 could be either, and is refused). None
+            (``official``): gates learn to the end and nothing is disconnected before the adapter is saved.
         score: what is ranked at T. "omega": the gate (paper). "credit": the first-order loss decrease that an
             adapter's own updates bought, ``c_i = -sum_t <grad_t, p_(t+1) - p_t>``. "coverage": credit, spread over
             blocks by ``max sum_blocks sqrt(sum c_i)``.
@@ -40,7 +41,8 @@ class WeightLoRA(Method):
         drift: let Adam's momentum and weight decay move adapters whose gate is 0.
         init_A: "lora" (PEFT's scale) or "official" (sqrt(d_in / r) times larger).
 
-    The defaults are the preset ``recommended``; ``WeightLoRA.from_preset("paper", k=10)`` gives another.
+    The defaults are the preset ``recommended``; ``WeightLoRA(preset="paper", k=10)`` has the paper's, and what is given
+    beside it wins. :attr:`label` says what differs from the preset; selections and records carry it.
 
     Raises:
         ConfigError: a setting has a value that is not allowed.
@@ -49,8 +51,10 @@ class WeightLoRA(Method):
 
     >>> WeightLoRA(k=10, warmup_steps=100).score
     'credit'
-    >>> WeightLoRA.from_preset("paper", k=10).gate_lr
+    >>> WeightLoRA(preset="paper", k=10).gate_lr
     5.0
+    >>> WeightLoRA(preset="paper", score="credit").label
+    'paper, changed: score'
     """
 
     name: ClassVar[str] = "weightlora"
