@@ -121,6 +121,31 @@ def test_models_compiled_by_hand(tmp_path: Path) -> None:
         wl.attach(part, METHOD, torch.optim.SGD(part.parameters(), lr=0.1))
 
 
+@pytest.mark.parametrize("how", ["wrapped", "in-place"])
+def test_a_loop_over_a_compiled_model(how: str) -> None:
+    """A loop of one's own writes no checkpoint of the trainer's: there a compiled model ends as any other."""
+
+    def run(compiled: bool) -> wl.Selection:
+        torch.manual_seed(0)
+        net = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 1))
+        model: Any = PeftModel(net, LoraConfig(r=2, target_modules=["0", "2"]))
+        optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+        if compiled and how == "wrapped":
+            model = torch.compile(model, backend="eager")
+        elif compiled:
+            model.compile(backend="eager")
+        tuner = wl.attach(model, wl.WeightLoRA(k=1, warmup_steps=2), optimizer)
+        stream = torch.Generator().manual_seed(1)
+        for _ in range(4):
+            model(torch.randn(8, 4, generator=stream)).pow(2).mean().backward()
+            optimizer.step()
+            tuner.step()
+            optimizer.zero_grad()
+        return tuner.finish()
+
+    assert run(True).names == run(False).names
+
+
 def attached(model: nn.Module, optimizer: Any = None, method: Any = METHOD, lr: float = 1e-2) -> wl.Selection:
     """A short loop of one's own to the end."""
     optimizer = optimizer or torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=lr)
