@@ -29,15 +29,15 @@ def freeze(model: PeftModel, *parts: str) -> PeftModel:
 
 
 def merged() -> PeftModel:
-    model = lora()
+    model: Any = lora()
     model.merge_adapter()
-    return model
+    return model  # type: ignore[no-any-return]
 
 
 def off() -> PeftModel:
-    model = lora()
+    model: Any = lora()
     model.base_model.disable_adapter_layers()
-    return model
+    return model  # type: ignore[no-any-return]
 
 
 def other_active() -> PeftModel:
@@ -112,7 +112,8 @@ class Compiled(nn.Module):
 
 
 def test_models_compiled_by_hand(tmp_path: Path) -> None:
-    made = trainer(tmp_path, torch.compile(lora(), backend="eager"), remove_unused_columns=False)
+    compiled: Any = torch.compile(lora(), backend="eager")
+    made = trainer(tmp_path, compiled, remove_unused_columns=False)
     with pytest.raises(AdapterError, match=r"compiled by hand.*torch_compile=True"):
         wl.fit(made, METHOD)
     assert made.state.global_step == 0
