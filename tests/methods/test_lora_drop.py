@@ -250,4 +250,4 @@ def test_outputs_that_say_nothing_are_refused() -> None:
     with pytest.raises(ScheduleError, match="outputs are all zero or not finite after 1 steps"):
         tuner.step()
     with pytest.raises(ScheduleError, match="lora_drop looks at rows that it does not train on"):
-        attach(lora(), LoRADrop(warmup_steps=1), optimizer, max_steps=3)
+        attach(model, LoRADrop(warmup_steps=1), optimizer, max_steps=3)
