@@ -17,7 +17,7 @@ from weightlora.graft.adapters import (
     trained_module,
 )
 from weightlora.graft.architectures import Blocks, Nest, Offset, Vectors
-from weightlora.graft.depth import checkpoint_blocks, end_backward_at_lowest
+from weightlora.graft.depth import BackwardDepth, GradientCheck, checkpoint_blocks, end_backward_at_lowest
 from weightlora.graft.fast import PATHS, PathName, check_path, fast_path, stock_path
 from weightlora.graft.forms import Form, Formed, RankGates
 from weightlora.graft.gates import Gates, scalar_products
@@ -40,12 +40,14 @@ __all__ = [
     "STATE",
     "ActivationTrace",
     "Adapter",
+    "BackwardDepth",
     "Blocks",
     "Change",
     "Choice",
     "Form",
     "Formed",
     "Gates",
+    "GradientCheck",
     "Held",
     "Manifest",
     "Nest",

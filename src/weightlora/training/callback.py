@@ -79,6 +79,7 @@ class SeamCallback(TrainerCallback):
         # The trainer has loaded its checkpoint by now: B is there in its folded form, so the raw state goes on top.
         if self.restored is not None:
             self.driver.load_state(*self.restored)
+        self.driver.expect_gradients(compiled=args.torch_compile)
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         self.driver.before_step(self._lr_factor())

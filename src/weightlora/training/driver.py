@@ -13,6 +13,7 @@ from weightlora.graft import (
     Change,
     Formed,
     Gates,
+    GradientCheck,
     PathName,
     ProductWatch,
     RankGates,
@@ -40,6 +41,7 @@ from weightlora.graft import (
 from weightlora.methods import Budget, HeldOut, Method, StepView
 from weightlora.training.finite import FiniteWatch, check_learned, check_numbers
 from weightlora.training.processes import mean_over_processes
+from weightlora.training.unreached import no_gradient
 
 log = logging.getLogger("weightlora")
 
@@ -87,6 +89,7 @@ class Driver:
         self.gates: Gates | None = None
         self.formed: Formed | None = None
         self.watch: ProductWatch | None = None
+        self.check: GradientCheck | None = None
         self.selection: Selection | None = None
         self.counts: dict[str, int] = {}  # adapter parameters: allocated, trainable at the start; effective at the end
         self.step = 0
@@ -148,9 +151,57 @@ class Driver:
         """The end of the run: select now if the method never did, and leave stock PEFT layers."""
         self.finite.check()
         selection = self.selection or self.operate(optimizer)
-        stock_path(self.model, self.name)
+        self.let_go()
         self.counts["effective"] = self.policy.count(adapters(self.model, self.name))
         return selection
+
+    def let_go(self) -> None:
+        """Leave stock PEFT layers, whatever has happened: before the seam with all adapters, gates folded in."""
+        if self.gates is not None:
+            with torch.no_grad():
+                for index, omega in enumerate(self.omegas()):
+                    self.gates.factors(index)[1].mul_(omega)
+            self.gates.detach()
+            self.gates = None
+        if self.formed is not None:
+            self.formed.fold()
+            self.formed = None
+        if self.watch is not None:
+            self.watch.close()
+            self.watch = None
+        if self.check is not None:
+            self.check.close()
+            self.check = None
+        stock_path(self.model, self.name)
+
+    def settle(self) -> None:
+        """Let the backward pass end at the lowest adapter, where some are gone. Again after anyone has switched
+        gradient checkpointing on."""
+        removed = end_backward_at_lowest(self.model) if self.survivors else 0
+        if removed:
+            log.info(
+                "embeddings' outputs need no gradient any more (%d hooks removed): backward ends at the lowest adapter",
+                removed,
+            )
+
+    @property
+    def survivors(self) -> tuple[str, ...]:
+        """Who must get gradients from here on: after the seam, where some adapters are gone."""
+        return () if self.selection is None or self.selection.k == self.selection.n else self.selection.names
+
+    def expect_gradients(self, *, compiled: bool = False) -> None:
+        """From the next step on the survivors train: see to it, once, that a gradient reaches each of them."""
+        self.settle()
+        if self.survivors and self.check is None:
+            self.check = GradientCheck(self.model, self.name, watched=not compiled)
+
+    def _check_gradients(self) -> None:
+        if self.check is None:
+            return
+        unreached = self.check.unreached()
+        self.check = None
+        if unreached:
+            raise no_gradient(unreached, self.step + 1)
 
     def _view(self, lr_factor: float) -> StepView:
         return StepView(
@@ -199,7 +250,12 @@ class Driver:
         return [t for t in (gates, products, *(p.grad for p in forms)) if t is not None]
 
     def after_step(self, lr_factor: float, optimizer: torch.optim.Optimizer | None = None) -> None:
-        """Call when the optimizer has stepped and gradients are still there."""
+        """Call when the optimizer has stepped and gradients are still there.
+
+        Raises:
+            AdapterError: this is the first step of the survivors, and one of them has no gradient.
+        """
+        self._check_gradients()
         if self.selection is None:
             view = self._view(lr_factor)
             self.policy.after_step(view)
@@ -274,14 +330,12 @@ class Driver:
             later |= restart(self.model, self.policy.restart, self.name)
         if optimizer is not None:
             remap(optimizer, later)
-        removed = end_backward_at_lowest(self.model) if len(kept) < len(self.adapters) else 0
-        if removed:
-            log.info(
-                "embeddings' outputs need no gradient any more (%d hooks removed): backward ends at the lowest adapter",
-                removed,
-            )
         self.selection = selection.with_ranks(adapters(self.model, self.name))
+        self.settle()
         self._factors = tuple(parameters(self.model, self.name).values())
+        for pair in self._factors:
+            for factor in pair:
+                factor.grad = None  # of the step before, so that it is not taken for one of the next
         self.ride()
         log.info("kept %d of %d adapters: %s", selection.k, selection.n, selection.why)
         return self.selection

@@ -13,17 +13,17 @@ from typing import Any, Literal
 import torch
 from transformers import Trainer
 
-from weightlora.errors import CheckpointError, ConfigError, ScheduleError, WeightLoRAError
+from weightlora.errors import CheckpointError, ConfigError, ScheduleError
 from weightlora.graft import (
     Manifest,
     PathName,
-    end_backward_at_lowest,
     fingerprint,
     reshape,
     tie,
 )
 from weightlora.methods import Method, Policy
 from weightlora.training import checkpoint
+from weightlora.training.borrowed import borrowed
 from weightlora.training.budget import plan
 from weightlora.training.callback import SeamCallback
 from weightlora.training.driver import Driver
@@ -33,7 +33,7 @@ from weightlora.training.held_out import hold_out
 from weightlora.training.measure import PeakMemory
 from weightlora.training.plain import train_plain
 from weightlora.training.predict import Predictor
-from weightlora.training.preflight import check_best, check_fit, check_trainers_model
+from weightlora.training.preflight import check_best, check_fit, check_trainers_model, torch_optimizer
 from weightlora.training.processes import check_same_everywhere, main_alone, processes
 from weightlora.training.results import FitResult, PhaseResult, phase_result, read_progress
 from weightlora.training.sharding import (
@@ -47,9 +47,9 @@ from weightlora.training.sharding import (
 )
 from weightlora.training.trainer import (
     check_trainer,
+    checkpoint_as_in_training,
     going_on,
     measure_step,
-    no_reentrant_checkpointing,
     planned_steps,
     split_batch,
     unwrap,
@@ -57,6 +57,7 @@ from weightlora.training.trainer import (
     warmup_arguments,
     warn_of_a_new_order,
 )
+from weightlora.training.unreached import naming_unreached
 
 log = logging.getLogger("weightlora")
 
@@ -96,11 +97,14 @@ def fit(
             PEFT in every case.
 
     Returns:
-        A :class:`FitResult`; ``trainer.model`` is a plain PEFT model with the survivors only.
+        A :class:`FitResult`; ``trainer.model`` is a plain PEFT model with the survivors only. The trainer's arguments
+        and rows, the model's mode, gradient checkpointing and input hooks are given back as they were, after an error
+        as well; ``trainer.state``, optimizer and scheduler are the run's, as after ``trainer.train()``.
 
     Raises:
         AdapterError, ScheduleError, CheckpointError, ConfigError: before the first step; nothing was changed or
             written.
+        AdapterError: at the first step after the seam, where a survivor gets no gradient.
         DivergedError: a loss, gradient, gate or score became NaN or infinite; nothing was saved or selected since.
             Every step is watched on the device, and read at steps that log, save or evaluate, and before a selection.
 
@@ -116,16 +120,16 @@ def fit(
             raise ConfigError(
                 f"FSDP shards the frozen base under adapters; {method.name} runs on one process, or by torchrun (DDP)"
             )
-        return train_plain(trainer, method, resume, measure)
+        with borrowed(trainer):
+            return train_plain(trainer, method, resume, measure)
     check_trainers_model(trainer)
-    rows = trainer.train_dataset
-    try:
+    with borrowed(trainer):
         made = _Fit(trainer, method, resume, micro_batch, measure, log_omegas, adapter_path)
-    except WeightLoRAError:
-        trainer.train_dataset = rows  # some may have been set aside
-        raise
-    with naming_the_last_good(made.output_dir), as_data_parallel(trainer, sharded=made.sharded):
-        return made.run(select_only)
+        with naming_the_last_good(made.output_dir), as_data_parallel(trainer, sharded=made.sharded):
+            try:
+                return made.run(select_only)
+            finally:
+                made.driver.let_go()
 
 
 class _Fit:
@@ -225,15 +229,14 @@ class _Fit:
             self.driver.start(self._torch_optimizer(), fresh=self.manifest is None)
             if self.driver.seam == 0:
                 self.driver.operate(self._torch_optimizer())
-        with self._callback() as callback:
+        unreached = naming_unreached(lambda: self.driver.survivors, lambda: self.driver.step + 1)
+        with self._callback() as callback, unreached:
             if not resumed_final and self.driver.seam:
                 use_batch(self.trainer, self.batches[0])
                 self._train("warmup", callback)
                 use_batch(self.trainer, self.batches[1])
                 self.start = self._seam(callback)
             use_batch(self.trainer, self.batches[0 if self.driver.seam is None else 1])
-            if self.driver.selection is not None and self.driver.selection.k < self.driver.selection.n:
-                no_reentrant_checkpointing(self.trainer)
             metrics = {} if select_only and self.driver.selection else self._train("final", callback)
         self.driver.finish(self._torch_optimizer())
         return FitResult(
@@ -261,9 +264,8 @@ class _Fit:
             driver.name,
         )
         tie(driver.model, selection.groups, driver.name)
-        if selection.k < selection.n:
-            end_backward_at_lowest(driver.model)
         driver.selection, driver.step = selection, self.manifest.step
+        driver.settle()
         self._follow_placement()
         driver.counts = dict(self.manifest.data.get("adapter_params", {}))
         driver.ride()
@@ -293,7 +295,11 @@ class _Fit:
         trainer = self.trainer
         if self.sharded:
             leave_to_fsdp(trainer.model)
-        cost = measure_step(trainer) if self.measure else None
+        cost = None
+        if self.measure:
+            checkpoint_as_in_training(trainer)
+            self.driver.settle()
+            cost = measure_step(trainer)
         if self.driver.gates is not None:
             self.driver.gates.omega.grad = None  # what measuring left there
         trainable = sum(p.numel() for p in trainer.model.parameters() if p.requires_grad)
@@ -368,7 +374,7 @@ class _Fit:
 
     def _torch_optimizer(self) -> torch.optim.Optimizer | None:
         optimizer = self.trainer.optimizer
-        return getattr(optimizer, "optimizer", optimizer)
+        return None if optimizer is None else torch_optimizer(optimizer)
 
     def _follow_placement(self) -> None:
         """What was placed within a memory budget was placed for one micro-batch."""

@@ -6,10 +6,11 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
+from accelerate.optimizer import AcceleratedOptimizer
 from torch import nn
 
-from weightlora.errors import ScheduleError
-from weightlora.graft import PathName, Selection
+from weightlora.errors import ConfigError, ScheduleError
+from weightlora.graft import BackwardDepth, PathName, Selection
 from weightlora.methods import Method
 from weightlora.training.driver import Driver
 from weightlora.training.held_out import HeldOutBatches
@@ -26,15 +27,22 @@ class Tuner:
     """
 
     def __init__(self, driver: Driver, optimizer: torch.optim.Optimizer) -> None:
-        self._driver, self._optimizer = driver, optimizer
-        self._peak = [group.get("initial_lr", group["lr"]) for group in optimizer.param_groups]
+        self._driver, self._given, self._optimizer = driver, optimizer, torch_optimizer(optimizer)
+        self._peak = [group.get("initial_lr", group["lr"]) for group in self._optimizer.param_groups]
         self._armed = False
         self._alike: Selection | bool | None = False  # the structure whose gradients were last compared; None: all
+        self._depth: BackwardDepth | None = None  # as the seam found it
+        driver.start(self._optimizer)
         # Withholding a gradient must come after clipping and before the optimizer looks: this hook is that moment.
-        self._hook = optimizer.register_step_pre_hook(self._before)
-        driver.start(optimizer)
+        self._hook = self._optimizer.register_step_pre_hook(self._before)
         if driver.seam == 0:
-            driver.operate(optimizer)
+            self._operate()
+
+    def _operate(self) -> Selection:
+        self._depth = BackwardDepth(self._driver.model)
+        selection = self._driver.operate(self._optimizer)
+        self._driver.expect_gradients()
+        return selection
 
     def _lr_factor(self) -> float:
         group, peak = self._optimizer.param_groups[0], self._peak[0]
@@ -54,10 +62,14 @@ class Tuner:
             The selection in the call that made it, else None.
 
         Raises:
-            ScheduleError: ``optimizer.step()`` was not called since the last ``tuner.step()``.
+            ScheduleError: ``optimizer.step()`` was not called since the last ``tuner.step()``. (Where Accelerate's
+                optimizer still accumulates, its ``step`` is none, and this one counts none.)
+            AdapterError: at the first step after the seam no gradient reaches a survivor.
             DivergedError: a gradient became NaN or infinite. Every step is watched on the device; what was seen is
                 read at every tenth step, at the seam, in :meth:`state_dict` and in :meth:`finish`.
         """
+        if not self._armed and self._waits():
+            return None
         if not self._armed:
             raise ScheduleError("tuner.step() counts optimizer steps; call it once after each optimizer.step()")
         self._armed = False
@@ -65,8 +77,12 @@ class Tuner:
         if self._driver.step % LOOK_EVERY == 0:
             self._driver.finite.check()
         if self._driver.selection is None and self._driver.step == self._driver.seam:
-            return self._driver.operate(self._optimizer)
+            return self._operate()
         return None
+
+    def _waits(self) -> bool:
+        """Whether Accelerate's wrapper has passed over the optimizer's step, as it does until gradients are whole."""
+        return isinstance(self._given, AcceleratedOptimizer) and not self._given.gradient_state.sync_gradients
 
     @property
     def selection(self) -> Selection | None:
@@ -81,9 +97,15 @@ class Tuner:
         return dict(zip((a.name for a in self._driver.adapters), self._driver.omegas(), strict=True))
 
     def finish(self) -> Selection:
-        """End of training: select now if the method never did, and leave a plain PEFT model."""
+        """End of training: select now if the method never did, and leave a plain PEFT model.
+
+        Gradient checkpointing, and the hooks that let inputs require gradients, are again as the seam found them.
+        """
         self._hook.remove()
-        return self._driver.finish(self._optimizer)
+        depth = self._depth or BackwardDepth(self._driver.model)
+        selection = self._driver.finish(self._optimizer)
+        depth.restore()
+        return selection
 
     def state_dict(self) -> dict[str, Any]:
         """Progress and tensors, to store beside your own checkpoint during warm-up; DivergedError if some is NaN."""
@@ -113,7 +135,8 @@ def attach(
     Args:
         model: a model with LoRA adapters (``peft.get_peft_model``).
         method: for example ``WeightLoRA(k=10, warmup_steps=100)``.
-        optimizer: holds the adapters' parameters; at the seam it is changed in place. What Accelerate wrapped is fine.
+        optimizer: holds the adapters' parameters; at the seam it is changed in place. What ``accelerator.prepare`` has
+            made of one is fine; ``tuner.step()`` may then be called after each of its steps, also while it accumulates.
         max_steps: optimizer steps of the whole run; needed only where the method counts in shares of it.
         adapter_path: how adapters compute, as :func:`fit`.
         held_out: batches that the loop does not train on, for a method that looks at some; ``model(**batch).loss`` is
@@ -139,11 +162,13 @@ def attach(
     1
     """
     check_method(method)
-    optimizer = torch_optimizer(optimizer)
+    given, optimizer = optimizer, torch_optimizer(optimizer)
     check_model(model, optimizer)
     share = next((s for s in method.in_shares if isinstance(getattr(method, s, None), float)), None)
     if share is not None and max_steps is None:
         raise ScheduleError(f"{share} is a share of the run; give attach(..., max_steps=N), or a number of steps")
+    if isinstance(given, AcceleratedOptimizer) and given.scaler is not None:
+        raise ConfigError("fp16 training scales gradients, and gates and credits would read them scaled; use bf16")
     steps = 2**31 if max_steps is None else count("max_steps", max_steps)
     unseen = HeldOutBatches(model, held_out) if held_out else None
-    return Tuner(Driver(model, method, steps, adapter_path=adapter_path, held_out=unseen), optimizer)
+    return Tuner(Driver(model, method, steps, adapter_path=adapter_path, held_out=unseen), given)

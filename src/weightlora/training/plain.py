@@ -16,7 +16,13 @@ from weightlora.training.finite import FiniteCallback, naming_the_last_good
 from weightlora.training.measure import PeakMemory
 from weightlora.training.processes import main_alone, processes
 from weightlora.training.results import FitResult, phase_result
-from weightlora.training.trainer import average_micro_batches, measure_step, planned_steps, set_rates
+from weightlora.training.trainer import (
+    average_micro_batches,
+    checkpoint_as_in_training,
+    measure_step,
+    planned_steps,
+    set_rates,
+)
 
 
 def train_plain(trainer: Trainer, method: Method, resume: bool | str | Path, measure: bool) -> FitResult:
@@ -44,7 +50,10 @@ def train_plain(trainer: Trainer, method: Method, resume: bool | str | Path, mea
     steps = planned_steps(trainer)
     if processes() > 1:
         average_micro_batches(trainer)  # so that two processes have the gradient of one with the whole batch
-    cost = measure_step(trainer) if measure else None
+    cost = None
+    if measure:
+        checkpoint_as_in_training(trainer)
+        cost = measure_step(trainer)
     peak, began = PeakMemory(), time.perf_counter()
     finite = FiniteCallback(trainer)
     trainer.add_callback(finite)

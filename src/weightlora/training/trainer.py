@@ -38,7 +38,6 @@ def measure_step(trainer: Trainer) -> StepCost | None:
         loss = _first_loss(trainer)
         if loss is None:
             return None
-        _checkpoint_as_in_training(trainer)
         return step_cost(trainer.model, loss)  # type: ignore[arg-type]
 
 
@@ -72,7 +71,7 @@ def loss_of(trainer: Trainer, inputs: Mapping[str, Any]) -> Any:
         return trainer.compute_loss(model, dict(inputs))
 
 
-def _checkpoint_as_in_training(trainer: Trainer) -> None:
+def checkpoint_as_in_training(trainer: Trainer) -> None:
     """Switch gradient checkpointing on with the arguments of now, as ``train`` will: what is measured is what runs."""
     args: Any = trainer.args
     model: Any = trainer.model
@@ -232,16 +231,3 @@ def warn_of_a_new_order(trainer: Trainer, step: int) -> None:
             " some rows come twice in this epoch, some not; a seam at the end of an epoch avoids it",
             step,
         )
-
-
-def no_reentrant_checkpointing(trainer: Trainer) -> None:
-    """Reentrant checkpointing gives no gradient to a block whose input needs none: now that is the lowest live one."""
-    args = trainer.args
-    for key in ("activation_checkpointing_kwargs", "gradient_checkpointing_kwargs"):
-        settings = getattr(args, key, None)
-        if isinstance(settings, dict) and settings.get("use_reentrant"):
-            log.info(
-                "%s: use_reentrant is False after the seam, so that the backward pass can end at the lowest adapter",
-                key,
-            )
-            setattr(args, key, {**settings, "use_reentrant": False})
