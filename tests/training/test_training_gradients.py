@@ -106,7 +106,10 @@ def test_checkpointing_on_the_model_trains_the_survivors(head: str, tmp_path: Pa
             save_steps=3,
         )
         each.add_callback(seen := Reached())
-        runs.append((fit(each, TWO, measure=head == "causal").selection, adapter_state(model)))
+        result = fit(each, TWO, measure=head == "causal")
+        runs.append((result.selection, adapter_state(model)))
+        said = {name: numbers["kept_activation_bytes"] for name, numbers in result.predicted.items()}
+        assert said == {p.name: p.kept_activation_bytes for p in result.phases if head == "causal"}
         assert seen.steps[3] == seen.steps[4] == (4, 4)
     assert runs[0][0] == runs[-1][0]
     assert max_difference(runs[0][1], runs[-1][1]) == 0.0

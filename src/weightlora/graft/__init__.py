@@ -17,7 +17,13 @@ from weightlora.graft.adapters import (
     trained_module,
 )
 from weightlora.graft.architectures import Blocks, Nest, Offset, Vectors
-from weightlora.graft.depth import BackwardDepth, GradientCheck, checkpoint_blocks, end_backward_at_lowest
+from weightlora.graft.depth import (
+    BackwardDepth,
+    GradientCheck,
+    checkpoint_blocks,
+    checkpointed_every,
+    end_backward_at_lowest,
+)
 from weightlora.graft.fast import PATHS, PathName, check_path, fast_path, stock_path
 from weightlora.graft.forms import Form, Formed, RankGates
 from weightlora.graft.gates import Gates, scalar_products
@@ -72,6 +78,7 @@ __all__ = [
     "check_ready",
     "check_tuner",
     "checkpoint_blocks",
+    "checkpointed_every",
     "disconnect",
     "dora_config",
     "end_backward_at_lowest",

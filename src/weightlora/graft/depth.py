@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from weightlora.graft.adapters import base_of, factors, lora_layers
 
@@ -36,6 +37,18 @@ def checkpoint_blocks(model: nn.Module, settings: dict[str, Any] | None = None, 
         hugging.activation_checkpointing_enable(activation_checkpointing_kwargs=settings, **layers)
     else:
         hugging.gradient_checkpointing_enable(gradient_checkpointing_kwargs=settings, **layers)
+
+
+def checkpointed_every(model: nn.Module) -> int:
+    """Every how many-th block the model itself checkpoints now; 0: none.
+
+    >>> checkpointed_every(nn.Sequential())
+    0
+    """
+    blocks = [
+        block.gradient_checkpointing for block in model.modules() if isinstance(block, GradientCheckpointingLayer)
+    ]
+    return -(-len(blocks) // sum(blocks)) if any(blocks) else 0
 
 
 def end_backward_at_lowest(model: nn.Module) -> int:

@@ -9,7 +9,7 @@ from typing import Any
 from transformers import Trainer
 
 from weightlora.errors import AdapterError
-from weightlora.graft import ActivationTrace, Selection
+from weightlora.graft import ActivationTrace, Selection, checkpointed_every
 from weightlora.methods import Policy
 from weightlora.training.driver import Driver
 from weightlora.training.trainer import trace_step, use_batch
@@ -105,8 +105,12 @@ class Predictor:
 
 
 def checkpointing_of(trainer: Trainer) -> tuple[bool, int]:
-    """Whether blocks are checkpointed, and every how many-th."""
+    """Whether blocks are checkpointed, by the arguments or on the model already, and every how many-th."""
     args: Any = trainer.args
+    model: Any = trainer.model
     on = bool(getattr(args, "activation_checkpointing", args.gradient_checkpointing))
+    if not on:
+        every = checkpointed_every(model)
+        return every > 0, max(1, every)
     settings = getattr(args, "activation_checkpointing_kwargs", None) or args.gradient_checkpointing_kwargs or {}
     return on, int(settings.get("every_n_layers", 1))
