@@ -37,12 +37,12 @@ def test_two_methods_by_two_seeds_then_nothing_is_run_again(
     small_data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = tmp_path / "out"
-    flags = ("--methods", "top,weightlora:paper", "--seeds", "0,1,4", "--learning-rate", "2e-2", "--warmup-steps", "2")
+    flags = ("--methods", "top,weightlora:paper", "--seeds", "0,1,4", "--learning-rate", "2e-2", "--warmup-steps", "3")
     assert compare(small_data, out, *flags) == 0
     table = read(out / "compare.json")
     assert [(row["method"], row["preset"]) for row in table["rows"]] == [
         ("top", "recommended"),
-        ("weightlora", "paper"),
+        ("weightlora", "paper, changed: warmup_steps"),
     ]
     for row, label in zip(table["rows"], ("top-recommended", "weightlora-paper"), strict=True):
         found = scores(out, label)
@@ -250,7 +250,7 @@ def test_what_hits_every_method_stops_at_once(
 
 
 def test_the_preset_flag_holds_for_methods_that_name_none(small_data: Path, tmp_path: Path) -> None:
-    words = ("--methods", "weightlora,weightlora:recommended", "--preset", "paper", "--warmup-steps", "2")
+    words = ("--methods", "weightlora,weightlora:recommended", "--preset", "paper", "--warmup-steps", "3")
     assert compare(small_data, tmp_path / "out", *words, "--seeds", "0") == 0
     rows = read(tmp_path / "out" / "compare.json")["rows"]
-    assert [row["preset"] for row in rows] == ["paper", "recommended"]
+    assert [row["preset"] for row in rows] == ["paper, changed: warmup_steps", "recommended, changed: warmup_steps"]

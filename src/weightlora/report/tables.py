@@ -164,7 +164,8 @@ def comparison_table(records: Sequence[Record]) -> Table:
     finished = [record for record in records if record.status == "ok"]
     comparable = len({tuple(sorted(record.machine.items())) for record in finished}) <= 1
     for row in rows:
-        base = _baseline(rows, row["preset"]) if comparable else None
+        # LoRA has no settings: whatever else a method changed, the row of the preset that it started from is its own.
+        base = _baseline(rows, row["preset"].partition(",")[0]) if comparable else None
         row["relative_time"] = _quotient(row["seconds_per_step"], base)
     metric = next((record.metric for record in records if record.metric), "score")
     presets = {record.preset for record in records}
