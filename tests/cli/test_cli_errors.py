@@ -35,7 +35,7 @@ class Desk:
 @pytest.fixture(scope="module")
 def desk(small_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Desk:
     made = Desk(tmp_path_factory.mktemp("desk"), small_data)
-    flags = ("--k", "3", "--warmup-steps", "1")
+    flags = ("--k", "3", "--warmup-steps", "2")
     assert weightlora(*made.train(*flags, out="finished")) == 0
     assert weightlora(*made.train("--method", "full", out="full")) == 0
     for name, words in {
