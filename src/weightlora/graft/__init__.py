@@ -29,7 +29,7 @@ from weightlora.graft.forms import Form, Formed, RankGates
 from weightlora.graft.gates import Gates, scalar_products
 from weightlora.graft.levels import operation_costs, placement_costs, reserved
 from weightlora.graft.manifest import MANIFEST, STATE, Manifest, fingerprint, readable
-from weightlora.graft.optimizer import Change, adopt, forget, remap
+from weightlora.graft.optimizer import Change, adopt, arrange, check_groups, forget, group_names, remap
 from weightlora.graft.quantised import keep_unpacked, stored
 from weightlora.graft.readiness import check_held, check_peft_model, check_ready
 from weightlora.graft.rebuild import take_over
@@ -69,9 +69,11 @@ __all__ = [
     "adapter_name",
     "adapters",
     "adopt",
+    "arrange",
     "base_of",
     "block_numbers",
     "block_of",
+    "check_groups",
     "check_held",
     "check_path",
     "check_peft_model",
@@ -86,6 +88,7 @@ __all__ = [
     "fingerprint",
     "fold",
     "forget",
+    "group_names",
     "grow_adapters",
     "has_adapters",
     "input_size",

@@ -9,7 +9,10 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from weightlora.errors import CheckpointError, ConfigError
+
 # Adam's and AMSGrad's, RMSprop's, Adagrad's, SGD's.
+_NAMES = "param_names"  # where torch keeps the names of parameters that an optimizer was given with names
 _MOMENTS = {"exp_avg": 1, "exp_avg_sq": 2, "max_exp_avg_sq": 2, "square_avg": 2, "sum": 2, "momentum_buffer": 1}
 
 
@@ -53,6 +56,8 @@ class Change:
 def remap(optimizer: torch.optim.Optimizer, changes: Mapping[nn.Parameter, Change]) -> None:
     """Carry an optimizer over a surgery, in place: groups keep their order and settings, survivors keep their state.
 
+    A group whose parameters are all gone stays, empty: schedulers count groups. Names go with their parameters.
+
     - dropped: out of its group, its state freed;
     - rescaled, gradients times ``c``: first moments times ``c``, second times ``c^2`` (the chain rule), so Adam's next
       step is as long as it would have been, in units of the rescaled parameter;
@@ -68,22 +73,25 @@ def remap(optimizer: torch.optim.Optimizer, changes: Mapping[nn.Parameter, Chang
     Source: methods notes, optimizer-state rules; the paper is silent.
     """
     for group in optimizer.param_groups:
-        kept = []
-        for parameter in group["params"]:
-            change = changes.get(parameter)
-            if change is None:
-                kept.append(parameter)
-                continue
-            state = optimizer.state.pop(parameter, None)
-            if change.kind == "drop":
-                continue
-            target = parameter if change.new is None else change.new
-            if state and change.kind != "renew":
-                carried = {key: _carry(key, value, parameter, change) for key, value in state.items()}
-                if all(value is not None for value in carried.values()):
-                    optimizer.state[target] = carried
-            kept.append(target)
-        group["params"] = kept
+        followed = [_follow(optimizer, parameter, changes.get(parameter)) for parameter in group["params"]]
+        if _NAMES in group:
+            group[_NAMES] = [n for n, p in zip(group[_NAMES], followed, strict=True) if p is not None]
+        group["params"] = [parameter for parameter in followed if parameter is not None]
+
+
+def _follow(optimizer: torch.optim.Optimizer, parameter: nn.Parameter, change: Change | None) -> nn.Parameter | None:
+    """What the optimizer trains in a parameter's place after a change, with the state it keeps; None: nothing."""
+    if change is None:
+        return parameter
+    state = optimizer.state.pop(parameter, None)
+    if change.kind == "drop":
+        return None
+    target = parameter if change.new is None else change.new
+    if state and change.kind != "renew":
+        carried = {key: _carry(key, value, parameter, change) for key, value in state.items()}
+        if all(value is not None for value in carried.values()):
+            optimizer.state[target] = carried
+    return target
 
 
 def _carry(key: str, value: Any, old: nn.Parameter, change: Change) -> Any:
@@ -117,10 +125,78 @@ def _mix(moment: Tensor, change: Change, order: int) -> Tensor:
     return mixed
 
 
-def adopt(optimizer: torch.optim.Optimizer, parameters: Sequence[nn.Parameter]) -> None:
-    """Let the optimizer's first group train `parameters` too, unless it does so already."""
+def adopt(optimizer: torch.optim.Optimizer, parameters: Sequence[nn.Parameter], model: nn.Module) -> None:
+    """Let the optimizer's first group train `parameters` of the model too, unless it does so already."""
     known = {id(p) for group in optimizer.param_groups for p in group["params"]}
-    optimizer.param_groups[0]["params"].extend(p for p in parameters if id(p) not in known)
+    names = {id(p): name for name, p in model.named_parameters()}
+    first, more = optimizer.param_groups[0], [p for p in parameters if id(p) not in known]
+    first["params"].extend(more)
+    if _NAMES in first:
+        first[_NAMES].extend(names[id(p)] for p in more)
+
+
+def check_groups(optimizer: torch.optim.Optimizer) -> None:
+    """Refuse an optimizer that keeps more beside each parameter than surgery knows how to carry over.
+
+    LoRA-FA's keeps names and scales of A and B there, and its state by those names.
+
+    Raises:
+        ConfigError: a group holds a list, as long as its parameters, that is neither a setting nor their names.
+    """
+    for group in optimizer.param_groups:
+        for key, value in group.items():
+            if key in ("params", _NAMES) or key in optimizer.defaults or not isinstance(value, list):
+                continue
+            if len(value) == len(group["params"]):
+                raise ConfigError(
+                    f"{type(optimizer).__name__} keeps a list {key!r} beside its parameters, and adapters that are cut"
+                    " or grown would leave it behind; use an optimizer without one (torch's, or the trainer's optim=)"
+                )
+
+
+def group_names(optimizer: torch.optim.Optimizer, model: nn.Module) -> list[list[str]]:
+    """The parameters of each group by their names in the model; "" for those of something else."""
+    names = {id(p): name for name, p in model.named_parameters()}
+    return [[names.get(id(p), "") for p in group["params"]] for group in optimizer.param_groups]
+
+
+def arrange(
+    optimizer: torch.optim.Optimizer,
+    before: Sequence[Sequence[str]],
+    after: Sequence[Sequence[str]],
+    model: nn.Module,
+) -> None:
+    """Give a new optimizer's groups the parameters of a checkpoint's, in their order, so that its state can be loaded.
+
+    Args:
+        optimizer: made over the model as a run begins. What it knows of single parameters is let go.
+        before: its :func:`group_names`, taken before the model got the checkpoint's structure.
+        after: those of the checkpoint.
+        model: with the checkpoint's structure.
+
+    Raises:
+        CheckpointError: its groups are not the run's, so that rates and states would go to other parameters.
+    """
+    live = dict(model.named_parameters())
+    home = {name: index for index, group in enumerate(before) for name in group if name}
+    fits = len(before) == len(after) and all(
+        [name for name in new if not name] == [name for name in old if not name]
+        for old, new in zip(before, after, strict=True)
+    )
+    # What surgery let it train besides is in the first group.
+    moved = [n for index, group in enumerate(after) for n in group if n and (n not in live or home.get(n, 0) != index)]
+    if not fits or moved:
+        detail = f"{moved[0]} is not in the same group" if fits else f"{len(before)} groups here, {len(after)} there"
+        raise CheckpointError(
+            f"the optimizer's groups are not those of the checkpoint: {detail}; resume with an optimizer that is made"
+            " as that of the run was"
+        )
+    optimizer.state.clear()
+    for group, old, new in zip(optimizer.param_groups, before, after, strict=True):
+        others = iter([p for p, name in zip(group["params"], old, strict=True) if not name])
+        group["params"] = [live[name] if name else next(others) for name in new]
+        if _NAMES in group:
+            group[_NAMES] = list(new)
 
 
 def forget(optimizer: torch.optim.Optimizer, parameter: Tensor, dim: int, ranks: Sequence[int] | None) -> None:

@@ -10,10 +10,12 @@ from torch import Tensor
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_utils import SaveStrategy
 
-from weightlora.graft import Manifest
+from weightlora.graft import Manifest, check_groups, group_names
 from weightlora.training import checkpoint
 from weightlora.training.driver import Driver
+from weightlora.training.identity import Run
 from weightlora.training.preflight import check_optimizer, torch_optimizer
+from weightlora.training.resuming import made_optimizer
 
 Stage = Literal["warmup", "final"]
 
@@ -28,6 +30,7 @@ class SeamCallback(TrainerCallback):
         log_omegas: "summary" (how many live, extremes) or "all" (one entry per adapter).
         data: what else the manifest must hold.
         base: the base model's fingerprint.
+        run: what checkpoints say of whose they are.
     """
 
     def __init__(
@@ -39,9 +42,10 @@ class SeamCallback(TrainerCallback):
         log_omegas: Literal["summary", "all"],
         data: dict[str, Any],
         base: str = "",
+        run: Run | None = None,
     ) -> None:
         self.trainer, self.driver, self.restored = trainer, driver, restored
-        self.log_omegas, self.data, self.base = log_omegas, data, base
+        self.log_omegas, self.data, self.base, self.run = log_omegas, data, base, run
         self.stage: Stage = "final" if driver.selection is not None else "warmup"
         self._at_epoch_end = False
         self._stored: int | None = None  # the step whose checkpoint has our files
@@ -64,7 +68,12 @@ class SeamCallback(TrainerCallback):
             method=driver.method.to_dict(),
             selection=driver.selection,
             base=self.base,
-            data={**self.data, "seconds": self.seconds(), "adapter_params": driver.counts},
+            data={
+                **self.data,
+                "seconds": self.seconds(),
+                "adapter_params": driver.counts,
+                "optimizer": group_names(made_optimizer(self.trainer), driver.model),
+            },
         )
 
     def _lr_factor(self) -> float:
@@ -75,7 +84,10 @@ class SeamCallback(TrainerCallback):
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         # A trainer may make its optimizer itself, and only when it begins.
-        check_optimizer(self.driver.model, torch_optimizer(self.trainer.optimizer), self.driver.name)
+        optimizer = torch_optimizer(self.trainer.optimizer)
+        check_optimizer(self.driver.model, optimizer, self.driver.name)
+        if self.stage == "warmup" and self.driver.seam is not None:
+            check_groups(optimizer)
         # The trainer has loaded its checkpoint by now: B is there in its folded form, so the raw state goes on top.
         if self.restored is not None:
             self.driver.load_state(*self.restored)
@@ -144,6 +156,8 @@ class SeamCallback(TrainerCallback):
         if state.is_world_process_zero:
             tensors = self.driver.state() if self.stage == "warmup" else {}
             self.manifest(state.global_step).write(self._folder(args, state), tensors)
+            if self.run is not None:
+                self.run.write(self._folder(args, state))
 
     def _log_omegas(self) -> None:
         omegas = self.driver.omegas()

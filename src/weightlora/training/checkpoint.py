@@ -18,6 +18,7 @@ from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainerState
 from weightlora.errors import CheckpointError
 from weightlora.files import new_folder, sweep, write_text
 from weightlora.graft import MANIFEST, STATE, Manifest, readable
+from weightlora.training.identity import RUN, Run
 
 log = logging.getLogger("weightlora")
 
@@ -41,6 +42,8 @@ def whole(folder: Path, *, manifest: bool = True) -> int | None:
     found = _NAME.match(folder.name)
     if not found or (manifest and not (folder / MANIFEST).is_file()):
         return None
+    if not manifest and not (folder / RUN).is_file() and (folder.parent / RUN).is_file():
+        return None  # of a process that died before its last word, or of another trainer
     step = int(found.group(2))
     return step if (_object(folder / TRAINER_STATE) or {}).get("global_step") == step else None
 
@@ -61,11 +64,27 @@ def begun_steps(output_dir: Path) -> int | None:
     return steps if isinstance(steps, int) and steps > 0 else None
 
 
+def folders(output_dir: Path) -> list[Path]:
+    """All checkpoints in a folder that hold something, whole or not."""
+    found = sorted(output_dir.iterdir()) if output_dir.is_dir() else []
+    return [folder for folder in found if _NAME.match(folder.name) and folder.is_dir() and any(folder.iterdir())]
+
+
+def check_length(start: Path, steps: int) -> None:
+    """Raise CheckpointError unless the run of a checkpoint has as many optimizer steps, first to last."""
+    begun = (_object(start / TRAINER_STATE) or {}).get("max_steps")
+    if begun != steps:
+        raise CheckpointError(
+            f"{start} is of a run of {begun} steps, this one has {steps}; resume with max_steps={begun}, or begin a run"
+            " in another output_dir"
+        )
+
+
 def _ranked(output_dir: Path, manifest: bool) -> list[Path]:
     """Whole checkpoints, the furthest last."""
     found = [
         (step, folder.name.startswith("seam"), folder)
-        for folder in (output_dir.iterdir() if output_dir.is_dir() else ())
+        for folder in folders(output_dir)
         if (step := whole(folder, manifest=manifest)) is not None
     ]
     return [folder for _, _, folder in sorted(found)]
@@ -73,6 +92,8 @@ def _ranked(output_dir: Path, manifest: bool) -> list[Path]:
 
 def seal(folder: Path) -> None:
     """Write the hash of every file of a finished checkpoint, so that damage and swapped files are seen later.
+
+    PEFT keeps an adapter that is not called "default" in a folder of its own there.
 
     Random states of other processes are left out: those may still be writing them.
     """
@@ -82,13 +103,13 @@ def seal(folder: Path) -> None:
 
 def _hashes(folder: Path) -> dict[str, str]:
     found = {}
-    for file in sorted(folder.iterdir()):
-        if file.is_file() and file.name != SEAL and not re.match(r"rng_state_\d+\.pth$|\.", file.name):
+    for file in sorted(folder.rglob("*")):
+        if file.is_file() and file != folder / SEAL and not re.match(r"rng_state_\d+\.pth$|\.", file.name):
             digest = hashlib.sha256()
             with file.open("rb") as stream:
                 while block := stream.read(1 << 20):
                     digest.update(block)
-            found[file.name] = digest.hexdigest()
+            found[file.relative_to(folder).as_posix()] = digest.hexdigest()
     return found
 
 
@@ -101,10 +122,10 @@ def damage(folder: Path) -> str | None:
     changed = _changed(folder) or _absent(folder) or _elsewhere(folder)
     if changed is not None:
         return changed
-    broken = [file.name for file in sorted(folder.glob("*.safetensors")) if not readable(file)]
-    broken += [file.name for file in sorted(folder.glob("*.json")) if not _is_json(file)]
+    broken = [file for file in sorted(folder.rglob("*.safetensors")) if not readable(file)]
+    broken += [file for file in sorted(folder.rglob("*.json")) if not _is_json(file)]
     if broken:
-        return f"{broken[0]} is damaged"
+        return f"{broken[0].relative_to(folder).as_posix()} is damaged"
     for file in sorted([*folder.glob("*.pt"), *folder.glob("*.pth")]):
         try:
             with zipfile.ZipFile(file) as archive:
@@ -182,6 +203,8 @@ def _changed(folder: Path) -> str | None:
     if not isinstance(sealed, dict):
         return f"{SEAL} is damaged"
     now = _hashes(folder)
+    if RUN not in sealed:  # an older release's may lack what lies in folders of named adapters
+        now = {name: digest for name, digest in now.items() if name in sealed or "/" not in name}
     for name in sorted({*sealed, *now}):
         if sealed.get(name) != now.get(name):
             return f"{name} is missing" if name not in now else f"{name} is damaged: it is not the file that was saved"
@@ -309,6 +332,7 @@ def write_seam(
     model: PreTrainedModel,
     optimizer: torch.optim.Optimizer,
     manifest: Manifest,
+    run: Run | None,
     train_batch_size: int,
 ) -> Path:
     """Turn the last checkpoint of warm-up into the first one after it; it appears at `target` only when whole.
@@ -326,6 +350,8 @@ def write_seam(
         model.save_pretrained(folder)
         torch.save(optimizer.state_dict(), folder / "optimizer.pt")
         manifest.write(folder, {})
+        if run is not None:
+            run.write(folder)
         write_text(folder / TRAINER_STATE, json.dumps(state, indent=2, sort_keys=True) + "\n")
         seal(folder)
     return target

@@ -126,7 +126,7 @@ class Driver:
         if form is not None:
             self.formed = Formed(self.model, form, self.name, engine_name=self.engine)
             if optimizer is not None:
-                adopt(optimizer, list(form.parameters().values()))
+                adopt(optimizer, list(form.parameters().values()), self.model)
         if policy.watches:
             self.watch = ProductWatch(self.model, self.name)
         own = {p for pair in self._factors for p in pair} | set(() if form is None else form.parameters().values())
@@ -313,7 +313,7 @@ class Driver:
             if optimizer is not None:
                 remap(optimizer, folded)
                 # Layers that shared a factor have one each now, and those of a frozen form train from here on.
-                adopt(optimizer, [p for pair in parameters(self.model, self.name).values() for p in pair])
+                adopt(optimizer, [p for pair in parameters(self.model, self.name).values() for p in pair], self.model)
         kept = set(selection.names)
         changes = disconnect(self.model, [a.name for a in self.adapters if a.name not in kept], self.name)
         changes |= fold(self.model, {c.name: c.omega for c in selection.kept}, self.name)

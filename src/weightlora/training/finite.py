@@ -16,6 +16,7 @@ from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState,
 from weightlora.errors import DivergedError, ScheduleError
 from weightlora.graft import Selection
 from weightlora.training import checkpoint
+from weightlora.training.identity import Run
 
 REMEDY = (
     "try a lower learning rate, a longer warm-up of it, max_grad_norm=1.0, bf16 or fp32 in place of fp16, and look for"
@@ -115,10 +116,11 @@ def naming_the_last_good(output_dir: Path, *, manifest: bool = True) -> Iterator
 
 
 class FiniteCallback(TrainerCallback):
-    """The watch of a trainer without a driver; it seals the checkpoints, too."""
+    """The watch of a trainer without a driver; its checkpoints say whose they are, and are sealed."""
 
-    def __init__(self, trainer: Trainer) -> None:
+    def __init__(self, trainer: Trainer, run: Run | None) -> None:
         self.watch = FiniteWatch(trainer.model)  # type: ignore[arg-type]  # there by now
+        self.run = run
 
     def on_pre_optimizer_step(self, args: Any, state: TrainerState, control: Any, **_: Any) -> None:
         self.watch.see(state.global_step + 1)
@@ -126,11 +128,19 @@ class FiniteCallback(TrainerCallback):
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         if control.should_log or control.should_save or control.should_evaluate:
             self.watch.check()
+        if control.should_save:
+            self._name(args, state)
 
     def on_epoch_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        if control.should_log or control.should_save or control.should_evaluate:
-            self.watch.check()
+        self.on_step_end(args, state, control)
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        folder = self._name(args, state)  # save_strategy="best" decides late
         if state.is_world_process_zero:
-            checkpoint.seal(Path(str(args.output_dir)) / f"checkpoint-{state.global_step}")
+            checkpoint.seal(folder)
+
+    def _name(self, args: TrainingArguments, state: TrainerState) -> Path:
+        folder = Path(str(args.output_dir)) / f"checkpoint-{state.global_step}"
+        if state.is_world_process_zero and self.run is not None:
+            self.run.write(folder)
+        return folder

@@ -17,7 +17,7 @@ from weightlora.errors import CheckpointError, ConfigError, ScheduleError
 from weightlora.graft import (
     Manifest,
     PathName,
-    fingerprint,
+    check_groups,
     reshape,
     tie,
 )
@@ -30,12 +30,15 @@ from weightlora.training.driver import Driver
 from weightlora.training.finite import naming_the_last_good
 from weightlora.training.global_batch import GlobalBatch, averages
 from weightlora.training.held_out import hold_out
+from weightlora.training.identity import Run, check_folder, enter_folder
 from weightlora.training.measure import PeakMemory
+from weightlora.training.order import DataOrder
 from weightlora.training.plain import train_plain
 from weightlora.training.predict import Predictor
 from weightlora.training.preflight import check_best, check_fit, check_trainers_model, torch_optimizer
 from weightlora.training.processes import check_same_everywhere, main_alone, processes
 from weightlora.training.results import FitResult, PhaseResult, phase_result, read_progress
+from weightlora.training.resuming import OptimizerOrder, load_optimizer, trainers_optimizer
 from weightlora.training.sharding import (
     as_data_parallel,
     asked_for,
@@ -55,18 +58,18 @@ from weightlora.training.trainer import (
     unwrap,
     use_batch,
     warmup_arguments,
-    warn_of_a_new_order,
 )
 from weightlora.training.unreached import naming_unreached
 
 log = logging.getLogger("weightlora")
 
 
-def fit(
+def fit(  # noqa: PLR0913 - one argument per user setting
     trainer: Trainer,
     method: Method,
     *,
     resume: bool | str | Path = False,
+    overwrite: bool = False,
     micro_batch: tuple[int | None, int | None] = (None, None),
     measure: bool = True,
     log_omegas: Literal["summary", "all"] = "summary",
@@ -83,7 +86,8 @@ def fit(
         trainer: any ``transformers.Trainer`` (TRL's too) around a model with LoRA adapters.
         method: for example ``WeightLoRA(k=10, warmup_steps=100)``.
         resume: True goes on from the latest whole checkpoint in ``output_dir`` (from the start if there is none); a
-            path from that one.
+            path from that one. Method, base and number of steps must be the run's.
+        overwrite: remove the checkpoints of other runs from ``output_dir``, which is refused otherwise.
         micro_batch: examples per device and forward pass (before, after the seam). Accumulation changes with it so
             that the effective batch, and with it the number of steps, stays what the trainer's arguments say; the
             gradient is then the mean over that batch. None: leave it.
@@ -121,10 +125,10 @@ def fit(
                 f"FSDP shards the frozen base under adapters; {method.name} runs on one process, or by torchrun (DDP)"
             )
         with borrowed(trainer):
-            return train_plain(trainer, method, resume, measure)
+            return train_plain(trainer, method, resume, overwrite, measure)
     check_trainers_model(trainer)
     with borrowed(trainer):
-        made = _Fit(trainer, method, resume, micro_batch, measure, log_omegas, adapter_path)
+        made = _Fit(trainer, method, resume, overwrite, micro_batch, measure, log_omegas, adapter_path)
         with naming_the_last_good(made.output_dir), as_data_parallel(trainer, sharded=made.sharded):
             try:
                 return made.run(select_only)
@@ -140,6 +144,7 @@ class _Fit:
         trainer: Trainer,
         method: Method,
         resume: bool | str | Path,
+        overwrite: bool,
         micro_batch: tuple[int | None, int | None],
         measure: bool,
         log_omegas: Literal["summary", "all"],
@@ -152,7 +157,7 @@ class _Fit:
         self.sharded = asked_for(trainer) is not None and processes() > 1
         if self.sharded:
             to_device(trainer)
-        tensors, begun = self._begin(resume)
+        tensors, begun = self._begin(resume, overwrite)
         held_out = hold_out(trainer, method.held_out_batches)
         planned = plan(trainer, method, micro_batch, stock=adapter_path == "stock")
         self.batches = [split_batch(trainer, size) for size in planned.micro_batch]
@@ -161,10 +166,14 @@ class _Fit:
         self.driver = Driver(
             model, method, self.max_steps, adapter_path=adapter_path, held_out=held_out, budget=planned.budget
         )
-        self.own_optimizer = trainer.optimizer is None
+        if trainer.optimizer is not None and self.driver.seam is not None:
+            check_groups(torch_optimizer(trainer.optimizer))
+        self.order = DataOrder(trainer)
         self.phases: list[PhaseResult] = []
-        self.base = fingerprint(model)
+        new = Run.new(method, model)
+        self.base = new.base
         self.restored: tuple[dict[str, torch.Tensor], int] | None = None
+        self.ordered: OptimizerOrder | None = None
         self.spent = 0.0  # seconds of the current phase in earlier processes
         if self.manifest is not None:
             self._check_same_run(self.manifest, tensors)
@@ -189,15 +198,18 @@ class _Fit:
                 if mine:
                     checkpoint.discard_after(self.output_dir, 0 if self.manifest is None else self.manifest.step)
                     checkpoint.sweep_all(self.output_dir)
+        self.run_id = enter_folder(self.output_dir, self.start, self.others, new, trainer.args.device)
 
-    def _begin(self, resume: bool | str | Path) -> tuple[dict[str, torch.Tensor], GlobalBatch | None]:
+    def _begin(self, resume: bool | str | Path, overwrite: bool) -> tuple[dict[str, torch.Tensor], GlobalBatch | None]:
         """Find the checkpoint to go on from, and let the trainer's steps be as large as that run's."""
         self.manifest: Manifest | None = None
         self.start = checkpoint.resolve(resume, self.output_dir)
+        found = checkpoint.folders(self.output_dir)
+        self.others = check_folder(self.output_dir, found, self.start, resume=resume, overwrite=overwrite)
         if resume is not False:
             # Each process has looked for itself.
-            found = "none" if self.start is None else self.start.name
-            check_same_everywhere("checkpoint", found, self.trainer.args.device)
+            name = "none" if self.start is None else self.start.name
+            check_same_everywhere("checkpoint", name, self.trainer.args.device)
         if self.start is None:
             return {}, None
         self.manifest, tensors = Manifest.read(self.start)
@@ -215,6 +227,8 @@ class _Fit:
                 f"{self.start} was made with {manifest.method}, not {self.method.to_dict()};"
                 " resume with the same method"
             )
+        checkpoint.check_length(self.start, self.max_steps)
+        self.ordered = OptimizerOrder(self.trainer, manifest.data, self.start, grown=manifest.stage == "final")
         self.spent, self.phases = read_progress(manifest.data, self.start)
         if manifest.stage == "warmup":
             self.restored = tensors, manifest.step
@@ -226,9 +240,12 @@ class _Fit:
         if resumed_final:
             self._rebuild()
         else:
-            self.driver.start(self._torch_optimizer(), fresh=self.manifest is None)
+            self.driver.start(trainers_optimizer(self.trainer), fresh=self.manifest is None)
+            if self.ordered is not None:
+                self.ordered.count()
+                self.ordered.follow()
             if self.driver.seam == 0:
-                self.driver.operate(self._torch_optimizer())
+                self.driver.operate(trainers_optimizer(self.trainer))
         unreached = naming_unreached(lambda: self.driver.survivors, lambda: self.driver.step + 1)
         with self._callback() as callback, unreached:
             if not resumed_final and self.driver.seam:
@@ -238,7 +255,7 @@ class _Fit:
                 self.start = self._seam(callback)
             use_batch(self.trainer, self.batches[0 if self.driver.seam is None else 1])
             metrics = {} if select_only and self.driver.selection else self._train("final", callback)
-        self.driver.finish(self._torch_optimizer())
+        self.driver.finish(trainers_optimizer(self.trainer))
         return FitResult(
             model=self.trainer.model,
             method=self.method,
@@ -257,6 +274,8 @@ class _Fit:
         assert self.manifest is not None
         assert self.manifest.selection is not None
         driver, selection = self.driver, self.manifest.selection
+        assert self.ordered is not None
+        self.ordered.count()
         reshape(
             driver.model,
             {c.name: c.rank for c in selection.kept},
@@ -264,6 +283,7 @@ class _Fit:
             driver.name,
         )
         tie(driver.model, selection.groups, driver.name)
+        self.ordered.follow()
         driver.selection, driver.step = selection, self.manifest.step
         driver.settle()
         self._follow_placement()
@@ -282,6 +302,7 @@ class _Fit:
             restored=self.restored,
             log_omegas=self.log_omegas,
             base=self.base,
+            run=self.run_id,
             data=self._data(),
         )
         self.trainer.add_callback(callback)
@@ -309,12 +330,14 @@ class _Fit:
         changed: Any = contextlib.nullcontext()
         if self.driver.seam:
             changed = warmup_arguments(trainer) if stage == "warmup" else going_on(trainer)
-        with changed:
+        begun = 0 if self.start is None else checkpoint.whole(self.start) or 0
+        with changed, self.order.over(self.start, begun):
             metrics = checkpoint.train_on(trainer, self.start, until)
         if self.restored is not None and self.driver.step < self.restored[1]:
             # The last process died after the last step of this phase: there was nothing to train, only to load.
             self.driver.load_state(*self.restored)
-            self._load_optimizer()
+            assert self.start is not None
+            load_optimizer(trainer, self.start)
         callback.restored = self.restored = None
         steps = trainer.state.global_step - (self.driver.seam or 0 if stage == "final" else 0)
         gates = len(self.driver.adapters) if self.driver.policy.trains_gates and stage == "warmup" else 0
@@ -323,14 +346,6 @@ class _Fit:
         callback.data = self._data()
         callback.spent, callback.began, self.spent = 0.0, None, 0.0
         return metrics
-
-    def _load_optimizer(self) -> None:
-        """The optimizer's state of the checkpoint, as the trainer loads it when it goes on training."""
-        assert self.start is not None
-        self.trainer.create_optimizer()
-        optimizer = self._torch_optimizer()
-        assert optimizer is not None
-        optimizer.load_state_dict(torch.load(self.start / "optimizer.pt", map_location="cpu", weights_only=True))
 
     def _seam(self, callback: SeamCallback) -> Path:
         """Surgery on the live model, then a checkpoint of the new structure for the trainer to go on from."""
@@ -341,7 +356,7 @@ class _Fit:
                 f"training stopped at step {step}, before the seam at {driver.seam}; something else ended it"
                 " (early stopping?): lower warmup_steps, or resume"
             )
-        optimizer = self._torch_optimizer()
+        optimizer = trainers_optimizer(self.trainer)
         assert optimizer is not None
         driver.operate(optimizer)
         self._follow_placement()
@@ -353,28 +368,19 @@ class _Fit:
         with main_alone() as mine:  # all have written their random states into the source by now
             if mine:
                 checkpoint.write_seam(
-                    source, target, trainer.model, optimizer, callback.manifest(step), trainer._train_batch_size
+                    source,
+                    target,
+                    trainer.model,
+                    optimizer,
+                    callback.manifest(step),
+                    self.run_id,
+                    trainer._train_batch_size,
                 )
                 if trainer.args.save_strategy == "no" and source.parent == self.output_dir:
                     shutil.rmtree(source)
-        if self.own_optimizer:
-            # The trainer builds a new one over the survivors and loads the remapped state into it, as it would in a
-            # new process.
-            old = [id(p) for group in optimizer.param_groups for p in group["params"]]
-            trainer.optimizer = None
-            trainer.create_optimizer()
-            new = [id(p) for group in trainer.optimizer.param_groups for p in group["params"]]
-            if old != new:
-                raise AssertionError("the rebuilt optimizer orders its parameters differently from the remapped one")
-        else:
-            trainer.optimizer = optimizer
+        trainer.optimizer = optimizer  # carried over, and loaded from that checkpoint as in a new process
         unwrap(trainer)
-        warn_of_a_new_order(trainer, step)
         return target
-
-    def _torch_optimizer(self) -> torch.optim.Optimizer | None:
-        optimizer = self.trainer.optimizer
-        return None if optimizer is None else torch_optimizer(optimizer)
 
     def _follow_placement(self) -> None:
         """What was placed within a memory budget was placed for one micro-batch."""

@@ -10,7 +10,7 @@ from accelerate.optimizer import AcceleratedOptimizer
 from torch import nn
 
 from weightlora.errors import ConfigError, ScheduleError
-from weightlora.graft import BackwardDepth, PathName, Selection
+from weightlora.graft import BackwardDepth, PathName, Selection, check_groups
 from weightlora.methods import Method
 from weightlora.training.driver import Driver
 from weightlora.training.held_out import HeldOutBatches
@@ -28,6 +28,8 @@ class Tuner:
 
     def __init__(self, driver: Driver, optimizer: torch.optim.Optimizer) -> None:
         self._driver, self._given, self._optimizer = driver, optimizer, torch_optimizer(optimizer)
+        if driver.seam is not None:
+            check_groups(self._optimizer)
         self._peak = [group.get("initial_lr", group["lr"]) for group in self._optimizer.param_groups]
         self._armed = False
         self._alike: Selection | bool | None = False  # the structure whose gradients were last compared; None: all

@@ -13,7 +13,9 @@ from weightlora.graft import check_tuner, has_adapters, keep_unpacked, tuner_par
 from weightlora.methods import Method
 from weightlora.training import checkpoint
 from weightlora.training.finite import FiniteCallback, naming_the_last_good
+from weightlora.training.identity import Run, check_folder, enter_folder
 from weightlora.training.measure import PeakMemory
+from weightlora.training.order import DataOrder
 from weightlora.training.processes import main_alone, processes
 from weightlora.training.results import FitResult, phase_result
 from weightlora.training.trainer import (
@@ -25,7 +27,9 @@ from weightlora.training.trainer import (
 )
 
 
-def train_plain(trainer: Trainer, method: Method, resume: bool | str | Path, measure: bool) -> FitResult:
+def train_plain(
+    trainer: Trainer, method: Method, resume: bool | str | Path, overwrite: bool, measure: bool
+) -> FitResult:
     """A method that decides nothing (full fine-tuning, PEFT's own tuners): the trainer as it is, measured."""
     model: Any = trainer.model
     if method.trains == "peft":
@@ -36,18 +40,26 @@ def train_plain(trainer: Trainer, method: Method, resume: bool | str | Path, mea
     keep_unpacked(model)
     output_dir = Path(str(trainer.args.output_dir))
     start = checkpoint.resolve(resume, output_dir, manifest=False)
+    others = check_folder(output_dir, checkpoint.folders(output_dir), start, resume=resume, overwrite=overwrite)
+    new = Run.new(method, model)
     if start is not None:
+        run = Run.read(start)
+        if run is not None:
+            run.check_same(method, model, start)
         made_by = max(1, len(list(start.glob("rng_state_*.pth"))))
         if made_by != processes():
             raise CheckpointError(
                 f"{start} was made by {made_by} processes, and this run has {processes()}; {method.name} keeps no"
                 f" record of its batch: resume on {made_by}"
             )
+    steps = planned_steps(trainer)
+    if start is not None:
+        checkpoint.check_length(start, steps)
     if resume is not False:
         with main_alone() as mine:
             if mine:
                 checkpoint.sweep_all(output_dir)
-    steps = planned_steps(trainer)
+    run = enter_folder(output_dir, start, others, new, trainer.args.device)
     if processes() > 1:
         average_micro_batches(trainer)  # so that two processes have the gradient of one with the whole batch
     cost = None
@@ -55,10 +67,11 @@ def train_plain(trainer: Trainer, method: Method, resume: bool | str | Path, mea
         checkpoint_as_in_training(trainer)
         cost = measure_step(trainer)
     peak, began = PeakMemory(), time.perf_counter()
-    finite = FiniteCallback(trainer)
+    finite = FiniteCallback(trainer, run)
     trainer.add_callback(finite)
     try:
-        with naming_the_last_good(output_dir, manifest=False):
+        begun = 0 if start is None else checkpoint.whole(start, manifest=False) or 0
+        with naming_the_last_good(output_dir, manifest=False), DataOrder(trainer).over(start, begun):
             metrics = checkpoint.train_on(trainer, start, steps)
             finite.watch.check()
     finally:

@@ -21,15 +21,19 @@ log = logging.getLogger("weightlora")
 
 def planned_steps(trainer: Trainer) -> int:
     """Optimizer steps of the whole run, as the trainer will count them."""
-    args = trainer.args
-    if args.max_steps > 0:
-        return int(args.max_steps)
-    count = trainer.set_initial_training_values
+    if trainer.args.max_steps > 0:
+        return int(trainer.args.max_steps)
+    with isolated_rng():
+        return int(initial_values(trainer, trainer.get_train_dataloader())[-1])
+
+
+def initial_values(trainer: Trainer, loader: Any) -> tuple[Any, ...]:
+    """What the trainer counts before it begins: epochs, optimizer steps of an epoch, ..., steps of the run."""
+    args, count = trainer.args, trainer.set_initial_training_values
     older = (
         (trainer.get_total_train_batch_size(args),) if "total_train_batch_size" in signature(count).parameters else ()
     )
-    with isolated_rng():
-        return int(count(args, trainer.get_train_dataloader(), *older)[-1])
+    return tuple(count(args, loader, *older))
 
 
 def measure_step(trainer: Trainer) -> StepCost | None:
@@ -215,19 +219,3 @@ def going_on(trainer: Trainer) -> Iterator[None]:
         args.eval_on_start = before
 
 
-def warn_of_a_new_order(trainer: Trainer, step: int) -> None:
-    """Say it where the rest of the epoch is not the one that had begun.
-
-    Transformers draws batches of similar length from the global generator, and draws anew whenever it resumes.
-    """
-    epoch = trainer.state.epoch
-    if (
-        trainer.args.train_sampling_strategy == "group_by_length"
-        and epoch is not None
-        and not float(epoch).is_integer()
-    ):
-        log.warning(
-            "group_by_length draws the epoch's order anew after the seam at step %d, as whenever the trainer resumes:"
-            " some rows come twice in this epoch, some not; a seam at the end of an epoch avoids it",
-            step,
-        )

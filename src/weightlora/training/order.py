@@ -1,0 +1,159 @@
+"""Which rows come next: over the seam the epoch that has begun goes on, batch by batch, as if nothing had been.
+
+The trainer leaves its loop at T and enters it anew. By itself it would make a new loader and skip what was seen, and
+find the place again only where an epoch's order follows from the seed. So loader and iterator are kept.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from torch.utils.data import IterableDataset, SequentialSampler
+from transformers import Trainer
+from transformers import trainer as transformers_trainer
+from transformers.trainer_utils import has_length
+
+from weightlora.training.trainer import initial_values
+
+log = logging.getLogger("weightlora")
+
+
+class DataOrder:
+    """The training loader of one run, over all calls of the trainer's ``train`` in this process."""
+
+    def __init__(self, trainer: Trainer) -> None:
+        self.trainer: Any = trainer
+        self._loader: Any = None
+        self._live: Any = None  # the epoch that has begun
+        self._read = 0  # of its batches
+        self._split: tuple[int, int] | None = None
+
+    @contextlib.contextmanager
+    def over(self, start: Path | None, step: int) -> Iterator[None]:
+        """Put around a call of ``train``: it goes on where the last one stopped, or from a checkpoint.
+
+        ``ignore_data_skip`` is about checkpoints of earlier processes: no row comes twice because of the seam.
+
+        Args:
+            start: the checkpoint that the trainer will load.
+            step: of that checkpoint.
+        """
+        trainer, args = self.trainer, self.trainer.args
+        split = args.per_device_train_batch_size, args.gradient_accumulation_steps
+        kept = self._loader if split == self._split else None
+        again, left = self._loader is not None, 0
+        if again and kept is None and self._split is not None and has_length(self._loader):
+            left = (len(self._loader) - self._read) * self._split[0]  # rows that the smaller or larger batches share
+        self._split = split
+        make, samples = trainer.get_train_dataloader, trainer.get_batch_samples
+        calls = 0
+
+        def get_train_dataloader() -> Any:
+            nonlocal calls
+            calls += 1
+            if calls > 1:  # somebody else's
+                return make()
+            if kept is None:
+                self._loader = make()
+                if start is not None and not args.ignore_data_skip:
+                    warn_of_a_new_order(trainer, self._loader, step, left)
+            return self._loader
+
+        def get_batch_samples(epoch_iterator: Any, *given: Any, **named: Any) -> Any:
+            if epoch_iterator is not self._live:
+                self._live, self._read = epoch_iterator, 0
+            found = samples(epoch_iterator, *given, **named)
+            self._read += len(found[0])
+            return found
+
+        with contextlib.ExitStack() as stack:
+            if again:
+                stack.enter_context(_instead(args, "ignore_data_skip", False))
+            if kept is not None and _batches_into_epoch(trainer, kept, step):
+                self._go_on(stack, start, step)
+            stack.enter_context(_instead(trainer, "get_train_dataloader", get_train_dataloader))
+            stack.enter_context(_instead(trainer, "get_batch_samples", get_batch_samples))
+            yield
+
+    def _go_on(self, stack: contextlib.ExitStack, start: Path | None, step: int) -> None:
+        """Give the trainer, where it skips what was seen of the epoch, the rest of its iterator."""
+        trainer, loader = self.trainer, self._loader
+        skip, load_rng = transformers_trainer.skip_first_batches, trainer._load_rng_state
+        left_out = _batches_into_epoch(trainer, loader, step) - self._read
+        if left_out and has_length(loader):
+            log.warning(
+                "resumed with ignore_data_skip, this epoch began anew; it ends where it would have: %d of its rows are"
+                " left out",
+                left_out * trainer.args.per_device_train_batch_size,
+            )
+        # As without a seam: random numbers go on from the last step, through reading, to the next step. The trainer
+        # would put them back once more after reading.
+        rest = _Rest(self._live, lambda: load_rng(str(start)))
+        stack.enter_context(_instead(trainer, "_load_rng_state", lambda checkpoint: None))
+        stack.enter_context(
+            _instead(
+                transformers_trainer,
+                "skip_first_batches",
+                lambda given, count: rest if given is loader else skip(given, count),
+            )
+        )
+
+
+class _Rest:
+    """What is left of an iterator; `begin` is called before the first of it is read."""
+
+    def __init__(self, live: Iterator[Any], begin: Callable[[], None]) -> None:
+        self.live, self.begin = live, begin
+
+    def __iter__(self) -> Iterator[Any]:
+        self.begin()
+        yield from self.live
+
+
+@contextlib.contextmanager
+def _instead(thing: Any, name: str, value: Any) -> Iterator[None]:
+    """Let an attribute be another; one that the object itself did not have is taken away again."""
+    own = {name: vars(thing)[name]} if name in vars(thing) else {}
+    setattr(thing, name, value)
+    try:
+        yield
+    finally:
+        delattr(thing, name)
+        vars(thing).update(own)
+
+
+def _batches_into_epoch(trainer: Trainer, loader: Any, step: int) -> int:
+    """How many batches of its epoch the trainer takes for read after `step` optimizer steps."""
+    return step % initial_values(trainer, loader)[1] * trainer.args.gradient_accumulation_steps
+
+
+def warn_of_a_new_order(trainer: Trainer, loader: Any, step: int, left: int = 0) -> None:
+    """Say it where the trainer goes on within an epoch, and cannot find the order that it had begun in.
+
+    No checkpoint of the trainer's holds what a sampler has drawn; an order that follows from seed and epoch is found.
+
+    Args:
+        left: rows of the epoch that has begun, where this process knows; 0: as the trainer counts.
+    """
+    if isinstance(loader.dataset, IterableDataset):
+        return
+    if not left and (read := _batches_into_epoch(trainer, loader, step)):
+        left = (len(loader) - read) * trainer.args.per_device_train_batch_size
+    if not left:
+        return
+    batches = getattr(loader.batch_sampler, "batch_sampler", loader.batch_sampler)
+    sampler = getattr(batches, "sampler", None)
+    by_epoch = any(getattr(part, "set_epoch", None) is not None for part in (batches, sampler))
+    if by_epoch or isinstance(sampler, SequentialSampler):
+        return
+    log.warning(
+        "%s draws the epoch's order anew at step %d, as whenever the trainer resumes: of the %d rows that are left,"
+        " some come twice, and others not; a checkpoint at the end of an epoch avoids it",
+        type(batches if sampler is None else sampler).__name__,
+        step,
+        left,
+    )

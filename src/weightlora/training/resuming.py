@@ -1,0 +1,71 @@
+"""The optimizer of a run that is resumed: made as the run's was, in the checkpoint's order, then loaded by place."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import Trainer
+
+from weightlora.errors import CheckpointError
+from weightlora.graft import arrange, group_names
+from weightlora.training.preflight import torch_optimizer
+
+
+def trainers_optimizer(trainer: Trainer) -> torch.optim.Optimizer | None:
+    """The optimizer itself, without Accelerate's wrapper; None where there is none yet."""
+    return None if trainer.optimizer is None else torch_optimizer(trainer.optimizer)
+
+
+def load_optimizer(trainer: Trainer, start: Path) -> None:
+    """The optimizer's state of the checkpoint, as the trainer loads it when it goes on training."""
+    made_optimizer(trainer).load_state_dict(torch.load(start / "optimizer.pt", map_location="cpu", weights_only=True))
+
+
+def made_optimizer(trainer: Trainer) -> torch.optim.Optimizer:
+    """The optimizer, made now where the trainer has yet to make it."""
+    trainer.create_optimizer()
+    return torch_optimizer(trainer.optimizer)
+
+
+class OptimizerOrder:
+    """Which parameters, by name, each group of a checkpoint's optimizer holds: states are loaded by place.
+
+    Args:
+        trainer: of the resumed run.
+        data: of the checkpoint's manifest.
+        start: the checkpoint.
+        grown: its model has another structure than the one that the optimizer is made over.
+
+    Raises:
+        CheckpointError: what it says is damaged, or an older release wrote nothing, and the user's own optimizer
+            cannot follow without.
+    """
+
+    def __init__(self, trainer: Trainer, data: Mapping[str, Any], start: Path, *, grown: bool) -> None:
+        self.trainer, self.groups = trainer, data.get("optimizer")
+        if self.groups is None:
+            if grown and trainer.optimizer is not None:
+                raise CheckpointError(
+                    f"{start} is of an older release, which did not write down the order of an optimizer of one's own;"
+                    " resume from a checkpoint of warm-up, or without optimizers="
+                )
+            return
+        fine = isinstance(self.groups, list) and all(isinstance(group, list) for group in self.groups)
+        if not fine or not all(isinstance(name, str) for group in self.groups for name in group):
+            raise CheckpointError(f"{start}: the manifest is damaged: {self.groups!r:.80} are no optimizer's groups")
+
+    def count(self) -> None:
+        """Note the groups as they are before the model gets the checkpoint's structure, as those of the run were."""
+        self._before = [] if self.groups is None else group_names(made_optimizer(self.trainer), self._model)
+
+    def follow(self) -> None:
+        """Bring the optimizer into the checkpoint's order, now that the model has its structure."""
+        if self.groups is not None:
+            arrange(made_optimizer(self.trainer), self._before, self.groups, self._model)
+
+    @property
+    def _model(self) -> Any:
+        return self.trainer.model
