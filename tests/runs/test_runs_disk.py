@@ -143,7 +143,7 @@ def test_a_clock_that_jumps(flags: list[str], tmp_path: Path, monkeypatch: pytes
         shutil.rmtree(tmp_path / "half" / name)
     for path in ("record.json", "weightlora.json", "selection.json"):
         (tmp_path / "half" / path).unlink()
-    for age, folder in enumerate(sorted((tmp_path / "half" / "checkpoints").iterdir(), reverse=True)):
+    for age, folder in enumerate(sorted((tmp_path / "half" / "checkpoints").glob("*-*"), reverse=True)):
         for path in (folder, *folder.iterdir()):
             os.utime(path, (1e9 + 1e8 * age, 1e9 + 1e8 * age))
     draw, now = random.Random(0), time.time

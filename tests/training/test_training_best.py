@@ -15,7 +15,7 @@ from tests.builders import adapter_state, base, lora, max_difference, trainer
 from weightlora.errors import CheckpointError
 from weightlora.methods import Full, LoRA, Method, WeightLoRA
 from weightlora.training import fit
-from weightlora.training.checkpoint import SEAL, damage, resolve, seal
+from weightlora.training.checkpoint import SEAL, damage, folders, resolve, seal
 
 METHODS: dict[str, Method] = {"weightlora": WeightLoRA(k=2, warmup_steps=3), "lora": LoRA(), "full": Full()}
 EVERY_STEP = {"eval_strategy": "steps", "eval_steps": 1, "save_strategy": "steps", "save_steps": 1,
@@ -51,7 +51,7 @@ def done(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Path, dict
 def stopped(done: Path, out: Path, step: int) -> Path:
     """A copy of a run that was stopped after `step`."""
     shutil.copytree(done, out)
-    for folder in out.iterdir():
+    for folder in folders(out):
         if int(folder.name.rsplit("-", 1)[1]) > step:
             shutil.rmtree(folder)
     return out / f"checkpoint-{step}"

@@ -19,6 +19,7 @@ from weightlora.graft import adapters
 from weightlora.methods import DoRA, Gradient, LoRA, Method, Random, Top, WeightLoRA, WeightLoRAPlus
 from weightlora.training import FitResult, fit
 from weightlora.training.checkpoint import SEAL, latest, resolve, whole
+from weightlora.training.identity import RUN
 
 METHODS: dict[str, Method] = {
     "weightlora": WeightLoRA(k=2, warmup_steps=5),
@@ -40,7 +41,7 @@ def run(out: Path, method: Method, resume: Any = False, **arguments: Any) -> tup
 
 
 def checkpoints(out: Path) -> list[str]:
-    return sorted(p.name for p in out.iterdir())
+    return sorted(p.name for p in out.iterdir() if p.name != RUN)
 
 
 def same(a: tuple[Trainer, FitResult], b: tuple[Trainer, FitResult]) -> None:
@@ -186,7 +187,9 @@ def test_stale_files_of_an_older_run_are_not_mixed_in(tmp_path: Path) -> None:
     arguments = {**BEST, "eval_strategy": "steps", "eval_steps": 3}
     run(tmp_path, WeightLoRA(k=1, warmup_steps=4), save_strategy="best", **arguments)
     method = WeightLoRA(k=3, warmup_steps=4)
-    run(tmp_path, method, save_strategy="best", **arguments)
+    made = trainer(tmp_path, save_strategy="best", **arguments)
+    refused("holds checkpoints of another run .*; give another output_dir", lambda: fit(made, method))
+    fit(made, method, overwrite=True, measure=False)
     for name in checkpoints(tmp_path):
         assert json.loads((tmp_path / name / "weightlora.json").read_text())["method"] == method.to_dict()
 

@@ -15,11 +15,11 @@ from tests.builders import adapter_state, lora, max_difference, trainer
 from weightlora.errors import CheckpointError
 from weightlora.methods import WeightLoRA
 from weightlora.training import fit
-from weightlora.training.checkpoint import SEAL, damage, resolve
+from weightlora.training.checkpoint import SEAL, damage, folders, resolve
 
 FILES = ("README.md", "adapter_config.json", "adapter_model.safetensors", "checksums.json", "optimizer.pt",
          "rng_state.pth", "scheduler.pt", "trainer_state.json", "training_args.bin", "weightlora.json",
-         "weightlora.safetensors")  # fmt: skip
+         "weightlora.safetensors", "weightlora_run.json")  # fmt: skip
 METHOD = WeightLoRA.from_preset("paper", k=2, warmup_steps=4)
 DAMAGE: dict[str, Callable[[Path, Path], Any]] = {
     "missing": lambda file, other: file.unlink(),
@@ -59,7 +59,7 @@ def test_every_file_and_every_damage_is_seen(
     before = (folder / name).read_bytes()
     DAMAGE[how](folder / name, other / which / name)
     same = (folder / name).is_file() and (folder / name).read_bytes() == before
-    for later in (tmp_path / "run").iterdir():
+    for later in folders(tmp_path / "run"):
         if int(later.name.rsplit("-", 1)[1]) > int(which.rsplit("-", 1)[1]):
             shutil.rmtree(later)
     earlier = {"checkpoint-3": None, "seam-4": "checkpoint-4", "checkpoint-6": "seam-4"}[which]
@@ -83,7 +83,7 @@ def test_it_goes_on_from_an_earlier_one_to_the_same_adapter(
 ) -> None:
     one, _, expected = runs
     shutil.copytree(one, tmp_path / "run")
-    for later in (tmp_path / "run").iterdir():
+    for later in folders(tmp_path / "run"):
         if int(later.name.rsplit("-", 1)[1]) > int(which.rsplit("-", 1)[1]):
             shutil.rmtree(later)
     DAMAGE["truncated"](tmp_path / "run" / which / name, tmp_path)

@@ -14,7 +14,7 @@ from tests.builders import batches, examples, lora, trainer
 from weightlora.errors import DivergedError
 from weightlora.methods import LoRA, Method, WeightLoRA, method
 from weightlora.training import attach, fit
-from weightlora.training.checkpoint import latest
+from weightlora.training.checkpoint import folders, latest
 from weightlora.training.finite import FiniteWatch
 
 FOUND = re.compile(r"NaN or infinite at step (\d+); try a lower learning rate")
@@ -69,7 +69,7 @@ def test_one_broken_label_stops_the_run_where_it_came(name: str, bad: int, tmp_p
     good = latest(tmp_path)
     assert str(caught.value).endswith(f"the last good checkpoint is {good}")
     assert made.state.global_step - bad < 3, "it went on beyond the next step that logs"
-    for folder in tmp_path.iterdir():
+    for folder in folders(tmp_path):
         assert int(folder.name.rsplit("-", 1)[1]) < bad
 
 

@@ -364,7 +364,7 @@ def test_a_bf16_run_goes_through_the_seam(tmp_path: Path) -> None:
 
 
 def test_the_second_run_on_one_trainer_is_a_run_of_its_own(tmp_path: Path) -> None:
-    calls: list[Callable[[Trainer], Any]] = [lambda t: fit(t, PAPER), lambda t: fit(t, Top(k=1))]
+    calls: list[Callable[[Trainer], Any]] = [lambda t: fit(t, PAPER), lambda t: fit(t, Top(k=1), overwrite=True)]
     each = trainer(tmp_path)
     first, second = (call(each) for call in calls)
     assert (first.selection.n, second.selection.n, second.selection.k) == (6, 2, 1)
