@@ -172,9 +172,9 @@ def test_lists_beside_parameters_are_refused_before_the_first_step(by_trainer: b
 
 
 def test_attach_carries_names_and_refuses_other_lists() -> None:
-    model = lora()
+    model, other = lora(), lora()
     with pytest.raises(ConfigError, match="keeps a list 'names'"):
-        attach(model, ONE, lorafa(lora()))
+        attach(other, ONE, lorafa(other))
     optimizer = AdamW(named(model), lr=1e-2)
     tuner = attach(model, GROWN, optimizer)
     for step in range(5):
