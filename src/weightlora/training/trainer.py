@@ -217,5 +217,3 @@ def going_on(trainer: Trainer) -> Iterator[None]:
         yield
     finally:
         args.eval_on_start = before
-
-
