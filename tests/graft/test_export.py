@@ -686,10 +686,10 @@ def merged(model: PeftModel) -> PeftModel:
 @pytest.mark.parametrize(
     ("make", "says"),
     [
-        (lambda: wrapped("llama", bias="all"), "bias='all'.*profile 'merged'"),
+        (lambda: wrapped("bert", bias="all"), r"\d+ weights of the base .*bias: trained.*'native' or 'merged'"),
         (lambda: wrapped("llama", init_lora_weights="pissa"), "'pissa' moved a part of the base.*profile 'merged'"),
-        (lambda: wrapped("llama", trainable_token_indices=[5]), "single tokens.*modules_to_save"),
-        (lambda: unfrozen(wrapped("llama")), r"1 trained parameters .* \(model.norm.weight.*modules_to_save"),
+        (lambda: wrapped("llama", trainable_token_indices=[5]), "single tokens.*'native' or 'merged'"),
+        (lambda: unfrozen(wrapped("llama")), r"1 weights .* \(model.norm.weight: trained\).*modules_to_save"),
         (lambda: merged(wrapped("llama")), r"merged into its base.*unmerge_adapter"),
         (lambda: disabled(wrapped("llama")), "disabled.*enable_adapter_layers"),
         (lambda: closed(wrapped("llama")), "every gate is zero"),

@@ -17,6 +17,7 @@ from weightlora.graft.adapters import (
     trained_module,
 )
 from weightlora.graft.architectures import Blocks, Nest, Offset, Vectors
+from weightlora.graft.carried import check_before, uncheckpointed
 from weightlora.graft.depth import (
     BackwardDepth,
     GradientCheck,
@@ -35,6 +36,7 @@ from weightlora.graft.readiness import check_held, check_peft_model, check_ready
 from weightlora.graft.rebuild import take_over
 from weightlora.graft.saved import Held, Saved
 from weightlora.graft.selection import Choice, Selection, select
+from weightlora.graft.start import load_start_state, moved_by, note_start, start_state
 from weightlora.graft.surgery import disconnect, fold, grow_adapters, reshape, resize, restart, tie
 from weightlora.graft.tracing import trace
 from weightlora.graft.tuners import check_tuner, dora_config, save_own_format, tuned_layers, tuner_config, tuner_params
@@ -73,6 +75,7 @@ __all__ = [
     "base_of",
     "block_numbers",
     "block_of",
+    "check_before",
     "check_groups",
     "check_held",
     "check_path",
@@ -95,6 +98,9 @@ __all__ = [
     "is_sharded",
     "keep_unpacked",
     "layer_weights",
+    "load_start_state",
+    "moved_by",
+    "note_start",
     "operation_costs",
     "output_energy",
     "parameters",
@@ -109,6 +115,7 @@ __all__ = [
     "save_own_format",
     "scalar_products",
     "select",
+    "start_state",
     "stock_path",
     "stored",
     "take_over",
@@ -118,4 +125,5 @@ __all__ = [
     "tuned_layers",
     "tuner_config",
     "tuner_params",
+    "uncheckpointed",
 ]

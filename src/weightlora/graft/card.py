@@ -7,6 +7,7 @@ import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from weightlora.graft.profiles import Live
 from weightlora.graft.selection import Selection
 
 _HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
@@ -37,34 +38,30 @@ def code(text: str) -> str:
     return f"{fence} {flat} {fence}" if longest else f"{fence}{flat}{fence}"
 
 
-def model_card(
-    *,
-    profile: str,
-    base: str | None,
-    model_class: type,
-    adapters: Sequence[tuple[str, int, float]],
-    heads: Sequence[str],
-    selection: Selection | None,
-    notes: Sequence[str],
-    verified: str,
-) -> str:
+def model_card(live: Live, *, profile: str, selection: Selection | None, notes: Sequence[str], verified: str) -> str:
     """The text of README.md.
 
     Args:
+        live: what was exported; its adapters are listed as they are before any padding.
         profile: the export profile.
-        base: the base model's hub name or folder, if known.
-        model_class: its class.
-        adapters: ``(name, rank, scale)`` of each live adapter, before any padding.
-        heads: modules that were trained as a whole.
         selection: what the method decided, if known.
         notes: the export's own notes.
         verified: one sentence on the verification.
     """
+    base, model_class, heads = live.base_name, type(live.root), tuple(live.heads)
+    adapters = [(path, pair.rank, pair.scale) for path, pair in live.pairs.items()]
     lines = [*_front_matter(profile, base), f"# WeightLoRA export, profile {profile}", "", _ABOUT[profile], ""]
     known = code(base) if base else "not recorded"
     lines += [f"Base model: {known} (class {code(model_class.__name__)}). {verified}", ""]
     lines += [f"- {note}" for note in notes] + ([""] if notes else [])
-    lines += ["## How to load", "", "```python", *_load(profile, base, model_class, bool(heads)), "```", ""]
+    lines += [
+        "## How to load",
+        "",
+        "```python",
+        *_load(profile, base, model_class, bool(heads), live.outside.rows),
+        "```",
+        "",
+    ]
     lines += ["## What was kept", ""]
     if selection is not None:
         why = " ".join(selection.why.split())
@@ -98,7 +95,7 @@ def _front_matter(profile: str, base: str | None) -> list[str]:
     ]
 
 
-def _load(profile: str, base: str | None, model_class: type, heads: bool) -> list[str]:
+def _load(profile: str, base: str | None, model_class: type, heads: bool, rows: int | None) -> list[str]:
     home = "transformers" if model_class.__module__.startswith("transformers.") else model_class.__module__
     name = model_class.__name__
     if profile == "merged":
@@ -110,6 +107,7 @@ def _load(profile: str, base: str | None, model_class: type, heads: bool) -> lis
         f"from {home} import {name}",
         "",
         f"base = {name}.from_pretrained({json.dumps(base or 'the base model')})",
+        *([f"base.resize_token_embeddings({rows})"] if rows else []),
         *(['base.load_state_dict(load_file("this folder/head.safetensors"), strict=False)'] if separate else []),
         'model = PeftModel.from_pretrained(base, "this folder")',
     ]

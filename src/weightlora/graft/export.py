@@ -17,13 +17,23 @@ from torch import Tensor, nn
 
 from weightlora.errors import ConfigError, ExportError
 from weightlora.files import new_folder, write_text
-from weightlora.graft.adapters import base_of, is_sharded
+from weightlora.graft.adapters import base_of, is_sharded, switched_off
 from weightlora.graft.card import model_card
-from weightlora.graft.profiles import Live, merge, read, write_adapter
+from weightlora.graft.merging import merge
+from weightlora.graft.profiles import Live, read, write_adapter
 from weightlora.graft.quantised import keep_unpacked
 from weightlora.graft.selection import Selection
 from weightlora.graft.tuners import refuse_own_format
-from weightlora.graft.verify import compare, logits, plain_base, reload_adapter, sample_logits, save_and_reload
+from weightlora.graft.verify import (
+    blank,
+    compare,
+    gap,
+    logits,
+    plain_base,
+    reload_adapter,
+    sample_logits,
+    save_and_reload,
+)
 
 Profile = Literal["native", "portable", "dense", "merged"]
 PROFILES: tuple[str, ...] = get_args(Profile)
@@ -72,6 +82,10 @@ def export(
     The folder appears only when it is whole and verified. The live model is not changed, and may be in the middle of a
     warm-up: gates are folded into B, and adapters whose gate is zero are left out.
 
+    Weights are compared with the stock base, opened by its name or folder without network. What differs there and lies
+    in no adapter or saved module (weights of the base that trained, BatchNorm's statistics, resized embeddings) goes
+    into ``native`` and ``merged``; ``portable`` and ``dense`` refuse it by name.
+
     - ``native``: stock PEFT with the ranks and scales as trained, and trained heads inside.
     - ``portable`` (vLLM, SGLang, llama.cpp): one rank r with ``lora_alpha == r``, every scale folded into B, no
       patterns, no ``modules_to_save``, a list of full names as targets, and zero adapters that complete q/k/v and
@@ -119,7 +133,7 @@ def export(
         )
     path = _free_folder(out, overwrite)
     keep_unpacked(model)
-    live = read(model, adapter, whole=profile == "merged", stock=profile != "merged" or base is not None)
+    live = read(model, adapter, profile, other_base=base is not None)
     sample, truth = sample_logits(live.root, sample)
     own = truth
     if base is not None:
@@ -130,10 +144,13 @@ def export(
             if profile == "merged":
                 plain, notes = merge(live, base)
                 again = logits(save_and_reload(plain, folder), sample)
-                notes = notes if base is None else (*notes, _other_base(own, again))
+                if base is not None:
+                    notes = (*notes, _other_base(own, again))
+                elif live.pairs and (lost := _rounding(live, sample, truth, again)):
+                    notes = (*notes, lost)
             else:
                 rank, notes = write_adapter(live, folder, profile)
-                again, said = _reloaded(live.root, folder, sample)
+                again, said = _reloaded(live.root, folder, sample, live)
                 notes = (*notes, *(f"stock PEFT warned while loading it: {text}" for text in said))
             difference, tolerance = compare(truth, again, plain)
             done = Export(
@@ -146,10 +163,31 @@ def export(
     return done
 
 
-def _reloaded(root: nn.Module, folder: Path, sample: Mapping[str, Any]) -> tuple[Tensor, tuple[str, ...]]:
-    """Logits of the adapter in `folder` on a plain copy of `root`, and what PEFT warned of."""
-    model, said = reload_adapter(plain_base(root), folder)
+def _reloaded(
+    root: nn.Module, folder: Path, sample: Mapping[str, Any], live: Live | None = None
+) -> tuple[Tensor, tuple[str, ...]]:
+    """Logits of the adapter in `folder` on a plain copy of `root`, and what PEFT warned of.
+
+    What of `live` differs from a stock base is blank in that copy: it must come from the folder.
+    """
+    plain = plain_base(root)
+    if live is not None:
+        blank(plain, live.outside.tensors)
+    model, said = reload_adapter(plain, folder)
     return logits(model, sample), said
+
+
+def _rounding(live: Live, sample: Mapping[str, Any], truth: Tensor, again: Tensor) -> str | None:
+    """A warning where half precision has rounded away as much as the adapters do, or half of it."""
+    with switched_off(live.root, live.name):
+        without = logits(live.root, sample)
+    lost, effect = gap(truth, again), gap(truth, without)
+    if lost < effect / 2 or lost == 0.0:
+        return None
+    return (
+        f"merging rounded the weights by as much as the adapters do: logits moved by {lost:.3g}, and the adapters"
+        f" move them by {effect:.3g}; use profile 'native' or 'portable', or merge into base= in float32"
+    )
 
 
 def _on(base: nn.Module, live: Live, sample: Mapping[str, Any]) -> Tensor:
@@ -164,9 +202,10 @@ def _on(base: nn.Module, live: Live, sample: Mapping[str, Any]) -> Tensor:
 
 def _other_base(own: Tensor, again: Tensor) -> str:
     """How far the merged model is from the live one, which runs on another base: the error of quantisation, mostly."""
-    gaps = (own.double() - again.to(own.device).double()).abs()
-    gap = float(gaps[gaps.isfinite()].max()) if gaps.isfinite().any() else 0.0
-    return f"merged into base=: its logits differ by {gap:.3g} at most from the live model's, which has another base"
+    return (
+        f"merged into base=: its logits differ by {gap(own, again):.3g} at most from the live model's, which has"
+        " another base"
+    )
 
 
 def _check_types(result: Any, out: Any, sample: Any, base: Any) -> None:
@@ -212,16 +251,7 @@ def _write_papers(folder: Path, done: Export, live: Live, selection: Selection |
         "Reloaded from this folder before it was handed over:"
         f" the largest difference of logits was {done.max_difference:.3g} (tolerance {done.tolerance:.3g})."
     )
-    card = model_card(
-        profile=done.profile,
-        base=live.base_name,
-        model_class=type(live.root),
-        adapters=[(path, pair.rank, pair.scale) for path, pair in live.pairs.items()],
-        heads=tuple(live.heads),
-        selection=selection,
-        notes=done.notes,
-        verified=verified,
-    )
+    card = model_card(live, profile=done.profile, selection=selection, notes=done.notes, verified=verified)
     write_text(folder / "README.md", card + (f"\n{about.strip()}\n" if about else ""))
     record = {
         "schema_version": SCHEMA_VERSION,

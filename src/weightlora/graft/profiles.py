@@ -2,29 +2,35 @@
 
 from __future__ import annotations
 
-import copy
 import json
 import math
-from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 from peft import LoraConfig
 from peft.tuners.lora.layer import LoraLayer
-from peft.utils.other import AuxiliaryTrainingWrapper, ModulesToSaveWrapper
+from peft.utils.other import TrainableTokensWrapper
 from safetensors.torch import save_file
 from torch import Tensor, nn
-from transformers import PreTrainedModel
-from transformers.pytorch_utils import Conv1D
 
 from weightlora.errors import ExportError
 from weightlora.files import write_text
 from weightlora.graft.adapters import adapter_name, adapters, base_of, linear_shape, lora_layers
+from weightlora.graft.carried import (
+    Outside,
+    base_name,
+    file_name,
+    find_outside,
+    saved_modules,
+    tied_head,
+    token_wrappers,
+)
+from weightlora.graft.start import moved_by, taken
 from weightlora.graft.variant import computing_factors
-from weightlora.graft.verify import HEAD, PREFIX, WEIGHTS, device_of, plain_base
+from weightlora.graft.verify import HEAD, PREFIX, WEIGHTS
 
 # Linear layers of one parent that servers fuse into one, so that they want adapters on all of them or on none.
 FUSED = (
@@ -38,8 +44,6 @@ HEAD_NAMES = "head.json"
 VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 # Tasks for which PEFT, on loading, wants a head in the file.
 _TASKS_WITH_HEAD = ("SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS")
-# Initial values that leave the base model's weights alone; PEFT's others move a part of them into the adapter.
-_HARMLESS_INIT = ("gaussian", "eva", "orthogonal")
 
 
 @dataclass(frozen=True)
@@ -71,62 +75,85 @@ class Pair:
 
 @dataclass(frozen=True, kw_only=True)
 class Live:
-    """The live model, read: its base, PEFT's config, its non-zero adapters in module order, its trained heads."""
+    """The live model, read: its base, PEFT's config, its non-zero adapters in module order, its trained heads.
+
+    ``tokens``: embeddings of which single rows train. ``outside``: what else a stock base has not.
+    """
 
     root: nn.Module
     config: LoraConfig | None
     pairs: dict[str, Pair]
     heads: dict[str, nn.Module]
+    name: str = "default"
+    tokens: Mapping[str, TrainableTokensWrapper] = field(default_factory=dict)
+    outside: Outside = field(default_factory=lambda: Outside(tensors={}, why={}))
     notes: tuple[str, ...] = ()
 
     @property
     def base_name(self) -> str | None:
         """The base model's hub name or folder, if anybody knows it."""
-        name = getattr(self.config, "base_model_name_or_path", None) or self.root.__dict__.get("name_or_path")
-        return str(name) if name else None
+        return base_name(self.root, self.config)
 
 
-def read(model: nn.Module, name: str | None, *, whole: bool, stock: bool) -> Live:
-    """Read the adapters, with their gates or form folded in, and the heads; nothing is changed.
+def read(model: nn.Module, name: str | None, profile: str, *, other_base: bool = False) -> Live:
+    """Read the adapters, with their gates or form folded in, the heads, and what else the profile needs.
 
     Args:
-        model: with adapters, or (where `whole`) without.
+        model: with adapters, or (where `profile` is "merged") without.
         name: PEFT's adapter name, None for the active one.
-        whole: the base's weights will be saved too, so that no adapter need be left.
-        stock: the adapter must do on a stock base, so that nothing else may have been trained.
+        profile: what it is read for.
+        other_base: the adapter is merged into another base, so that nothing else may have been trained.
 
     Raises:
         AdapterError: there are none, or not plain LoRA.
         ExportError: the state or the settings of the model have no place in the profile.
     """
-    root = base_of(model)
-    if whole and not getattr(model, "peft_config", None):
+    root, merges = base_of(model), profile == "merged"
+    if merges and not getattr(model, "peft_config", None):
         return Live(root=root, config=None, pairs={}, heads={})
     name = adapter_name(model, name)
     config: LoraConfig = getattr(model, "peft_config")[name]  # noqa: B009
-    found = {adapter.name: adapter.scale for adapter in adapters(model, name)}
+    scales = {adapter.name: adapter.scale for adapter in adapters(model, name)}
     _check_state(model, name)
-    if stock:
-        _check_settings(config)
-        _check_trained(root)
-    heads = {
-        path: module.modules_to_save[name]
-        for path, module in root.named_modules()
-        if isinstance(module, ModulesToSaveWrapper) and name in module.modules_to_save
-    }
+    heads, tokens = saved_modules(root, name), token_wrappers(root, name)
+    outside = Outside(tensors={}, why={})
+    if not merges or other_base:
+        _check_settings(model, name, config)
+        outside = find_outside(model, root, None if merges else base_name(root, config), list(heads))
+        if profile != "native":
+            _check_carried(profile, root, heads, tokens, outside, other_base=other_base)
     pairs: dict[str, Pair] = {}
-    zeros = 0
+    zeros = moved = 0
     for path, layer in lora_layers(model, name):
-        A, B, gate = computing_factors(layer, name)
-        A, B, omega = A.detach().cpu(), B.detach().cpu(), 1.0 if gate is None else float(gate.detach())
-        if omega == 0.0:
-            zeros += 1
-        else:
-            pairs[path] = Pair(A.clone(), (B * omega).to(B), found[path])
-    if not pairs and not whole:
+        pair = _pair(layer, name, scales[path])
+        zeros += pair is None
+        moved += taken(layer, name) is not None
+        if pair is not None:
+            pairs[path] = pair
+    if not pairs and not merges:
         raise ExportError("every gate is zero, so no adapter is left to export; select with k of 1 or more")
-    notes = (f"{zeros} of {zeros + len(pairs)} adapters have a gate of zero and were left out",) if zeros else ()
-    return Live(root=root, config=config, pairs=pairs, heads=heads, notes=notes)
+    notes = [*(() if merges else outside.notes)]
+    if zeros:
+        notes.append(f"{zeros} of {zeros + len(pairs)} adapters have a gate of zero and were left out")
+    if moved and not merges:
+        notes.append(
+            f"{moved} adapters were initialised from the base's weights: for the stock base they have both ranks"
+        )
+    return Live(
+        root=root, config=config, pairs=pairs, heads=heads, name=name, tokens=tokens, outside=outside,
+        notes=tuple(notes),
+    )  # fmt: skip
+
+
+def _pair(layer: LoraLayer, name: str, scale: float) -> Pair | None:
+    """What the layer adds to the weight of a stock base: ``s omega B A``, less what an initialisation took from it."""
+    A, B, gate = computing_factors(layer, name)
+    A, B, omega = A.detach().cpu(), B.detach().cpu(), 1.0 if gate is None else float(gate.detach())
+    had = taken(layer, name)
+    if had is not None:
+        gone = had.B.cpu() * -(had.scale / scale)
+        return Pair(torch.cat([A, had.A.cpu().to(A)]), torch.cat([(B * omega).to(B), gone.to(B)], 1), scale)
+    return None if omega == 0.0 else Pair(A.clone(), (B * omega).to(B), scale)
 
 
 def _check_state(model: nn.Module, name: str) -> None:
@@ -136,8 +163,6 @@ def _check_state(model: nn.Module, name: str) -> None:
     if active != [name]:
         raise ExportError(f"adapter {name!r} is not active ({active} is); call model.set_adapter({name!r}) first")
     for path, module in base_of(model).named_modules():
-        if isinstance(module, AuxiliaryTrainingWrapper) and not isinstance(module, ModulesToSaveWrapper):
-            raise ExportError(f"{path} trains single tokens, which no profile carries; use modules_to_save instead")
         if isinstance(module, LoraLayer) and module.merged:
             raise ExportError(f"the adapter on {path} is merged into its base; call model.unmerge_adapter() first")
         if isinstance(module, LoraLayer) and module.disable_adapters:
@@ -146,32 +171,36 @@ def _check_state(model: nn.Module, name: str) -> None:
             raise ExportError(f"{path} is an embedding with LoRA; only linear layers can be exported, target those")
 
 
-def _check_settings(config: LoraConfig) -> None:
-    if config.bias != "none":
-        raise ExportError(f"bias={config.bias!r} trains biases of the base, which do not travel; use profile 'merged'")
-    init = config.init_lora_weights
-    if isinstance(init, str) and init.lower() not in _HARMLESS_INIT:
+def _check_settings(model: nn.Module, name: str, config: LoraConfig) -> None:
+    init = moved_by(model, name)
+    if init is not None and any(taken(layer, name) is None for _, layer in lora_layers(model, name)):
         raise ExportError(
-            f"init_lora_weights={init!r} moved a part of the base into the adapter, which no longer fits a stock base;"
-            " use profile 'merged'"
+            f"init_lora_weights={init!r} moved a part of the base into the adapter, which no longer fits a stock base,"
+            " and nobody noted what it took; use profile 'merged', or train with weightlora.fit or attach"
         )
     if config.layer_replication:
         raise ExportError("layer_replication changes the layers of the base, which do not travel; use profile 'merged'")
 
 
-def _check_trained(root: nn.Module) -> None:
-    """Every trained parameter must be one that travels."""
-    carried: set[int] = set()
-    for module in root.modules():
-        if isinstance(module, LoraLayer):
-            carried |= {id(p) for p in module.parameters()} - {id(p) for p in module.get_base_layer().parameters()}
-        elif isinstance(module, ModulesToSaveWrapper):
-            carried |= {id(p) for p in module.modules_to_save.parameters()}
-    left = [name for name, p in root.named_parameters() if p.requires_grad and id(p) not in carried]
-    if left:
+def _check_carried(
+    profile: str, root: nn.Module, heads: Mapping[str, nn.Module], tokens: Mapping[str, Any], outside: Outside, *,
+    other_base: bool,
+) -> None:  # fmt: skip
+    """Everything beside the adapters must be one that travels in a profile for servers, or into another base."""
+    where = "base=" if other_base else f"profile {profile!r}"
+    instead = "leave base= out" if other_base else "use profile 'native' or 'merged'"
+    if outside.tensors:
         raise ExportError(
-            f"{len(left)} trained parameters of the base ({left[0]}, ...) are no part of an adapter; name their modules"
-            " in modules_to_save before training, or use profile 'merged'"
+            f"{where} cannot hold {len(outside.tensors)} weights of the base that differ from a stock base's"
+            f" ({outside}); {instead}, or name their modules in modules_to_save before training"
+        )
+    if tokens and not other_base:
+        raise ExportError(f"{next(iter(tokens))} trains single tokens, which {where} cannot hold; {instead}")
+    tied = None if other_base else tied_head(root, heads)
+    if tied is not None:
+        raise ExportError(
+            f"{tied[0]} was trained as a whole, but a stock base ties it to {tied[1]}: loaded there from {HEAD} it"
+            f" would change both; {instead}"
         )
 
 
@@ -181,7 +210,7 @@ def complete(root: nn.Module, pairs: Mapping[str, Pair], *, everywhere: bool) ->
     Those that servers fuse with a live one; `everywhere`: and those at the same places of other blocks, where a place
     is the name without the numbers in it (``model.layers.*.self_attn.q_proj``).
     """
-    linear = [name for name, module in root.named_modules() if _linear_shape(module) is not None]
+    linear = [name for name, module in root.named_modules() if shape_of(module) is not None]
     wanted = set(pairs)
     for path in pairs:
         parent, dot, kind = path.rpartition(".")
@@ -194,7 +223,7 @@ def complete(root: nn.Module, pairs: Mapping[str, Pair], *, everywhere: bool) ->
     return [path for path in linear if path in wanted and path not in pairs]
 
 
-def _linear_shape(module: nn.Module) -> tuple[int, int] | None:
+def shape_of(module: nn.Module) -> tuple[int, int] | None:
     """``(d_in, d_out)`` of a linear layer, with or without an adapter on it, quantised or not."""
     return linear_shape(module.get_base_layer() if isinstance(module, LoraLayer) else module)
 
@@ -225,7 +254,18 @@ def _native(live: Live) -> tuple[LoraConfig, dict[str, Tensor], tuple[str, ...]]
         path: pair.alpha for path, pair in live.pairs.items() if not math.isclose(pair.alpha, alpha, rel_tol=1e-9)
     }
     config.modules_to_save = list(live.heads) or None
+    assert live.config is not None
+    config.bias, config.trainable_token_indices = live.config.bias, live.config.trainable_token_indices
+    config.ensure_weight_tying = live.config.ensure_weight_tying
     tensors = _tensors(live.pairs)
+    outside = live.outside.tensors
+    for key, value in outside.items():
+        tensors[PREFIX + file_name(key, list(live.pairs), list(live.tokens))] = value.detach().cpu().clone()
+    for path, wrapper in live.tokens.items():
+        adapter = wrapper.token_adapter
+        if not adapter.tied_adapter:
+            delta = adapter.trainable_tokens_delta[live.name].detach().cpu().clone()
+            tensors[f"{PREFIX}{path}.token_adapter.trainable_tokens_delta"] = delta
     for path, head in live.heads.items():
         tensors |= {f"{PREFIX}{path}.{key}": value for key, value in _state(head).items()}
     reasons = []
@@ -233,7 +273,12 @@ def _native(live: Live) -> tuple[LoraConfig, dict[str, Tensor], tuple[str, ...]]
         reasons.append("ranks or scales differ, which vLLM ignores and SGLang refuses")
     if live.heads:
         reasons.append("a trained head is inside, which vLLM refuses")
-    note = f"for PEFT only ({'; '.join(reasons)}): use profile 'portable' or 'merged' for servers"
+    if live.tokens:
+        reasons.append("single trained tokens are inside")
+    if outside:
+        reasons.append(f"{len(outside)} weights of the base are inside ({live.outside}), which loading writes into it")
+    servers = "'merged'" if live.tokens or outside else "'portable' or 'merged'"
+    note = f"for PEFT only ({'; '.join(reasons)}): use profile {servers} for servers"
     return config, tensors, (note,) if reasons else ()
 
 
@@ -243,7 +288,7 @@ def _portable(live: Live, *, everywhere: bool) -> tuple[LoraConfig, dict[str, Te
     like = next(iter(live.pairs.values())).A
     pairs = {path: pair.padded(rank) for path, pair in live.pairs.items()}
     for path in zeros:
-        d_in, d_out = _linear_shape(live.root.get_submodule(path)) or (0, 0)
+        d_in, d_out = shape_of(live.root.get_submodule(path)) or (0, 0)
         pairs[path] = Pair(like.new_zeros(rank, d_in), like.new_zeros(d_out, rank), 1.0)
     order = {path: place for place, (path, _) in enumerate(live.root.named_modules())}
     pairs = {path: pairs[path] for path in sorted(pairs, key=order.__getitem__)}
@@ -309,56 +354,3 @@ def _write_head(live: Live, folder: Path) -> tuple[str, ...]:
         f"the trained head cannot travel in this profile; it was saved to {HEAD} (modules {', '.join(live.heads)}):"
         " load it into the base model first, as README.md shows, or use profile 'merged'",
     )
-
-
-def merge(live: Live, base: nn.Module | None) -> tuple[PreTrainedModel, tuple[str, ...]]:
-    """A plain model with ``W + s omega B A`` in the place of W and the trained heads in theirs; it shares the rest.
-
-    Raises:
-        ExportError: the model to merge into is quantised, is no Transformers model, or has another structure.
-    """
-    plain = plain_base(live.root if base is None else base_of(base))
-    if not isinstance(plain, PreTrainedModel):
-        raise ExportError(f"{type(plain).__name__} is no Transformers model and cannot be saved as one; use 'native'")
-    quantised = bool(getattr(plain, "is_quantized", False) or getattr(plain.config, "quantization_config", None))
-    shared = _shared_parameters(plain)
-    untied = False
-    for path, pair in live.pairs.items():
-        linear = _submodule(plain, path)
-        weight: Any = getattr(linear, "weight", None)
-        # A tensor of a class of its own, such as torchao's, may say that it is floating and yet round what it is given.
-        own_kind = type(weight) not in (nn.Parameter, Tensor)
-        if quantised or not isinstance(weight, Tensor) or own_kind or not weight.is_floating_point():
-            raise ExportError(
-                f"the base model is quantised ({type(linear).__name__} at {path}), and merging would round the adapter"
-                " away; load the full-precision base and pass base=..."
-            )
-        if _linear_shape(linear) != (pair.A.shape[1], pair.B.shape[0]):
-            raise ExportError(f"{path} has another shape in base= than under the adapter; pass the same model")
-        wide = torch.promote_types(weight.dtype, torch.float32)
-        delta = (pair.B.to(wide) @ pair.A.to(wide)) * pair.scale
-        delta = delta.T if isinstance(linear, Conv1D) else delta
-        untied |= id(weight) in shared
-        linear.weight = nn.Parameter((weight.to(wide) + delta.to(weight.device)).to(weight.dtype), requires_grad=False)
-    for path, head in live.heads.items():
-        untied |= any(id(p) in shared for p in _submodule(plain, path).parameters())
-        parent, _, child = path.rpartition(".")
-        setattr(plain.get_submodule(parent), child, copy.deepcopy(head).to(device_of(plain)))
-    if not untied:
-        return plain, live.notes
-    plain.config.tie_word_embeddings = plain.config.get_text_config().tie_word_embeddings = False
-    return plain, (*live.notes, "input and output embeddings were tied; they differ now and are saved apart")
-
-
-def _submodule(model: nn.Module, path: str) -> nn.Module:
-    try:
-        return model.get_submodule(path)
-    except AttributeError:
-        raise ExportError(
-            f"base= has no module {path!r}, where the model has an adapter or a head; pass the same model, unquantised"
-        ) from None
-
-
-def _shared_parameters(model: nn.Module) -> set[int]:
-    seen = [id(p) for module in model.modules() for p in module._parameters.values() if p is not None]
-    return {key for key, times in Counter(seen).items() if times > 1}

@@ -6,6 +6,7 @@ from peft import get_peft_model_state_dict, set_peft_model_state_dict
 from torch import nn
 
 from weightlora.graft.selection import Selection
+from weightlora.graft.start import note_start
 from weightlora.graft.surgery import reshape, tie
 
 
@@ -18,6 +19,7 @@ def take_over(model: nn.Module, source: nn.Module, selection: Selection, name: s
         selection: what the run kept.
         name: PEFT's adapter name.
     """
+    note_start(model, name)
     reshape(model, {c.name: c.rank for c in selection.kept}, {c.name: c.scale for c in selection.kept}, name)
     tie(model, selection.groups, name)
     trained = get_peft_model_state_dict(source, adapter_name=name, save_embedding_layers=False)

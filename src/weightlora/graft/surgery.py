@@ -15,12 +15,14 @@ from weightlora.core import Growth, grow
 from weightlora.errors import AdapterError
 from weightlora.graft.adapters import adapters, base_of, factors, lora_layers
 from weightlora.graft.optimizer import Change
+from weightlora.graft.start import give_back
 
 
 def disconnect(model: nn.Module, names: Sequence[str], name: str = "default") -> dict[nn.Parameter, Change]:
     """Put the base layer back in the place of each adapter in `names`: no module, gradient, state or kernel is left.
 
-    Where the layer holds other adapters too, only this one is taken out of it.
+    Where the layer holds other adapters too, only this one is taken out of it. What the adapter's initialisation took
+    out of the base weight (PiSSA, OLoRA) is given back to it.
 
     Args:
         model: a model with LoRA adapters.
@@ -31,7 +33,7 @@ def disconnect(model: nn.Module, names: Sequence[str], name: str = "default") ->
         ``{parameter: Change.drop}`` for :func:`weightlora.graft.optimizer.remap`.
 
     Raises:
-        AdapterError: a name carries no such adapter, or the adapter is merged.
+        AdapterError: a name carries no such adapter, the adapter is merged, or what its initialisation took is unknown.
 
     Source: paper, section 3.3 ("disconnect the adapters with omega_i = 0").
     """
@@ -45,6 +47,8 @@ def disconnect(model: nn.Module, names: Sequence[str], name: str = "default") ->
     if merged:
         raise AdapterError(f"the adapter on {merged[0]!r} is merged into its base; call model.unmerge_adapter() first")
     root = base_of(model)
+    for path in names:
+        give_back(model, path, layers[path], name)
     dropped: dict[nn.Parameter, Change] = {}
     for path in names:
         layer = layers[path]

@@ -7,7 +7,7 @@ import copy
 import inspect
 import logging
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -24,6 +24,7 @@ from transformers.utils import logging as transformers_logging
 
 from weightlora.errors import ExportError
 from weightlora.graft.adapters import base_of, lora_layers
+from weightlora.graft.start import all_taken
 
 log = logging.getLogger(__name__)
 
@@ -47,7 +48,8 @@ _TRACES = ("peft_config", "active_adapter", "_hf_peft_config_loaded")
 def plain_base(root: nn.Module) -> nn.Module:
     """The model without its adapters: a copy of the structure over the same storage, so it costs no memory.
 
-    Every LoRA layer is its base layer and every trained head the untrained original. Parameters are new objects, so
+    Every LoRA layer is its base layer, with what an initialisation took out of it, and every trained head the untrained
+    original. Parameters are new objects, so
     that freezing or replacing them leaves `root` alone; the originals of heads are copies, a head is loaded into them.
 
     Args:
@@ -63,12 +65,28 @@ def plain_base(root: nn.Module) -> nn.Module:
     for module in root.modules():
         if isinstance(module, BaseTunerLayer):
             memo[id(module)] = copy.deepcopy(module.get_base_layer(), memo)
+            for had in all_taken(module):
+                linear = memo[id(module)]
+                linear.weight = nn.Parameter(linear.weight + had.product(linear), requires_grad=False)
         elif isinstance(module, AuxiliaryTrainingWrapper):
             memo[id(module)] = copy.deepcopy(module.original_module, memo)
     plain: nn.Module = copy.deepcopy(root, memo)
     for trace in _TRACES:
         plain.__dict__.pop(trace, None)
     return plain
+
+
+def blank(plain: nn.Module, names: Iterable[str]) -> None:
+    """Put zeros in the place of some weights, so that they can only come from the export; ties stay ties."""
+    with torch.no_grad():
+        for name in names:
+            path, _, leaf = name.rpartition(".")
+            old = getattr(plain.get_submodule(path), leaf)
+            new: Any = torch.zeros_like(old)
+            new = nn.Parameter(new, requires_grad=False) if isinstance(old, nn.Parameter) else new
+            for module in plain.modules():
+                for held in (module._parameters, module._buffers):
+                    held.update({key: new for key, value in held.items() if value is old})
 
 
 def _alias(parameter: nn.Parameter) -> nn.Parameter:
@@ -245,9 +263,7 @@ def compare(live: Tensor, again: Tensor, model: nn.Module) -> tuple[float, float
     if live.shape != again.shape:
         shapes = tuple(again.shape), tuple(live.shape)
         raise ExportError(f"the reloaded export gives logits of shape {shapes[0]}, the live model {shapes[1]}")
-    same = live == again.to(live.device)  # also where both are infinite, as masked logits are
-    gap = (live.double() - again.to(live.device).double()).abs().masked_fill(same, 0.0)
-    difference = float(gap.max()) if gap.numel() else 0.0
+    difference = gap(live, again)
     if not difference <= tolerance:
         raise ExportError(
             f"the reloaded export's logits differ from the live model's by {difference:.3g}, more than the tolerance of"
@@ -255,3 +271,10 @@ def compare(live: Tensor, again: Tensor, model: nn.Module) -> tuple[float, float
         )
     log.debug("export reloaded: logits differ by %.3g, tolerance %.3g", difference, tolerance)
     return difference, tolerance
+
+
+def gap(a: Tensor, b: Tensor) -> float:
+    """Largest difference of two tensors of one shape; none where both are infinite, as masked logits are."""
+    b = b.to(a.device)
+    gaps = (a.double() - b.double()).abs().masked_fill(a == b, 0.0)
+    return float(gaps.max()) if gaps.numel() else 0.0

@@ -30,16 +30,19 @@ from weightlora.graft import (
     grow_adapters,
     keep_unpacked,
     layer_weights,
+    load_start_state,
     parameters,
     refuse_tied,
     remap,
     resize,
     restart,
+    start_state,
     stock_path,
     tie,
 )
 from weightlora.methods import Budget, HeldOut, Method, StepView
 from weightlora.training.finite import FiniteWatch, check_learned, check_numbers
+from weightlora.training.initial import look_before
 from weightlora.training.processes import mean_over_processes
 from weightlora.training.unreached import no_gradient
 
@@ -85,6 +88,7 @@ class Driver:
             )
         self.policy = method.begin(self.adapters, max_steps)
         self.policy.check(layer_weights(model, self.name))
+        look_before(model, self.name, method, self.policy)
         self.policy.held_out, self.policy.budget = held_out, budget
         self.gates: Gates | None = None
         self.formed: Formed | None = None
@@ -347,7 +351,7 @@ class Driver:
             state |= {f"gates.{key}": value for key, value in self.gates.raw_state().items()}
         if self.formed is not None:
             state |= {f"form.{key}": value for key, value in self.formed.raw_state().items()}
-        return state
+        return state | {f"start.{key}": value for key, value in start_state(self.model, self.name).items()}
 
     def load_state(self, state: Mapping[str, Tensor], step: int) -> None:
         """Put :meth:`state` back, after the trainer has loaded its own checkpoint."""
@@ -356,4 +360,6 @@ class Driver:
             self.gates.load_raw_state({k.removeprefix("gates."): v for k, v in state.items() if k.startswith("gates.")})
         if self.formed is not None:
             self.formed.load_raw_state({k.removeprefix("form."): v for k, v in state.items() if k.startswith("form.")})
+        start = {k.removeprefix("start."): v for k, v in state.items() if k.startswith("start.")}
+        load_start_state(self.model, self.name, start)
         self.step = step

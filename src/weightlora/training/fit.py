@@ -18,6 +18,7 @@ from weightlora.graft import (
     Manifest,
     PathName,
     check_groups,
+    moved_by,
     reshape,
     tie,
 )
@@ -31,6 +32,7 @@ from weightlora.training.finite import naming_the_last_good
 from weightlora.training.global_batch import GlobalBatch, averages
 from weightlora.training.held_out import hold_out
 from weightlora.training.identity import Run, check_folder, enter_folder
+from weightlora.training.initial import check_checkpoints
 from weightlora.training.measure import PeakMemory
 from weightlora.training.order import DataOrder
 from weightlora.training.plain import train_plain
@@ -169,6 +171,7 @@ class _Fit:
         if trainer.optimizer is not None and self.driver.seam is not None:
             check_groups(torch_optimizer(trainer.optimizer))
         self.order = DataOrder(trainer)
+        check_checkpoints(trainer, self.driver.name, resumed=self.manifest is not None)
         self.phases: list[PhaseResult] = []
         new = Run.new(method, model)
         self.base = new.base
@@ -184,7 +187,7 @@ class _Fit:
                 " set load_best_model_at_end=False"
             )
         if self.sharded:
-            check_method(method, self.driver.policy)
+            check_method(method, self.driver.policy, moved_by(model, self.driver.name))
             self.measure = False  # of a whole model there is nothing to count
             shard_base(trainer)
         split = any(split is not None for split in self.batches)

@@ -91,12 +91,17 @@ def as_data_parallel(trainer: Trainer, *, sharded: bool) -> Iterator[None]:
         state.distributed_type = DistributedType.FSDP
 
 
-def check_method(method: Method, policy: Policy) -> None:
-    """Refuse methods that read the base's weights, or count a whole model's cost.
+def check_method(method: Method, policy: Policy, init: str | None = None) -> None:
+    """Refuse what reads or changes the base's weights, or counts a whole model's cost.
 
     Raises:
-        ConfigError: the method is one of them.
+        ConfigError: the method, or `init`, an initialisation that moved the base, is one of them.
     """
+    if init is not None:
+        raise ConfigError(
+            f"init_lora_weights={init!r} moved the base's weights, which a removed adapter gives back, and FSDP shards;"
+            " run without FSDP, or use init_lora_weights=True"
+        )
     if type(policy).check is not Policy.check:
         raise ConfigError(f"{method.name} reads the base's weights, which FSDP shards; run it without FSDP")
     if method.limit is not None:

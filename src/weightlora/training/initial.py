@@ -1,0 +1,61 @@
+"""What is looked at before the first step, because it cannot be known or mended after it."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import Trainer
+
+from weightlora.errors import AdapterError, CheckpointError
+from weightlora.graft import check_before, layer_weights, moved_by, note_start, parameters, uncheckpointed
+from weightlora.methods import Method, Policy
+
+log = logging.getLogger("weightlora")
+
+_OWN_START = ("allocate", "ties", "form", "shared")
+
+
+def look_before(model: nn.Module, name: str, method: Method, policy: Policy) -> None:
+    """Note what the model is now, and say what its checkpoints and exports will not hold.
+
+    Raises:
+        AdapterError: the initialisation moved the base and the method begins elsewhere, or it cannot be given back.
+    """
+    init = moved_by(model, name)
+    if init is not None and _begins_elsewhere(model, name, policy):
+        raise AdapterError(
+            f"init_lora_weights={init!r} moved a part of the base into the adapters, and {method.name} gives them"
+            " values of its own, so that this part would be lost; use init_lora_weights=True"
+        )
+    lines = check_before(model, name)
+    note_start(model, name)
+    for line in lines:
+        log.warning(line)
+
+
+def check_checkpoints(trainer: Trainer, name: str, *, resumed: bool) -> None:
+    """Refuse to load a checkpoint, now or at the end as the best, that does not hold all that trains.
+
+    Raises:
+        CheckpointError: weights of the base train, or running statistics change, which PEFT does not save.
+    """
+    model: Any = trainer.model
+    missing = uncheckpointed(model, name)
+    if missing and (resumed or trainer.args.load_best_model_at_end):
+        raise CheckpointError(
+            f"no checkpoint holds {missing[0]}, which trains outside the adapters, so that none can be resumed or loaded"
+            " as the best; name its module in modules_to_save, or start afresh and without load_best_model_at_end"
+        )
+
+
+def _begins_elsewhere(model: nn.Module, name: str, policy: Policy) -> bool:
+    """Whether the policy changes what the adapters compute, before training or at the seam. Asked on copies."""
+    if policy.restart is not None or any(getattr(type(policy), f) is not getattr(Policy, f) for f in _OWN_START):
+        return True
+    live = [factor for pair in parameters(model, name).values() for factor in pair]
+    copies = [factor.detach().clone() for factor in live]
+    policy.prepare(list(zip(copies[::2], copies[1::2], strict=True)), layer_weights(model, name))
+    return not all(map(torch.equal, live, copies))
