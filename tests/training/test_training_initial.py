@@ -18,11 +18,12 @@ from tests.builders import QKV, adapter_state, base, batch, logits, lora, max_di
 from torch import Tensor, nn
 from transformers import PreTrainedModel, TrainerCallback
 
-from weightlora.errors import AdapterError, CheckpointError
-from weightlora.graft import disconnect
+from weightlora.errors import AdapterError, CheckpointError, ConfigError
+from weightlora.graft import adapters, disconnect
 from weightlora.graft.export import export
 from weightlora.methods import LoRA, Method, Random, WeightLoRA, WeightLoRAPlus, method
 from weightlora.training import attach, fit
+from weightlora.training.sharding import check_method
 
 KEPT = WeightLoRA(k=2, warmup_steps=3)
 PAPER = WeightLoRA.from_preset("paper", k=2, warmup_steps=3)
@@ -238,6 +239,13 @@ def test_what_cannot_be_given_back_is_refused_before_the_first_step(
         attach(model, made, torch.optim.SGD(model.parameters(), lr=0.1), max_steps=20, held_out=held_out)
     assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
     assert not (tmp_path / "run").exists() or not list((tmp_path / "run").iterdir())
+
+
+def test_a_sharded_base_cannot_be_given_anything_back() -> None:
+    policy = KEPT.begin(adapters(lora()), 20)
+    check_method(KEPT, policy, None)
+    with pytest.raises(ConfigError, match="'pissa' moved the base's weights.*FSDP shards"):
+        check_method(KEPT, policy, "pissa")
 
 
 def test_nothing_is_disconnected_whose_part_of_the_base_nobody_noted() -> None:
