@@ -14,7 +14,7 @@ from torch.nn.modules.batchnorm import _NormBase
 from transformers import PreTrainedModel
 
 from weightlora.errors import AdapterError, ExportError
-from weightlora.graft.adapters import base_of
+from weightlora.graft.adapters import base_of, linear_shape
 from weightlora.graft.start import changed_buffers, moved_by, noted, stock_name
 from weightlora.graft.verify import TOLERANCE, isolated, plain_base
 
@@ -184,7 +184,8 @@ def find_outside(model: nn.Module, root: nn.Module, name: str | None, carried: S
     Raises:
         ExportError: most of the base differs from what `name` holds.
     """
-    state = plain_base(root).state_dict()
+    plain = plain_base(root)
+    state = plain.state_dict()
     why = dict.fromkeys(trained_outside(root), "trained") | dict.fromkeys(changed_buffers(model), "changed by training")
     stock, fresh = _open_stock(root, name)
     notes: tuple[str, ...] = ()
@@ -193,7 +194,8 @@ def find_outside(model: nn.Module, root: nn.Module, name: str | None, carried: S
         careful = "" if noted(model) else "; what else was changed in it would not be seen"
         notes = (f"compared on the base in memory, as {stock}{careful}",)
     else:
-        for key, value in _differing(state, stock):
+        packed = [path for path, module in plain.named_modules() if linear_shape(module) and not _is_plain(module)]
+        for key, value in _differing({k: t for k, t in state.items() if not _inside(k, packed)}, stock):
             why.setdefault(key, "made at random where the base was loaded" if key in fresh else value)
         total = sum(t.numel() for t in state.values())
         if sum(state[key].numel() for key in why if key in state and not _inside(key, carried)) > total / 2:
@@ -204,6 +206,12 @@ def find_outside(model: nn.Module, root: nn.Module, name: str | None, carried: S
         rows = _new_rows(root, state, stock)
     tensors = {key: value for key, value in state.items() if key in why and not _inside(key, carried)}
     return Outside(tensors=tensors, why=why, rows=rows, notes=notes)
+
+
+def _is_plain(linear: nn.Module) -> bool:
+    """Whether a linear layer has a weight of floating point numbers, which a stock base has too, not quantised ones."""
+    weight = getattr(linear, "weight", None)
+    return type(weight) in (nn.Parameter, Tensor) and bool(weight.is_floating_point())  # type: ignore[union-attr]
 
 
 def _inside(key: str, paths: Sequence[str]) -> bool:
