@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from weightlora.errors import CheckpointError, ConfigError
+from weightlora.graft.start import stock_name
 
 # Adam's and AMSGrad's, RMSprop's, Adagrad's, SGD's.
 _NAMES = "param_names"  # where torch keeps the names of parameters that an optimizer was given with names
@@ -178,13 +179,18 @@ def arrange(
         CheckpointError: its groups are not the run's, so that rates and states would go to other parameters.
     """
     live = dict(model.named_parameters())
-    home = {name: index for index, group in enumerate(before) for name in group if name}
+    home = {stock_name(name): index for index, group in enumerate(before) for name in group if name}
     fits = len(before) == len(after) and all(
         [name for name in new if not name] == [name for name in old if not name]
         for old, new in zip(before, after, strict=True)
     )
     # What surgery let it train besides is in the first group.
-    moved = [n for index, group in enumerate(after) for n in group if n and (n not in live or home.get(n, 0) != index)]
+    moved = [
+        n
+        for index, group in enumerate(after)
+        for n in group
+        if n and (n not in live or home.get(stock_name(n), 0) != index)
+    ]
     if not fits or moved:
         detail = f"{moved[0]} is not in the same group" if fits else f"{len(before)} groups here, {len(after)} there"
         raise CheckpointError(

@@ -47,7 +47,8 @@ def check_checkpoints(trainer: Trainer, name: str, *, resumed: bool) -> None:
     if missing and (resumed or trainer.args.load_best_model_at_end):
         raise CheckpointError(
             f"no checkpoint holds {missing[0]}, which trains outside the adapters, so that none can be resumed or"
-            " loaded as the best; name its module in modules_to_save, or start afresh and without load_best_model_at_end"
+            " loaded as the best; name its module in modules_to_save, or start afresh without"
+            " load_best_model_at_end"
         )
 
 
