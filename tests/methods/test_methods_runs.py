@@ -26,7 +26,7 @@ SHARES = {"adalora": {"tinit": 2, "tfinal": 2, "deltaT": 2}, "dynamic_lora": {"t
 
 
 def test_no_method_is_left_out() -> None:
-    assert {name for name, _ in CASES} | set(OWN) | {"full"} == set(METHODS)
+    assert {name for name, _ in CASES} | set(OWN) | {"full", "zero-shot"} == set(METHODS)
 
 
 def model_for(made: Method) -> nn.Module:

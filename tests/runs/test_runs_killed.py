@@ -150,7 +150,7 @@ def test_killed_again_and_again_in_the_middle_of_things(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", [*(name for name in ALL if name not in (*METHODS, *ALIKE)), "official"])
+@pytest.mark.parametrize("name", [*(name for name in ALL if name not in (*METHODS, *ALIKE, "zero-shot")), "official"])
 def test_every_other_method_resumes_too(killer: Killer, flags: list[str], tmp_path: Path, name: str) -> None:
     method = ["weightlora", "--preset", "official", "--k", "3"] if name == "official" else [name, "--k", "3"]
     last = LONGER.get(name, STEPS)

@@ -56,7 +56,7 @@ def train(out: Path, *words: object) -> dict[str, Any]:
     assert weightlora("train", *words, "--out", out) == 0
     record: dict[str, Any] = read(out / "record.json")
     assert record["status"] == "ok"
-    assert math.isfinite(record["metrics"]["loss"])
+    assert math.isfinite(record["metrics"]["eval_loss"])
     return record
 
 

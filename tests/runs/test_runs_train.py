@@ -99,10 +99,10 @@ def numbers(task: str, logits: Tensor, labels: np.ndarray, spread: float) -> dic
         values = logits.squeeze(-1).double().numpy()
         # The loss is in units of the spread of the training targets.
         loss = float(np.mean((values - labels) ** 2)) / spread**2
-        return {"pearson": pearsonr(values, labels).statistic, "loss": loss}
+        return {"pearson": pearsonr(values, labels).statistic, "eval_loss": loss}
     loss = torch.nn.functional.cross_entropy(logits.double(), torch.from_numpy(labels)).item()
     classes = logits.argmax(-1).numpy()
-    found = {"accuracy": float((classes == labels).mean()), "loss": loss}
+    found = {"accuracy": float((classes == labels).mean()), "eval_loss": loss}
     return found | ({"f1": float(f1_score(labels, classes))} if task == "mrpc" else {})
 
 

@@ -18,7 +18,8 @@ from transformers import EvalPrediction
 
 from weightlora.errors import ConfigError, DataError
 from weightlora.tasks import LoadedModel, Task, load_model, load_task
-from weightlora.tasks.completions import final_number, token_metrics, token_scores
+from weightlora.tasks.completions import final_number, token_metrics
+from weightlora.tasks.evaluation import token_scores
 from weightlora.tasks.generate import PromptTrainer, prompts_of
 from weightlora.tasks.sources import SOURCES
 
@@ -153,12 +154,15 @@ def test_gsm8k_is_judged_by_the_number_that_is_generated(data_dir: Path, loaded:
     assert all(row.startswith("Question: ") and row.endswith("\nAnswer:") for row in task.train["prompt"])
     encoded = loaded.tokenizer(list(task.validation["completion"]), padding=True, return_tensors="np")["input_ids"]
     right = np.where(encoded == 0, -100, encoded)
-    assert parts.compute_metrics(EvalPrediction(predictions=right, label_ids=right)) == {"exact_match": 1.0}
+    scores = np.array([[3.0, 0, 1]] * 2 + [[2.0, 1, 4]] * 3)
+    judged = {"exact_match": 1.0, "loss": pytest.approx(12 / 14)}
+    assert parts.compute_metrics(EvalPrediction(predictions=(right, scores), label_ids=right)) == judged
     wrong = right.copy()
     wrong[0] = -100  # no number at all
     wrong[1] = right[0]  # another one
     assert final_number(task.validation["completion"][0]) != final_number(task.validation["completion"][1])
-    assert parts.compute_metrics(EvalPrediction(predictions=wrong, label_ids=right)) == {"exact_match": 0.6}
+    found = parts.compute_metrics(EvalPrediction(predictions=(wrong, scores), label_ids=right))
+    assert found == {**judged, "exact_match": 0.6}
 
 
 def test_rows_whose_prompts_leave_no_room(

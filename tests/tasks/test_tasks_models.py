@@ -14,9 +14,11 @@ from torch import nn
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, Trainer, TrainingArguments
 
 from weightlora.errors import ConfigError
-from weightlora.tasks import MODELS, LoadedModel, load_model
+from weightlora.tasks import MODELS as EVERY
+from weightlora.tasks import LoadedModel, load_model
 from weightlora.tasks.skeletons import skeleton
 
+MODELS = [name for name in EVERY if name != "smollm2"]  # which has tests of its own
 QKV = {
     "minilm": ("query", "key", "value"),
     "bert-tiny-shape": ("query", "key", "value"),
@@ -52,7 +54,7 @@ def batch(loaded: LoadedModel, *texts: str) -> dict[str, torch.Tensor]:
 
 
 def test_the_tables_here_are_complete() -> None:
-    assert QKV.keys() == LINEARS.keys() == MODELS.keys()
+    assert QKV.keys() == LINEARS.keys() == set(MODELS)
 
 
 @pytest.mark.parametrize("name", MODELS)

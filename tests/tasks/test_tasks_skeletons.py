@@ -13,7 +13,7 @@ from weightlora.tasks.skeletons import SHAPES, skeleton
 PUBLISHED = {"llama-3-8b": 8_030_261_248, "llama-3.1-70b": 70_553_706_496}
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", [name for name in MODELS if name != "smollm2"])  # which has tests of its own
 def test_a_skeleton_is_the_model(name: str) -> None:
     bones, loaded = skeleton(name), load_model(name, num_labels=2)
     shapes = [{n: (p.shape, p.dtype) for n, p in m.model.named_parameters()} for m in (bones, loaded)]
@@ -45,7 +45,7 @@ def test_other_heads_labels_and_dtypes() -> None:
     assert skeleton("bert-tiny-shape", num_labels=7).model.classifier.out_features == 7
     assert skeleton("bart-large").head == "seq2seq-lm"
     assert skeleton("deberta-v3-base").head == "sequence-classification"
-    assert set(SHAPES).isdisjoint(MODELS)
+    assert set(SHAPES) & set(MODELS) == {"smollm2"}, "what it is can be planned where its weights are not installed"
 
 
 def test_what_is_no_model() -> None:

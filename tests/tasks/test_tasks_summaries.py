@@ -9,10 +9,11 @@ from typing import Any
 import numpy as np
 import pytest
 from torchmetrics.functional.text.rouge import rouge_score
-from transformers import EvalPrediction, Seq2SeqTrainer
+from transformers import EvalPrediction
 
 from weightlora.errors import ConfigError, DataError
 from weightlora.tasks import LoadedModel, load_model, load_task, text_metrics
+from weightlora.tasks.evaluation import SummaryTrainer
 
 
 @pytest.fixture(scope="module")
@@ -37,7 +38,7 @@ def test_rouge_is_that_of_torchmetrics_on_real_summaries(data_dir: Path, name: s
 def test_prepared_rows_references_and_beams(data_dir: Path, loaded: LoadedModel) -> None:
     task = load_task("xsum", data_dir=data_dir, max_train_samples=8, max_eval_samples=6, max_target_length=28)
     parts = task.prepare(loaded, 50)
-    assert parts.trainer is Seq2SeqTrainer
+    assert parts.trainer is SummaryTrainer
     assert (parts.training["generation_num_beams"], parts.training["generation_max_length"]) == (8, 28)
     for row, source in zip(parts.train, task.train, strict=True):
         assert row["input_ids"] == loaded.tokenizer(source["document"], truncation=True, max_length=50)["input_ids"]
@@ -48,9 +49,10 @@ def test_prepared_rows_references_and_beams(data_dir: Path, loaded: LoadedModel)
     # Judged against the whole summaries, not the 28 tokens that were kept of them.
     whole = loaded.tokenizer(list(task.validation["summary"]), padding=True, return_tensors="np")["input_ids"]
     guesses = np.where(whole == 0, -100, whole)
-    metrics = parts.compute_metrics(EvalPrediction(predictions=guesses, label_ids=guesses))
+    scores = np.ones((len(guesses), 3))
+    metrics = parts.compute_metrics(EvalPrediction(predictions=(guesses, scores), label_ids=guesses))
     assert metrics["rouge1"] == pytest.approx(1.0)
-    half = parts.compute_metrics(EvalPrediction(predictions=guesses[:, :8], label_ids=guesses))
+    half = parts.compute_metrics(EvalPrediction(predictions=(guesses[:, :8], scores), label_ids=guesses))
     assert 0.2 < half["rouge1"] < 0.8
 
 

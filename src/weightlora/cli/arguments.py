@@ -37,6 +37,22 @@ TASK_FLAGS: tuple[tuple[str, dict[str, Any]], ...] = (
         "--max-length",
         {"type": int, "metavar": "N", "help": "tokens per input (default: 128; squad 384, summaries 256, text 512)"},
     ),
+    (
+        "--classify-by",
+        {
+            "choices": ("head", "answer"),
+            "help": "how classes are told: by a new head, or by the answer tokens of a causal model (default: answer"
+            " for a pretrained one such as smollm2, else head)",
+        },
+    ),
+    (
+        "--prompt",
+        {"metavar": "TEXT", "help": "for answer tokens, columns in braces, such as '{sentence}\\nSentiment:'"},
+    ),
+    (
+        "--label-words",
+        {"metavar": "CLASS=WORD,...", "help": "the words that answer, where the class's name is none"},
+    ),
     ("--doc-stride", {"type": int, "metavar": "N", "help": "squad: tokens that windows share (default: a third)"}),
     ("--max-answer-length", {"type": int, "metavar": "N", "help": "squad: tokens per answer (default: 30)"}),
     (
@@ -49,7 +65,7 @@ TASK_FLAGS: tuple[tuple[str, dict[str, Any]], ...] = (
     ),
 )
 MODEL_FLAGS: tuple[tuple[str, dict[str, Any]], ...] = (
-    ("--model", {"help": "minilm (default), a small shape such as bert-tiny-shape, a hub name, or a folder"}),
+    ("--model", {"help": "minilm (default), smollm2, a small shape such as bert-tiny-shape, a hub name, or a folder"}),
     ("--targets", {"help": "all-linear (default), attention, or endings of module names, comma-separated"}),
     ("--r", {"type": int, "help": "rank of every adapter (default: 8)"}),
     ("--alpha", {"type": float, "help": "LoRA alpha (default: 32)"}),
@@ -92,7 +108,10 @@ METHOD_FLAGS: tuple[tuple[str, dict[str, Any]], ...] = (
 
 # Flags of `plan`; their defaults live in PlanConfig.
 PLAN_FLAGS: tuple[tuple[str, dict[str, Any]], ...] = (
-    ("--model", {"help": "minilm (default), deberta-v3-base, bart-large, llama-3-8b, a hub name, a folder, a config"}),
+    (
+        "--model",
+        {"help": "minilm (default), smollm2, deberta-v3-base, bart-large, llama-3-8b, a hub name, a folder, a config"},
+    ),
     (
         "--head",
         {"help": "sequence-classification, question-answering, causal-lm, seq2seq-lm (default: by the config)"},

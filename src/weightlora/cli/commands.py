@@ -40,7 +40,8 @@ def _report(record: Any, folder: Path, target: str | None) -> int:
     if target != "-":
         print(run_summary(record))
         what, where = ("adapter", ADAPTER) if record.n_adapters else ("model", MODEL)
-        print(f"{what}: {folder / where}")
+        if (folder / where).exists():
+            print(f"{what}: {folder / where}")
     return 0
 
 
@@ -96,19 +97,26 @@ def select(parsed: argparse.Namespace, rest: list[str], parser: argparse.Argumen
 
 def compare(parsed: argparse.Namespace, rest: list[str], parser: argparse.ArgumentParser) -> int:
     from weightlora.files import write_text
-    from weightlora.methods import METHODS
     from weightlora.report import comparison_table
     from weightlora.runs import compare as comparing
 
     asked = getattr(parsed, "methods", "all")
-    methods = list(METHODS) if asked == "all" else [name.strip() for name in asked.split(",")]
     seeds = [arguments.whole(text, "seeds") for text in getattr(parsed, "seeds", "0,1,2").split(",")]
     rates = [float(arguments.number(text, "tune")) for text in getattr(parsed, "tune", "").split(",") if text]
     folder = Path(parsed.out)
     # The method with the most settings: each method takes those it has.
     config = arguments.run_config(parsed, rest, parser, "weightlora+")
-    cluster = grids.cluster(parsed)
-    records = comparing.compare(config, methods, seeds, folder, tune=rates, cluster=cluster, say=_say)
+    methods = comparing.all_methods(config) if asked == "all" else [name.strip() for name in asked.split(",")]
+    records = comparing.compare(
+        config,
+        methods,
+        seeds,
+        folder,
+        tune=rates,
+        metric=getattr(parsed, "metric", None),
+        cluster=grids.cluster(parsed),
+        say=_say,
+    )
     table = comparison_table(records)
     write_text(folder / "compare.md", table.to_markdown())
     write_text(folder / "compare.json", table.to_json())
@@ -208,7 +216,7 @@ def export(parsed: argparse.Namespace, rest: list[str], parser: argparse.Argumen
 def report(parsed: argparse.Namespace, rest: list[str], parser: argparse.ArgumentParser) -> int:
     from weightlora.report import report as make
 
-    made = make(parsed.runs)
+    made = make(parsed.runs, metric=getattr(parsed, "metric", None))
     for line in made.left_out:
         _say(f"left out: {line}")
     out = made.write(parsed.out)

@@ -76,7 +76,7 @@ def make_grid(
     flags = vars(parsed)
     tasks = entries(flags.get("tasks", flags.get("task", "docstrings")), "tasks", "task")
     if flags.get("methods") == "all":
-        rows = [(name, {"method": name}) for name in METHODS]
+        rows = [(name, {"method": name}) for name, kind in METHODS.items() if kind.trains != "none"]
     else:
         rows = entries(flags.get("methods", "weightlora"), "methods", "method")
     ranks: list[int | None] = [*_wholes(flags, "ranks", "")] or [None]
@@ -87,6 +87,7 @@ def make_grid(
         learning_rates=_numbers(flags, "learning_rates"),
         lr_warmups=_numbers(flags, "lr_warmups"),
         seeds=_wholes(flags, "seeds", "0,1,2"),
+        metric=flags.get("metric"),
         selection_seeds=_wholes(flags, "selection_seeds", ""),
     )
 

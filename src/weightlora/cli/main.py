@@ -18,6 +18,7 @@ from weightlora import __version__
 from weightlora.cli import arguments, commands, grids, sweeping
 from weightlora.errors import ConfigError, WeightLoRAError
 from weightlora.files import disk_is_full
+from weightlora.runs.record import EVAL_LOSS
 
 Command = Callable[[argparse.Namespace, list[str], argparse.ArgumentParser], int]
 
@@ -171,8 +172,8 @@ def _how_to_go_on(command: str, parsed: argparse.Namespace) -> str:
 
 
 METHOD_HELP = (
-    "a method: weightlora, weightlora+, lora, full, random, top, gradient, adalora, increlora, dynamic_lora, lora_drop,"
-    " alora, flexora, flexlora, melora, tied_lora, nora, milora, dora, vera, vb_lora (default: weightlora)"
+    "a method: weightlora, weightlora+, lora, full, zero-shot, random, top, gradient, adalora, increlora, dynamic_lora,"
+    " lora_drop, alora, flexora, flexlora, melora, tied_lora, nora, milora, dora, vera, vb_lora (default: weightlora)"
 )
 
 
@@ -218,6 +219,7 @@ def build_parser() -> tuple[argparse.ArgumentParser, dict[str, tuple[argparse.Ar
     table["report"][0].add_argument("--out", metavar="FILE", default="report.html", help="default: report.html")
     for name in ("train", "select", "export", "probe"):
         table[name][0].add_argument("--overwrite", action="store_true", help="replace what is in --out")
+    _add_metric_flag(*(table[name][0] for name in ("compare", "sweep", "reproduce", "report")))
     _add_compare_flags(table["compare"][0])
     for name in ("sweep", "reproduce"):
         grids.add_grid_flags(table[name][0])
@@ -232,6 +234,16 @@ def build_parser() -> tuple[argparse.ArgumentParser, dict[str, tuple[argparse.Ar
     _add_memory_flags(table["memory"][0])
     _add_export_flags(table["export"][0])
     return parser, table
+
+
+def _add_metric_flag(*subs: argparse.ArgumentParser) -> None:
+    for sub in subs:
+        sub.add_argument(
+            "--metric",
+            choices=(EVAL_LOSS,),
+            default=argparse.SUPPRESS,
+            help="compare and choose by the loss on the validation rows (lower is better); default: the task's metric",
+        )
 
 
 def _add_export_flags(sub: argparse.ArgumentParser) -> None:

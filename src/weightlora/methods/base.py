@@ -16,6 +16,9 @@ from weightlora.graft import Adapter, Form, Gates, RankGates, Selection, select
 from weightlora.methods.checks import check_choice, check_steps
 
 PRESETS = ("recommended", "paper", "official")
+Trains = Literal["lora", "peft", "full", "none"]
+"""What a method trains. "lora": a policy over plain LoRA adapters. "peft": a tuner of PEFT's own, as it is. "full":
+every weight, without adapters. "none": nothing."""
 Factors = Sequence[tuple[Tensor, Tensor]]
 M = TypeVar("M", bound="Method")
 
@@ -222,8 +225,7 @@ class Method(ABC, metaclass=_FromPreset):
 
     name: ClassVar[str]
     presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {}
-    # "lora": a policy over plain LoRA adapters. "peft": a tuner of PEFT's own, trained as it is. "full": no adapters.
-    trains: ClassVar[Literal["lora", "peft", "full"]] = "lora"
+    trains: ClassVar[Trains] = "lora"
     chooses_k: ClassVar[bool] = False  # how many adapters survive is an outcome, and differs from run to run
     grows: ClassVar[bool] = False  # survivors take over the parameters of all n
     kind: ClassVar[str] = "LORA"  # of the model's PEFT adapters

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -12,7 +12,7 @@ from torch import Tensor
 from weightlora.core import one_shot, support
 from weightlora.errors import ConfigError, ScheduleError
 from weightlora.graft import Adapter, Selection
-from weightlora.methods.base import Method, Policy, StepView, with_k
+from weightlora.methods.base import Method, Policy, StepView, Trains, with_k
 from weightlora.methods.checks import check_k, check_k_value, check_warmup
 
 
@@ -43,13 +43,27 @@ class Full(Method):
     """Full fine-tuning: no adapters, every weight trains."""
 
     name: ClassVar[str] = "full"
-    trains: ClassVar[Literal["lora", "peft", "full"]] = "full"
+    trains: ClassVar[Trains] = "full"
 
     def within(self, params: int, shapes: Sequence[tuple[int, int]], rank: int) -> tuple[Any, int]:
         return self, rank  # no adapters, no budget: the table's upper reference
 
     def begin(self, adapters: tuple[Adapter, ...], max_steps: int) -> Policy:
         raise ScheduleError("full fine-tuning has no adapters to decide on; train the plain model")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ZeroShot(Method):
+    """No training at all: the model is judged as it is, where it answers in words. A control of ours."""
+
+    name: ClassVar[str] = "zero-shot"
+    trains: ClassVar[Trains] = "none"
+
+    def within(self, params: int, shapes: Sequence[tuple[int, int]], rank: int) -> tuple[Any, int]:
+        return self, rank
+
+    def begin(self, adapters: tuple[Adapter, ...], max_steps: int) -> Policy:
+        raise ScheduleError("zero-shot trains nothing, so there is nothing to decide on; evaluate the plain model")
 
 
 @dataclass(frozen=True, kw_only=True)

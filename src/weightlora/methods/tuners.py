@@ -5,11 +5,11 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar
 
 from weightlora.errors import ConfigError, ScheduleError
 from weightlora.graft import Adapter, dora_config, tuner_config
-from weightlora.methods.base import Method, Policy
+from weightlora.methods.base import Method, Policy, Trains
 
 Shapes = Sequence[tuple[int, int]]
 
@@ -18,7 +18,7 @@ Shapes = Sequence[tuple[int, int]]
 class Tuner(Method):
     """A tuner of PEFT's own: nothing is decided while it trains, and its adapter keeps PEFT's own format."""
 
-    trains: ClassVar[Literal["lora", "peft", "full"]] = "peft"
+    trains: ClassVar[Trains] = "peft"
     kind: ClassVar[str]
 
     def begin(self, adapters: tuple[Adapter, ...], max_steps: int) -> Policy:

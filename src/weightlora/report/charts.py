@@ -25,7 +25,7 @@ from weightlora.report.picture import (
 from weightlora.report.runfiles import Log
 from weightlora.report.tables import PHASE_NUMBERS
 from weightlora.report.units import Unit, ratio
-from weightlora.runs.record import Record
+from weightlora.runs.record import EVAL_LOSS, Record
 
 LEFT, RIGHT, TOP, BOTTOM = 44, 10, 26, 206
 HEIGHT = BOTTOM + 36
@@ -180,7 +180,8 @@ def loss_picture(record: Record, log: Log, points: int) -> Picture | None:
 
 def metric_picture(record: Record, log: Log) -> Picture | None:
     """The headline metric on the validation rows, its final value last; None unless it was taken at least twice."""
-    taken = [(entry["step"], entry[f"eval_{record.metric}"]) for entry in log if f"eval_{record.metric}" in entry]
+    logged = record.metric if record.metric == EVAL_LOSS else f"eval_{record.metric}"
+    taken = [(entry["step"], entry[logged]) for entry in log if logged in entry]
     score = record.score
     if (
         score is not None

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from weightlora.report.picture import WIDTH, Axis, Path, Picture, Text, box, dot, fitted, line
 from weightlora.report.stability import Stability
 from weightlora.report.tables import Table, groups
-from weightlora.runs.record import Record
+from weightlora.runs.record import Record, metric_words
 
 ROW = 34
 SIDE = 12
@@ -51,7 +51,7 @@ def spread_picture(records: Sequence[Record], table: Table) -> Picture | None:
         for seed, score in scores[label]:
             paths.append(Path(d=dot(across.at(score), y), look="dot kept", title=f"seed {seed}: {score:.4f}"))
         paths.append(Path(d=line([(across.at(mean), y - 7), (across.at(mean), y + 7)]), look="mean"))
-    texts.append(Text(x=WIDTH, y=bottom + 28, words=fitted(records[0].metric, 200), look="end name"))
+    texts.append(Text(x=WIDTH, y=bottom + 28, words=fitted(metric_words(records[0].metric), 200), look="end name"))
     return Picture(
         name="spread",
         title="Score by method",

@@ -52,7 +52,7 @@ class Report:
             raise ConfigError(f"cannot write the report to {path}: {error.strerror}; choose another file") from None
 
 
-def report(paths: Sequence[str | os.PathLike[str]]) -> Report:
+def report(paths: Sequence[str | os.PathLike[str]], metric: str | None = None) -> Report:
     """Make the page of the runs that ``paths`` name.
 
     All numbers are read from record files; what is computed here is how they are placed, means and spreads over seeds,
@@ -60,6 +60,7 @@ def report(paths: Sequence[str | os.PathLike[str]]) -> Report:
 
     Args:
         paths: run directories, record files, or folders that are searched for runs.
+        metric: what runs are judged by: "eval_loss", or None for each task's own.
 
     Raises:
         ConfigError: a path leads to no run, no record can be read, or jinja2 or matplotlib is not installed.
@@ -68,6 +69,9 @@ def report(paths: Sequence[str | os.PathLike[str]]) -> Report:
     from weightlora.report.views import comparison_views, run_views
 
     found = find_runs([Path(path) for path in paths])
+    found = dataclasses.replace(
+        found, runs=tuple(dataclasses.replace(run, record=run.record.judged_by(metric)) for run in found.runs)
+    )
     runs, comparisons = run_views(found.runs), comparison_views(found.runs)
     html = environment.get_template("report.html.j2").render(
         title=_title(found.runs),

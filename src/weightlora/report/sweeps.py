@@ -11,6 +11,7 @@ from typing import Any
 from weightlora.errors import ConfigError
 from weightlora.report.tables import Table
 from weightlora.report.units import COUNT, MISSING, human
+from weightlora.runs.record import metric_words
 
 _TITLES = ("row", "task", "metric", "score", "seeds", "learn~ing rate", "warm- up", "trials", "adap~ters", "params")
 
@@ -34,6 +35,9 @@ def sweep_table(data: Mapping[str, Any]) -> Table:
         notes.insert(
             0, f"chosen on held-out training rows ({_range(chosen)} of them, seed {seeds}); scores: validation"
         )
+    notes += [
+        words for name in sorted({row["metric"] for row in rows} - {None}) if (words := metric_words(name)) != name
+    ]
     return Table(
         caption="mean ± spread over seeds of the setting chosen for each task and row",
         titles=_TITLES,

@@ -14,7 +14,7 @@ from typing import Any
 from weightlora.errors import ConfigError
 from weightlora.report.layout import layout
 from weightlora.report.units import BYTES, COUNT, FLOPS, MISSING, SECONDS, Scale, Unit, human, ratio
-from weightlora.runs.record import Phase, Record
+from weightlora.runs.record import Phase, Record, metric_words
 
 BASELINE = "lora"
 _BREAK = "~"  # where a heading's word may be broken when columns are side by side
@@ -176,7 +176,7 @@ def comparison_table(records: Sequence[Record]) -> Table:
         for key, title in _TITLES.items()
     } | {"score": metric}
     return Table(
-        caption=f"{records[0].task}, {records[0].model}{preset}: {metric}, mean ± spread over seeds",
+        caption=f"{records[0].task}, {records[0].model}{preset}: {metric_words(metric)}, mean ± spread over seeds",
         titles=tuple(shown.values()),
         cells=tuple(tuple(_cell(key, row, units) for key in _TITLES) for row in rows),
         notes=_notes(records, rows, comparable),

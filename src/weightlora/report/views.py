@@ -14,7 +14,7 @@ from weightlora.report.runfiles import RunFiles
 from weightlora.report.stability import Stability, stability
 from weightlora.report.tables import PHASE_NUMBERS, Table, comparison_table, phase_rows
 from weightlora.report.units import BYTES, COUNT, FLOPS, MISSING, SECONDS, Scale, Unit, human, ratio
-from weightlora.runs.record import Record
+from weightlora.runs.record import Record, metric_words
 
 STATUS = {"ok": "finished", "failed": "failed", "running": "not finished"}
 # What keeps a page of fifty runs small: how many points the paths of all runs' gates, and of their losses, may have
@@ -243,7 +243,8 @@ def _comparison(records: Sequence[Record], id: str) -> ComparisonView:
     return ComparisonView(
         id=id,
         title=f"{records[0].task}, {records[0].model}",
-        lead=f"{records[0].metric}: mean ± sample standard deviation over seeds. Costs are those of the final phase.",
+        lead=f"{metric_words(records[0].metric)}: mean ± sample standard deviation over seeds."
+        " Costs are those of the final phase.",
         table=table,
         heads=tuple(title.replace("~", "") for title in table.titles),
         notes=(*table.notes, *_unequal(records)),

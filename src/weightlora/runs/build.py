@@ -21,7 +21,19 @@ from weightlora.graft import adapters
 from weightlora.methods import Method
 from weightlora.runs.config import RunConfig
 from weightlora.runs.together import launched
-from weightlora.tasks import Head, LoadedModel, Prepared, Task, lacks_validation, load_model, load_task, tell_once
+from weightlora.tasks import (
+    Classification,
+    Head,
+    LoadedModel,
+    Prepared,
+    Task,
+    by_answer_tokens,
+    completes_text,
+    lacks_validation,
+    load_model,
+    load_task,
+    tell_once,
+)
 from weightlora.training import rows_to_hold_out
 
 # Where the arguments of a run differ from Transformers' defaults.
@@ -85,7 +97,7 @@ def read_task(config: RunConfig) -> Task:
         key: None if (value := getattr(config, key)) is None else Path(value)
         for key in ("data_dir", "train_file", "validation_file")
     }
-    return load_task(
+    task = load_task(
         config.task,
         **path,
         text_column=config.text_column,
@@ -101,6 +113,25 @@ def read_task(config: RunConfig) -> Task:
         max_target_length=config.max_target_length,
         seed=config.split_seed,
     )
+    return _told_by(config, task)
+
+
+def _told_by(config: RunConfig, task: Task) -> Task:
+    """The task as its classes are told: by a new head, or by the answer tokens of a model that has words."""
+    own = {"prompt": config.prompt, "label_words": config.label_words, "classify_by": config.classify_by}
+    given = [name for name, value in own.items() if value is not None]
+    if not isinstance(task, Classification):
+        if given:
+            raise ConfigError(f"{given[0]} belongs to classification, not to task {config.task!r}; drop it")
+        return task
+    chosen = config.classify_by
+    if chosen is None:
+        chosen = "answer" if not task.is_regression and completes_text(config.model) else "head"
+    if chosen == "answer":
+        return by_answer_tokens(task, config.prompt, config.label_words)
+    if given and given != ["classify_by"]:
+        raise ConfigError(f"{given[0]} is for classes told by answer tokens, and here a head tells them; drop it")
+    return task
 
 
 def scored_on(config: RunConfig, task: Task) -> dict[str, Any]:
@@ -268,7 +299,12 @@ def _with_method(config: RunConfig) -> tuple[Task, LoadedModel, Method, int, Pre
     task = read_task(config)
     loaded = base_model(config, task)
     chosen, rank = within_budget(config, config.make_method(), loaded)
-    if chosen.trains == "full":
+    if chosen.trains == "none" and loaded.heads:
+        raise ConfigError(
+            f"method {chosen.name!r} asks the model as it is, and for task {config.task!r} model {config.model!r} gets"
+            f" a new head ({', '.join(loaded.heads)}) that knows nothing; use a model that answers in words"
+        )
+    if chosen.trains in ("full", "none"):
         return task, loaded, chosen, rank, loaded.model
     return task, loaded, chosen, rank, with_adapters(config, task, loaded, chosen, rank)
 

@@ -14,8 +14,9 @@ from weightlora.runs.build import build, check_method, check_shared, read_task, 
 from weightlora.runs.cluster import Cluster
 from weightlora.runs.config import RunConfig
 from weightlora.runs.jobs import Job, check_apart, execute, on_training_rows
-from weightlora.runs.record import Record
+from weightlora.runs.record import Record, check_metric
 from weightlora.runs.run import finished, refused
+from weightlora.tasks import LANGUAGE
 
 log = logging.getLogger("weightlora")
 
@@ -42,6 +43,7 @@ def compare(
     folder: str | Path,
     *,
     tune: Sequence[float] = (),
+    metric: str | None = None,
     cluster: Cluster | None = None,
     say: Callable[[str], None] = log.info,
 ) -> list[Record]:
@@ -56,6 +58,7 @@ def compare(
             is first trained once with each on nine tenths of the *training* rows and judged on the other tenth; its
             best rate is used for its runs, which are judged on the validation rows; those play no part in the choice.
             The share that is held out is the configuration's ``holdout``, by default a tenth.
+        metric: what runs are compared by: "eval_loss", or None for the task's own.
         cluster: as :func:`weightlora.runs.jobs.execute`.
         say: takes a line of progress.
 
@@ -70,6 +73,7 @@ def compare(
     if any(not 0 < factor < math.inf for factor in tune):
         raise ConfigError(f"tune={','.join(f'{factor:g}' for factor in tune)} must be factors above 0, such as 0.3,1,3")
     folder = Path(folder)
+    check_metric(metric)
     plan: dict[str, RunConfig] = {}
     for text in methods:
         name, preset = parse_method(text, config.preset)
@@ -81,13 +85,13 @@ def compare(
     if tune:
         trials = {}
         for label, base in plan.items():
-            if label not in failures:
+            if label not in failures and METHODS[base.method].trains != "none":
                 default = training_arguments(base, folder).learning_rate
                 trials[label] = _trials(base, [default * factor for factor in tune], folder / "tune" / label)
         check_apart(base for label, base in plan.items() if label in trials and label in waiting)
         tried = iter(execute([job for jobs in trials.values() for job in jobs], cluster=cluster, say=say))
         for label, jobs in trials.items():
-            rate = _best(jobs, [next(tried) for _ in jobs])
+            rate = _best(jobs, [next(tried).judged_by(metric) for _ in jobs])
             if rate is None:
                 failures[label] = f"no learning rate worked; see {folder / 'tune' / label}"
                 continue
@@ -101,8 +105,15 @@ def compare(
         if label not in failures
     ]
     done = iter(execute(jobs, cluster=cluster, say=say))
-    metric = read_task(config).metric if failures else ""
-    return [refused(run, failures[label], metric) if label in failures else next(done) for label, run in runs]
+    own = read_task(config).metric if failures else ""
+    records = [refused(run, failures[label], own) if label in failures else next(done) for label, run in runs]
+    return [record.judged_by(metric) for record in records]
+
+
+def all_methods(config: RunConfig) -> list[str]:
+    """Every method that there can be for a task: asking the model as it is needs one that answers in words."""
+    in_words = read_task(config).head in LANGUAGE
+    return [name for name, kind in METHODS.items() if in_words or kind.trains != "none"]
 
 
 def best_rate(config: RunConfig, rates: Sequence[float], folder: Path, say: Callable[[str], None]) -> float | None:
@@ -127,9 +138,9 @@ def _trials(config: RunConfig, rates: Sequence[float], folder: Path) -> list[Job
 def _best(jobs: Sequence[Job], records: Sequence[Record]) -> float | None:
     """The rate of the best record, the first on a tie; None where all failed."""
     results = [
-        (record.score, -index)
+        (record.merit, -index)
         for index, record in enumerate(records)
-        if record.status == "ok" and record.score is not None and record.score == record.score
+        if record.status == "ok" and record.merit is not None and record.merit == record.merit
     ]
     rate: float | None = jobs[-max(results)[1]].config.training["learning_rate"] if results else None
     return rate

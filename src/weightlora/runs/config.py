@@ -26,6 +26,8 @@ class RunConfig:
     Args:
         task: as :func:`weightlora.tasks.load_task`; so are ``data_dir`` and all up to ``max_target_length``.
         max_length: tokens per input; 0: what is usual for the task (128 for classification, 384 for SQuAD, ...).
+        classify_by: "head" or "answer" (tokens); None: answer tokens for a pretrained decoder, else a new head.
+        prompt, label_words: as :func:`weightlora.tasks.by_answer_tokens`.
         split_seed: of the rows that are held out or sampled. Runs of every `seed` see the same rows: seeds vary the
             model and the order, not the task.
         model: as :func:`weightlora.tasks.load_model`.
@@ -59,6 +61,9 @@ class RunConfig:
     null_score_diff_threshold: float | None = None
     max_target_length: int | None = None
     max_length: int = 0
+    classify_by: str | None = None
+    prompt: str | None = None
+    label_words: str | None = None
     split_seed: int = 0
     model: str = "minilm"
     targets: str = "all-linear"
@@ -83,6 +88,8 @@ class RunConfig:
         for name in ("r", "max_length"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name}={getattr(self, name)} is not allowed; use 1 or more")
+        if self.classify_by not in (None, "head", "answer"):
+            raise ConfigError(f"classify_by={self.classify_by!r} is unknown; use head or answer")
         if not 0 <= self.dropout < 1:
             raise ConfigError(f"dropout={self.dropout} is not allowed; use 0 or more and less than 1")
         for name, value in {"alpha": self.alpha, **self.settings, **self.training}.items():

@@ -14,6 +14,7 @@ from weightlora.graft import MANIFEST, Manifest, base_of, is_sharded, save_own_f
 from weightlora.graft.export import export
 from weightlora.runs.build import Parts, build
 from weightlora.runs.config import RunConfig
+from weightlora.runs.record import EVAL_LOSS
 from weightlora.training import FitResult
 
 ADAPTER = "adapter"
@@ -29,7 +30,8 @@ def evaluate(trainer: Trainer) -> dict[str, float]:
         key.removeprefix("eval_"): float(value) for key, value in metrics.items() if isinstance(value, int | float)
     }
     speed = ("runtime", "samples_per_second", "steps_per_second", "epoch", "model_preparation_time")
-    return {key: value for key, value in plain.items() if key not in speed}
+    names = {"loss": EVAL_LOSS}
+    return {names.get(key, key): value for key, value in plain.items() if key not in speed}
 
 
 def write_result(
@@ -43,6 +45,8 @@ def write_result(
     if result.method.trains == "peft":
         save_own_format(result.model, folder / ADAPTER, sample)
         return
+    if result.method.trains == "none":
+        return  # the model is what it was
     if result.selection is None:
         with new_folder(folder / MODEL) as temporary:
             model: Any = result.model

@@ -9,23 +9,20 @@ from __future__ import annotations
 import dataclasses
 import importlib.metadata
 import json
-import math
 import os
 import platform
 import sys
-import types
-import typing
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
 from weightlora.errors import CheckpointError, ConfigError
 from weightlora.files import write_text
+from weightlora.runs.strict_json import decode, kind_of, refuse_constant, require, to_plain
 
 SCHEMA_VERSION = 1
+EVAL_LOSS = "eval_loss"
+LOWER_IS_BETTER = (EVAL_LOSS, "perplexity", "mse")
 STATUSES = ("running", "ok", "failed")
-_NAMES = {dict: "an object", list: "a list", str: "text", bool: "true or false", int: "a whole number"}
-_NAMES |= {float: "a number", type(None): "null"}
 PACKAGES = ("weightlora", "torch", "transformers", "peft", "accelerate", "trl")
 
 
@@ -42,7 +39,7 @@ class Kept:
     rank: int
 
     def __post_init__(self) -> None:
-        _require(self.rank >= 1, f"kept adapter {self.name!r} has rank {self.rank}; a rank is 1 or more")
+        require(self.rank >= 1, f"kept adapter {self.name!r} has rank {self.rank}; a rank is 1 or more")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -169,12 +166,12 @@ class Record:
 
     def __post_init__(self) -> None:
         known = self.schema_version == SCHEMA_VERSION
-        _require(known, f"schema_version is {self.schema_version}; this release writes {SCHEMA_VERSION}")
-        _require(self.status in STATUSES, f"status is {self.status!r}; allowed are {', '.join(STATUSES)}")
-        _require(self.n_adapters >= 0, f"n_adapters is {self.n_adapters}; it cannot be negative")
+        require(known, f"schema_version is {self.schema_version}; this release writes {SCHEMA_VERSION}")
+        require(self.status in STATUSES, f"status is {self.status!r}; allowed are {', '.join(STATUSES)}")
+        require(self.n_adapters >= 0, f"n_adapters is {self.n_adapters}; it cannot be negative")
         strange = sorted(set(self.trainable_params) - {"warmup", "final"})
-        _require(not strange, f"trainable_params has the keys {strange}; allowed are 'warmup' and 'final'")
-        _require(
+        require(not strange, f"trainable_params has the keys {strange}; allowed are 'warmup' and 'final'")
+        require(
             self.status != "ok" or len(self.trainable_params) == 2,
             "trainable_params of a finished run needs both 'warmup' and 'final'",
         )
@@ -186,15 +183,15 @@ class Record:
         names = [entry.name for entry in self.adapters]
         for field, listed in (("kept", kept), ("adapters", names)):
             twice = sorted({name for name in listed if listed.count(name) > 1})
-            _require(not twice, f"{field} names {twice} more than once")
-        _require(len(kept) <= self.n_adapters, f"{len(kept)} adapters are kept, but n_adapters is {self.n_adapters}")
+            require(not twice, f"{field} names {twice} more than once")
+        require(len(kept) <= self.n_adapters, f"{len(kept)} adapters are kept, but n_adapters is {self.n_adapters}")
         if not names:
             return
-        _require(len(names) == self.n_adapters, f"adapters lists {len(names)}, but n_adapters is {self.n_adapters}")
+        require(len(names) == self.n_adapters, f"adapters lists {len(names)}, but n_adapters is {self.n_adapters}")
         missing = sorted(set(kept) - set(names))
-        _require(not missing, f"kept names {missing}, which adapters does not list")
+        require(not missing, f"kept names {missing}, which adapters does not list")
         flagged = {entry.name for entry in self.adapters if entry.kept}
-        _require(
+        require(
             self.status != "ok" or flagged == set(kept),
             f"kept and the kept flags of adapters differ in {sorted(flagged ^ set(kept))}",
         )
@@ -203,6 +200,20 @@ class Record:
     def score(self) -> float | None:
         """The headline metric, or None when the run did not get that far."""
         return self.metrics.get(self.metric)
+
+    @property
+    def merit(self) -> float | None:
+        """The headline metric, turned so that more is better: what runs are ranked by."""
+        return self.score if self.score is None or self.metric not in LOWER_IS_BETTER else -self.score
+
+    def judged_by(self, metric: str | None) -> Record:
+        """The same run with another headline metric; None leaves its own.
+
+        Raises:
+            ConfigError: a metric that not every task has.
+        """
+        check_metric(metric)
+        return self if metric is None else dataclasses.replace(self, metric=metric)
 
     @property
     def first_phase(self) -> Phase | None:
@@ -222,7 +233,7 @@ class Record:
         Raises:
             ConfigError: a value is not plain data, or has not the type that the schema promises.
         """
-        text = json.dumps(_plain(self, "record"), indent=2, allow_nan=False) + "\n"
+        text = json.dumps(to_plain(self, "record"), indent=2, allow_nan=False) + "\n"
         try:
             Record.from_json(text)  # what cannot be read must never be written
         except CheckpointError as error:
@@ -243,11 +254,11 @@ class Record:
         weightlora.errors.CheckpointError: the record has schema version 7; this release reads 1: update weightlora
         """
         try:
-            data = json.loads(text, parse_constant=_refuse_constant)
+            data = json.loads(text, parse_constant=refuse_constant)
         except (ValueError, RecursionError) as error:
             raise CheckpointError(f"the record is not strict JSON: {error}") from error
         if not isinstance(data, dict):
-            raise CheckpointError(f"the record must be a JSON object, not {_kind(data)}")
+            raise CheckpointError(f"the record must be a JSON object, not {kind_of(data)}")
         if "schema_version" not in data:
             raise CheckpointError("the record has no key 'schema_version': this is not a run's record.json")
         version = data["schema_version"]
@@ -256,7 +267,7 @@ class Record:
                 f"the record has schema version {version!r}; this release reads {SCHEMA_VERSION}: update weightlora"
             )
         try:
-            record: Record = _decode(cls, data, "")
+            record: Record = decode(cls, data, "")
         except ConfigError as error:
             raise CheckpointError(f"the record contradicts itself: {error}") from error
         return record
@@ -279,6 +290,20 @@ class Record:
             raise CheckpointError(f"{path}: no record can be read here ({error.strerror})") from error
         except ValueError as error:
             raise CheckpointError(f"{path}: {error}") from error
+
+
+def check_metric(metric: str | None) -> None:
+    """Raise ConfigError unless runs of any task can be compared by a metric."""
+    require(metric in (None, EVAL_LOSS), f"metric={metric!r} is not in every record; use {EVAL_LOSS}, or leave it out")
+
+
+def metric_words(metric: str) -> str:
+    """A metric for people, who expect more to be better.
+
+    >>> metric_words("accuracy"), metric_words("eval_loss")
+    ('accuracy', 'eval_loss (lower is better)')
+    """
+    return f"{metric} (lower is better)" if metric in LOWER_IS_BETTER else metric
 
 
 def collect_versions() -> dict[str, str]:
@@ -304,87 +329,3 @@ def machine() -> dict[str, str | int]:
     """
     cores = len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
     return {"architecture": platform.machine(), "cores": cores, "system": platform.system()}
-
-
-def _require(condition: bool, message: str) -> None:
-    if not condition:
-        raise ConfigError(message)
-
-
-def _refuse_constant(name: str) -> float:
-    raise ValueError(f"{name} is not JSON")
-
-
-def _plain(value: Any, where: str) -> Any:
-    """``value`` as what `json` writes, or ConfigError naming the place that is not plain data."""
-    if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        fields = dataclasses.fields(value)
-        return {field.name: _plain(getattr(value, field.name), f"{where}.{field.name}") for field in fields}
-    if isinstance(value, Mapping):
-        for key in value:
-            _require(isinstance(key, str), f"{where} has the key {key!r}; JSON keys are text")
-        return {key: _plain(value[key], f"{where}.{key}") for key in sorted(value)}
-    if isinstance(value, (list, tuple)):
-        return [_plain(item, f"{where}[{index}]") for index, item in enumerate(value)]
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None
-    allowed = value is None or isinstance(value, (str, bool, int))
-    _require(allowed, f"{where} is a {type(value).__name__}; a record holds text, numbers, lists and dictionaries only")
-    return value
-
-
-def _decode(hint: Any, value: Any, where: str) -> Any:
-    """``value`` (from JSON) as the type ``hint`` says, or CheckpointError naming ``where``."""
-    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
-    if dataclasses.is_dataclass(hint):
-        return _decode_object(hint, _expect(dict, value, where), where)
-    if origin in (tuple, dict):
-        return _decode_items(origin, arguments, value, where)
-    if origin in (types.UnionType, typing.Union):
-        fitting = [argument for argument in arguments if argument is type(value)]
-        return _decode(fitting[0] if fitting else arguments[0], value, where)
-    if origin is Literal and value not in arguments:
-        raise CheckpointError(f"key '{where}' is {value!r}; allowed are {', '.join(arguments)}")
-    if hint is float:
-        return _decode_float(value, where)
-    return value if hint is Any or origin is Literal else _expect(hint, value, where)
-
-
-def _decode_items(origin: type, arguments: tuple[Any, ...], value: Any, where: str) -> Any:
-    """A tuple from a JSON list, or a dictionary from a JSON object."""
-    if origin is tuple:
-        items = _expect(list, value, where)
-        return tuple(_decode(arguments[0], item, f"{where}[{index}]") for index, item in enumerate(items))
-    return {key: _decode(arguments[1], item, f"{where}.{key}") for key, item in _expect(dict, value, where).items()}
-
-
-def _decode_object(hint: Any, data: dict[str, Any], where: str) -> Any:
-    """The dataclass ``hint`` from a JSON object; unknown keys are ignored."""
-    hints = typing.get_type_hints(hint)
-    dot = f"{where}." if where else ""
-    optional = {f.name for f in dataclasses.fields(hint) if f.default_factory is not dataclasses.MISSING}
-    for name in hints:
-        if name not in data and name not in optional:
-            raise CheckpointError(f"the record has no key '{dot}{name}'")
-    return hint(**{name: _decode(kind, data[name], f"{dot}{name}") for name, kind in hints.items() if name in data})
-
-
-def _decode_float(value: Any, where: str) -> float:
-    if value is None:
-        return math.nan
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise CheckpointError(f"key '{where}' must be a number, not {_kind(value)}")
-    try:
-        return float(value)
-    except OverflowError as error:
-        raise CheckpointError(f"key '{where}' is a whole number too large for a float") from error
-
-
-def _expect(kind: type, value: Any, where: str) -> Any:
-    if type(value) is not kind:
-        raise CheckpointError(f"key '{where}' must be {_NAMES[kind]}, not {_kind(value)}")
-    return value
-
-
-def _kind(value: Any) -> str:
-    return _NAMES[type(value)]

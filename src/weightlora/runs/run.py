@@ -341,7 +341,7 @@ def _fixed_k(parts: Parts, selection: Selection | None, n: int) -> int | None:
 def _kept(parts: Parts, selection: Selection | None) -> tuple[Kept, ...]:
     if selection is not None:
         return tuple(Kept(name=c.name, omega=c.omega, rank=c.rank) for c in selection.kept)
-    if parts.method.trains == "full":
+    if parts.method.trains in ("full", "none"):
         return ()
     rank = int(getattr(parts.method, "r", parts.rank))
     return tuple(Kept(name=name, omega=1.0, rank=rank) for name in tuned_layers(parts.model))
@@ -350,6 +350,8 @@ def _kept(parts: Parts, selection: Selection | None) -> tuple[Kept, ...]:
 def _why_all(parts: Parts) -> str:
     if parts.method.trains == "full":
         return "every weight trains"
+    if parts.method.trains == "none":
+        return "nothing trains: the model is judged as it is"
     return f"{parts.method.name} sits on every target; it is no plain LoRA, so its adapter has PEFT's own format"
 
 

@@ -13,10 +13,11 @@ from typing import Any
 
 from weightlora.errors import ConfigError
 from weightlora.files import write_text
+from weightlora.methods import METHODS
 from weightlora.runs.cluster import Cluster
 from weightlora.runs.config import RunConfig
 from weightlora.runs.jobs import Job, check_apart, execute, on_training_rows, run_name
-from weightlora.runs.record import Record
+from weightlora.runs.record import Record, check_metric
 from weightlora.runs.run import finished
 
 log = logging.getLogger("weightlora")
@@ -48,6 +49,7 @@ class Grid:
         lr_warmups: warm-up of the learning rate to choose from, in steps or a share of the run; or empty.
         seeds: of the reported runs.
         selection_seeds: of the trials that choose; empty: the first of `seeds`.
+        metric: what chooses and is reported: "eval_loss", or None for each task's own.
 
     Raises:
         ConfigError: nothing to run, the same cell or value twice, or a value that is not allowed.
@@ -58,8 +60,10 @@ class Grid:
     lr_warmups: tuple[float, ...] = ()
     seeds: tuple[int, ...] = (0, 1, 2)
     selection_seeds: tuple[int, ...] = ()
+    metric: str | None = None
 
     def __post_init__(self) -> None:
+        check_metric(self.metric)
         names = [(cell.row, cell.config.task) for cell in self.cells]
         listed: tuple[tuple[str, Sequence[Any]], ...] = (
             ("cells", names),
@@ -97,8 +101,8 @@ class Grid:
         return len(self.settings) > 1
 
     def trials(self, cell: Cell, folder: Path) -> list[Job]:
-        """The runs that choose a cell's setting: settings by selection seeds; none where there is one setting."""
-        if not self.chooses:
+        """The runs that choose a cell's setting: settings by selection seeds; none where there is nothing to choose."""
+        if not self.chooses or METHODS[cell.config.method].trains == "none":
             return []
         base = on_training_rows(cell.config, cell.config.holdout or HOLDOUT)
         seeds = self.selection_seeds or self.seeds[:1]
@@ -145,7 +149,7 @@ def sweep(
 
     A run's directory is ``folder/tune/NAME`` or ``folder/runs/NAME``, where NAME follows from its configuration
     (:func:`weightlora.runs.jobs.run_name`): what is finished is not run again, whichever grid asked for it, and what
-    was interrupted goes on. The best setting is the one with the highest mean score over the selection seeds, the
+    was interrupted goes on. The best setting is the one with the best mean score over the selection seeds, the
     lower learning rate and shorter warm-up on a tie; a setting of which a run failed is out.
 
     Args:
@@ -166,7 +170,7 @@ def sweep(
     if any(not finished(job.folder) for jobs in trials for job in jobs):
         check_apart(cell.config for cell in grid.cells)
     tried = iter(execute([job for jobs in trials for job in jobs], cluster=cluster, quiet=quiet, say=say))
-    tries = [[(job, next(tried)) for job in jobs] for jobs in trials]
+    tries = [[(job, next(tried).judged_by(grid.metric)) for job in jobs] for jobs in trials]
     chosen = [_choose(grid, pairs) for pairs in tries]
     finals = [
         [] if setting is None else grid.finals(cell, setting, folder)
@@ -181,7 +185,7 @@ def sweep(
             "task": cell.config.task,
             "chosen": setting,
             "trials": [_entry(job, record, folder) for job, record in pairs],
-            "runs": [_entry(job, next(ran), folder) for job in jobs],
+            "runs": [_entry(job, next(ran).judged_by(grid.metric), folder) for job in jobs],
         }
         for cell, setting, pairs, jobs in zip(grid.cells, chosen, tries, finals, strict=True)
     ]
@@ -199,12 +203,12 @@ def sweep(
 
 def _choose(grid: Grid, pairs: Sequence[tuple[Job, Record]]) -> dict[str, float] | None:
     """The setting with the best mean score; None if every one failed."""
-    if not grid.chooses:
-        return (grid.settings or [{}])[0]
+    if not pairs:
+        return {} if grid.chooses else (grid.settings or [{}])[0]
     means = []
     for number, settings in enumerate(grid.settings):
         records = [record for job, record in pairs if settings.items() <= job.config.training.items()]
-        scores = [record.score for record in records if record.status == "ok" and record.score is not None]
+        scores = [record.merit for record in records if record.status == "ok" and record.merit is not None]
         if len(scores) == len(records) and all(map(math.isfinite, scores)):
             means.append((math.fsum(scores) / len(scores), -number))
     return grid.settings[-max(means)[1]] if means else None

@@ -9,11 +9,11 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import numpy as np
-import torch
 from datasets import Dataset, Features, Sequence, Value
 from transformers import DataCollatorForSeq2Seq, EvalPrediction, PreTrainedTokenizerBase
 
 from weightlora.errors import ConfigError
+from weightlora.tasks.evaluation import IGNORED, OwnLossTrainer, mean_loss, token_scores
 from weightlora.tasks.files import Table, half_a_pair, read_texts
 from weightlora.tasks.generate import PromptTrainer
 from weightlora.tasks.models import LoadedModel
@@ -26,7 +26,6 @@ log = logging.getLogger("weightlora")
 MAX_NEW_TOKENS = 256
 # The official pattern, and blanks between its characters: some tokenizers put them there when they decode.
 FINAL_NUMBER = re.compile(r"#\s*#\s*#\s*#\s*(-?\s*[0-9.,](?:\s*[0-9.,])*)")
-IGNORED = -100
 ROLES = ("system", "user", "assistant", "tool", "developer")
 Message = dict[str, str]
 
@@ -93,9 +92,11 @@ class Completion(Task):
         truths = [final_number(text) for text in self.validation["completion"]]
 
         def compute_metrics(prediction: EvalPrediction) -> dict[str, float]:
-            guesses = [final_number(text) for text in decode(tokenizer, prediction.predictions)]
+            predictions: Any = prediction.predictions
+            tokens, scores = predictions
+            guesses = [final_number(text) for text in decode(tokenizer, tokens)]
             right = [guess is not None and guess == truth for guess, truth in zip(guesses, truths, strict=False)]
-            return {"exact_match": float(np.mean(right))}
+            return {"exact_match": float(np.mean(right)), "loss": mean_loss(scores)}
 
         return {
             "compute_metrics": compute_metrics,
@@ -112,8 +113,8 @@ class Completion(Task):
         """Prompt and completion as one row of at most ``length`` tokens; rows without room for a completion go."""
         prompts, completions = self._texts(rows, loaded)
         tokenizer = loaded.tokenizer
-        before, after = ([], []) if self.chat else (_opening(tokenizer), _closing(loaded))
-        columns: dict[str, list[list[int]]] = {"input_ids": [], "attention_mask": [], "labels": []}
+        before, after = ([], []) if self.chat else (opening(tokenizer), _closing(loaded))
+        rows_ids, labels = [], []
         # Apart, because generation sees the prompt alone.
         for prompt, completion in zip(
             tokenizer(prompts, add_special_tokens=False)["input_ids"],
@@ -123,12 +124,9 @@ class Completion(Task):
             start = [*before, *prompt]
             ids = [*start, *completion, *after][:length]
             if len(ids) > max(len(start), 1):  # nothing foretells the first token of all
-                columns["input_ids"].append(ids)
-                columns["attention_mask"].append([1] * len(ids))
-                columns["labels"].append([IGNORED] * len(start) + ids[len(start) :])
-        kinds = {"input_ids": "int32", "attention_mask": "int8", "labels": "int64"}
-        features = Features({name: Sequence(Value(kind)) for name, kind in kinds.items()})
-        return Dataset.from_dict(columns, features=features), len(rows) - len(columns["input_ids"])
+                rows_ids.append(ids)
+                labels.append([IGNORED] * len(start) + ids[len(start) :])
+        return token_dataset(rows_ids, labels), len(rows) - len(rows_ids)
 
     def _texts(self, rows: Dataset, loaded: LoadedModel) -> tuple[list[str], list[str]]:
         if not self.chat:
@@ -164,44 +162,35 @@ def final_number(text: str) -> str | None:
     return None if found is None else re.sub(r"[\s,]", "", found.group(1))
 
 
-def token_scores(logits: Any, labels: torch.Tensor) -> torch.Tensor:
-    """Sum of negative log-likelihoods, right guesses, and tokens, of each row's completion.
-
-    Args:
-        logits: (rows, tokens, vocabulary), or a tuple that begins with it; position t speaks of token t + 1.
-        labels: (rows, tokens), -100 for what is not judged.
-
-    Returns:
-        (rows, 3), float64.
-    """
-    scores = (logits[0] if isinstance(logits, tuple) else logits)[:, :-1]
-    truth = labels[:, 1:]
-    judged = truth != IGNORED
-    losses = torch.nn.functional.cross_entropy(
-        scores.transpose(1, 2).float(), truth, reduction="none", ignore_index=IGNORED
-    )
-    right = (scores.argmax(-1) == truth) & judged
-    return torch.stack([losses.double().sum(1), right.double().sum(1), judged.double().sum(1)], dim=1)
-
-
 def token_metrics(prediction: EvalPrediction) -> dict[str, float]:
-    """Accuracy of the next token and perplexity, over all tokens of all completions: from `token_scores`.
+    """Accuracy of the next token, perplexity and loss, over all tokens of all completions: from `token_scores`.
 
-    ``mean_token_accuracy`` is TRL's name; ``perplexity`` is exp of the mean negative log-likelihood of a token.
+    ``mean_token_accuracy`` is TRL's name; ``perplexity`` is exp of ``loss``, the mean negative log-likelihood of a
+    token.
     """
-    loss, right, count = np.asarray(prediction.predictions, dtype=np.float64).sum(0)
+    _, right, count = np.asarray(prediction.predictions, dtype=np.float64).sum(0)
+    loss = mean_loss(prediction.predictions)
     with np.errstate(over="ignore"):
-        return {"mean_token_accuracy": float(right / count), "perplexity": float(np.exp(loss / count))}
+        return {"mean_token_accuracy": float(right / count), "perplexity": float(np.exp(loss)), "loss": loss}
 
 
 _BY_TOKENS: dict[str, Any] = {
     "compute_metrics": token_metrics,
     "preprocess_logits": token_scores,
+    "trainer": OwnLossTrainer,
     "training": {"per_device_eval_batch_size": 8},
 }
 
 
-def _opening(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+def token_dataset(ids: list[list[int]], labels: list[list[int]]) -> Dataset:
+    """Rows of token ids and labels, without padding, as a causal model takes them."""
+    columns = {"input_ids": ids, "attention_mask": [[1] * len(row) for row in ids], "labels": labels}
+    kinds = {"input_ids": "int32", "attention_mask": "int8", "labels": "int64"}
+    features = Features({name: Sequence(Value(kind)) for name, kind in kinds.items()})
+    return Dataset.from_dict(columns, features=features)
+
+
+def opening(tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """The special tokens that the tokenizer puts before a text."""
     plain = tokenizer("a", add_special_tokens=False)["input_ids"]
     whole = tokenizer("a")["input_ids"]

@@ -8,6 +8,8 @@ import torch
 from torch import Tensor, nn
 from transformers import Seq2SeqTrainer, Trainer
 
+from weightlora.tasks.evaluation import token_scores, without_loss
+
 
 def prompts_of(input_ids: Tensor, attention_mask: Tensor, labels: Tensor, padding: int) -> tuple[Tensor, Tensor]:
     """Cut a batch down to its prompts, padded on the left as generation needs it.
@@ -38,8 +40,10 @@ def prompts_of(input_ids: Tensor, attention_mask: Tensor, labels: Tensor, paddin
 
 
 class PromptTrainer(Seq2SeqTrainer):
-    """``Seq2SeqTrainer`` for decoders: the loss is taken on whole rows, generation starts from their prompts.
+    """``Seq2SeqTrainer`` for decoders: generation starts from the rows' prompts.
 
+    Predictions are the generated tokens and the `token_scores` of the given completions; ``eval_loss`` is left to
+    ``compute_metrics``, as :class:`weightlora.tasks.evaluation.OwnLossTrainer` does.
     ``generation_max_length`` counts the tokens that are generated. Sampling is off, so that a result can be repeated.
     """
 
@@ -51,10 +55,10 @@ class PromptTrainer(Seq2SeqTrainer):
         ignore_keys: list[str] | None = None,
         **gen_kwargs: Any,
     ) -> tuple[Any, Any, Any]:
-        inputs = dict(self._prepare_inputs(inputs))
-        loss, _, _ = Trainer.prediction_step(self, model, inputs, True, ignore_keys)
         if prediction_loss_only or not self.args.predict_with_generate:  # type: ignore[attr-defined]
-            return loss, None, None
+            return Trainer.prediction_step(self, model, inputs, True, ignore_keys)
+        inputs = dict(self._prepare_inputs(inputs))
+        scores = token_scores(*without_loss(self, model, inputs, ignore_keys))
         generator: Any = self.model
         ids, mask = prompts_of(
             inputs["input_ids"],
@@ -70,4 +74,4 @@ class PromptTrainer(Seq2SeqTrainer):
             do_sample=False,
             use_cache=True,
         )
-        return loss, tokens[:, ids.shape[1] :].contiguous(), inputs["labels"]
+        return None, (tokens[:, ids.shape[1] :].contiguous(), scores), inputs["labels"]

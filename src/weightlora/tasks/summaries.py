@@ -7,10 +7,11 @@ from typing import Any, ClassVar
 
 import numpy as np
 from datasets import Dataset, Features, Sequence, Value
-from transformers import DataCollatorForSeq2Seq, EvalPrediction, PreTrainedTokenizerBase, Seq2SeqTrainer
+from transformers import DataCollatorForSeq2Seq, EvalPrediction, PreTrainedTokenizerBase
 
 from weightlora.errors import ConfigError
 from weightlora.tasks import text_metrics
+from weightlora.tasks.evaluation import SummaryTrainer, mean_loss
 from weightlora.tasks.files import Table, read_texts
 from weightlora.tasks.models import LoadedModel
 from weightlora.tasks.task import Head, Prepared, Task
@@ -61,8 +62,10 @@ class Summarization(Task):
         text_metrics.rouge(references[:1], references[:1])  # a missing package must show before training
 
         def compute_metrics(prediction: EvalPrediction) -> dict[str, float]:
-            texts = decode(tokenizer, prediction.predictions)[: len(references)]
-            return text_metrics.rouge(texts, references)
+            predictions: Any = prediction.predictions
+            tokens, scores = predictions
+            texts = decode(tokenizer, tokens)[: len(references)]
+            return {**text_metrics.rouge(texts, references), "loss": mean_loss(scores)}
 
         return Prepared(
             train=self._tokens(self.train, tokenizer, max_length),
@@ -70,7 +73,7 @@ class Summarization(Task):
             collator=DataCollatorForSeq2Seq(tokenizer, model=loaded.model),
             compute_metrics=compute_metrics,
             ordered=True,
-            trainer=Seq2SeqTrainer,
+            trainer=SummaryTrainer,
             training={
                 "predict_with_generate": True,
                 "generation_max_length": self.max_target_length,

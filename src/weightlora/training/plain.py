@@ -31,6 +31,8 @@ def train_plain(
     trainer: Trainer, method: Method, resume: bool | str | Path, overwrite: bool, measure: bool
 ) -> FitResult:
     """A method that decides nothing (full fine-tuning, PEFT's own tuners): the trainer as it is, measured."""
+    if method.trains == "none":
+        return _untrained(trainer, method)
     model: Any = trainer.model
     if method.trains == "peft":
         check_tuner(model, method.kind)
@@ -89,4 +91,15 @@ def train_plain(
         seam_step=None,
         adapter_params=tuner_params(model) if method.trains == "peft" else {},
         log_history=tuple(trainer.state.log_history),
+    )
+
+
+def _untrained(trainer: Trainer, method: Method) -> FitResult:
+    """A method that trains nothing: the model as it is, with a phase without steps."""
+    model: Any = trainer.model
+    if has_adapters(model):
+        raise AdapterError(f"method {method.name!r} judges the plain model; give the trainer one without adapters")
+    phase = phase_result(trainer, "final", 0, 0.0, 0, None, PeakMemory())
+    return FitResult(
+        model=model, method=method, selection=None, phases=(phase,), metrics={}, max_steps=0, seam_step=None
     )

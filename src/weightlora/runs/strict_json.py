@@ -1,0 +1,102 @@
+"""Dataclasses as strict JSON and back: what was written is checked against the types that the schema promises."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import types
+import typing
+from collections.abc import Mapping
+from typing import Any, Literal
+
+from weightlora.errors import CheckpointError, ConfigError
+
+_NAMES = {dict: "an object", list: "a list", str: "text", bool: "true or false", int: "a whole number"}
+_NAMES |= {float: "a number", type(None): "null"}
+
+
+def require(condition: bool, message: str) -> None:
+    """Raise ConfigError with a message unless a condition holds."""
+    if not condition:
+        raise ConfigError(message)
+
+
+def refuse_constant(name: str) -> float:
+    """For ``json.loads``: NaN and the infinities are no JSON."""
+    raise ValueError(f"{name} is not JSON")
+
+
+def to_plain(value: Any, where: str) -> Any:
+    """``value`` as what `json` writes, or ConfigError naming the place that is not plain data."""
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        fields = dataclasses.fields(value)
+        return {field.name: to_plain(getattr(value, field.name), f"{where}.{field.name}") for field in fields}
+    if isinstance(value, Mapping):
+        for key in value:
+            require(isinstance(key, str), f"{where} has the key {key!r}; JSON keys are text")
+        return {key: to_plain(value[key], f"{where}.{key}") for key in sorted(value)}
+    if isinstance(value, (list, tuple)):
+        return [to_plain(item, f"{where}[{index}]") for index, item in enumerate(value)]
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    allowed = value is None or isinstance(value, (str, bool, int))
+    require(allowed, f"{where} is a {type(value).__name__}; a record holds text, numbers, lists and dictionaries only")
+    return value
+
+
+def decode(hint: Any, value: Any, where: str) -> Any:
+    """``value`` (from JSON) as the type ``hint`` says, or CheckpointError naming ``where``."""
+    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if dataclasses.is_dataclass(hint):
+        return _decode_object(hint, _expect(dict, value, where), where)
+    if origin in (tuple, dict):
+        return _decode_items(origin, arguments, value, where)
+    if origin in (types.UnionType, typing.Union):
+        fitting = [argument for argument in arguments if argument is type(value)]
+        return decode(fitting[0] if fitting else arguments[0], value, where)
+    if origin is Literal and value not in arguments:
+        raise CheckpointError(f"key '{where}' is {value!r}; allowed are {', '.join(arguments)}")
+    if hint is float:
+        return _decode_float(value, where)
+    return value if hint is Any or origin is Literal else _expect(hint, value, where)
+
+
+def _decode_items(origin: type, arguments: tuple[Any, ...], value: Any, where: str) -> Any:
+    """A tuple from a JSON list, or a dictionary from a JSON object."""
+    if origin is tuple:
+        items = _expect(list, value, where)
+        return tuple(decode(arguments[0], item, f"{where}[{index}]") for index, item in enumerate(items))
+    return {key: decode(arguments[1], item, f"{where}.{key}") for key, item in _expect(dict, value, where).items()}
+
+
+def _decode_object(hint: Any, data: dict[str, Any], where: str) -> Any:
+    """The dataclass ``hint`` from a JSON object; unknown keys are ignored."""
+    hints = typing.get_type_hints(hint)
+    dot = f"{where}." if where else ""
+    optional = {f.name for f in dataclasses.fields(hint) if f.default_factory is not dataclasses.MISSING}
+    for name in hints:
+        if name not in data and name not in optional:
+            raise CheckpointError(f"the record has no key '{dot}{name}'")
+    return hint(**{name: decode(kind, data[name], f"{dot}{name}") for name, kind in hints.items() if name in data})
+
+
+def _decode_float(value: Any, where: str) -> float:
+    if value is None:
+        return math.nan
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise CheckpointError(f"key '{where}' must be a number, not {kind_of(value)}")
+    try:
+        return float(value)
+    except OverflowError as error:
+        raise CheckpointError(f"key '{where}' is a whole number too large for a float") from error
+
+
+def _expect(kind: type, value: Any, where: str) -> Any:
+    if type(value) is not kind:
+        raise CheckpointError(f"key '{where}' must be {_NAMES[kind]}, not {kind_of(value)}")
+    return value
+
+
+def kind_of(value: Any) -> str:
+    """What JSON calls a value."""
+    return _NAMES[type(value)]
