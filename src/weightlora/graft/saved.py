@@ -44,7 +44,7 @@ class Held(Generic[S]):
         return iter(list(self._alive))
 
     def let_go(self) -> None:
-        """Free the tensors: a node that saved its own output holds itself, and what the hooks know, in a circle through
-        C++ that no collector sees."""
+        """Cut what is held off the graph that made it: a node that saved its own output holds itself, and what the
+        hooks know, in a circle through C++ that no collector sees. Whoever still goes back through it finds it all."""
         for saved in self:
-            del saved.tensor
+            saved.tensor = saved.tensor.detach()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -29,6 +29,23 @@ def stand_ins(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     parameters = {key: stand_in(p) for key, p in model.named_parameters(remove_duplicate=False)}
     buffers = {key: b for key, b in model.named_buffers(remove_duplicate=False)}
     return parameters, {key: stand_in(b) for key, b in buffers.items() if b.device.type == "meta"}
+
+
+@contextlib.contextmanager
+def standing_in(model: nn.Module, tensors: Mapping[str, Tensor]) -> Iterator[None]:
+    """Put tensors in the place of a model's own, by name, and its own back under every name that a module has."""
+    before: dict[tuple[int, str], tuple[dict[str, Any], Any]] = {}
+    try:
+        for key, tensor in tensors.items():
+            path, _, leaf = key.rpartition(".")
+            module = model.get_submodule(path)
+            slot: dict[str, Any] = module._parameters if leaf in module._parameters else module._buffers
+            before.setdefault((id(slot), leaf), (slot, slot[leaf]))
+            slot[leaf] = tensor
+        yield
+    finally:
+        for (_, leaf), (slot, own) in before.items():
+            slot[leaf] = own
 
 
 @contextlib.contextmanager

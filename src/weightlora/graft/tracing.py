@@ -17,7 +17,7 @@ from weightlora.graft.activations import ActivationTrace, Storage
 from weightlora.graft.adapters import adapter_name, adapters, base_of, lora_layers
 from weightlora.graft.quantised import holds_more_than_data
 from weightlora.graft.saved import Held, Saved
-from weightlora.graft.standins import CudaKernels, KnownMasks, identity, stand_ins, uncheckpointed
+from weightlora.graft.standins import CudaKernels, KnownMasks, identity, stand_ins, standing_in, uncheckpointed
 from weightlora.graft.variant import PathVariant
 from weightlora.ops.autograd import AdapterFunction, Products, TorchProducts
 
@@ -71,8 +71,6 @@ def trace(
     recorder = _Recorder(model, name)
     parameters, buffers = stand_ins(model)
     recorder.leaves(parameters)
-    wrapper = _Loss(model, loss)
-    state = {f"model.{key}": value for key, value in {**parameters, **buffers}.items()}
     try:
         with contextlib.ExitStack() as stack:
             stack.callback(recorder.let_go)
@@ -84,20 +82,11 @@ def trace(
             if cuda:
                 stack.enter_context(CudaKernels())
             stack.enter_context(torch.enable_grad())
-            value = torch.func.functional_call(wrapper, state)
-            return recorder.finish(value)
+            stack.enter_context(standing_in(model, {**parameters, **buffers}))
+            return recorder.finish(loss())
     except (NotImplementedError, RuntimeError) as error:
         line = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise AdapterError(f"what this model keeps cannot be traced without its weights: {line}") from None
-
-
-class _Loss(nn.Module):
-    def __init__(self, model: nn.Module, loss: Callable[[], Tensor]) -> None:
-        super().__init__()
-        self.model, self.loss = model, loss
-
-    def forward(self) -> Tensor:
-        return self.loss()
 
 
 class _TracedProducts(TorchProducts):

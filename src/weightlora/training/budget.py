@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import Trainer
 
-from weightlora.errors import BudgetError, ScheduleError
+from weightlora.errors import BudgetError, ConfigError, ScheduleError
 from weightlora.graft import (
     ActivationTrace,
     PlacementCosts,
@@ -26,9 +26,10 @@ from weightlora.graft import (
 )
 from weightlora.graft.adapters import lora_layers, switched_off
 from weightlora.methods import Budget, Method, Room
-from weightlora.training.measure import isolated_rng, step_cost
+from weightlora.training.measure import counting, step_cost
 from weightlora.training.predict import checkpointing_of
-from weightlora.training.trainer import loss_of, split_batch
+from weightlora.training.trainer import first_batch, loss_of, own_code, split_batch
+from weightlora.training.undisturbed import undisturbed
 
 log = logging.getLogger("weightlora")
 
@@ -60,10 +61,16 @@ def plan(trainer: Trainer, method: Method, micro_batch: tuple[int | None, int | 
 
     Raises:
         BudgetError: it cannot be met; the message names the smallest that can.
+        ConfigError: the trainer makes its batches as it trains.
     """
     if method.limit is None:
         return Plan(micro_batch=micro_batch)
     kind, amount, _ = method.limit
+    if (own_code(trainer) or "").endswith("._prepare_inputs"):
+        raise ConfigError(
+            f"{kind}= is counted on the run's batches before training, and {type(trainer).__name__} makes them as it"
+            " trains; use k"
+        )
     if kind == "step_time":
         return Plan(micro_batch=micro_batch, budget=_operations(trainer, method, amount))
     return _Memory(trainer, method, int(amount), stock).plan(micro_batch)
@@ -99,12 +106,12 @@ class RunBytes:
         """Of a micro-batch of `size` of the longest rows."""
         if size not in self._traces:
             trainer: Any = self.trainer
-            trainer.model.train()
             collate = trainer._get_collator_with_removed_columns(trainer.data_collator)
             # The longest rows, and last the shortest: a batch with padding keeps its mask, one without has none.
             rows = [self.rows[i % len(self.rows)] for i in range(size - 1)]
-            inputs = trainer._prepare_inputs(collate([*rows, self.rows[-1]] if rows else [self.rows[0]]))
-            with isolated_rng():
+            with counting(), undisturbed(trainer):
+                trainer.model.train()
+                inputs = trainer._prepare_inputs(collate([*rows, self.rows[-1]] if rows else [self.rows[0]]))
                 self._traces[size] = trace(
                     trainer.model, lambda: loss_of(trainer, inputs), name=self.name, stock=self.stock
                 )
@@ -201,12 +208,12 @@ def _operations(trainer: Trainer, method: Method, share: float) -> Budget:
 
         return see
 
-    handles = [layer.register_forward_hook(watch(index)) for index, layer in enumerate(layers)]
     tables = [module for module in model.modules() if isinstance(module, nn.Embedding)]
-    handles += [table.register_forward_hook(lambda _m, _i, out: out.requires_grad_()) for table in tables]
-    model.train()
-    with isolated_rng():
-        inputs = trainer._prepare_inputs(next(iter(trainer.get_train_dataloader())))
+    with counting(), undisturbed(trainer):
+        model.train()
+        inputs = trainer._prepare_inputs(first_batch(trainer))
+        handles = [layer.register_forward_hook(watch(index)) for index, layer in enumerate(layers)]
+        handles += [table.register_forward_hook(lambda _m, _i, out: out.requires_grad_()) for table in tables]
         try:
             with switched_off(model, name), counter:
                 loss_of(trainer, inputs).backward()

@@ -54,9 +54,9 @@ from weightlora.training.trainer import (
     check_trainer,
     checkpoint_as_in_training,
     going_on,
-    measure_step,
     planned_steps,
     split_batch,
+    step_counted,
     unwrap,
     use_batch,
     warmup_arguments,
@@ -319,13 +319,9 @@ class _Fit:
         trainer = self.trainer
         if self.sharded:
             leave_to_fsdp(trainer.model)
-        cost = None
         if self.measure:
             checkpoint_as_in_training(trainer)
             self.driver.settle()
-            cost = measure_step(trainer)
-        if self.driver.gates is not None:
-            self.driver.gates.omega.grad = None  # what measuring left there
         trainable = sum(p.numel() for p in trainer.model.parameters() if p.requires_grad)
         peak = PeakMemory()
         callback.spent, callback.began = self.spent, time.perf_counter()
@@ -334,7 +330,9 @@ class _Fit:
         if self.driver.seam:
             changed = warmup_arguments(trainer) if stage == "warmup" else going_on(trainer)
         begun = 0 if self.start is None else checkpoint.whole(self.start) or 0
-        with changed, self.order.over(self.start, begun):
+        with changed, step_counted(trainer, self.measure) as seen, self.order.over(self.start, begun):
+            if self.driver.gates is not None:
+                self.driver.gates.omega.grad = None  # what counting left there
             metrics = checkpoint.train_on(trainer, self.start, until)
         if self.restored is not None and self.driver.step < self.restored[1]:
             # The last process died after the last step of this phase: there was nothing to train, only to load.
@@ -344,7 +342,7 @@ class _Fit:
         callback.restored = self.restored = None
         steps = trainer.state.global_step - (self.driver.seam or 0 if stage == "final" else 0)
         gates = len(self.driver.adapters) if self.driver.policy.trains_gates and stage == "warmup" else 0
-        done = phase_result(trainer, stage, steps, callback.seconds(), trainable + gates, cost, peak)
+        done = phase_result(trainer, stage, steps, callback.seconds(), trainable + gates, seen.cost, peak)
         self.phases = [p for p in self.phases if p.name != stage] + [done]
         callback.data = self._data()
         callback.spent, callback.began, self.spent = 0.0, None, 0.0

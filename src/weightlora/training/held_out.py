@@ -15,6 +15,7 @@ from transformers import Trainer
 from weightlora.errors import ConfigError
 from weightlora.graft import input_size, output_energy
 from weightlora.training.measure import isolated_rng
+from weightlora.training.undisturbed import given_back
 
 SHARE = 0.2  # of the training rows, at most
 
@@ -102,7 +103,7 @@ def hold_out(trainer: Trainer, batches: int) -> HeldOutBatches | None:
     model: Any = trainer.model
 
     def compute(batch: Mapping[str, Any]) -> Tensor:
-        with trainer.accelerator.autocast(), trainer.compute_loss_context_manager():
+        with given_back(trainer), trainer.accelerator.autocast(), trainer.compute_loss_context_manager():
             return trainer.compute_loss(model, dict(trainer._prepare_inputs(dict(batch))))  # type: ignore[return-value]
 
     # Not the trainer's evaluation loader, which hands each process a share.

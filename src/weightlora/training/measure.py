@@ -6,12 +6,14 @@ import contextlib
 import random
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from weightlora.errors import AdapterError, WeightLoRAError
 from weightlora.graft import Held, Saved, stored
 
 
@@ -36,6 +38,22 @@ class PeakMemory:
 
 
 @contextlib.contextmanager
+def counting() -> Iterator[None]:
+    """Turn whatever goes wrong inside into an AdapterError of one line: what is only counted never ends a run.
+
+    Raises:
+        AdapterError: the caller goes on without the count, or refuses what cannot be had without it.
+    """
+    try:
+        yield
+    except WeightLoRAError:
+        raise
+    except Exception as error:  # models, losses and data sets are the user's, and may raise anything
+        line = (str(error).strip() or "no message").splitlines()[0]
+        raise AdapterError(f"{type(error).__name__}: {line}") from error
+
+
+@contextlib.contextmanager
 def isolated_rng() -> Iterator[None]:
     """Give back the state of Python's, NumPy's and torch's global generators on exit."""
     python, numpy = random.getstate(), np.random.get_state()
@@ -46,6 +64,33 @@ def isolated_rng() -> Iterator[None]:
         finally:
             random.setstate(python)
             np.random.set_state(numpy)
+
+
+class Kept:
+    """Counts what autograd holds, each storage once, the model's parameters and buffers excluded.
+
+    Args:
+        model: whose own tensors do not count.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        own = [part for t in (*model.parameters(), *model.buffers()) for part in stored(t)]
+        self._excluded = {t.untyped_storage().data_ptr() for t in own}
+        self._held: Held[Saved] = Held()
+
+    def hooks(self) -> contextlib.AbstractContextManager[Any]:
+        """A context in which what is saved is noted; :meth:`let_go` once nobody goes back through it."""
+        return torch.autograd.graph.saved_tensors_hooks(lambda t: self._held.add(Saved(t)), lambda saved: saved.tensor)
+
+    def bytes(self) -> int:
+        """What is held now."""
+        storages = [part.untyped_storage() for saved in self._held for part in stored(saved.tensor)]
+        sizes = {storage.data_ptr(): storage.nbytes() for storage in storages}
+        return sum(size for pointer, size in sizes.items() if pointer not in self._excluded)
+
+    def let_go(self) -> None:
+        """Let a graph that nobody needs be freed."""
+        self._held.let_go()
 
 
 def kept_bytes(model: nn.Module, loss: Callable[[], Tensor]) -> int:
@@ -60,18 +105,13 @@ def kept_bytes(model: nn.Module, loss: Callable[[], Tensor]) -> int:
 @contextlib.contextmanager
 def _forward(model: nn.Module, loss: Callable[[], Tensor]) -> Iterator[tuple[int, Tensor]]:
     """Bytes that autograd holds at the end of a forward pass, and the loss; its graph lives as long as the context."""
-    own = [part for t in (*model.parameters(), *model.buffers()) for part in stored(t)]
-    excluded = {t.untyped_storage().data_ptr() for t in own}
-    held: Held[Saved] = Held()
+    kept = Kept(model)
     try:
-        with torch.autograd.graph.saved_tensors_hooks(lambda t: held.add(Saved(t)), lambda saved: saved.tensor):
+        with kept.hooks():
             value = loss()
-        storages = [part.untyped_storage() for saved in held for part in stored(saved.tensor)]
-        sizes = {storage.data_ptr(): storage.nbytes() for storage in storages}
-        del storages
-        yield sum(size for pointer, size in sizes.items() if pointer not in excluded), value
+        yield kept.bytes(), value
     finally:
-        held.let_go()
+        kept.let_go()
 
 
 def step_cost(model: nn.Module, loss: Callable[[], Tensor]) -> StepCost:

@@ -21,9 +21,9 @@ from weightlora.training.results import FitResult, phase_result
 from weightlora.training.trainer import (
     average_micro_batches,
     checkpoint_as_in_training,
-    measure_step,
     planned_steps,
     set_rates,
+    step_counted,
 )
 
 
@@ -64,23 +64,25 @@ def train_plain(
     run = enter_folder(output_dir, start, others, new, trainer.args.device)
     if processes() > 1:
         average_micro_batches(trainer)  # so that two processes have the gradient of one with the whole batch
-    cost = None
     if measure:
         checkpoint_as_in_training(trainer)
-        cost = measure_step(trainer)
-    peak, began = PeakMemory(), time.perf_counter()
     finite = FiniteCallback(trainer, run)
     trainer.add_callback(finite)
+    order, begun = DataOrder(trainer), 0 if start is None else checkpoint.whole(start, manifest=False) or 0
     try:
-        begun = 0 if start is None else checkpoint.whole(start, manifest=False) or 0
-        with naming_the_last_good(output_dir, manifest=False), DataOrder(trainer).over(start, begun):
+        with (
+            naming_the_last_good(output_dir, manifest=False),
+            step_counted(trainer, measure) as seen,
+            order.over(start, begun),
+        ):
+            peak, since = PeakMemory(), time.perf_counter()
             metrics = checkpoint.train_on(trainer, start, steps)
             finite.watch.check()
     finally:
         trainer.remove_callback(finite)
-    seconds = round(time.perf_counter() - began, 3)
+    seconds = round(time.perf_counter() - since, 3)
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    phase = phase_result(trainer, "final", trainer.state.global_step, seconds, trainable, cost, peak)
+    phase = phase_result(trainer, "final", trainer.state.global_step, seconds, trainable, seen.cost, peak)
     return FitResult(
         model=model,
         method=method,

@@ -60,7 +60,7 @@ class Predictor:
                     found[split[0]] = trace_step(trainer, stock=stock)
                 self.traces[phase] = found[split[0]]
         except AdapterError as error:
-            log.info("no prediction: %s", error)
+            log.info("costs are not predicted: %s", error)
         finally:
             use_batch(trainer, usual)
 

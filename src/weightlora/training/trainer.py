@@ -10,11 +10,14 @@ from typing import Any
 
 import torch
 from accelerate.utils import get_int_from_env
+from torch.utils.data import DataLoader
 from transformers import Trainer
 
-from weightlora.errors import ConfigError
+from weightlora.errors import AdapterError, ConfigError
 from weightlora.graft import ActivationTrace, checkpoint_blocks, trace
-from weightlora.training.measure import StepCost, isolated_rng, step_cost
+from weightlora.training.measure import StepCost, counting, isolated_rng, step_cost
+from weightlora.training.observed import Observed, first_step
+from weightlora.training.undisturbed import given_back, undisturbed
 
 log = logging.getLogger("weightlora")
 
@@ -36,9 +39,47 @@ def initial_values(trainer: Trainer, loader: Any) -> tuple[Any, ...]:
     return tuple(count(args, loader, *older))
 
 
+def own_code(trainer: Trainer) -> str | None:
+    """What a loss is computed by that neither Transformers nor TRL has written, or that makes batches as it trains.
+
+    It may keep state anywhere, so that calling it once more than training does could be seen. None if there is no such.
+    """
+    if trainer.compute_loss_func is not None:
+        return "compute_loss_func"
+    for name, homes in (("compute_loss", ("transformers", "trl")), ("_prepare_inputs", ("transformers",))):
+        if getattr(getattr(trainer, name), "__module__", "").partition(".")[0] not in homes:
+            return f"{type(trainer).__name__}.{name}"
+    return None
+
+
+@contextlib.contextmanager
+def step_counted(trainer: Trainer, wanted: bool) -> Iterator[Observed]:
+    """Count the cost of the first micro-batch, of which training inside does not see a trace.
+
+    It is computed once more before training, and everything is given back; where :func:`own_code` has a part in it, it
+    is counted as training computes it. Where it cannot be counted, one line says so, and there is no cost.
+    """
+    if not wanted:
+        yield Observed()
+    elif own_code(trainer) is not None:
+        with first_step(trainer) as seen:
+            yield seen
+    else:
+        seen = Observed()
+        try:
+            seen.cost = measure_step(trainer)
+        except AdapterError as error:
+            log.warning("costs are not counted: %s", error)
+        yield seen
+
+
 def measure_step(trainer: Trainer) -> StepCost | None:
-    """Count the cost of the first micro-batch; random state and gradients are given back. None without a batch."""
-    with isolated_rng():
+    """Count the cost of the first micro-batch; everything is given back. None without a batch.
+
+    Raises:
+        AdapterError: something failed on the way.
+    """
+    with counting(), undisturbed(trainer):
         loss = _first_loss(trainer)
         if loss is None:
             return None
@@ -49,16 +90,33 @@ def trace_step(trainer: Trainer, *, stock: bool = False) -> ActivationTrace | No
     """What the first micro-batch would keep, for any set of live adapters; nothing is computed. None without a batch.
 
     Raises:
-        AdapterError: the model cannot be traced, as :func:`weightlora.graft.trace`.
+        AdapterError: it cannot be traced, as :func:`weightlora.graft.trace`, or is computed by :func:`own_code`.
     """
-    with isolated_rng():
+    own = own_code(trainer)
+    if own is not None:
+        raise AdapterError(f"{own} is called by training alone")
+    with counting(), undisturbed(trainer):
         loss = _first_loss(trainer)
         return None if loss is None else trace(trainer.model, loss, stock=stock)  # type: ignore[arg-type]
 
 
+def first_batch(trainer: Trainer) -> Any:
+    """The first micro-batch of training as its loader gives it, read in this process; None without one.
+
+    Call it inside :func:`undisturbed`; a loader, its samplers and its data set are as far as they were afterwards.
+    """
+    loader: Any = trainer.get_train_dataloader()
+    with given_back(loader):
+        for part in (loader, getattr(loader, "base_dataloader", None)):
+            if isinstance(part, DataLoader):
+                part.num_workers = 0
+                part.prefetch_factor = None
+        return next(iter(loader), None)
+
+
 def _first_loss(trainer: Trainer) -> Callable[[], Any] | None:
     """The loss of the first micro-batch of training, as training computes it."""
-    batch = next(iter(trainer.get_train_dataloader()), None)
+    batch = first_batch(trainer)
     if batch is None:
         return None
     model: Any = trainer.model
@@ -140,8 +198,8 @@ def average_micro_batches(trainer: Trainer) -> None:
     losses: list[Any] = []
     model: Any = trainer.model
     for count in (1, 2):
-        with isolated_rng(), torch.no_grad():
-            batch = next(iter(trainer.get_train_dataloader()), None)
+        with undisturbed(trainer), torch.no_grad():
+            batch = first_batch(trainer)
             if batch is None:
                 return
             inputs = trainer._prepare_inputs(batch)
