@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from torch import Tensor
-from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import Trainer, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_utils import SaveStrategy
 
 from weightlora.graft import Manifest, check_groups, group_names
@@ -16,11 +16,12 @@ from weightlora.training.driver import Driver
 from weightlora.training.identity import Run
 from weightlora.training.preflight import check_optimizer, torch_optimizer
 from weightlora.training.resuming import made_optimizer
+from weightlora.training.whole_run import InnerCallback, Losses
 
 Stage = Literal["warmup", "final"]
 
 
-class SeamCallback(TrainerCallback):
+class SeamCallback(InnerCallback):
     """Added last, so that it sees what the trainer's own flow decided (log, evaluate, save) in the same event.
 
     Args:
@@ -52,6 +53,7 @@ class SeamCallback(TrainerCallback):
         # When the current phase began in this process, and the seconds that earlier processes spent in it.
         self.began: float | None = None
         self.spent = 0.0
+        self.losses: Losses | None = None  # of the last checkpoint
 
     def seconds(self) -> float:
         """Seconds of the current phase so far, over all processes of the run."""
@@ -60,6 +62,7 @@ class SeamCallback(TrainerCallback):
     def manifest(self, step: int) -> Manifest:
         """Structure and progress as they are now."""
         driver = self.driver
+        losses = {} if self.losses is None else {"losses": self.losses.to_dict()}
         return Manifest(
             stage=self.stage,
             step=step,
@@ -70,6 +73,7 @@ class SeamCallback(TrainerCallback):
             base=self.base,
             data={
                 **self.data,
+                **losses,
                 "seconds": self.seconds(),
                 "adapter_params": driver.counts,
                 "optimizer": group_names(made_optimizer(self.trainer), driver.model),
@@ -152,7 +156,7 @@ class SeamCallback(TrainerCallback):
 
     def _store(self, args: TrainingArguments, state: TrainerState) -> None:
         self.driver.finite.check()
-        self._stored = state.global_step
+        self._stored, self.losses = state.global_step, Losses.of(self.trainer)
         if state.is_world_process_zero:
             tensors = self.driver.state() if self.stage == "warmup" else {}
             self.manifest(state.global_step).write(self._folder(args, state), tensors)

@@ -13,12 +13,13 @@ from typing import Any
 
 import torch
 from torch.serialization import get_unsafe_globals_in_checkpoint
-from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainerState
+from transformers import PreTrainedModel, Trainer, TrainerState
 
 from weightlora.errors import CheckpointError
 from weightlora.files import new_folder, sweep, write_text
 from weightlora.graft import MANIFEST, STATE, Manifest, readable
 from weightlora.training.identity import RUN, Run
+from weightlora.training.whole_run import InnerCallback
 
 log = logging.getLogger("weightlora")
 
@@ -300,7 +301,7 @@ def best_so_far(start: Path, *, needed: bool) -> Path | None:
     return None
 
 
-class _BestSoFar(TrainerCallback):
+class _BestSoFar(InnerCallback):
     """Puts the best checkpoint in the place of the one that the trainer read from its state file."""
 
     def __init__(self, best: Path | None) -> None:

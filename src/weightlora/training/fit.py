@@ -62,6 +62,7 @@ from weightlora.training.trainer import (
     warmup_arguments,
 )
 from weightlora.training.unreached import naming_unreached
+from weightlora.training.whole_run import Losses, WholeRun
 
 log = logging.getLogger("weightlora")
 
@@ -178,6 +179,7 @@ class _Fit:
         self.restored: tuple[dict[str, torch.Tensor], int] | None = None
         self.ordered: OptimizerOrder | None = None
         self.spent = 0.0  # seconds of the current phase in earlier processes
+        self.whole = WholeRun(trainer)
         if self.manifest is not None:
             self._check_same_run(self.manifest, tensors)
         formed = self.driver.policy.gated or type(self.driver.policy).form is not Policy.form
@@ -233,6 +235,7 @@ class _Fit:
         checkpoint.check_length(self.start, self.max_steps)
         self.ordered = OptimizerOrder(self.trainer, manifest.data, self.start, grown=manifest.stage == "final")
         self.spent, self.phases = read_progress(manifest.data, self.start)
+        self.whole.losses = Losses.read(manifest.data, self.start)
         if manifest.stage == "warmup":
             self.restored = tensors, manifest.step
 
@@ -250,21 +253,22 @@ class _Fit:
             if self.driver.seam == 0:
                 self.driver.operate(trainers_optimizer(self.trainer))
         unreached = naming_unreached(lambda: self.driver.survivors, lambda: self.driver.step + 1)
-        with self._callback() as callback, unreached:
+        with self.whole.joined(), self._callback() as callback, unreached:
             if not resumed_final and self.driver.seam:
                 use_batch(self.trainer, self.batches[0])
                 self._train("warmup", callback)
                 use_batch(self.trainer, self.batches[1])
                 self.start = self._seam(callback)
             use_batch(self.trainer, self.batches[0 if self.driver.seam is None else 1])
-            metrics = {} if select_only and self.driver.selection else self._train("final", callback)
+            if not (select_only and self.driver.selection):
+                self._train("final", callback)
         self.driver.finish(trainers_optimizer(self.trainer))
         return FitResult(
             model=self.trainer.model,
             method=self.method,
             selection=self.driver.selection,
             phases=tuple(self.phases),
-            metrics=metrics,
+            metrics=dict(self.whole.metrics or {}),
             max_steps=self.max_steps,
             seam_step=self.driver.seam,
             adapter_params=dict(self.driver.counts),
@@ -308,13 +312,14 @@ class _Fit:
             run=self.run_id,
             data=self._data(),
         )
+        callback.losses = self.whole.losses
         self.trainer.add_callback(callback)
         try:
             yield callback
         finally:
             self.trainer.remove_callback(callback)
 
-    def _train(self, stage: Literal["warmup", "final"], callback: SeamCallback) -> dict[str, float]:
+    def _train(self, stage: Literal["warmup", "final"], callback: SeamCallback) -> None:
         """One call of the trainer; the phase's cost is counted on its first micro-batch before it starts."""
         trainer = self.trainer
         if self.sharded:
@@ -323,17 +328,19 @@ class _Fit:
             checkpoint_as_in_training(trainer)
             self.driver.settle()
         trainable = sum(p.numel() for p in trainer.model.parameters() if p.requires_grad)
-        peak = PeakMemory()
-        callback.spent, callback.began = self.spent, time.perf_counter()
         until = self.driver.seam if stage == "warmup" and self.driver.seam else self.max_steps
         changed: Any = contextlib.nullcontext()
         if self.driver.seam:
             changed = warmup_arguments(trainer) if stage == "warmup" else going_on(trainer)
+        earlier = sum(phase.seconds for phase in self.phases if phase.name != stage) + self.spent
+        call = self.whole.call(last=stage == "final", earlier=earlier)
         begun = 0 if self.start is None else checkpoint.whole(self.start) or 0
-        with changed, step_counted(trainer, self.measure) as seen, self.order.over(self.start, begun):
+        with changed, call, step_counted(trainer, self.measure) as seen, self.order.over(self.start, begun):
             if self.driver.gates is not None:
                 self.driver.gates.omega.grad = None  # what counting left there
-            metrics = checkpoint.train_on(trainer, self.start, until)
+            peak = PeakMemory()
+            callback.spent, callback.began = self.spent, time.perf_counter()
+            checkpoint.train_on(trainer, self.start, until)
         if self.restored is not None and self.driver.step < self.restored[1]:
             # The last process died after the last step of this phase: there was nothing to train, only to load.
             self.driver.load_state(*self.restored)
@@ -344,9 +351,8 @@ class _Fit:
         gates = len(self.driver.adapters) if self.driver.policy.trains_gates and stage == "warmup" else 0
         done = phase_result(trainer, stage, steps, callback.seconds(), trainable + gates, seen.cost, peak)
         self.phases = [p for p in self.phases if p.name != stage] + [done]
-        callback.data = self._data()
+        callback.data, self.whole.losses = self._data(), callback.losses
         callback.spent, callback.began, self.spent = 0.0, None, 0.0
-        return metrics
 
     def _seam(self, callback: SeamCallback) -> Path:
         """Surgery on the live model, then a checkpoint of the new structure for the trainer to go on from."""

@@ -1,0 +1,187 @@
+"""Several calls of a trainer's ``train`` as one run: what callbacks hear, and what losses and rates are means over."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import Trainer, TrainerCallback
+
+from weightlora.errors import CheckpointError
+from weightlora.training.processes import mean_over_processes
+
+EVENTS = ("on_train_begin", "on_train_end", "on_epoch_begin", "on_epoch_end")
+# What a run changes for its own purposes; a callback that looks at the start sees what the user set.
+ARGUMENTS = ("load_best_model_at_end", "save_only_model", "eval_on_start")
+RATES = ("train_samples_per_second", "train_steps_per_second")
+LARGEST = 2.0**100  # of a loss in a manifest
+
+
+class InnerCallback(TrainerCallback):
+    """A callback of this package: it hears of every call of ``train``."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Losses:
+    """The sum of the losses of all steps: ``total`` up to step ``logged``, the last that was logged, ``since`` after it.
+
+    Means over the processes.
+    """
+
+    total: float
+    since: float
+    logged: int
+
+    @classmethod
+    def of(cls, trainer: Any) -> Losses:
+        """As they will be once the trainer has logged what is due at this step."""
+        since = trainer._tr_loss.detach().clone()
+        mean_over_processes(since)
+        found = cls(total=trainer._total_loss_scalar, since=since.item(), logged=trainer._globalstep_last_logged)
+        step = trainer.state.global_step
+        if not trainer.control.should_log or step <= found.logged:
+            return found
+        return cls(total=found.total + found.since, since=0.0, logged=step)
+
+    @classmethod
+    def read(cls, data: Mapping[str, Any], where: Path) -> Losses | None:
+        """What a manifest's data say; None in those of older releases.
+
+        Raises:
+            CheckpointError: they are damaged.
+        """
+        if "losses" not in data:
+            return None
+        try:
+            found = cls(**data["losses"])
+        except TypeError as error:
+            raise CheckpointError(f"{where}: the manifest is damaged: {error}") from None
+        for number in (found.total, found.since, found.logged):
+            if not (isinstance(number, int | float) and abs(number) < LARGEST):
+                raise CheckpointError(f"{where}: the manifest is damaged: {number!r} is no loss and no step")
+        return found
+
+    def to_dict(self) -> dict[str, Any]:
+        """For the manifest."""
+        return asdict(self)
+
+    def put(self, trainer: Any) -> None:
+        """Let the trainer go on adding up from here, over a run that began at step 0."""
+        trainer._tr_loss = torch.full_like(trainer._tr_loss, self.since)
+        trainer._total_loss_scalar, trainer._globalstep_last_logged = float(self.total), int(self.logged)
+        trainer._initial_global_step = trainer._initial_num_input_tokens_seen = 0
+
+
+class WholeRun:
+    """Lets calls of ``train``, of which each goes on where the one before ended, look like a single one.
+
+    Callbacks hear of the start once and of the end once, and of an epoch in which one call ends and the next begins as
+    of one epoch. The line of metrics that a call logs at its end is logged once, for the run.
+
+    Args:
+        trainer: its callbacks and its ``log`` go through here while :meth:`joined` lasts.
+    """
+
+    def __init__(self, trainer: Any) -> None:
+        self.trainer = trainer
+        self.arguments = {name: getattr(trainer.args, name) for name in ARGUMENTS}
+        self.losses: Losses | None = None  # of the checkpoint that the next call goes on from
+        self.earlier = 0.0  # seconds of the run before this call
+        self.last = True  # whether this call ends the run
+        self.begun = self.ended = self.joining = False
+        self.metrics: dict[str, float] | None = None
+
+    @contextlib.contextmanager
+    def joined(self) -> Iterator[None]:
+        """While it lasts; at its end the run has ended, unless it failed."""
+        trainer, handler = self.trainer, self.trainer.callback_handler
+        own = {name: value for name, value in vars(trainer).items() if name == "log"}
+        self.log, self.told = trainer.log, {name: getattr(handler, name) for name in EVENTS}
+        trainer.log = self._log
+        vars(handler).update({name: getattr(self, f"_{name}") for name in EVENTS})
+        try:
+            yield
+            if self.begun and not self.ended:  # the run ended where another call might have gone on
+                self.log(self.metrics)
+                trainer.control = self._on_train_end(trainer.args, trainer.state, trainer.control, last=True)
+        finally:
+            for name in EVENTS:
+                del vars(handler)[name]
+            del trainer.log
+            vars(trainer).update(own)
+
+    @contextlib.contextmanager
+    def call(self, *, last: bool, earlier: float) -> Iterator[None]:
+        """One call of ``train``."""
+        args = self.trainer.args
+        self.last, self.earlier = last, earlier
+        before = args.restore_callback_states_from_checkpoint
+        if self.begun:
+            args.restore_callback_states_from_checkpoint = False  # they are alive, and hold more than was saved
+        try:
+            yield
+        finally:
+            args.restore_callback_states_from_checkpoint = before
+
+    def _log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        if "train_loss" in logs and "train_runtime" in logs:  # what a call says at its end
+            seconds = logs["train_runtime"]
+            logs["train_runtime"] = round(seconds + self.earlier, 4)
+            for name in RATES:
+                if name in logs and logs["train_runtime"]:
+                    logs[name] = round(logs[name] * seconds / logs["train_runtime"], 3)
+            self.metrics = logs
+            if not self.last:
+                return
+        if start_time is None:
+            self.log(logs)
+        else:
+            self.log(logs, start_time - self.earlier)
+
+    def _on_train_begin(self, args: Any, state: Any, control: Any, **given: Any) -> Any:
+        if self.losses is not None:
+            self.losses.put(self.trainer)
+        self.joining = self.begun
+        if self.begun:
+            return self._inner("on_train_begin", args, state, control, **given)
+        self.begun = True
+        now = {name: getattr(args, name) for name in ARGUMENTS}
+        vars(args).update(self.arguments)
+        try:
+            return self.told["on_train_begin"](args, state, control, **given)
+        finally:
+            vars(args).update(now)
+
+    def _on_train_end(self, args: Any, state: Any, control: Any, *, last: bool = False, **given: Any) -> Any:
+        if not (self.last or last):
+            return self._inner("on_train_end", args, state, control, **given)
+        self.ended = True
+        return self.told["on_train_end"](args, state, control, **given)
+
+    def _on_epoch_begin(self, args: Any, state: Any, control: Any, **given: Any) -> Any:
+        goes_on = self.joining and not float(state.epoch or 0).is_integer()
+        self.joining = False
+        tell = self._inner if goes_on else self._all
+        return tell("on_epoch_begin", args, state, control, **given)
+
+    def _on_epoch_end(self, args: Any, state: Any, control: Any, **given: Any) -> Any:
+        broken_off = not self.last and control.should_training_stop and not float(state.epoch or 0).is_integer()
+        tell = self._inner if broken_off else self._all
+        return tell("on_epoch_end", args, state, control, **given)
+
+    def _all(self, event: str, *args: Any, **given: Any) -> Any:
+        return self.told[event](*args, **given)
+
+    def _inner(self, event: str, *args: Any, **given: Any) -> Any:
+        """Tell none but the callbacks of this package."""
+        handler = self.trainer.callback_handler
+        everyone = handler.callbacks
+        handler.callbacks = [callback for callback in everyone if isinstance(callback, InnerCallback)]
+        try:
+            return self.told[event](*args, **given)
+        finally:
+            handler.callbacks = everyone
