@@ -80,7 +80,10 @@ def test_what_is_observed_is_what_an_extra_pass_counts(tmp_path: Path) -> None:
     made: Any = trainer(tmp_path / "a", lora(dropout=0.0), steps=5, cls=Counting)
     own, plain = fit(made, method), fit(trainer(tmp_path / "b", lora(dropout=0.0), steps=5), method)
     for ours, theirs in zip(own.phases, plain.phases, strict=True):
-        assert (ours.kept_activation_bytes, ours.flops_per_step) == (theirs.kept_activation_bytes, theirs.flops_per_step)
+        assert (ours.kept_activation_bytes, ours.flops_per_step) == (
+            theirs.kept_activation_bytes,
+            theirs.flops_per_step,
+        )
     assert [p.flops_per_step for p in own.phases] == [made.flops[0], made.flops[3]]
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from transformers import (
     TrainerCallback,
 )
 
+from weightlora.errors import ConfigError
 from weightlora.graft import adapters
 from weightlora.graft.export import export
 from weightlora.methods import NoRA, WeightLoRA, WeightLoRAPlus
@@ -201,3 +203,71 @@ def test_dpo_without_a_choice_is_trls_own(tmp_path: Path) -> None:
     fit(ours, WeightLoRA(k=1.0, warmup_steps=3), adapter_path="stock", measure=False)
     assert max_difference(adapter_state(plain.model), adapter_state(ours.model)) == 0.0
     assert torch.equal(losses(plain), losses(ours))
+
+
+# what TRL counts inside its losses
+
+
+def ended(made: Any, fitted: bool) -> tuple[list[dict[str, float]], dict[str, Tensor]]:
+    """What was logged, but for times, and the adapters."""
+    if fitted:
+        result = fit(made, WeightLoRA(k=6, warmup_steps=3), adapter_path="stock")
+        assert all(phase.flops_per_step for phase in result.phases)
+    else:
+        made.train()
+    timed = ("runtime", "per_second", "time", "total_flos")
+    logged = [
+        {k: v for k, v in x.items() if not any(t in k for t in timed) and not math.isnan(v)}
+        for x in made.state.log_history
+    ]
+    return logged, adapter_state(made.model)
+
+
+@pytest.mark.parametrize("kind", ["sft", "dpo", "reward", "grpo"])
+def test_trls_numbers_are_trls_own(kind: str, tmp_path: Path) -> None:
+    """Tokens, entropy, accuracy, margins and rewards, with the seam within a window of the log; rewards asked once."""
+    from datasets import Dataset
+
+    found, asked = [], []
+    prompts = [{"prompt": row["prompt"]} for row in pairs(prompt=True)]
+    texts = [{"text": row["chosen"]} for row in pairs(prompt=False)]
+    for fitted in (False, True):
+        calls: list[int] = []
+
+        def rewards(completions: Any, calls: list[int] = calls, **_: Any) -> list[float]:
+            calls.append(len(completions))
+            return [float(len(set(text.split()))) for text in completions]
+
+        common: dict[str, Any] = {**SETTINGS, "output_dir": str(tmp_path / str(fitted)), "logging_steps": 2, "seed": 7}
+        task = "SEQ_CLS" if kind == "reward" else "CAUSAL_LM"
+        model = bare(LlamaForSequenceClassification, num_labels=1) if kind == "reward" else bare(LlamaForCausalLM)
+        torch.manual_seed(1)
+        given: dict[str, Any] = {"model": get_peft_model(model, lora(task)), "processing_class": tokenizer()}
+        if kind == "sft":
+            args: Any = trl.SFTConfig(**common, max_length=12)
+            made = trl.SFTTrainer(args=args, train_dataset=Dataset.from_list(texts), **given)
+        elif kind == "dpo":
+            made = trl.DPOTrainer(args=trl.DPOConfig(**common), train_dataset=pairs(prompt=True), **given)
+        elif kind == "reward":
+            made = trl.RewardTrainer(args=trl.RewardConfig(**common), train_dataset=pairs(prompt=False), **given)
+        else:
+            args = trl.GRPOConfig(**common, num_generations=4, max_completion_length=4)
+            made = trl.GRPOTrainer(args=args, train_dataset=Dataset.from_list(prompts), reward_funcs=rewards, **given)
+        made.remove_callback(PrinterCallback)
+        found.append(ended(made, fitted))
+        asked.append(calls)
+    assert found[0][0] == found[1][0]
+    assert max_difference(found[0][1], found[1][1]) == 0.0
+    assert asked[0] == asked[1]
+
+
+def test_a_limit_is_refused_where_batches_are_made_by_training(tmp_path: Path) -> None:
+    from datasets import Dataset
+
+    args = trl.GRPOConfig(**SETTINGS, output_dir=str(tmp_path), num_generations=4, max_completion_length=4)
+    made = trl.GRPOTrainer(
+        args=args, train_dataset=Dataset.from_list([{"prompt": "w1 w2"}] * 8), reward_funcs=lambda **_: [1.0] * 4,
+        model=get_peft_model(bare(LlamaForCausalLM), lora("CAUSAL_LM")), processing_class=tokenizer(),
+    )  # fmt: skip
+    with pytest.raises(ConfigError, match="GRPOTrainer makes them as it trains; use k"):
+        fit(made, WeightLoRA(memory=2**30, warmup_steps=3))

@@ -94,8 +94,8 @@ def fit(  # noqa: PLR0913 - one argument per user setting
         micro_batch: examples per device and forward pass (before, after the seam). Accumulation changes with it so
             that the effective batch, and with it the number of steps, stays what the trainer's arguments say; the
             gradient is then the mean over that batch. None: leave it.
-        measure: count kept activation bytes and FLOPs of one micro-batch per phase (one extra forward and backward
-            each).
+        measure: count kept activation bytes and FLOPs of one micro-batch per phase, without a trace: by an extra
+            forward and backward, or, where the loss is the user's own, in the first step that runs.
         log_omegas: how much of omega goes to the trainer's log during warm-up.
         select_only: stop at the seam, with the survivors chosen and nothing trained further.
         adapter_path: how adapters compute while they train. "autograd": keeps only x, shared by q, k and v, and the

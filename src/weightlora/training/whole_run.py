@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import Trainer, TrainerCallback
+from transformers import TrainerCallback
 
 from weightlora.errors import CheckpointError
 from weightlora.training.processes import mean_over_processes
@@ -27,7 +27,7 @@ class InnerCallback(TrainerCallback):
 
 @dataclass(frozen=True, kw_only=True)
 class Losses:
-    """The sum of the losses of all steps: ``total`` up to step ``logged``, the last that was logged, ``since`` after it.
+    """The sum of all steps' losses: ``total`` up to step ``logged``, the last that was logged, ``since`` after it.
 
     Means over the processes.
     """
