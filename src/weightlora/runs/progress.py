@@ -9,13 +9,16 @@ import time
 from typing import Any, TextIO
 
 from tqdm import tqdm
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import TrainerControl, TrainerState, TrainingArguments
+
+from weightlora.training.whole_run import InnerCallback
 
 EVALUATION_EVERY = 10.0  # seconds between two words on an evaluation
+
 LOGGER = logging.getLogger("weightlora")
 
 
-class Progress(TrainerCallback):
+class Progress(InnerCallback):
     """One bar over both phases; in a log file, a line now and then (at most about thirty a run).
 
     Args:
