@@ -45,15 +45,7 @@ def train_plain(
     others = check_folder(output_dir, checkpoint.folders(output_dir), start, resume=resume, overwrite=overwrite)
     new = Run.new(method, model)
     if start is not None:
-        run = Run.read(start)
-        if run is not None:
-            run.check_same(method, model, start)
-        made_by = max(1, len(list(start.glob("rng_state_*.pth"))))
-        if made_by != processes():
-            raise CheckpointError(
-                f"{start} was made by {made_by} processes, and this run has {processes()}; {method.name} keeps no"
-                f" record of its batch: resume on {made_by}"
-            )
+        _check_same_run(start, method, model)
     steps = planned_steps(trainer)
     if start is not None:
         checkpoint.check_length(start, steps)
@@ -105,3 +97,16 @@ def _untrained(trainer: Trainer, method: Method) -> FitResult:
     return FitResult(
         model=model, method=method, selection=None, phases=(phase,), metrics={}, max_steps=0, seam_step=None
     )
+
+
+def _check_same_run(start: Path, method: Method, model: Any) -> None:
+    """The checkpoint must belong to this method and model, and to as many processes."""
+    run = Run.read(start)
+    if run is not None:
+        run.check_same(method, model, start)
+    made_by = max(1, len(list(start.glob("rng_state_*.pth"))))
+    if made_by != processes():
+        raise CheckpointError(
+            f"{start} was made by {made_by} processes, and this run has {processes()}; {method.name} keeps no"
+            f" record of its batch: resume on {made_by}"
+        )
