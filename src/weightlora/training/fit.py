@@ -179,7 +179,6 @@ class _Fit:
         self.restored: tuple[dict[str, torch.Tensor], int] | None = None
         self.ordered: OptimizerOrder | None = None
         self.spent = 0.0  # seconds of the current phase in earlier processes
-        self.whole = WholeRun(trainer)
         if self.manifest is not None:
             self._check_same_run(self.manifest, tensors)
         formed = self.driver.policy.gated or type(self.driver.policy).form is not Policy.form
@@ -208,6 +207,7 @@ class _Fit:
     def _begin(self, resume: bool | str | Path, overwrite: bool) -> tuple[dict[str, torch.Tensor], GlobalBatch | None]:
         """Find the checkpoint to go on from, and let the trainer's steps be as large as that run's."""
         self.manifest: Manifest | None = None
+        self.whole = WholeRun(self.trainer)
         self.start = checkpoint.resolve(resume, self.output_dir)
         found = checkpoint.folders(self.output_dir)
         self.others = check_folder(self.output_dir, found, self.start, resume=resume, overwrite=overwrite)
@@ -332,8 +332,7 @@ class _Fit:
         changed: Any = contextlib.nullcontext()
         if self.driver.seam:
             changed = warmup_arguments(trainer) if stage == "warmup" else going_on(trainer)
-        earlier = sum(phase.seconds for phase in self.phases if phase.name != stage) + self.spent
-        call = self.whole.call(last=stage == "final", earlier=earlier)
+        call = self.whole.call(stage == "final", self.spent + sum(p.seconds for p in self.phases if p.name != stage))
         begun = 0 if self.start is None else checkpoint.whole(self.start) or 0
         with changed, call, step_counted(trainer, self.measure) as seen, self.order.over(self.start, begun):
             if self.driver.gates is not None:

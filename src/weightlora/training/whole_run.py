@@ -115,8 +115,8 @@ class WholeRun:
             vars(trainer).update(own)
 
     @contextlib.contextmanager
-    def call(self, *, last: bool, earlier: float) -> Iterator[None]:
-        """One call of ``train``."""
+    def call(self, last: bool, earlier: float) -> Iterator[None]:
+        """One call of ``train``: whether it ends the run, and after how many seconds of it."""
         args = self.trainer.args
         self.last, self.earlier = last, earlier
         before = args.restore_callback_states_from_checkpoint
