@@ -185,7 +185,10 @@ def test_all_methods_are_the_default_and_one_that_cannot_start_stops_no_other(
     }
     for name in failed:
         assert not (out / f"{name}-recommended").exists()
-        assert sum(note.startswith(f"failed: {name} (recommended), seed 0: ") for note in table["notes"]) == 1
+        assert (
+            sum(note.startswith(f"failed: {name} (recommended") and ", seed 0: " in note for note in table["notes"])
+            == 1
+        )
     assert any("batches=8 needs more than the 6 optimizer steps" in note for note in table["notes"])
     assert "gradient-recommended cannot start: " in capsys.readouterr().err
     for name, row in rows.items():
