@@ -195,16 +195,9 @@ def test_a_target_of_one_rank_grows_nothing() -> None:
     assert sum(c.rank for c in tuner.finish().kept) == N
 
 
-@pytest.mark.parametrize("params", [500, 1234, 5000])
-def test_within_holds_for_the_dearest_spread(params: int) -> None:
-    shapes = [(8, 8), (8, 24), (40, 8)]
-    made, rank = wl.IncreLoRA(top_h=1).within(params, shapes, 8)
-    add = max(1, rank // 2)
-    left, most, total = rank * 3, 1 + -(-(rank * 3 - 3) // add) * add, 0
-    for size in (48, 32, 16):
-        total += size * min(left, most)
-        left -= min(left, most)
-    assert total <= params
+def test_within_aims_at_the_budget_and_the_last_round_spends_it() -> None:
+    made, rank = wl.IncreLoRA(top_h=1).within(1234, [(8, 8), (8, 24), (40, 8)], 8)
+    assert (made.spend, rank) == (1234, 1234 // (16 + 32 + 48))
     assert made.top_h == 1
 
 

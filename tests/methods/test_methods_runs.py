@@ -21,17 +21,18 @@ from weightlora.training import fit
 WIDTH = 16
 KINDS = [*QKV["bert"], "intermediate.dense"]  # four kinds of modules, two shapes
 CUT_AT_THE_END = {"weightlora"}  # a preset of it keeps n adapters to the last step: what was live is not what is left
+BARE = ("full", "head")  # no adapters
 OWN = {"dora": {}, "vera": {"r": 8}, "vb_lora": {"r": 2, "num_vectors": 6, "vector_length": 8}}
 SHARES = {"adalora": {"tinit": 2, "tfinal": 2, "deltaT": 2}, "dynamic_lora": {"tinit": 2, "tfinal": 2, "deltaT": 2}}
 
 
 def test_no_method_is_left_out() -> None:
-    assert {name for name, _ in CASES} | set(OWN) | {"full", "zero-shot"} == set(METHODS)
+    assert {name for name, _ in CASES} | set(OWN) | set(BARE) | {"zero-shot"} == set(METHODS)
 
 
 def model_for(made: Method) -> nn.Module:
     """As the command line builds it: the tuner's own configuration where the method is one of PEFT's."""
-    if made.trains == "full":
+    if not made.has_adapters:
         return base("bert")
     if made.uses_adapters:
         return lora()
@@ -48,11 +49,11 @@ def settings(name: str, preset: str) -> tuple[Any, ...]:
 # A preset that sets nothing of its own is the same run again.
 DIFFERENT = list({repr(settings(*case)): case for case in reversed(CASES)}.values())[::-1]
 each_different = pytest.mark.parametrize(("name", "preset"), DIFFERENT, ids=["-".join(case) for case in DIFFERENT])
-RUNS = [*DIFFERENT, *((name, "recommended") for name in (*OWN, "full"))]
+RUNS = [*DIFFERENT, *((name, "recommended") for name in (*OWN, *BARE))]
 
 
 def made_for(name: str, preset: str) -> Method:
-    if name in OWN or name == "full":
+    if name in OWN or name in BARE:
         return method(name, preset, **OWN.get(name, {}))
     return build(name, preset, **SHARES.get(name, {}))
 
@@ -150,7 +151,7 @@ def test_what_is_no_lora_says_so_and_is_saved_in_its_own_format(name: str, tmp_p
     torch.testing.assert_close(logits(stock, batch()), logits(each.model, batch()), atol=1e-5, rtol=1e-5)
 
 
-@pytest.mark.parametrize("name", [*OWN, "full"])
+@pytest.mark.parametrize("name", [*OWN, *BARE])
 def test_deterministic_too(name: str, tmp_path: Path) -> None:
     states = []
     for _ in range(2):

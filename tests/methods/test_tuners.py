@@ -45,20 +45,16 @@ def ours(name: str) -> PeftModel:
 @each_method
 def test_trains_as_peft_driven_by_hand(name: str, tmp_path: Path) -> None:
     plain = trainer(tmp_path / "a", wrapped(BY_HAND[name]()))
-    rates = MADE[name].rates
     named = [(n, p) for n, p in plain.model.named_parameters() if p.requires_grad]
     # Decay and rates by hand: what the trainer does, and the method's factors on top.
-    own = {key: [p for n, p in named if key in n] for key in rates}
-    chosen = {id(p) for group in own.values() for p in group}
+    factors = {"vera": {"vera_lambda": 100.0}, "vb_lora": {"vblora_vector": 10.0, "vblora_logits": 100.0}}.get(name, {})
     decayed = set(plain.get_decay_parameter_names(plain.model))
     groups = [
-        {"params": [p for n, p in named if (n in decayed) == decays and id(p) in ids], "lr": 1e-2 * factor,
-         "weight_decay": 0.01 * decays}
-        for factor, ids in ((1.0, {id(p) for _, p in named} - chosen), *(
-            (rates[key], {id(p) for p in group}) for key, group in own.items()))
-        for decays in (True, False)
-    ]  # fmt: skip
-    plain.optimizer = torch.optim.AdamW([g for g in groups if g["params"]], lr=1e-2)
+        {"params": [p], "lr": 1e-2 * factor, "weight_decay": 0.01 * (n in decayed)}
+        for n, p in named
+        for factor in [next((f for key, f in factors.items() if key in n), 1.0)]
+    ]
+    plain.optimizer = torch.optim.AdamW(groups)
     plain.train()
     run = trainer(tmp_path / "b", ours(name), optim="adamw_torch")
     result = fit(run, MADE[name])

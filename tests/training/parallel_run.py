@@ -68,7 +68,7 @@ def die_in_step(number: int) -> None:
 def built(method: Method) -> nn.Module:
     """What a method trains, without dropout."""
     plain, config = base("bert", dropout=0.0), LoraConfig(r=4, target_modules=list(QKV["bert"]), task_type="SEQ_CLS")
-    if method.trains == "full":
+    if not method.has_adapters:
         return plain
     return lora(dropout=0.0) if method.trains == "lora" else get_peft_model(plain, method.peft_config(config, SHAPES))
 

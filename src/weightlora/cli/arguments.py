@@ -100,6 +100,14 @@ METHOD_FLAGS: tuple[tuple[str, dict[str, Any]], ...] = (
         "--warmup-steps",
         {"metavar": "T", "help": "steps before the rest is disconnected, or a share of the run (default: 0.15)"},
     ),
+    (
+        "--adapter-rate",
+        {"type": float, "metavar": "X", "help": "the adapters' learning rate over the head's (default: the method's)"},
+    ),
+    (
+        "--b-rate",
+        {"type": float, "metavar": "X", "help": "the learning rate of B over A's, as LoRA+ has it (default: 1)"},
+    ),
     ("--score", {"help": "what is ranked: omega, credit or coverage"}),
     ("--gate-lr", {"type": float, "help": "learning rate of omega"}),
     ("--growth", {"help": "gaussian or qr (weightlora+)"}),
@@ -334,7 +342,7 @@ def run_config(parsed: argparse.Namespace, rest: Sequence[str], parser: argparse
         if key in settings:
             settings[key] = number(settings[key], key)
     if method in METHODS:
-        own = {f.name for f in fields(METHODS[method])}
+        own = METHODS[method].settings()
         # `--k 9` in a script over all methods must not stop the ones that have no K.
         settings = {key: value for key, value in settings.items() if key in own or key != "k"}
     training = training_flags(rest, parser)

@@ -113,7 +113,7 @@ def _cell(
     name, _ = parse_method(str(own.get("method", label)))
     # Settings of a method that have no flag.
     flags = {flag[2:].replace("-", "_") for flag, _ in arguments.METHOD_FLAGS} | {f.name for f in fields(RunConfig)}
-    unflagged = {f.name for f in fields(METHODS[name])} - flags
+    unflagged = METHODS[name].settings() - flags
     settings = {key: extra.pop(key) for key in list(extra) if key in unflagged}
     recipe, given = around
     line = [*words, *recipe, *arguments.flag_words(extra), *given, "--task", task[0]]

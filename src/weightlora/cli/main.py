@@ -172,8 +172,9 @@ def _how_to_go_on(command: str, parsed: argparse.Namespace) -> str:
 
 
 METHOD_HELP = (
-    "a method: weightlora, weightlora+, lora, full, zero-shot, random, top, gradient, adalora, increlora, dynamic_lora,"
-    " lora_drop, alora, flexora, flexlora, melora, tied_lora, nora, milora, dora, vera, vb_lora (default: weightlora)"
+    "a method: weightlora, weightlora+, lora, full, head, zero-shot, random, top, gradient, adalora, increlora,"
+    " dynamic_lora, lora_drop, alora, flexora, flexlora, melora, tied_lora, nora, milora, dora, vera, vb_lora (default:"
+    " weightlora)"
 )
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from decimal import ROUND_HALF_UP, Decimal
 from typing import Literal, get_args
 
@@ -195,42 +195,23 @@ def k_for_params(params: int, r: int, shapes: Sequence[tuple[int, int]]) -> int:
     return k
 
 
-def mean_rank_for_params(params: int, shapes: Sequence[tuple[int, int]], cap: Callable[[int], int]) -> int:
-    """Largest mean rank r such that n r ranks fit into `params` however they are spread over the n adapters.
-
-    The dearest spread fills the largest adapters first, each up to ``cap(r)``.
-
-    Args:
-        params: the budget.
-        shapes: (d_in, d_out) of each adapter.
-        cap: the most ranks that one adapter can hold when the mean is r; at least r.
+def affordable(order: Sequence[int], costs: Sequence[int], budget: int) -> list[int]:
+    """Which entries a budget pays for, taken along `order`; one that is too dear is passed over. Sorted.
 
     Raises:
-        ConfigError: not even a mean of 1 fits; the line says what it takes.
-        AdapterError: there are no shapes.
+        ConfigError: a cost or the budget is below 1.
 
-    >>> mean_rank_for_params(600, [(10, 10), (10, 20), (10, 30)], cap=lambda r: 2 * r)
-    5
+    >>> affordable([2, 0, 1, 3], [5, 3, 4, 2], budget=11)
+    [0, 2, 3]
     """
-    each = sorted(_per_rank(params, shapes), reverse=True)
-
-    def dearest(rank: int) -> int:
-        left, total = len(each) * rank, 0
-        for size in each:
-            total += min(left, cap(rank)) * size
-            left -= min(left, cap(rank))
-        return total
-
-    if dearest(1) > params:
-        raise ConfigError(
-            f"{params} parameters are too few for {len(shapes)} ranks on the largest of {len(shapes)} adapters; "
-            f"use at least {dearest(1)} or fewer adapters"
-        )
-    low, high = 1, params // sum(each)  # an even spread is never dearer
-    while low < high:
-        middle = (low + high + 1) // 2
-        low, high = (middle, high) if dearest(middle) <= params else (low, middle - 1)
-    return low
+    check_count("budget", budget, 1)
+    taken, left = [], budget
+    for index in order:
+        check_count("cost", costs[index], 1)
+        if costs[index] <= left:
+            taken.append(index)
+            left -= costs[index]
+    return sorted(taken)
 
 
 def parse_params(text: str | int) -> int:

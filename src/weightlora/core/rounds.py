@@ -9,16 +9,23 @@ from weightlora.core._check import check_count
 from weightlora.errors import ConfigError
 
 
-def hand_out(count: int, scores: Sequence[float], free: Sequence[int]) -> list[int]:
+def hand_out(
+    count: int,
+    scores: Sequence[float],
+    free: Sequence[int],
+    costs: Sequence[int] | None = None,
+    budget: int | None = None,
+) -> list[int]:
     """Split `count` ranks over receivers as evenly as their room allows; what is left over goes to higher scores.
 
     Args:
         count: ranks to hand out, 0 or more.
         scores: of each receiver; of equal ones the lowest index comes first.
         free: how many ranks each has room for.
+        costs, budget: of a rank of each, and what all may cost together; None: no matter what.
 
     Returns:
-        Ranks for each receiver; fewer than `count` in all only where there is no more room.
+        Ranks for each receiver; fewer than `count` in all only where there is no more room, or none that is paid for.
 
     Raises:
         ConfigError: lengths differ or a count is negative.
@@ -34,16 +41,24 @@ def hand_out(count: int, scores: Sequence[float], free: Sequence[int]) -> list[i
         check_count(name, value, 0)
     given = [0] * len(free)
     order = sorted(range(len(free)), key=lambda i: (-scores[i], i))
+    price, left = ([0] * len(free), 0) if costs is None or budget is None else (list(costs), budget)
     for _ in range(count):
-        open_to = [i for i in order if given[i] < free[i]]
+        open_to = [i for i in order if given[i] < free[i] and price[i] <= left]
         if not open_to:
             break
-        given[min(open_to, key=lambda i: given[i])] += 1  # the first of the least served
+        chosen = min(open_to, key=lambda i: given[i])  # the first of the least served
+        given[chosen] += 1
+        left -= price[chosen]
     return given
 
 
 def one_round(
-    live: Sequence[Sequence[int]], scores: Sequence[Sequence[float]], moves: int, room: Sequence[int]
+    live: Sequence[Sequence[int]],
+    scores: Sequence[Sequence[float]],
+    moves: int,
+    room: Sequence[int],
+    costs: Sequence[int] | None = None,
+    budget: int | None = None,
 ) -> tuple[list[list[int]], list[list[int]]]:
     """Which ranks go and which come: the `moves` lowest of all go, and modules that lost none share as many new ones.
 
@@ -52,6 +67,8 @@ def one_round(
         scores: of these ranks, in the same order; of equal ones the earlier module's goes first.
         moves: how many go.
         room: how many ranks each module can have; a new rank is the lowest that is off.
+        costs, budget: of a rank of each module, and what all ranks may cost afterwards: then as many come as that pays
+            for. None: as many as go.
 
     Returns:
         Ranks that go and ranks that come, by module.
@@ -73,6 +90,12 @@ def one_round(
     takers = [i for i, ranks in enumerate(live) if ranks and not gone[i]]
     means = [math.fsum(scores[i]) / len(scores[i]) for i in takers]
     came: list[list[int]] = [[] for _ in live]
-    for i, count in zip(takers, hand_out(moves, means, [room[i] - len(live[i]) for i in takers]), strict=True):
+    prices, left = None, None
+    if costs is not None and budget is not None:
+        prices = [costs[i] for i in takers]
+        left = budget - sum((len(live[i]) - len(gone[i])) * cost for i, cost in enumerate(costs))
+    free = [room[i] - len(live[i]) for i in takers]
+    most = moves if left is None else sum(free)  # as many as went, or as many as are paid for
+    for i, count in zip(takers, hand_out(most, means, free, prices, left), strict=True):
         came[i] = [rank for rank in range(room[i]) if rank not in live[i]][:count]
     return gone, came

@@ -10,10 +10,12 @@ from weightlora.graft.adapters import (
     block_numbers,
     block_of,
     has_adapters,
+    is_adapter,
     is_sharded,
     layer_weights,
     parameters,
     refuse_tied,
+    train_heads,
     trained_module,
 )
 from weightlora.graft.architectures import Blocks, Nest, Offset, Vectors
@@ -95,6 +97,7 @@ __all__ = [
     "grow_adapters",
     "has_adapters",
     "input_size",
+    "is_adapter",
     "is_sharded",
     "keep_unpacked",
     "layer_weights",
@@ -121,6 +124,7 @@ __all__ = [
     "take_over",
     "tie",
     "trace",
+    "train_heads",
     "trained_module",
     "tuned_layers",
     "tuner_config",

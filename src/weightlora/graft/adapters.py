@@ -17,6 +17,7 @@ from transformers.pytorch_utils import Conv1D
 from weightlora.errors import AdapterError
 
 _BLOCK = re.compile(r"(?:^|\.)(?:layer|layers|h|block|blocks|encoder|decoder)\.(\d+)(?:\.|$)")
+_ADAPTER = re.compile(r"(?:^|\.)(?:lora_|vera_|vblora_|form_)")  # how a parameter of an adapter begins: PEFT's, ours
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,6 +59,32 @@ def trained_module(model: nn.Module, path: str) -> nn.Module:
         if isinstance(module, ModulesToSaveWrapper):
             module = module.modules_to_save[module.active_adapters[0]]
     return module
+
+
+def is_adapter(parameter: str) -> bool:
+    """Whether a parameter, by its name, belongs to an adapter of ours or PEFT's: factors, vectors, gates of ranks.
+
+    >>> is_adapter("layer.0.query.lora_A.default.weight"), is_adapter("form_rank_gates"), is_adapter("head.weight")
+    (True, True, False)
+    """
+    return _ADAPTER.search(parameter) is not None
+
+
+def train_heads(model: nn.Module, heads: Sequence[str] | None = None) -> None:
+    """Freeze everything but some modules, by their names; None: those beside a Transformers model's ``base_model``.
+
+    Raises:
+        AdapterError: there are none: nothing would train.
+    """
+    if heads is None:
+        body = getattr(model, "base_model", model)
+        heads = [name for name, module in model.named_children() if body is not model and module is not body]
+    if not heads:
+        raise AdapterError(
+            f"{type(model).__name__} has no head of its own to train: what it answers with was pretrained; use adapters"
+        )
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(any(name.startswith(f"{head}.") for head in heads))
 
 
 def has_adapters(model: nn.Module) -> bool:

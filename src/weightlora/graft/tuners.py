@@ -13,7 +13,7 @@ from torch import nn
 
 from weightlora.errors import AdapterError
 from weightlora.files import new_folder
-from weightlora.graft.adapters import base_of
+from weightlora.graft.adapters import base_of, is_adapter
 from weightlora.graft.verify import compare, plain_base, reload_adapter, sample_logits
 from weightlora.graft.verify import logits as logits_of
 
@@ -86,13 +86,13 @@ def _kinds(model: nn.Module) -> set[str]:
 
 def tuner_params(model: nn.Module) -> dict[str, int]:
     """Numbers in the adapters, heads excluded: ``allocated`` (frozen projections too), ``trainable``."""
-    names = ("vera_", "vblora_", "lora_")
-    own = {p: p.requires_grad for n, p in model.named_parameters() if any(name in n for name in names)}
-    buffers = {b for n, b in model.named_buffers() if any(name in n for name in names)}
+    own = {p: p.requires_grad for n, p in model.named_parameters() if is_adapter(n)}
+    buffers = {b for n, b in model.named_buffers() if is_adapter(n)}
     trainable = sum(p.numel() for p, trains in own.items() if trains)
     return {
         "allocated": sum(p.numel() for p in own) + sum(b.numel() for b in buffers),
         "trainable": trainable,
+        "peak": trainable,
         "effective": trainable,
     }
 

@@ -9,7 +9,7 @@ from weightlora.errors import ConfigError
 from weightlora.methods.adalora import AdaLoRA
 from weightlora.methods.alora import ALoRA
 from weightlora.methods.base import Budget, Fresh, GrowthPlan, HeldOut, Method, Policy, Room, StepView
-from weightlora.methods.baselines import Full, Gradient, LoRA, Random, Top, ZeroShot
+from weightlora.methods.baselines import Full, Gradient, HeadOnly, LoRA, Random, Top, ZeroShot
 from weightlora.methods.dynamic_lora import DynamicLoRA
 from weightlora.methods.flexlora import FlexLoRA
 from weightlora.methods.flexora import Flexora
@@ -30,6 +30,7 @@ METHODS: dict[str, type[Method]] = {
         WeightLoRAPlus,
         LoRA,
         Full,
+        HeadOnly,
         ZeroShot,
         Random,
         Top,
@@ -82,6 +83,7 @@ __all__ = [
     "Full",
     "Gradient",
     "GrowthPlan",
+    "HeadOnly",
     "HeldOut",
     "IncreLoRA",
     "LoRA",

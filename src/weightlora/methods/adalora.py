@@ -36,6 +36,7 @@ class AdaLoRA(RankMethod):
     """
 
     name: ClassVar[str] = "adalora"
+    rate: ClassVar[float] = 3.0  # measured; see docs/methods.md
     presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {
         "recommended": {},
         "paper": {"shrink": False},
@@ -88,8 +89,9 @@ class AdaLoRAPolicy(RankPolicy):
         due = view.step == self.last or (view.step > self.tinit and view.step % self.interval == 0)
         if not due:
             return None
-        budget = cubic_budget(view.step, self.start, self.target, self.tinit, self.last)
-        return above_smallest(self.scores(), self.start - budget)
+        fall = self.start - cubic_budget(view.step, self.start, self.target, self.tinit, self.last)
+        scores = self.scores()
+        return self.last_cut(scores, fall) if view.step == self.last else above_smallest(scores, fall)
 
     def _measure(self, view: StepView) -> None:
         tensors = [view.ranks.values, *(factor for pair in view.factors for factor in pair)]

@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar, get_args
 
 import torch
 from torch import Tensor
 
-from weightlora.core import one_round
+from weightlora.core import one_round, rank_for_params, total_params
 from weightlora.errors import ConfigError, ScheduleError
 from weightlora.graft import Adapter, Form, RankGates, Selection
 from weightlora.methods.alora_scores import Scoring, exact_scores, gradient_scores
-from weightlora.methods.base import Factors, Fresh, Method, Policy, StepView
+from weightlora.methods.base import Factors, Fresh, Method, Policy, Shapes, StepView
 from weightlora.methods.checks import check_choice, check_warmup
 
 
@@ -33,6 +33,8 @@ class ALoRA(Method):
         scoring: "exact": two forward passes per rank; "gradient": two backward passes in all, the first-order
             ``-dL/dc_r`` with all live ranks on plus ``-dL/dc_r`` with all off (ours).
         max_rank: of a module; None: twice what it starts with.
+        spend: parameters that all ranks together may cost; None: their number alone is held, and those that move to
+            larger layers cost more (`--params` sets it).
         batches: held-out batches; each round scores on one, in turn.
         seed: of the generator that draws new rows of A.
 
@@ -60,20 +62,24 @@ class ALoRA(Method):
     moves: int | None = None
     scoring: Scoring = "gradient"
     max_rank: int | None = None
+    spend: int | None = None
     batches: int = 1
     seed: int = 0
 
     def __post_init__(self) -> None:
         super().__post_init__()
         check_choice("scoring", self.scoring, get_args(Scoring))
-        counts = {"rounds": self.rounds, "moves": self.moves, "max_rank": self.max_rank, "batches": self.batches}
-        for name, value in counts.items():
+        for name in ("rounds", "moves", "max_rank", "spend", "batches"):
+            value = getattr(self, name)
             if value is not None and value < 1:
                 raise ConfigError(f"{name}={value} is not allowed; use 1 or more")
 
     @property
     def held_out_batches(self) -> int:
         return self.batches
+
+    def within(self, params: int, shapes: Shapes, rank: int, kinds: Sequence[str] = ()) -> tuple[Any, int]:
+        return replace(self, spend=params), rank_for_params(params, shapes)
 
     def begin(self, adapters: tuple[Adapter, ...], max_steps: int) -> ALoRAPolicy:
         return ALoRAPolicy(self, adapters, max_steps)
@@ -105,6 +111,7 @@ class ALoRAPolicy(Policy):
         self.room = [max(a.rank, method.max_rank or 2 * a.rank) for a in adapters]
         self.generator = torch.Generator().manual_seed(method.seed)
         self.means = torch.zeros(len(adapters), dtype=torch.float64)
+        self.trained = total_params([a.rank for a in adapters], [a.shape for a in adapters])  # at the most
         self._fresh: list[Fresh] = []
 
     def allocate(self) -> Sequence[tuple[int, float]]:
@@ -133,7 +140,8 @@ class ALoRAPolicy(Policy):
         live, values = self.gates.live(), self.gates.values.detach().clone()
         parts = [part[ranks].tolist() for part, ranks in zip(scores.split_with_sizes(self.room), live, strict=True)]
         self.means = torch.tensor([sum(part) / max(1, len(part)) for part in parts], dtype=torch.float64)
-        gone, came = one_round(live, parts, self.moves, self.room)
+        costs = [a.d_in + a.d_out for a in self.adapters]
+        gone, came = one_round(live, parts, self.moves, self.room, costs, self.method.spend)
         for i, first in enumerate(self.gates.bounds[:-1]):
             for rank in gone[i]:
                 values[first + rank] = 0.0
@@ -141,6 +149,8 @@ class ALoRAPolicy(Policy):
                 self._start(factors[i], rank)
                 values[first + rank] = 1.0
         self.gates.set(values)
+        live = self.gates.live()
+        self.trained = max(self.trained, sum(len(ranks) * cost for ranks, cost in zip(live, costs, strict=True)))
         changed = [(i, gone[i] or came[i]) for i in range(len(live))]  # a module that loses receives nothing
         self._fresh = [Fresh(index=i, ranks=tuple(ranks)) for i, ranks in changed if ranks]
 
@@ -155,6 +165,9 @@ class ALoRAPolicy(Policy):
     def fresh(self) -> Sequence[Fresh]:
         return self._fresh
 
+    def peak(self) -> int:
+        return self.trained
+
     def decide(self, omegas: Sequence[float]) -> Selection:
         live = self.gates.live()
         kept = [i for i, ranks in enumerate(live) if ranks]
@@ -166,8 +179,9 @@ class ALoRAPolicy(Policy):
         return self.method.choose(self.adapters, kept, why, step=self.seam, scores=self.means.tolist())
 
     def state(self) -> dict[str, Tensor]:
-        return {"means": self.means.clone(), "generator": self.generator.get_state()}
+        trained = torch.tensor(self.trained)
+        return {"means": self.means.clone(), "generator": self.generator.get_state(), "trained": trained}
 
     def load_state(self, state: Mapping[str, Tensor]) -> None:
-        self.means = state["means"].clone()
+        self.means, self.trained = state["means"].clone(), int(state["trained"])
         self.generator.set_state(state["generator"])

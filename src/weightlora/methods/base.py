@@ -2,24 +2,26 @@
 
 from __future__ import annotations
 
+import math
 from abc import ABC, ABCMeta, abstractmethod
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, fields
 from typing import Any, ClassVar, Literal, Protocol, TypeVar
 
 import torch
 from torch import Tensor
 
-from weightlora.core import PlacementCosts, declared, k_for_params, rank_for_params, total_params
+from weightlora.core import PlacementCosts, declared, rank_for_params, total_params
 from weightlora.errors import ConfigError
-from weightlora.graft import Adapter, Form, Gates, RankGates, Selection, select
+from weightlora.graft import Adapter, Form, Gates, RankGates, Selection, is_adapter, select
 from weightlora.methods.checks import check_choice, check_steps
 
 PRESETS = ("recommended", "paper", "official")
-Trains = Literal["lora", "peft", "full", "none"]
+Trains = Literal["lora", "peft", "full", "head", "none"]
 """What a method trains. "lora": a policy over plain LoRA adapters. "peft": a tuner of PEFT's own, as it is. "full":
-every weight, without adapters. "none": nothing."""
+every weight, without adapters. "head": the head alone, likewise. "none": nothing."""
 Factors = Sequence[tuple[Tensor, Tensor]]
+Shapes = Sequence[tuple[int, int]]  # (d_in, d_out) of each target
 M = TypeVar("M", bound="Method")
 
 
@@ -194,6 +196,10 @@ class Policy(ABC):
         """Numbers that the method has trained for these plain adapters: its parameter formula."""
         return total_params([a.rank for a in live if a.tied is None], [a.shape for a in live if a.tied is None])
 
+    def peak(self) -> int | None:
+        """The most numbers in adapters that have trained at a time, where not all that is allocated does; else None."""
+        return None
+
     def state(self) -> dict[str, Tensor]:
         """Everything a resumed run needs beside weights and gates."""
         return {}
@@ -206,7 +212,7 @@ class _FromPreset(ABCMeta):
     """Fills what the caller leaves out from the preset that he names, before any default of the class."""
 
     def __call__(cls: type[M], *values: Any, **given: Any) -> M:  # type: ignore[misc]  # a metaclass's self is a class
-        known = [f.name for f in fields(cls)]
+        known = [*cls.settings(), "preset"]
         allowed = ", ".join(sorted(known, key=lambda name: (name == "preset", name)))
         if values:
             raise ConfigError(f"{cls.name} takes settings by name, not {values[0]!r} alone; they are {allowed}")
@@ -221,7 +227,12 @@ class _FromPreset(ABCMeta):
 
 @dataclass(frozen=True, kw_only=True)
 class Method(ABC, metaclass=_FromPreset):
-    """A method's settings. ``preset`` names where those come from that are not given."""
+    """A method's settings. ``preset`` names where those come from that are not given.
+
+    ``adapter_rate``: the adapters' learning rate, as a multiple of the run's (which is the head's). None: the method's
+    own, :attr:`rate`, under the preset `recommended`, otherwise 1. ``b_rate``: that of B, as a multiple of A's (LoRA+,
+    Hayou et al. 2024).
+    """
 
     name: ClassVar[str]
     presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {}
@@ -229,18 +240,41 @@ class Method(ABC, metaclass=_FromPreset):
     chooses_k: ClassVar[bool] = False  # how many adapters survive is an outcome, and differs from run to run
     grows: ClassVar[bool] = False  # survivors take over the parameters of all n
     kind: ClassVar[str] = "LORA"  # of the model's PEFT adapters
-    rates: ClassVar[Mapping[str, float]] = {}  # learning rates over the run's, by a part of the parameter's name
+    rate: ClassVar[float] = 1.0  # the adapters' learning rate over the run's, under the preset `recommended`
+    rates: ClassVar[Mapping[str, float]] = {}  # of some of them over the adapters', by a part of the parameter's name
+    spending: ClassVar[str] = "ranks are whole numbers"  # why a budget of parameters may not be met
     in_shares: ClassVar[tuple[str, ...]] = ("warmup_steps",)  # settings that may be shares of the run
     # What every run says for itself: no preset is changed by it, unless the preset has a value for it.
-    asked: ClassVar[tuple[str, ...]] = ("k", "memory", "step_time", "seed")
+    asked: ClassVar[tuple[str, ...]] = ("k", "memory", "step_time", "spend", "seed")
 
     preset: str = "recommended"
+    adapter_rate: float | None = None
+    b_rate: float = 1.0
 
     def __post_init__(self) -> None:
         for f in fields(self):
             object.__setattr__(self, f.name, declared(type(self), f.name, getattr(self, f.name)))
             if f.name in self.in_shares:
                 check_steps(getattr(self, f.name), f.name)
+        for name in ("adapter_rate", "b_rate"):
+            value = getattr(self, name)
+            if value is not None and not 0 < value < math.inf:
+                raise ConfigError(f"{name}={value} is not usable; use a multiple above 0, such as 3")
+
+    @classmethod
+    def settings(cls) -> frozenset[str]:
+        """Names of the settings that the method has, ``preset`` aside."""
+        without = {"preset", *(() if cls.trains in ("lora", "peft") else ("adapter_rate", "b_rate"))}
+        return frozenset(f.name for f in fields(cls)) - without
+
+    def rate_of(self, name: str) -> float:
+        """The learning rate of a parameter, by its name, as a multiple of the run's."""
+        if not is_adapter(name):
+            return 1.0
+        own = self.rate if self.preset == "recommended" else 1.0
+        factors = [own if self.adapter_rate is None else self.adapter_rate]
+        factors += [factor for key, factor in self.rates.items() if key in name]
+        return math.prod(factors) * (self.b_rate if "lora_B" in name else 1.0)
 
     @classmethod
     def from_preset(cls, preset: str, **overrides: Any) -> Any:
@@ -270,6 +304,11 @@ class Method(ABC, metaclass=_FromPreset):
         return self.trains == "lora"
 
     @property
+    def has_adapters(self) -> bool:
+        """Whether the model gets adapters, of ours or PEFT's."""
+        return self.trains in ("lora", "peft")
+
+    @property
     def held_out_batches(self) -> int:
         """How many batches of training rows must be set aside for the method to look at."""
         return 0
@@ -285,7 +324,7 @@ class Method(ABC, metaclass=_FromPreset):
         ``(d_in, d_out)`` of its targets."""
         return lora
 
-    def within(self, params: int, shapes: Sequence[tuple[int, int]], rank: int) -> tuple[Any, int]:
+    def within(self, params: int, shapes: Shapes, rank: int, kinds: Sequence[str] = ()) -> tuple[Any, int]:
         """This method with its own knobs turned so that it trains at most `params` adapter parameters, and the rank to
         build the model with.
 
@@ -293,6 +332,7 @@ class Method(ABC, metaclass=_FromPreset):
             params: the budget.
             shapes: ``(d_in, d_out)`` of each target.
             rank: what the user asked for; a method that spends the budget on ranks replaces it.
+            kinds: of each target, the last part of its name; for a method whose layers share by kind.
 
         Raises:
             ConfigError: the budget is too small; the message says what is needed.
@@ -308,8 +348,10 @@ class Method(ABC, metaclass=_FromPreset):
         """
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain data: the method's name and settings."""
-        return {"name": self.name, **asdict(self)}
+        """Plain data: the method's name and settings; rates only where they are set, as in releases without them."""
+        plain = {"name": self.name, **asdict(self)}
+        unset = {name for name, value in (("adapter_rate", None), ("b_rate", 1.0)) if plain[name] == value}
+        return {name: value for name, value in plain.items() if name not in unset}
 
     def choose(
         self,
@@ -343,8 +385,3 @@ def slope(held_out: HeldOut, index: int, leaf: Tensor) -> Tensor:
     finally:
         leaf.requires_grad_(False)
     return grad
-
-
-def with_k(method: Any, params: int, shapes: Sequence[tuple[int, int]], rank: int) -> tuple[Any, int]:
-    """`method` with the largest K such that any K adapters of `rank` stay within `params`; the rank is kept."""
-    return replace(method, k=k_for_params(params, rank, shapes)), rank

@@ -12,7 +12,8 @@ from torch import Tensor
 from weightlora.core import one_shot, support
 from weightlora.errors import ConfigError, ScheduleError
 from weightlora.graft import Adapter, Selection
-from weightlora.methods.base import Method, Policy, StepView, Trains, with_k
+from weightlora.methods.base import Method, Policy, Shapes, StepView, Trains
+from weightlora.methods.budgets import ANY_K, with_k
 from weightlora.methods.checks import check_k, check_k_value, check_warmup
 
 
@@ -45,11 +46,25 @@ class Full(Method):
     name: ClassVar[str] = "full"
     trains: ClassVar[Trains] = "full"
 
-    def within(self, params: int, shapes: Sequence[tuple[int, int]], rank: int) -> tuple[Any, int]:
+    def within(self, params: int, shapes: Shapes, rank: int, kinds: Sequence[str] = ()) -> tuple[Any, int]:
         return self, rank  # no adapters, no budget: the table's upper reference
 
     def begin(self, adapters: tuple[Adapter, ...], max_steps: int) -> Policy:
         raise ScheduleError("full fine-tuning has no adapters to decide on; train the plain model")
+
+
+@dataclass(frozen=True, kw_only=True)
+class HeadOnly(Method):
+    """No adapters: the head alone trains, on the features of the frozen base. What adapters have to be better than."""
+
+    name: ClassVar[str] = "head"
+    trains: ClassVar[Trains] = "head"
+
+    def within(self, params: int, shapes: Shapes, rank: int, kinds: Sequence[str] = ()) -> tuple[Any, int]:
+        return self, rank  # no adapters, no budget: the table's lower reference
+
+    def begin(self, adapters: tuple[Adapter, ...], max_steps: int) -> Policy:
+        raise ScheduleError("a head alone has no adapters to decide on; train the plain model")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,7 +74,7 @@ class ZeroShot(Method):
     name: ClassVar[str] = "zero-shot"
     trains: ClassVar[Trains] = "none"
 
-    def within(self, params: int, shapes: Sequence[tuple[int, int]], rank: int) -> tuple[Any, int]:
+    def within(self, params: int, shapes: Shapes, rank: int, kinds: Sequence[str] = ()) -> tuple[Any, int]:
         return self, rank
 
     def begin(self, adapters: tuple[Adapter, ...], max_steps: int) -> Policy:
@@ -78,6 +93,7 @@ class Random(Method):
     """
 
     name: ClassVar[str] = "random"
+    spending: ClassVar[str] = ANY_K
 
     k: int | float = 0.25
     seed: int = 0
@@ -86,7 +102,7 @@ class Random(Method):
         super().__post_init__()
         check_k_value(self.k)
 
-    def within(self, params: int, shapes: Sequence[tuple[int, int]], rank: int) -> tuple[Any, int]:
+    def within(self, params: int, shapes: Shapes, rank: int, kinds: Sequence[str] = ()) -> tuple[Any, int]:
         return with_k(self, params, shapes, rank)
 
     def begin(self, adapters: tuple[Adapter, ...], max_steps: int) -> Policy:
@@ -101,6 +117,7 @@ class Top(Method):
     """The K deepest adapters: cheapest in the backward pass, chosen without looking at the task. A control of ours."""
 
     name: ClassVar[str] = "top"
+    spending: ClassVar[str] = ANY_K
 
     k: int | float = 0.25
 
@@ -108,7 +125,7 @@ class Top(Method):
         super().__post_init__()
         check_k_value(self.k)
 
-    def within(self, params: int, shapes: Sequence[tuple[int, int]], rank: int) -> tuple[Any, int]:
+    def within(self, params: int, shapes: Shapes, rank: int, kinds: Sequence[str] = ()) -> tuple[Any, int]:
         return with_k(self, params, shapes, rank)
 
     def begin(self, adapters: tuple[Adapter, ...], max_steps: int) -> Policy:
@@ -132,6 +149,7 @@ class Gradient(Method):
     """
 
     name: ClassVar[str] = "gradient"
+    spending: ClassVar[str] = ANY_K
 
     k: int | float = 0.25
     batches: int = 8
@@ -142,7 +160,7 @@ class Gradient(Method):
         if self.batches < 1:
             raise ConfigError(f"batches={self.batches} is not allowed; use 1 or more")
 
-    def within(self, params: int, shapes: Sequence[tuple[int, int]], rank: int) -> tuple[Any, int]:
+    def within(self, params: int, shapes: Shapes, rank: int, kinds: Sequence[str] = ()) -> tuple[Any, int]:
         return with_k(self, params, shapes, rank)
 
     def begin(self, adapters: tuple[Adapter, ...], max_steps: int) -> GradientPolicy:

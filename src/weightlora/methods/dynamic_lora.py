@@ -87,7 +87,8 @@ class DynamicLoRAPolicy(RankPolicy):
         p, horizon = view.step - self.tinit, self.last - self.tinit
         if p < 0 or (p % self.interval and p < horizon):
             return None
-        return above_smallest(self.shares, rising_cuts(p, horizon, self.start, self.target))
+        fall = rising_cuts(p, horizon, self.start, self.target)
+        return self.last_cut(self.shares, fall) if p == horizon else above_smallest(self.shares, fall)
 
     def state(self) -> dict[str, Tensor]:
         return super().state() | {"shares": self.shares}

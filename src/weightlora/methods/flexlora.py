@@ -32,6 +32,7 @@ class FlexLoRA(Method):
     """
 
     name: ClassVar[str] = "flexlora"
+    rate: ClassVar[float] = 3.0  # measured; see docs/methods.md
     in_shares: ClassVar[tuple[str, ...]] = ()
 
     clients: int = 4

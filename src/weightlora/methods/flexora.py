@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
-from weightlora.core import block_gates
+from weightlora.core import block_gates, rank_for_params
 from weightlora.errors import ConfigError, ScheduleError
 from weightlora.graft import Adapter, Selection, block_numbers
-from weightlora.methods.base import Method, Policy, StepView, slope
+from weightlora.methods.base import GrowthPlan, Method, Policy, Shapes, StepView, slope
+from weightlora.methods.budgets import spread
 from weightlora.methods.checks import check_warmup
 
 
@@ -29,14 +30,16 @@ class Flexora(Method):
         alpha_lr: Adam's learning rate on alpha.
         outer_batches: held-out batches per step, one Adam step for each.
         batches: how many held-out batches there are; they take turns.
+        spend: parameters of the second stage: what is kept gets ranks for them, one and the same but for one more where
+            alpha is largest (`--params` sets it). None: the ranks it has.
         seed: of the generator that draws the second stage's initial values.
 
     Raises:
         ConfigError: a setting has a value that is not allowed.
 
     Source: Wei et al. 2024, first order as in the authors' code. Departs from that code in gating the update once
-    (there the gate acts two or three times), in keeping the optimizer's state between steps, and in that both stages
-    are one run.
+    (there the gate acts two or three times), in keeping the optimizer's state between steps, in that both stages are
+    one run, and (recommended) in one outer batch after each step, where it has 8.
 
     >>> Flexora().alpha_lr
     0.01
@@ -53,6 +56,7 @@ class Flexora(Method):
     alpha_lr: float = 0.01
     outer_batches: int = 1
     batches: int = 8
+    spend: int | None = None
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -66,6 +70,9 @@ class Flexora(Method):
     @property
     def held_out_batches(self) -> int:
         return self.batches
+
+    def within(self, params: int, shapes: Shapes, rank: int, kinds: Sequence[str] = ()) -> tuple[Any, int]:
+        return replace(self, spend=params), rank_for_params(params, shapes)
 
     def begin(self, adapters: tuple[Adapter, ...], max_steps: int) -> FlexoraPolicy:
         return FlexoraPolicy(self, adapters, max_steps)
@@ -125,6 +132,12 @@ class FlexoraPolicy(Policy):
         why = f"the {count} of {len(alphas)} blocks whose alpha is above 0 after {self.seam} steps"
         scores = [0.0 if block is None else alphas[block] for block in self.blocks]
         return self.method.choose(self.adapters, kept, why, step=self.seam, omegas=omegas, scores=scores)
+
+    def growth(self, selection: Selection) -> GrowthPlan | None:
+        kept = [a for a in self.adapters if a.name in set(selection.names)]
+        scores = [choice.score or 0.0 for choice in selection.kept]
+        order = sorted(range(len(kept)), key=lambda i: (-scores[i], i))
+        return None if self.method.spend is None else spread(self.method.spend, [(a,) for a in kept], order)
 
     def state(self) -> dict[str, Tensor]:
         assert self.restart is not None

@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
-from weightlora.core import mean_rank_for_params, orthogonality, resolve_k, smooth_sensitivity
+from weightlora.core import orthogonality, rank_for_params, smooth_sensitivity
 from weightlora.errors import ConfigError, ScheduleError
 from weightlora.graft import Adapter, Form, Selection
-from weightlora.methods.base import Factors, Fresh, Method, Policy, StepView
+from weightlora.methods.base import Factors, Fresh, Method, Policy, Shapes, StepView
 from weightlora.methods.checks import check_k, check_k_value, check_warmup
 from weightlora.methods.increlora_pool import GrowingGates, RankPool
 from weightlora.methods.ranks import check_interval, check_smoothing
@@ -33,6 +33,8 @@ class IncreLoRA(Method):
         init_warmup, incre_interval: steps, or shares of the run.
         beta1, beta2: smoothing of the score and of its uncertainty.
         orth_reg_weight: of the mean ``||P^T P - I||_F`` and ``||Q Q^T - I||_F`` over live and reserve ranks.
+        spend: parameters that live ranks may cost, in place of n r ranks; the last round spends what is left
+            (`--params` sets it).
         shrink: at the last growth go on as plain LoRA; otherwise with E to the end.
         seed: of the initial values, N(0, 0.02).
 
@@ -41,12 +43,14 @@ class IncreLoRA(Method):
     """
 
     name: ClassVar[str] = "increlora"
+    rate: ClassVar[float] = 3.0  # measured; see docs/methods.md
     presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {
         "recommended": {},
         "paper": {"shrink": False},
         "official": {"shrink": False},
     }
     chooses_k: ClassVar[bool] = True
+    spending: ClassVar[str] = "while it grows every adapter has a reserve of ranks that learn too"
     in_shares: ClassVar[tuple[str, ...]] = ("init_warmup", "incre_interval")
 
     incre_rank_num: int | None = None
@@ -56,6 +60,7 @@ class IncreLoRA(Method):
     beta1: float = 0.85
     beta2: float = 0.85
     orth_reg_weight: float = 0.1
+    spend: int | None = None
     shrink: bool = True
     seed: int = 0
 
@@ -64,6 +69,8 @@ class IncreLoRA(Method):
         check_k_value(self.top_h, "top_h")
         if self.incre_rank_num is not None and self.incre_rank_num < 1:
             raise ConfigError(f"incre_rank_num={self.incre_rank_num!r} is not allowed; use 1 or more, or None")
+        if self.spend is not None and self.spend < 1:
+            raise ConfigError(f"spend={self.spend!r} is not allowed; use 1 or more, or None")
         check_smoothing(self.beta1, self.beta2, self.orth_reg_weight)
 
     def step_of(self, rank: float) -> int:
@@ -75,10 +82,8 @@ class IncreLoRA(Method):
         add = self.step_of(target / n)
         return min(1 + math.ceil((target - n) / (top_h * add)) * add, target - n + 1)
 
-    def within(self, params: int, shapes: Sequence[tuple[int, int]], rank: int) -> tuple[Any, int]:
-        n = len(shapes)
-        top_h = resolve_k(self.top_h, n)
-        return self, mean_rank_for_params(params, shapes, lambda r: max(r, self.most(r * n, n, top_h)))
+    def within(self, params: int, shapes: Shapes, rank: int, kinds: Sequence[str] = ()) -> tuple[Any, int]:
+        return replace(self, spend=params), rank_for_params(params, shapes)
 
     def begin(self, adapters: tuple[Adapter, ...], max_steps: int) -> IncreLoRAPolicy:
         return IncreLoRAPolicy(self, adapters, max_steps)
@@ -107,7 +112,11 @@ class IncreLoRAPolicy(Policy):
         self.seam = self.last if method.shrink and rounds else None
         self.most = method.most(self.target, n, self.top_h)
         self.watches = rounds > 0
-        self.pool = RankPool(adapters, target=self.target, add=self.add, most=self.most, seed=method.seed)
+        gate = 0 if method.shrink else 1  # it trains to the end
+        costs = [1 if method.spend is None else a.d_in + a.d_out + gate for a in adapters]
+        budget = self.target if method.spend is None else method.spend
+        self.pool = RankPool(adapters, costs=costs, budget=budget, add=self.add, most=self.most, seed=method.seed)
+        self.trained = 0  # numbers in ranks that were live or in reserve, at the most
         self.stats = torch.zeros(2, n, dtype=torch.float64)
         self._fresh: list[Fresh] = []
 
@@ -139,6 +148,7 @@ class IncreLoRAPolicy(Policy):
             self.stats = torch.stack(
                 smooth_sensitivity(score, torch.ones_like(score), *old, self.method.beta1, self.method.beta2)
             )
+            self.trained = max(self.trained, self._training())
             if view.step >= self.first and view.step % self.interval == 0:
                 self._grow(view)
         self.watches = not self.pool.complete
@@ -146,10 +156,20 @@ class IncreLoRAPolicy(Policy):
 
     def _grow(self, view: StepView) -> None:
         order = torch.sort(self.stats[0] * self.stats[1], descending=True, stable=True).indices.tolist()
-        for index in order[: self.top_h]:
+        last = view.step >= self.last
+        for index in order if last else order[: self.top_h]:
             taken, reserve = self.pool.grow(index, view.factors[index])
             self._fresh += [Fresh(index=index, ranks=tuple(taken), gates_only=True)] if taken else []
             self._fresh += [Fresh(index=index, ranks=tuple(reserve))] if reserve else []
+        self.pool.closed = last
+
+    def _training(self) -> int:
+        """Numbers in the ranks that learn now."""
+        counts = zip(self.adapters, self.pool.used(), self.pool.ranks, strict=True)
+        return sum(used * (a.d_in + a.d_out) + live for a, used, live in counts)
+
+    def peak(self) -> int:
+        return max(self.trained, self._training())
 
     def fresh(self) -> Sequence[Fresh]:
         return self._fresh
@@ -159,9 +179,8 @@ class IncreLoRAPolicy(Policy):
         kept = [i for i, count in enumerate(counts) if count]
         if not kept:
             raise ScheduleError("every rank gate is still 0, so no adapter would be left; train at least one step")
-        why = (
-            f"{int(sum(counts))} ranks of a target of {self.target} are live, {int(max(counts))} on the most important"
-        )
+        aim = f"a target of {self.target}" if self.method.spend is None else f"{self.method.spend} parameters"
+        why = f"{int(sum(counts))} ranks of {aim} are live, {int(max(counts))} on the most important"
         return self.method.choose(self.adapters, kept, why, step=self.seam, scores=counts)
 
     def live(self, form: Form) -> Sequence[Sequence[int]]:
@@ -171,8 +190,10 @@ class IncreLoRAPolicy(Policy):
         return super().count(live) + (0 if self.method.shrink else sum(a.rank for a in live))
 
     def state(self) -> dict[str, Tensor]:
-        return {"live_ranks": torch.tensor(self.pool.ranks), "stats": self.stats, "alive": self.pool.alive}
+        numbers = {"closed": torch.tensor(self.pool.closed), "trained": torch.tensor(self.trained)}
+        return {"live_ranks": torch.tensor(self.pool.ranks), "stats": self.stats, "alive": self.pool.alive, **numbers}
 
     def load_state(self, state: Mapping[str, Tensor]) -> None:
         self.pool.ranks = state["live_ranks"].tolist()
         self.stats, self.pool.alive = state["stats"].clone(), state["alive"].clone()
+        self.pool.closed, self.trained = bool(state["closed"]), int(state["trained"])

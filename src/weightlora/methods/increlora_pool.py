@@ -31,21 +31,30 @@ class RankPool:
 
     Args:
         adapters: all n.
-        target: live ranks in the end, over all adapters.
+        costs, budget: of a live rank of each adapter, and what all may cost; ones and the ranks in all, to count ranks.
         add: ranks in reserve, which go live together.
         most: ranks allocated for each adapter.
         seed: of their initial values.
     """
 
-    def __init__(self, adapters: Sequence[Adapter], *, target: int, add: int, most: int, seed: int) -> None:
-        self.adapters, self.target, self.add, self.most, self.seed = adapters, target, add, most, seed
+    def __init__(
+        self, adapters: Sequence[Adapter], *, costs: Sequence[int], budget: int, add: int, most: int, seed: int
+    ) -> None:
+        self.adapters, self.costs, self.budget = adapters, costs, budget
+        self.add, self.most, self.seed = add, most, seed
+        self.closed = False  # after the last round, whatever it has left
         self.ranks = [1] * len(adapters)
         self.alive = torch.zeros(len(adapters) * most, dtype=torch.bool)
 
     @property
+    def left(self) -> int:
+        """What live ranks may still cost."""
+        return self.budget - sum(live * cost for live, cost in zip(self.ranks, self.costs, strict=True))
+
+    @property
     def complete(self) -> bool:
-        """Whether the target is reached; then nothing is in reserve."""
-        return sum(self.ranks) == self.target
+        """Whether no rank can be added any more; then nothing is in reserve."""
+        return self.closed or self.left < min(self.costs)
 
     def used(self) -> list[int]:
         """Live and reserve ranks of every adapter."""
@@ -67,7 +76,7 @@ class RankPool:
     def grow(self, index: int, pair: tuple[Tensor, Tensor]) -> tuple[range, range]:
         """Take an adapter's reserve into use and draw another; the ranks that went live, and those now in reserve."""
         before, live = self.used()[index], self.ranks[index]
-        self.ranks[index] += min(self.add, self.target - sum(self.ranks))
+        self.ranks[index] += min(self.add, self.left // self.costs[index], self.most - live)
         taken, reserve = range(live, self.ranks[index]), range(before, self.used()[index])
         self.draw(index, pair, reserve)
         return taken, reserve

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
-from weightlora.core import smallest_prefix
+from weightlora.core import rank_for_params, smallest_prefix
 from weightlora.errors import ConfigError, ScheduleError
 from weightlora.graft import Adapter, Selection
-from weightlora.methods.base import Method, Policy, StepView
+from weightlora.methods.base import GrowthPlan, Method, Policy, Shapes, StepView
+from weightlora.methods.budgets import spread
 from weightlora.methods.checks import check_warmup
 
 
@@ -30,6 +31,8 @@ class LoRADrop(Method):
         warmup_steps: length of the first stage, in optimizer steps or as a share of the run.
         threshold: T, the share of the output that adapters of their own must carry.
         batches: held-out batches on which the output is measured.
+        spend: parameters of the second stage: the pairs that are left get ranks for them, the same for all up to one
+            (`--params` sets it). None: the ranks they have.
         seed: of the generator that draws the second stage's initial values.
 
     Raises:
@@ -50,6 +53,7 @@ class LoRADrop(Method):
     warmup_steps: int | float = 0.1
     threshold: float = 0.9
     batches: int = 8
+    spend: int | None = None
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -62,6 +66,9 @@ class LoRADrop(Method):
     @property
     def held_out_batches(self) -> int:
         return self.batches
+
+    def within(self, params: int, shapes: Shapes, rank: int, kinds: Sequence[str] = ()) -> tuple[Any, int]:
+        return replace(self, spend=params), rank_for_params(params, shapes)
 
     def begin(self, adapters: tuple[Adapter, ...], max_steps: int) -> LoRADropPolicy:
         return LoRADropPolicy(self, adapters, max_steps)
@@ -112,12 +119,24 @@ class LoRADropPolicy(Policy):
         )
         return self.method.choose(self.adapters, range(n), why, step=self.seam, scores=self.importance())
 
-    def shared(self, selection: Selection) -> Sequence[Sequence[str]]:
-        own, groups = set(self.own()), dict[tuple[Any, ...], list[str]]()
+    def _groups(self) -> list[tuple[Adapter, ...]]:
+        """Adapters that will share one pair."""
+        own, groups = set(self.own()), dict[tuple[Any, ...], list[Adapter]]()
         for a in self.adapters:
             if a.index not in own:
-                groups.setdefault((a.kind, a.shape, a.rank, a.scale), []).append(a.name)
-        return list(groups.values())
+                groups.setdefault((a.kind, a.shape, a.rank, a.scale), []).append(a)
+        return [tuple(group) for group in groups.values()]
+
+    def shared(self, selection: Selection) -> Sequence[Sequence[str]]:
+        return [[a.name for a in group] for group in self._groups()]
+
+    def growth(self, selection: Selection) -> GrowthPlan | None:
+        if self.method.spend is None:
+            return None
+        shares = self.importance()
+        own = sorted(self.own(), key=lambda i: (-shares[i], i))
+        pairs = [*((self.adapters[i],) for i in own), *self._groups()]
+        return spread(self.method.spend, pairs, range(len(pairs)))
 
     def state(self) -> dict[str, Tensor]:
         assert self.restart is not None

@@ -13,7 +13,7 @@ from torch import Tensor
 from weightlora.core import major_pair
 from weightlora.errors import AdapterError, ConfigError
 from weightlora.graft import Adapter, Form, Nest, Selection
-from weightlora.methods.base import Factors, Method, Policy
+from weightlora.methods.base import Factors, Method, Policy, Shapes
 from weightlora.methods.baselines import Fixed
 from weightlora.methods.milora import check_dense, check_ranks
 
@@ -67,7 +67,7 @@ class NoRA(Method):
     def held_out_batches(self) -> int:
         return self.calibration_batches
 
-    def within(self, params: int, shapes: Sequence[tuple[int, int]], rank: int) -> tuple[Any, int]:
+    def within(self, params: int, shapes: Shapes, rank: int, kinds: Sequence[str] = ()) -> tuple[Any, int]:
         """The inner rank is kept where it can be: ``r = params / (2 n r')``, and ``r' <= r <= min(d_in, d_out)``."""
         each = params // (2 * max(1, len(shapes)))  # r r' of one layer
         if each < 1:

@@ -11,10 +11,10 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from weightlora.core import mean_rank_for_params
+from weightlora.core import above_smallest, affordable, rank_for_params
 from weightlora.errors import ConfigError, ScheduleError
 from weightlora.graft import Adapter, Form, RankGates, Selection
-from weightlora.methods.base import Factors, Method, Policy, StepView
+from weightlora.methods.base import Factors, Method, Policy, Shapes, StepView
 from weightlora.methods.checks import check_warmup
 
 UNKNOWN = 2**31  # what a loop that does not say how long it is passes for its optimizer steps
@@ -30,11 +30,14 @@ class RankMethod(Method):
         tinit: steps before the first cut (a count or a share of the run).
         tfinal: steps after the last one.
         deltaT: steps between cuts.
+        spend: parameters that the ranks may cost at the end, in place of their number: the last cut keeps the best that
+            fit (`--params` sets it).
         shrink: after the last cut take the masked ranks out and go on as plain LoRA; otherwise mask to the end.
         seed: of the initial values.
     """
 
     chooses_k: ClassVar[bool] = True
+    spending: ClassVar[str] = "it starts with more ranks than it ends with"
     in_shares: ClassVar[tuple[str, ...]] = ("tinit", "tfinal", "deltaT")
 
     target_r: int | None = None
@@ -42,12 +45,13 @@ class RankMethod(Method):
     tinit: int | float = 0.15
     tfinal: int | float = 0.5
     deltaT: int | float = 0.002
+    spend: int | None = None
     shrink: bool = True
     seed: int = 0
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name, value in (("target_r", self.target_r), ("init_r", self.init_r)):
+        for name, value in (("target_r", self.target_r), ("init_r", self.init_r), ("spend", self.spend)):
             if value is not None and value < 1:
                 raise ConfigError(f"{name}={value!r} is not allowed; use 1 or more, or None")
         if self.target_r is not None and self.init_r is not None and self.init_r < self.target_r:
@@ -57,10 +61,9 @@ class RankMethod(Method):
         """The rank that an adapter starts with."""
         return math.ceil(1.5 * target) if self.init_r is None else self.init_r
 
-    def within(self, params: int, shapes: Sequence[tuple[int, int]], rank: int) -> tuple[Any, int]:
-        fitting = mean_rank_for_params(params, shapes, lambda r: max(r, self.start_rank(r)))
-        fitting = fitting if self.init_r is None else min(fitting, self.init_r)
-        return replace(self, target_r=None), fitting
+    def within(self, params: int, shapes: Shapes, rank: int, kinds: Sequence[str] = ()) -> tuple[Any, int]:
+        fitting = rank_for_params(params, shapes)
+        return replace(self, target_r=None, spend=params), fitting if self.init_r is None else min(fitting, self.init_r)
 
 
 class RankPolicy(Policy):
@@ -91,6 +94,19 @@ class RankPolicy(Policy):
         self.seam = self.last if method.shrink else None
         self.mask = torch.ones(self.start, dtype=torch.bool)
         self.alive = torch.zeros(self.start, dtype=torch.bool)
+
+    def last_cut(self, scores: Tensor, count: int) -> Tensor:
+        """Which ranks live on: all but the `count` with the smallest scores, or the best that the budget pays for."""
+        if self.settings.spend is None:
+            return above_smallest(scores, count)
+        gate = 0 if self.settings.shrink else 1  # it trains to the end
+        costs = [
+            a.d_in + a.d_out + gate for a, rank in zip(self.adapters, self.ranks, strict=True) for _ in range(rank)
+        ]
+        order = torch.sort(scores, descending=True, stable=True).indices.tolist()
+        keep = torch.zeros_like(scores, dtype=torch.bool)
+        keep[affordable(order, costs, self.settings.spend)] = True
+        return keep
 
     @abstractmethod
     def scale(self, adapter: Adapter, rank: int) -> float:

@@ -9,9 +9,7 @@ from typing import Any, ClassVar
 
 from weightlora.errors import ConfigError, ScheduleError
 from weightlora.graft import Adapter, dora_config, tuner_config
-from weightlora.methods.base import Method, Policy, Trains
-
-Shapes = Sequence[tuple[int, int]]
+from weightlora.methods.base import Method, Policy, Shapes, Trains
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,7 +37,7 @@ class DoRA(Tuner):
     def peft_config(self, lora: Any, shapes: Shapes) -> Any:
         return dora_config(lora)
 
-    def within(self, params: int, shapes: Shapes, rank: int) -> tuple[Any, int]:
+    def within(self, params: int, shapes: Shapes, rank: int, kinds: Sequence[str] = ()) -> tuple[Any, int]:
         each, rows = sum(i + o for i, o in shapes), sum(o for _, o in shapes)
         _check_fits(self.name, params, each + rows, "rank 1")
         return self, (params - rows) // each
@@ -60,6 +58,8 @@ class VeRA(Tuner):
 
     name: ClassVar[str] = "vera"
     kind: ClassVar[str] = "VERA"
+    spending: ClassVar[str] = "above a rank of 1024 the frozen pair costs more operations than the layers it sits on"
+    rate: ClassVar[float] = 10.0  # measured; see docs/methods.md
     rates: ClassVar[Mapping[str, float]] = {"vera_lambda": 10.0}
     presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {"official": {"r": 1024}}
     MAX_RANK: ClassVar[int] = 1024  # what the official script uses; more is all cost
@@ -79,7 +79,7 @@ class VeRA(Tuner):
             vera_dropout=lora.lora_dropout, save_projection=True,
         )  # fmt: skip
 
-    def within(self, params: int, shapes: Shapes, rank: int) -> tuple[Any, int]:
+    def within(self, params: int, shapes: Shapes, rank: int, kinds: Sequence[str] = ()) -> tuple[Any, int]:
         rows = sum(o for _, o in shapes)
         _check_fits(self.name, params, rows + len(shapes), "rank 1")
         return replace(self, r=min((params - rows) // len(shapes), self.MAX_RANK)), rank
@@ -100,6 +100,7 @@ class VBLoRA(Tuner):
 
     name: ClassVar[str] = "vb_lora"
     kind: ClassVar[str] = "VBLORA"
+    rate: ClassVar[float] = 10.0  # measured; see docs/methods.md
     rates: ClassVar[Mapping[str, float]] = {"vblora_logits": 10.0}
     presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {"official": {"vector_length": 256}}
 
@@ -137,7 +138,7 @@ class VBLoRA(Tuner):
             topk=self.topk, vblora_dropout=lora.lora_dropout,
         )  # fmt: skip
 
-    def within(self, params: int, shapes: Shapes, rank: int) -> tuple[Any, int]:
+    def within(self, params: int, shapes: Shapes, rank: int, kinds: Sequence[str] = ()) -> tuple[Any, int]:
         b = self.length(shapes)
         each = b + self.r * sum(i + o for i, o in shapes) // b
         _check_fits(self.name, params, self.topk * each, f"a bank of {self.topk} vectors")

@@ -10,7 +10,8 @@ from typing import Any, ClassVar, Literal, get_args
 from weightlora.core import Rule, Shape, parse_bytes, parse_share
 from weightlora.errors import ConfigError
 from weightlora.graft import Adapter
-from weightlora.methods.base import Method, with_k
+from weightlora.methods.base import Method, Shapes
+from weightlora.methods.budgets import ANY_K, with_k
 from weightlora.methods.checks import check_choice, check_k_value
 from weightlora.methods.presets import WEIGHTLORA
 from weightlora.methods.weightlora_policy import Score, WeightLoRAPolicy
@@ -58,6 +59,7 @@ class WeightLoRA(Method):
     """
 
     name: ClassVar[str] = "weightlora"
+    spending: ClassVar[str] = f"all n train until the seam; {ANY_K}"
     presets: ClassVar[Mapping[str, Mapping[str, Any]]] = WEIGHTLORA
 
     k: int | float | None = None
@@ -112,7 +114,7 @@ class WeightLoRA(Method):
         """Copies of all adapters that a step of warm-up holds: credit compares them before and after it."""
         return 0 if self.score == "omega" else 1
 
-    def within(self, params: int, shapes: Sequence[tuple[int, int]], rank: int) -> tuple[Any, int]:
+    def within(self, params: int, shapes: Shapes, rank: int, kinds: Sequence[str] = ()) -> tuple[Any, int]:
         if self.limit is not None:
             raise ConfigError(f"params and {self.limit[0]} both say how many adapters live; give one of them")
         return with_k(self, params, shapes, rank)

@@ -11,7 +11,7 @@ import torch
 from weightlora.core import Growth, Noise, Remainder, grown_ranks, rank_for_params, total_params
 from weightlora.errors import ConfigError, ScheduleError
 from weightlora.graft import Adapter, Selection
-from weightlora.methods.base import GrowthPlan
+from weightlora.methods.base import GrowthPlan, Shapes
 from weightlora.methods.checks import check_choice
 from weightlora.methods.presets import WEIGHTLORA_PLUS
 from weightlora.methods.weightlora import WeightLoRA
@@ -36,6 +36,7 @@ class WeightLoRAPlus(WeightLoRA):
     """
 
     name: ClassVar[str] = "weightlora+"
+    spending: ClassVar[str] = "ranks are whole numbers, and no rank is above a layer's width"
     presets: ClassVar[Mapping[str, Mapping[str, Any]]] = WEIGHTLORA_PLUS
     grows: ClassVar[bool] = True
 
@@ -54,7 +55,7 @@ class WeightLoRAPlus(WeightLoRA):
         if self.max_rank is not None and self.max_rank < 1:
             raise ConfigError(f"max_rank={self.max_rank} is not allowed; use 1 or more, or None for no cap")
 
-    def within(self, params: int, shapes: Sequence[tuple[int, int]], rank: int) -> tuple[Any, int]:
+    def within(self, params: int, shapes: Shapes, rank: int, kinds: Sequence[str] = ()) -> tuple[Any, int]:
         # It ends with the parameters of all n, so the budget is theirs; K stays.
         return self, rank_for_params(params, shapes)
 

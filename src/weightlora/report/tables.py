@@ -298,6 +298,8 @@ def _notes(records: Sequence[Record], rows: Sequence[dict[str, Any]], comparable
             notes.append(f"not finished: {run}")
         elif record.score is None:
             notes.append(f"no {record.metric} recorded: {run}; the mean is over the others")
+    unmet = {(record.method, record.preset): record.unmet for record in records[::-1] if record.unmet}
+    notes += [f"{method} ({preset}): {why}" for (method, preset), why in list(unmet.items())[::-1]]
     for row in rows:
         twice = [str(seed) for seed, times in Counter(row["seeds"]).items() if times > 1]
         if twice:

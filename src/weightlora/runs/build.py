@@ -17,7 +17,7 @@ from transformers import PreTrainedModel, Seq2SeqTrainingArguments, Trainer, Tra
 
 from weightlora.core import parse_params
 from weightlora.errors import AdapterError, ConfigError
-from weightlora.graft import adapters
+from weightlora.graft import adapters, train_heads
 from weightlora.methods import Method
 from weightlora.runs.config import RunConfig
 from weightlora.runs.together import launched
@@ -60,7 +60,7 @@ TASK_TYPES: dict[Head, str] = {
     "seq2seq-lm": "SEQ_2_SEQ_LM",
     "causal-lm": "CAUSAL_LM",
 }
-FULL_LEARNING_RATE = 5e-5  # every weight moves: the adapters' rate would destroy the model
+FULL_LEARNING_RATE = 2e-4  # every weight moves: the adapters' rate would destroy the model; see docs/methods.md
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -199,7 +199,8 @@ def within_budget(config: RunConfig, method: Method, loaded: LoadedModel) -> tup
     """The method and the rank that spend the run's budget of adapter parameters; as they are without one."""
     if config.params is None:
         return method, config.r
-    return method.within(parse_params(config.params), target_shapes(config, loaded), config.r)
+    kinds = [name.rpartition(".")[2] for name in targets(config.targets, loaded)]
+    return method.within(parse_params(config.params), target_shapes(config, loaded), config.r, kinds)
 
 
 def target_shapes(config: RunConfig, loaded: LoadedModel) -> list[tuple[int, int]]:
@@ -304,7 +305,9 @@ def _with_method(config: RunConfig) -> tuple[Task, LoadedModel, Method, int, Pre
             f"method {chosen.name!r} asks the model as it is, and for task {config.task!r} model {config.model!r} gets"
             f" a new head ({', '.join(loaded.heads)}) that knows nothing; use a model that answers in words"
         )
-    if chosen.trains in ("full", "none"):
+    if not chosen.has_adapters:
+        if chosen.trains == "head":
+            train_heads(loaded.model, loaded.heads)
         return task, loaded, chosen, rank, loaded.model
     return task, loaded, chosen, rank, with_adapters(config, task, loaded, chosen, rank)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import fields, replace
+from dataclasses import replace
 from pathlib import Path
 
 from weightlora.errors import ConfigError, WeightLoRAError
@@ -171,6 +171,6 @@ def _cannot_start(config: RunConfig, plan: dict[str, RunConfig], of: int) -> dic
 
 def for_method(config: RunConfig, name: str, preset: str) -> RunConfig:
     """The shared settings, less those that this method does not have (``k`` for plain LoRA, say)."""
-    own = {f.name for f in fields(METHODS[name])}
+    own = METHODS[name].settings()
     settings = {key: value for key, value in config.settings.items() if key in own}
     return replace(config, method=name, preset=preset, settings=settings)

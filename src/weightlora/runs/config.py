@@ -108,7 +108,7 @@ class RunConfig:
     def make_method(self) -> Method:
         """The method with this run's settings; one that draws (``random``, growth) gets the run's seed by default."""
         kind = METHODS.get(self.method)
-        own = {f.name for f in fields(kind)} if kind else set()
+        own = kind.settings() if kind else frozenset()
         seeded = {"seed": self.seed} if "seed" in own else {}
         return method(self.method, self.preset, **{**seeded, **self.settings})
 

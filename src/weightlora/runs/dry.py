@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 from weightlora.errors import ConfigError
-from weightlora.methods import METHODS
 from weightlora.runs.build import training_arguments
 from weightlora.runs.config import RunConfig
 from weightlora.tasks import MODELS, check_name
@@ -36,7 +35,7 @@ def describe(config: RunConfig, tuned: Collection[str] = ()) -> str:
     length = f"{args.max_steps} steps" if args.max_steps > 0 else f"{args.num_train_epochs:g} epochs"
     batch = args.per_device_train_batch_size * args.gradient_accumulation_steps
     settings = "".join(f", {name} {value}" for name, value in config.settings.items())
-    rank = "" if METHODS[config.method].trains in ("full", "none") else f" r {config.r} on {config.targets}"
+    rank = f" r {config.r} on {config.targets}" if config.make_method().has_adapters else ""
     chosen = {
         name: "tuned" if name in tuned else f"{getattr(args, name):g}" for name in ("learning_rate", "warmup_steps")
     }

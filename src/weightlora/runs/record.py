@@ -121,8 +121,10 @@ class Record:
         why: the method's reason for its selection, in words.
         versions, argv, config, machine: how to run it again, and on what kind of machine it ran.
         error: one line when the status is ``"failed"``.
-        budget: adapter parameters, heads excluded: ``asked`` (``--params``, if given), ``allocated``, ``trainable`` at
-            the most, ``effective`` at the end, and ``stored_bytes`` of the adapter's files. Empty in older records.
+        budget: adapter parameters, heads excluded: ``asked`` (``--params``, if given), ``allocated``, ``trainable``
+            until the seam, at the ``peak`` of the run, ``effective`` at the end, and ``stored_bytes`` of the adapter's
+            files. Empty in older records, ``peak`` missing. ``unmet``: why peak or end are more than 5% off what was
+            asked; empty where they are not.
         scored_on: the rows behind ``metrics``: ``split`` ("validation", or "train" for training rows that were held
             out, by ``split_seed`` and the share ``holdout`` if one was asked for) and ``rows``; ``also_trained_on``:
             how many of them have the texts of training rows, if any; ``checkpoint``: "best" where they chose it. Empty
@@ -160,6 +162,7 @@ class Record:
     error: str | None
     machine: dict[str, str | int]
     budget: dict[str, int] = dataclasses.field(default_factory=dict)
+    unmet: str = dataclasses.field(default_factory=str)
     scored_on: dict[str, str | int | float] = dataclasses.field(default_factory=dict)
     predicted: dict[str, dict[str, int]] = dataclasses.field(default_factory=dict)
     placement: dict[str, Any] = dataclasses.field(default_factory=dict)

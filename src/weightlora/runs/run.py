@@ -19,6 +19,7 @@ from weightlora.core import parse_params
 from weightlora.errors import CheckpointError, WeightLoRAError
 from weightlora.files import disk_is_full, leftovers, new_folder, sweep, write_text
 from weightlora.graft import MANIFEST, Manifest, Selection, adapters, block_of, tuned_layers
+from weightlora.methods import Method
 from weightlora.runs.build import Parts, build, make_trainer, scored_on, tell_scored_on
 from weightlora.runs.config import CONFIG, RunConfig
 from weightlora.runs.lock import INSIDE, alone, refuse_busy
@@ -229,8 +230,9 @@ def _live(parts: Parts, config: RunConfig, folder: Path, *, resume: bool, argv: 
         described = Manifest.describe(adapters(parts.model)) if parts.method.uses_adapters else ()
         result, metrics, sample = _fitted(trainer, parts, config, resume)
         write_result(on_whole_base(result, config), trainer.state.global_step, folder, described, sample)
+        budget = _budget(config, result, folder)
         recording.record = replace(
-            _last_record(recording.record, parts, result, metrics), budget=_budget(config, result, folder)
+            _last_record(recording.record, parts, result, metrics), budget=budget, unmet=_unmet(budget, parts.method)
         )
     return recording.record
 
@@ -341,7 +343,7 @@ def _fixed_k(parts: Parts, selection: Selection | None, n: int) -> int | None:
 def _kept(parts: Parts, selection: Selection | None) -> tuple[Kept, ...]:
     if selection is not None:
         return tuple(Kept(name=c.name, omega=c.omega, rank=c.rank) for c in selection.kept)
-    if parts.method.trains in ("full", "none"):
+    if not parts.method.has_adapters:
         return ()
     rank = int(getattr(parts.method, "r", parts.rank))
     return tuple(Kept(name=name, omega=1.0, rank=rank) for name in tuned_layers(parts.model))
@@ -350,6 +352,8 @@ def _kept(parts: Parts, selection: Selection | None) -> tuple[Kept, ...]:
 def _why_all(parts: Parts) -> str:
     if parts.method.trains == "full":
         return "every weight trains"
+    if parts.method.trains == "head":
+        return "no adapters: the head alone trains"
     if parts.method.trains == "none":
         return "nothing trains: the model is judged as it is"
     return f"{parts.method.name} sits on every target; it is no plain LoRA, so its adapter has PEFT's own format"
@@ -362,6 +366,15 @@ def _budget(config: RunConfig, result: FitResult, folder: Path) -> dict[str, int
     files = [file for file in (folder / ADAPTER).iterdir() if file.suffix == ".safetensors"]
     asked = {} if config.params is None else {"asked": parse_params(config.params)}
     return {**asked, **result.adapter_params, "stored_bytes": sum(file.stat().st_size for file in files)}
+
+
+def _unmet(budget: dict[str, int], method: Method) -> str:
+    """Where a budget was asked for and is more than 5% off: by how much, and why."""
+    asked = budget.get("asked")
+    if asked is None or (budget["effective"] >= 0.95 * asked and budget["peak"] <= 1.05 * asked):
+        return ""
+    shares = f"{budget['effective'] / asked:.0%} of the budget at the end, {budget['peak'] / asked:.0%} at the peak"
+    return f"{shares}: {method.spending}"
 
 
 def _scores(selection: Selection) -> tuple[AdapterScore, ...]:

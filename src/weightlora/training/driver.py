@@ -95,7 +95,7 @@ class Driver:
         self.watch: ProductWatch | None = None
         self.check: GradientCheck | None = None
         self.selection: Selection | None = None
-        self.counts: dict[str, int] = {}  # adapter parameters: allocated, trainable at the start; effective at the end
+        self.counts: dict[str, int] = {}  # numbers in adapters; see FitResult
         self.step = 0
         self.finite = FiniteWatch(model)
         keep_unpacked(model)
@@ -335,6 +335,9 @@ class Driver:
         if optimizer is not None:
             remap(optimizer, later)
         self.selection = selection.with_ranks(adapters(self.model, self.name))
+        trains = {p for pair in parameters(self.model, self.name).values() for p in pair if p.requires_grad}
+        after = 0 if self.policy.seam is None else sum(p.numel() for p in trains)  # what is folded at the end is over
+        self.counts["peak"] = max(self.policy.peak() or self.counts["trainable"], after)
         self.settle()
         self._factors = tuple(parameters(self.model, self.name).values())
         for pair in self._factors:

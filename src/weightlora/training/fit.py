@@ -40,7 +40,7 @@ from weightlora.training.predict import Predictor
 from weightlora.training.preflight import check_best, check_fit, check_trainers_model, torch_optimizer
 from weightlora.training.processes import check_same_everywhere, main_alone, processes
 from weightlora.training.results import FitResult, PhaseResult, phase_result, read_progress
-from weightlora.training.resuming import OptimizerOrder, load_optimizer, trainers_optimizer
+from weightlora.training.resuming import OptimizerOrder, load_optimizer, set_rates, trainers_optimizer
 from weightlora.training.sharding import (
     as_data_parallel,
     asked_for,
@@ -248,7 +248,7 @@ class _Fit:
         else:
             self.driver.start(trainers_optimizer(self.trainer), fresh=self.manifest is None)
             if self.ordered is not None:
-                self.ordered.count()
+                self.ordered.count(self.method)
                 self.ordered.follow()
             if self.driver.seam == 0:
                 self.driver.operate(trainers_optimizer(self.trainer))
@@ -282,7 +282,7 @@ class _Fit:
         assert self.manifest.selection is not None
         driver, selection = self.driver, self.manifest.selection
         assert self.ordered is not None
-        self.ordered.count()
+        self.ordered.count(self.method)
         reshape(
             driver.model,
             {c.name: c.rank for c in selection.kept},
@@ -324,14 +324,14 @@ class _Fit:
         trainer = self.trainer
         if self.sharded:
             leave_to_fsdp(trainer.model)
+        set_rates(trainer, self.method)
         if self.measure:
             checkpoint_as_in_training(trainer)
             self.driver.settle()
         trainable = sum(p.numel() for p in trainer.model.parameters() if p.requires_grad)
         until = self.driver.seam if stage == "warmup" and self.driver.seam else self.max_steps
-        changed: Any = contextlib.nullcontext()
-        if self.driver.seam:
-            changed = warmup_arguments(trainer) if stage == "warmup" else going_on(trainer)
+        inside: Any = warmup_arguments if stage == "warmup" else going_on
+        changed = inside(trainer) if self.driver.seam else contextlib.nullcontext()
         call = self.whole.call(stage == "final", self.spent + sum(p.seconds for p in self.phases if p.name != stage))
         begun = 0 if self.start is None else checkpoint.whole(self.start) or 0
         with changed, call, step_counted(trainer, self.measure) as seen, self.order.over(self.start, begun):

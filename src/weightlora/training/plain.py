@@ -9,7 +9,7 @@ from typing import Any
 from transformers import Trainer
 
 from weightlora.errors import AdapterError, CheckpointError
-from weightlora.graft import check_tuner, has_adapters, keep_unpacked, tuner_params
+from weightlora.graft import check_tuner, has_adapters, keep_unpacked, train_heads, tuner_params
 from weightlora.methods import Method
 from weightlora.training import checkpoint
 from weightlora.training.finite import FiniteCallback, naming_the_last_good
@@ -18,11 +18,11 @@ from weightlora.training.measure import PeakMemory
 from weightlora.training.order import DataOrder
 from weightlora.training.processes import main_alone, processes
 from weightlora.training.results import FitResult, phase_result
+from weightlora.training.resuming import set_rates
 from weightlora.training.trainer import (
     average_micro_batches,
     checkpoint_as_in_training,
     planned_steps,
-    set_rates,
     step_counted,
 )
 
@@ -34,11 +34,7 @@ def train_plain(
     if method.trains == "none":
         return _untrained(trainer, method)
     model: Any = trainer.model
-    if method.trains == "peft":
-        check_tuner(model, method.kind)
-        set_rates(trainer, method.rates)
-    elif has_adapters(model):
-        raise AdapterError(f"method {method.name!r} trains the plain model; give the trainer a model without adapters")
+    _arrange(trainer, model, method)
     keep_unpacked(model)
     output_dir = Path(str(trainer.args.output_dir))
     start = checkpoint.resolve(resume, output_dir, manifest=False)
@@ -86,6 +82,17 @@ def train_plain(
         adapter_params=tuner_params(model) if method.trains == "peft" else {},
         log_history=tuple(trainer.state.log_history),
     )
+
+
+def _arrange(trainer: Trainer, model: Any, method: Method) -> None:
+    """Refuse a model that was not built for the method; let what it trains train, at its rates."""
+    if method.trains == "peft":
+        check_tuner(model, method.kind)
+        set_rates(trainer, method)
+    elif has_adapters(model):
+        raise AdapterError(f"method {method.name!r} trains the plain model; give the trainer a model without adapters")
+    elif method.trains == "head" and all(p.requires_grad for p in model.parameters()):
+        train_heads(model)
 
 
 def _untrained(trainer: Trainer, method: Method) -> FitResult:

@@ -35,8 +35,9 @@ class PhaseResult:
 class FitResult:
     """What :func:`fit` hands back: a plain PEFT model, what was kept and why, and what each phase cost.
 
-    ``adapter_params``: numbers in adapters (heads excluded) that were allocated, trainable at the most, and in effect
-    at the end, by the method's own formula. ``predicted``: ``{phase: {field: number}}`` as said before the first step.
+    ``adapter_params``: numbers in adapters (heads excluded) that were ``allocated``, ``trainable`` until the seam, that
+    trained at the ``peak`` of the run, and that were ``effective`` at the end, by the method's own formula.
+    ``predicted``: ``{phase: {field: number}}`` as said before the first step.
     """
 
     model: nn.Module

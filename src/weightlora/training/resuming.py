@@ -1,4 +1,4 @@
-"""The optimizer of a run that is resumed: made as the run's was, in the checkpoint's order, then loaded by place."""
+"""The optimizer of a run: its rates, and where it is resumed the checkpoint's order, so that states load by place."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from transformers import Trainer
 
 from weightlora.errors import CheckpointError
 from weightlora.graft import arrange, group_names
+from weightlora.methods import Method
 from weightlora.training.preflight import torch_optimizer
 
 
@@ -22,6 +23,27 @@ def trainers_optimizer(trainer: Trainer) -> torch.optim.Optimizer | None:
 def load_optimizer(trainer: Trainer, start: Path) -> None:
     """The optimizer's state of the checkpoint, as the trainer loads it when it goes on training."""
     made_optimizer(trainer).load_state_dict(torch.load(start / "optimizer.pt", map_location="cpu", weights_only=True))
+
+
+def set_rates(trainer: Trainer, method: Method) -> None:
+    """Give the trainer an optimizer with the method's learning rates, groups in the order of the trainer's own.
+
+    An optimizer that is there already keeps its groups: it is the user's, or has these.
+    """
+    model: Any = trainer.model
+    names = {p: n for n, p in model.named_parameters() if p.requires_grad}
+    if trainer.optimizer is not None or all(method.rate_of(name) == 1.0 for name in names.values()):
+        return
+    optimizer: Any = trainer.create_optimizer()
+    for group in list(optimizer.param_groups):
+        shares: dict[float, list[Any]] = {}
+        for parameter in group["params"]:
+            shares.setdefault(method.rate_of(names[parameter]), []).append(parameter)
+        rest = {k: v for k, v in group.items() if k not in ("params", "lr", "initial_lr")}
+        group["params"] = shares.pop(1.0, [])
+        for factor, own in shares.items():
+            optimizer.add_param_group({**rest, "params": own, "lr": group["lr"] * factor})
+    optimizer.param_groups[:] = [group for group in optimizer.param_groups if group["params"]]
 
 
 def made_optimizer(trainer: Trainer) -> torch.optim.Optimizer:
@@ -57,8 +79,9 @@ class OptimizerOrder:
         if not fine or not all(isinstance(name, str) for group in self.groups for name in group):
             raise CheckpointError(f"{start}: the manifest is damaged: {self.groups!r:.80} are no optimizer's groups")
 
-    def count(self) -> None:
+    def count(self, method: Method) -> None:
         """Note the groups as they are before the model gets the checkpoint's structure, as those of the run were."""
+        set_rates(self.trainer, method)
         self._before = [] if self.groups is None else group_names(made_optimizer(self.trainer), self._model)
 
     def follow(self) -> None:

@@ -166,27 +166,6 @@ def split_batch(trainer: Trainer, micro_batch: int | None) -> tuple[int, int] | 
     return micro_batch, effective // micro_batch
 
 
-def set_rates(trainer: Trainer, rates: Mapping[str, float]) -> None:
-    """Give parameters whose name holds a key of `rates` a learning rate of their own: that factor times the run's.
-
-    An optimizer that the user brought along keeps its groups.
-    """
-    if not rates or trainer.optimizer is not None:
-        return
-    model: Any = trainer.model
-    optimizer: Any = trainer.create_optimizer()
-    names = {p: n for n, p in model.named_parameters()}
-    for group in list(optimizer.param_groups):
-        for key, factor in rates.items():
-            own = [p for p in group["params"] if key in names[p]]
-            if own:
-                chosen = {id(p) for p in own}
-                group["params"] = [p for p in group["params"] if id(p) not in chosen]
-                rest = {k: v for k, v in group.items() if k not in ("params", "lr", "initial_lr")}
-                optimizer.add_param_group({**rest, "params": own, "lr": group["lr"] * factor})
-    optimizer.param_groups[:] = [group for group in optimizer.param_groups if group["params"]]
-
-
 def average_micro_batches(trainer: Trainer) -> None:
     """Make the gradient the mean over the effective batch, however it is split.
 
