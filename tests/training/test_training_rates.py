@@ -19,7 +19,7 @@ MADE: dict[str, wl.Method] = {
     "weightlora": wl.WeightLoRA(k=2, warmup_steps=4, adapter_rate=3.0, b_rate=4.0),
     "weightlora+": wl.WeightLoRAPlus(k=2, warmup_steps=4, adapter_rate=3.0),
     "adalora": wl.AdaLoRA(tinit=2, tfinal=4, deltaT=1),
-    "increlora": wl.IncreLoRA(init_warmup=1, incre_interval=1, top_h=3),
+    "increlora": wl.IncreLoRA(init_warmup=1, incre_interval=1, top_h=3, adapter_rate=3.0),
     "flexlora": wl.FlexLoRA(clients=2, rounds=2),
 }
 

@@ -43,7 +43,6 @@ class IncreLoRA(Method):
     """
 
     name: ClassVar[str] = "increlora"
-    rate: ClassVar[float] = 3.0  # measured; see docs/methods.md
     presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {
         "recommended": {},
         "paper": {"shrink": False},
