@@ -26,7 +26,8 @@ class FlexLoRA(Method):
         ranks: r_i of each client; None: the model's r for all, where one round is LoRA with its factors re-balanced.
 
     Departures: clients see disjoint batches of one shuffled set (the same distribution), their weights are their
-    steps; the head is not averaged but handed from client to client.
+    steps; the head is not averaged but handed from client to client; clients of different ranks have one common scale
+    s, that of the model as built (the source divides alpha by each client's own rank).
 
     Source: Bai et al. 2024. Not `flexora` (Wei et al.), which selects layers.
     """
