@@ -185,3 +185,22 @@ def test_an_older_releases_seal_knows_no_folders(tmp_path: Path) -> None:
     seal(tmp_path)
     (tmp_path / "mine" / "more.json").write_text("{}")
     assert damage(tmp_path) == "mine/more.json is damaged: it is not the file that was saved"
+
+
+@pytest.mark.parametrize("further", [False, True])
+def test_a_plain_trainers_checkpoint_is_never_removed(further: bool, old: dict[str, Path], tmp_path: Path) -> None:
+    """It has no manifest, as a half-written checkpoint of ours may have none; but it is whole, and not ours."""
+    out = tmp_path / "out"
+    shutil.copytree(old["weightlora"], out)
+    made = trainer(out, lora(layers=1), steps=8, save_strategy="steps", save_steps=8)
+    made.train()
+    if not further:
+        shutil.rmtree(out / "checkpoint-8")
+        shutil.copytree(out / "checkpoint-6", out / "checkpoint-7")  # as a process leaves it that dies while it saves
+        (out / "checkpoint-7" / "trainer_state.json").unlink()
+        run(out, "weightlora", resume=True)
+        assert not (out / "checkpoint-7").exists()
+        return
+    with pytest.raises(CheckpointError, match=r"checkpoint-8 is the checkpoint of a trainer without a method"):
+        run(out, "weightlora", resume=True)
+    assert (out / "checkpoint-8" / "trainer_state.json").is_file()

@@ -313,11 +313,24 @@ class _BestSoFar(InnerCallback):
 
 def discard_after(output_dir: Path, step: int) -> None:
     """Remove half-written and damaged checkpoints beyond `step`: a resumed run writes them again and must not mix old
-    files with new."""
-    for folder in output_dir.iterdir() if output_dir.is_dir() else ():
+    files with new.
+
+    Raises:
+        CheckpointError: one is whole and of a plain trainer; it is not ours to remove.
+    """
+    broken = []
+    for folder in folders(output_dir):
         found = _NAME.match(folder.name)
         if found and int(found.group(2)) >= step and (whole(folder) is None or damage(folder) is not None):
-            shutil.rmtree(folder, ignore_errors=True)
+            # Ours are written before the trainer's own last file, its state.
+            if _object(folder / TRAINER_STATE) and not any((folder / name).exists() for name in (MANIFEST, SEAL, RUN)):
+                raise CheckpointError(
+                    f"{folder} is the checkpoint of a trainer without a method, and this run would write over it;"
+                    " move it, or give another output_dir"
+                )
+            broken.append(folder)
+    for folder in broken:
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def sweep_all(output_dir: Path) -> None:
