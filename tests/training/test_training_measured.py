@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +31,7 @@ class Remembers(Trainer):
 
     elsewhere: list[float]
 
-    def compute_loss(self, model: Any, inputs: Any, return_outputs: bool = False, **kwargs: Any) -> Any:
+    def compute_loss(self, model: Any, inputs: Any, return_outputs: bool = False, **kwargs: Any) -> Any:  # type: ignore[override]
         loss, out = super().compute_loss(model, inputs, return_outputs=True, **kwargs)
         vars(self)["calls"] = vars(self).get("calls", 0) + 1
         vars(self).setdefault("history", []).append(loss.item())
@@ -155,6 +156,10 @@ def test_modules_and_buffers_are_as_if_nothing_had_been_counted(tmp_path: Path) 
     assert max_difference(stock.model.state_dict(), ours.model.state_dict()) == 0.0  # type: ignore[union-attr]
 
 
+def _loss(model: Any, ids: Tensor) -> Any:
+    return model(input_ids=ids, labels=ids).loss
+
+
 @pytest.mark.filterwarnings("ignore:You have requested `ensure_weight_tying`")
 def test_a_trace_puts_tied_wrappers_back(tmp_path: Path) -> None:
     from transformers import LlamaConfig, LlamaForCausalLM
@@ -162,20 +167,21 @@ def test_a_trace_puts_tied_wrappers_back(tmp_path: Path) -> None:
     config = LlamaConfig(vocab_size=60, hidden_size=16, intermediate_size=32, num_hidden_layers=1, pad_token_id=0,
                          num_attention_heads=2, num_key_value_heads=1, tie_word_embeddings=True)  # fmt: skip
     for tying in (False, True):
-        model = get_peft_model(
+        model: Any = get_peft_model(
             LlamaForCausalLM(config),
             LoraConfig(r=2, target_modules=["q_proj"], trainable_token_indices=[5, 6], ensure_weight_tying=tying),
         )
         before = {(id(m), key): p for m in model.modules() for key, p in m._parameters.items()}
         ids = batch()["input_ids"]
-        assert trace(model, lambda model=model, ids=ids: model(input_ids=ids, labels=ids).loss).kept([0]) > 0
+        loss = partial(_loss, model, ids)
+        assert trace(model, loss).kept([0]) > 0
         assert all(m._parameters[key] is before[id(m), key] for m in model.modules() for key in m._parameters)
 
 
 # data
 
 
-class Looked(Dataset):  # type: ignore[type-arg]
+class Looked(Dataset[Any]):
     """Notes which rows were read."""
 
     def __init__(self) -> None:
