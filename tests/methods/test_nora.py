@@ -43,7 +43,7 @@ def test_outer_pair_is_the_best_weighted_approximation(shape: tuple[int, int]) -
 
 
 def test_only_the_inner_pair_trains_and_it_starts_at_zero(tmp_path: Path) -> None:
-    loop = Loop.start(NoRA())
+    loop = Loop.start(NoRA(calibration_batches=0))
     frozen = [(A, B) for A, B in parameters(loop.model, "default").values()]
     start = [t.detach().clone() for pair in frozen for t in pair]
     assert not any(t.requires_grad for pair in frozen for t in pair)
@@ -72,7 +72,7 @@ def test_computes_the_nested_product_with_the_gradients_of_the_loss() -> None:
 
     torch.manual_seed(0)
     model: Any = get_peft_model(nn.Sequential(nn.Linear(8, 12)), LoraConfig(r=2, lora_alpha=3, target_modules=["0"]))
-    attach(model, NoRA(outer_rank=5), torch.optim.SGD(model.parameters(), lr=0.1))
+    attach(model, NoRA(outer_rank=5, calibration_batches=0), torch.optim.SGD(model.parameters(), lr=0.1))
     small_A, small_B = (p for p in inner(model))
     with torch.no_grad():
         small_B.normal_()

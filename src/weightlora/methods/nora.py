@@ -29,7 +29,7 @@ class NoRA(Method):
 
     Args:
         outer_rank: r, from r' to min(d_in, d_out). None: 4 r', or min(d_in, d_out) where that is less.
-        calibration_batches: how many batches S is taken from.
+        calibration_batches: how many batches S is taken from; 0: S = 1. The source gives no number.
         exponent: of the mean magnitude.
         seed: of A_in.
 
@@ -45,12 +45,12 @@ class NoRA(Method):
 
     name: ClassVar[str] = "nora"
     presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {
-        "paper": {"calibration_batches": 4, "exponent": 1.0},  # the number of batches is ours
-        "official": {"calibration_batches": 4, "exponent": 1.0},
+        "paper": {},  # the class's own defaults; the number of batches is ours
+        "official": {},
     }
 
     outer_rank: int | None = None
-    calibration_batches: int = 0
+    calibration_batches: int = 4
     exponent: float = 1.0
     seed: int = 0
 

@@ -52,6 +52,7 @@ WEIGHTLORA_PLUS: Mapping[str, Mapping[str, Any]] = {
         "k_schedule": "halving",
         "warmup_steps": 20,  # fat_step * max_fat_steps = 10 * 2
         "project_every": 10,  # fat_step
+        "comeback": False,  # what the first event drops is removed: it cannot be chosen at the second
         "growth": "qr",  # "smart"
         "noise": "uniform",  # rand_like: U(0, 1), nearly collinear directions
         "orthonormal": False,

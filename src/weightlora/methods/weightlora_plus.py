@@ -30,6 +30,8 @@ class WeightLoRAPlus(WeightLoRA):
         orthonormal: with "qr", orthonormalise the new directions (the paper prints them raw).
         remainder: "drop" keeps one rank for all (servers want that); "top" hands left-over ranks to the best adapters.
         max_rank: cap on the grown rank (for example 64, a server's limit).
+        comeback: whether a gate that a projection before T has set to 0 may rise again (the paper's rule). False: the
+            adapter is out for good, as in the official code, which removes it.
         seed: of the generator that draws new directions.
 
     Source: paper, section 3.4.
@@ -39,12 +41,14 @@ class WeightLoRAPlus(WeightLoRA):
     spending: ClassVar[str] = "ranks are whole numbers, and no rank is above a layer's width"
     presets: ClassVar[Mapping[str, Mapping[str, Any]]] = WEIGHTLORA_PLUS
     grows: ClassVar[bool] = True
+    later: ClassVar[tuple[str, ...]] = (*WeightLoRA.later, "comeback")
 
     growth: Growth = "gaussian"
     noise: Noise = "normal"
     orthonormal: bool = True
     remainder: Remainder = "drop"
     max_rank: int | None = None
+    comeback: bool = True
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -69,6 +73,10 @@ class WeightLoRAPlusPolicy(WeightLoRAPolicy):
     """WeightLoRA's decision, with growth; see :class:`WeightLoRAPlus`."""
 
     method: WeightLoRAPlus
+
+    def __init__(self, method: WeightLoRAPlus, adapters: tuple[Adapter, ...], max_steps: int) -> None:
+        super().__init__(method, adapters, max_steps)
+        self.comeback = method.comeback
 
     def growth(self, selection: Selection) -> GrowthPlan:
         method = self.method

@@ -40,6 +40,8 @@ class WeightLoRAPolicy(Policy):
             )
         self.credits = torch.zeros(len(adapters), dtype=torch.float64)
         self._off: list[int] = []
+        self.comeback = True  # whether a gate that was projected to 0 may rise again
+        self._out: list[int] = []  # those that may not
         self._before: list[tuple[Tensor, Tensor]] = []
 
     def prepare(self, factors: Factors, weights: Sequence[Tensor]) -> None:
@@ -75,7 +77,15 @@ class WeightLoRAPolicy(Policy):
         project = (last and method.score == "omega") if every is None else (view.step % every == 0 or last)
         k = gradual_k(view.step, self.horizon, len(self.adapters), self.k, method.k_schedule) if project else None
         lr = method.gate_lr * (view.lr_factor if method.gate_lr_scheduled else 1.0)
-        gates.set(gate_step(gates.omega.detach(), gates.omega.grad, lr, k, method.rule))
+        omega, grad = gates.omega.detach().clone(), gates.omega.grad
+        if self._out:
+            inside = [i for i in range(len(self.adapters)) if i not in self._out]
+            omega[inside] = gate_step(omega[inside], grad[inside], lr, k, method.rule)
+        else:
+            omega = gate_step(omega, grad, lr, k, method.rule)
+        gates.set(omega)
+        if project and not self.comeback:
+            self._out = torch.nonzero(omega == 0).flatten().tolist()
         if (project or method.rule == "positive") and not method.drift:
             self._off = torch.nonzero(gates.omega.detach() == 0).flatten().tolist()
 
@@ -88,9 +98,9 @@ class WeightLoRAPolicy(Policy):
         alive = [i for i, omega in enumerate(omegas) if omega != 0]
         if self.budget is not None and alive:
             return self._affordable(self.budget, omegas)
-        if method.score == "omega":
-            best = support(torch.tensor(omegas, dtype=torch.float64), self.k, method.rule)
-            alive = [i for i in best if omegas[i] != 0]
+        if method.score == "omega" and alive:
+            worth = torch.tensor([omegas[i] for i in alive], dtype=torch.float64)
+            alive = [alive[i] for i in support(worth, min(self.k, len(alive)), method.rule)]
         if not alive:
             raise ScheduleError(
                 f"all {len(omegas)} gates are zero at the end of warm-up;"
@@ -126,8 +136,10 @@ class WeightLoRAPolicy(Policy):
         return replace(selection, placement=found.facts)
 
     def state(self) -> dict[str, Tensor]:
-        return {"credits": self.credits.cpu(), "off": torch.tensor(self._off, dtype=torch.int64)}
+        off, out = (torch.tensor(found, dtype=torch.int64) for found in (self._off, self._out))
+        return {"credits": self.credits.cpu(), "off": off, **({} if self.comeback else {"out": out})}
 
     def load_state(self, state: Mapping[str, Tensor]) -> None:
         self.credits = state["credits"].clone()
         self._off = state["off"].tolist()
+        self._out = [] if self.comeback else state["out"].tolist()
