@@ -13,6 +13,7 @@ from tests.builders import QKV, adapter_state, batch, logits, lora, max_differen
 from tests.methods.test_lora_drop import everything, rough
 from tests.methods.test_methods_battery import HELD_OUT, STEPS, Loop
 from torch import nn
+from transformers import TrainerCallback
 
 import weightlora as wl
 from weightlora.core import hand_out, one_round
@@ -261,13 +262,27 @@ def test_bf16_and_accumulation_through_the_rounds() -> None:
     assert len(everything(optimizer)) == len(set(everything(optimizer)))
 
 
+class Rows(TrainerCallback):
+    """Notes how many rows a trainer trains on."""
+
+    def __init__(self, trainer: Any, seen: list[int]) -> None:
+        self.trainer, self.seen = trainer, seen
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self.seen.append(len(self.trainer.train_dataset))
+
+
 @pytest.mark.parametrize("scoring", ["exact", "gradient"])
 def test_fit_and_export(scoring: Any, tmp_path: Path) -> None:
     each = trainer(tmp_path / "run", lora(targets=[*QKV["bert"], "intermediate.dense"]), steps=8, count=40)
+    rows = each.train_dataset
+    trained_on: list[int] = []
+    each.add_callback(Rows(each, trained_on))
     result = wl.fit(each, ALoRA(**{**SHORT, "scoring": scoring}))
     assert result.selection is not None
     assert len({c.rank for c in result.selection.kept}) > 1
-    assert len(each.train_dataset) < 40
+    assert set(trained_on) == {32}  # a batch is held out, to judge rounds by
+    assert each.train_dataset is rows
     assert wl.export(result, tmp_path / "out").max_difference <= 1e-5
 
 

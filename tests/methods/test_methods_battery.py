@@ -196,7 +196,8 @@ def refused(kind: type[Exception], message: str, make: Callable[[], Any]) -> Non
 @pytest.mark.parametrize("name", ["weightlora", "weightlora+", "random", "top", "gradient"])
 @pytest.mark.parametrize("k", [0, -1, 0.0, 1.5, True, "3", float("nan")])
 def test_k_that_no_model_satisfies(name: str, k: Any) -> None:
-    refused(ConfigError, "k=.* is not allowed; use a count of adapters", lambda: method(name, k=k))
+    what = "number" if isinstance(k, str | bool) else "count of adapters"
+    refused(ConfigError, f"k=.* is not allowed; use a {what}", lambda: method(name, k=k))
 
 
 @pytest.mark.parametrize("name", ["weightlora", "weightlora+", "random", "top", "gradient"])
@@ -277,8 +278,8 @@ def test_names_presets_and_settings_are_checked() -> None:
     refused(
         ConfigError, "preset 'best' is unknown; use one of recommended, paper, official", lambda: method("top", "best")
     )
-    refused(ConfigError, "random has no setting 'rank'; it has k, seed", lambda: method("random", rank=3))
-    refused(ConfigError, "lora has no setting 'k'; it has none", lambda: method("lora", k=3))
+    refused(ConfigError, "random has no setting 'rank'; it has adapter_rate, b_rate, k, seed", lambda: method("random", rank=3))
+    refused(ConfigError, "lora has no setting 'k'; it has adapter_rate, b_rate", lambda: method("lora", k=3))
 
 
 def test_a_refused_method_changes_nothing() -> None:
