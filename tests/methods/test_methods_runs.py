@@ -9,7 +9,17 @@ import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from tests.builders import QKV, adapter_state, base, batch, batches, logits, lora, max_difference, trainer
-from tests.methods.test_methods_battery import CASES, HELD_OUT, RANK, STEPS, K, Loop, build
+from tests.methods.test_methods_battery import (
+    CASES,
+    DIFFERENT,
+    HELD_OUT,
+    RANK,
+    STEPS,
+    K,
+    Loop,
+    build,
+    each_different,
+)
 from torch import nn
 
 import weightlora as wl
@@ -42,13 +52,6 @@ def model_for(made: Method) -> nn.Module:
         return get_peft_model(base("bert"), made.peft_config(config, [(WIDTH, WIDTH)] * 6))
 
 
-def settings(name: str, preset: str) -> tuple[Any, ...]:
-    return name, *(item for item in sorted(build(name, preset).to_dict().items(), key=str) if item[0] != "preset")
-
-
-# A preset that sets nothing of its own is the same run again.
-DIFFERENT = list({repr(settings(*case)): case for case in reversed(CASES)}.values())[::-1]
-each_different = pytest.mark.parametrize(("name", "preset"), DIFFERENT, ids=["-".join(case) for case in DIFFERENT])
 RUNS = [*DIFFERENT, *((name, "recommended") for name in (*OWN, *BARE))]
 
 

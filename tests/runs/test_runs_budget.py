@@ -17,17 +17,18 @@ FLAGS = ("--params", "8k", "--max-steps", "60", "--warmup-steps", "10", "--save-
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("task", ["sst2", "stsb"])
-def test_every_method_runs_within_one_budget(task: str, small_data: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("task", "first"), [("sst2", 0), ("stsb", 1)])
+def test_every_method_runs_within_one_budget(task: str, first: int, small_data: Path, tmp_path: Path) -> None:
+    """Every second method on classes, the others on numbers."""
     out = tmp_path / "all"
+    # A new head knows nothing untrained.
+    there = {name: kind for name, kind in list(METHODS.items())[first::2] if kind.trains != "none"}
     code = weightlora(
-        "compare", "--methods", "all", "--seeds", "0", "--task", task, "--data-dir", small_data, *TINY, *FLAGS,
-        "--out", out,
+        "compare", "--methods", ",".join(there), "--seeds", "0", "--task", task, "--data-dir", small_data, *TINY,
+        *FLAGS, "--out", out,
     )  # fmt: skip
     table = read(out / "compare.json")
     assert code == 0, table["notes"]
-    # A new head knows nothing untrained.
-    there = {name: kind for name, kind in METHODS.items() if kind.trains != "none"}
     assert [row["method"] for row in table["rows"]] == list(there)
     for name, kind in there.items():
         folder = out / f"{name}-recommended" / "seed-0"
