@@ -95,7 +95,7 @@ METHODS = {
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("name", "stride"), [("weightlora", 5), ("paper", 11), ("weightlora+", 13)])
+@pytest.mark.parametrize(("name", "stride"), [("weightlora", 9), ("paper", 23), ("weightlora+", 27)])
 def test_killed_at_any_event_it_ends_with_the_same_adapter(
     killer: Killer, flags: list[str], tmp_path: Path, name: str, stride: int
 ) -> None:
