@@ -37,7 +37,7 @@ import weightlora.tasks  # noqa: F401  # what commands import in time, once for 
 from weightlora.cli.main import main
 from weightlora.errors import WeightLoRAError
 from weightlora.graft import Selection, is_sharded
-from weightlora.methods import DoRA, Flexora, Full, Method, MiLoRA, VBLoRA, VeRA, WeightLoRA, WeightLoRAPlus
+from weightlora.methods import DoRA, Flexora, Full, HeadOnly, Method, MiLoRA, VBLoRA, VeRA, WeightLoRA, WeightLoRAPlus
 from weightlora.training import attach, fit
 
 METHODS: dict[str, Method] = {
@@ -47,7 +47,9 @@ METHODS: dict[str, Method] = {
     "milora": MiLoRA(),
     "flexora": Flexora(warmup_steps=5, batches=2),  # it looks at rows that no process trains on
     **{f"any {name}": build(name, "recommended") for name in LORA},
-    **{f"any {kind.name}": kind() for kind in (Full, DoRA, VeRA, VBLoRA)},
+    **{f"any {kind.name}": kind() for kind in (Full, HeadOnly, DoRA)},
+    # Rounding grows with the rate, and theirs would be a hundred times the others'.
+    **{f"any {kind.name}": kind(adapter_rate=1.0) for kind in (VeRA, VBLoRA)},
 }
 SHAPES = [(16, 16)] * 6  # of what adapters sit on
 GRACE = 20.0  # seconds that processes may outlive one that failed: they wait for it in vain

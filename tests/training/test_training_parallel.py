@@ -121,9 +121,8 @@ def test_every_method(together: Together, tmp_path: Path, name: str) -> None:
     two = together.do(tmp_path / "two", method=f"any {name}", arguments=arguments)
     assert json.loads((two / "seen-0.json").read_text())["sharded"] == (False if whole_base else 41)
     ends = [{key: t for key, t in adapter(out).items() if "key.bias" not in key} for out in (alone, two)]
-    assert (
-        max_difference(*ends) <= FP32
-    )  # softmax does not see a key's bias: its gradient is rounding, which Adam scales
+    # Softmax does not see a key's bias: its gradient is rounding, which Adam scales.
+    assert max_difference(*ends) <= FP32
     if METHODS[name].trains == "lora":
         assert selection(alone).names == selection(two).names
     if whole_base:
