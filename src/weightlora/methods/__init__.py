@@ -59,8 +59,8 @@ def method(name: str, preset: str = "recommended", **settings: Any) -> Method:
     Raises:
         ConfigError: unknown name (with the nearest one), preset or setting.
 
-    >>> method("random", k=5, seed=1)
-    Random(preset='recommended', k=5, seed=1)
+    >>> method("random", k=5, seed=1).k
+    5
     """
     if not isinstance(name, str) or name not in METHODS:
         near = difflib.get_close_matches(str(name), METHODS, n=1)
