@@ -65,7 +65,7 @@ def test_a_saved_model_answers_in_the_units_of_its_file(method: str, tmp_path: P
     records = [read(run / "record.json")["metrics"] for run in (own, other)]
     assert records[1]["pearson"] == pytest.approx(records[0]["pearson"], abs=1e-4)
     assert records[1]["mse"] == pytest.approx(SCALE**2 * records[0]["mse"], rel=1e-3)
-    assert records[1]["eval_loss"] == pytest.approx(records[0]["eval_loss"], rel=1e-3)  # in units of the targets' spread
+    assert records[1]["eval_loss"] == pytest.approx(records[0]["eval_loss"], rel=1e-3)  # in units of the spread
 
 
 def test_exported_and_resumed_models_answer_alike(tmp_path: Path) -> None:
