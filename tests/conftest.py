@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 import gc
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
+import jinja2
 import pytest
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -15,14 +18,23 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 ROOT = Path(__file__).resolve().parents[1]
 
 
-def pytest_collection_finish() -> None:
-    """Take what was imported out of the garbage collector's sight.
+@pytest.fixture(scope="module", autouse=True)
+def _frozen() -> None:
+    """Take what earlier modules have imported and built out of the garbage collector's sight.
 
     A trainer collects garbage whenever it begins to train. Looking through all modules of torch and Transformers takes
     it half a second, thousands of times; nothing of them is garbage.
     """
     gc.collect()
     gc.freeze()
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _cards_compiled_once() -> Iterator[None]:
+    """Compile the template of PEFT's model card once, not in each of the thousands of times that an adapter is saved."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(jinja2.Environment, "compile", functools.cache(jinja2.Environment.compile))
+        yield
 
 
 @pytest.fixture(scope="session")

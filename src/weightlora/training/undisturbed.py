@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import operator
 import random
 from collections import Counter, OrderedDict, defaultdict, deque
 from collections.abc import Iterator
@@ -91,7 +92,7 @@ class _Noted:
         """A container, and down to `depth` levels what it holds."""
         if id(value) in self.containers:
             return
-        self.containers[id(value)] = value, copy.copy(value)
+        self.containers[id(value)] = value, value.copy()
         held = list(value.values()) if isinstance(value, dict) else list(value)
         for item in held if depth and len(held) <= MANY else ():
             if depth > 1 or type(item) in CONTAINERS:
@@ -119,7 +120,6 @@ def _same(value: Any, before: Any) -> bool:
         return False
     if isinstance(value, set):
         return bool(value == before)
-    pairs = zip(value, before, strict=True)
-    if not isinstance(value, dict):
-        return all(a is b for a, b in pairs)
-    return all(a is b and value[a] is before[b] for a, b in pairs)
+    if isinstance(value, dict) and not all(map(operator.is_, value.values(), before.values())):
+        return False
+    return all(map(operator.is_, value, before))
