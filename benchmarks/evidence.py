@@ -52,9 +52,9 @@ TRAINING = {
 SELECTORS = ("weightlora", "random", "top", "gradient")
 
 VARIANTS: dict[str, dict[str, dict[str, Any]]] = {
-    "T=0.05": {"settings": {"warmup_steps": 0.05}},
+    "T=0.05": {"settings": {"select_after": 0.05}},
     "coverage": {"settings": {"score": "coverage"}},
-    "coverage, T=0.05": {"settings": {"score": "coverage", "warmup_steps": 0.05}},
+    "coverage, T=0.05": {"settings": {"score": "coverage", "select_after": 0.05}},
     "ramp": {"training": {"warmup_steps": 0.15}},  # the learning rate rises until T: low while all adapters train
 }
 Row = tuple[str, int | None, int, str | None]  # method or method:preset, K, rank, variant

@@ -2,7 +2,7 @@
 
     python benchmarks/one_budget.py --data-dir DATA
     python benchmarks/one_budget.py --data-dir DATA --tasks qqp --max-eval-samples 1500
-    python benchmarks/one_budget.py --data-dir DATA --methods weightlora --warmup-steps 0.05 --name one-budget-T5
+    python benchmarks/one_budget.py --data-dir DATA --methods weightlora --select-after 0.05 --name one-budget-T5
     python benchmarks/one_budget.py --tasks sst2,stsb,qqp show
     python benchmarks/one_budget.py --tasks sst2,stsb,qqp --name one-budget-T5 show
     python benchmarks/one_budget.py --data-dir DATA --tasks mrpc --methods lora,weightlora,random,top \\
@@ -173,7 +173,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--max-steps", default="60")
     parser.add_argument("--max-train-samples", default="4000")
     parser.add_argument("--max-eval-samples", default="", help="default: the whole validation set")
-    parser.add_argument("--warmup-steps", default="", help="T of the methods that have one; default: the method's own")
+    parser.add_argument("--select-after", default="", help="T of the methods that have one; default: the method's own")
     parser.add_argument("--name", default=NAME, help="of the result files")
     parser.add_argument("--out", type=Path, default=Path("runs") / NAME)
     return parser.parse_args(argv)
@@ -192,7 +192,7 @@ def main(argv: Sequence[str] | None = None) -> None:
                  "--params", args.params, "--seeds", args.seeds, "--max-steps", args.max_steps,
                  "--max-train-samples", args.max_train_samples]  # fmt: skip
         words += ["--max-eval-samples", args.max_eval_samples] if args.max_eval_samples else []
-        words += ["--warmup-steps", args.warmup_steps] if args.warmup_steps else []
+        words += ["--select-after", args.select_after] if args.select_after else []
         words += ["--tune", args.tune] if args.tune else []
         shown = ["DATA" if word == args.data_dir else word for word in words]
         path = result(args.name, task)

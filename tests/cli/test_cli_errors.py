@@ -35,7 +35,7 @@ class Desk:
 @pytest.fixture(scope="module")
 def desk(small_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Desk:
     made = Desk(tmp_path_factory.mktemp("desk"), small_data)
-    flags = ("--k", "3", "--warmup-steps", "2")
+    flags = ("--k", "3", "--select-after", "2")
     assert weightlora(*made.train(*flags, out="finished")) == 0
     assert weightlora(*made.train("--method", "full", out="full")) == 0
     for name, words in {
@@ -96,8 +96,8 @@ CASES: dict[str, Case] = {
     "k negative": (lambda d: d.train("--k", "-2"), ("k=-2 ",)),
     "k no number": (lambda d: d.train("--k", "many"), ("k='many'",)),
     "k one and a half": (lambda d: d.train("--k", "1.5"), ("k=1.5 ",)),
-    "T too long": (lambda d: d.train("--warmup-steps", STEPS), (f"warmup_steps={STEPS} ", f"at most {STEPS - 1}")),
-    "T zero": (lambda d: d.train("--warmup-steps", "0"), ("warmup_steps=0 ",)),
+    "T too long": (lambda d: d.train("--select-after", STEPS), (f"select_after={STEPS} ", f"at most {STEPS - 1}")),
+    "T zero": (lambda d: d.train("--select-after", "0"), ("select_after=0 ",)),
     "T of the official preset": (lambda d: d.train("--method", "weightlora+", "--preset", "official"), ("20", "4")),
     "batches of gradient": (lambda d: d.train("--method", "gradient"), ("8", "4")),
     "rank zero": (lambda d: d.train("--r", "0"), ("r=0 ",)),

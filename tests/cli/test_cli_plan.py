@@ -73,7 +73,7 @@ def test_mistakes_are_one_line(words: tuple[str, ...], message: str, capsys: pyt
 
 
 def test_a_run_records_what_was_predicted(tmp_path: Path) -> None:
-    words = (*TINY, "--method", "weightlora", "--k", "3", "--warmup-steps", "3", "--max-steps", "6", "--bf16")
+    words = (*TINY, "--method", "weightlora", "--k", "3", "--select-after", "3", "--max-steps", "6", "--bf16")
     words += ("--max-train-samples", "64", "--max-eval-samples", "8", "--micro-batch", "4", "--use-cpu")
     assert weightlora("train", *words, "--out", tmp_path / "run") == 0
     record = read(tmp_path / "run" / "record.json")

@@ -20,7 +20,7 @@ def run(small_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("real") / "run"
     watcher = "tensorboard" if find_spec("tensorboard") else "none"
     words = ("--task", "sst2", "--data-dir", small_data, *TINY, "--method", "weightlora", "--score", "omega")
-    words += ("--gate-lr", "2", "--k", "3", "--warmup-steps", SEAM, "--max-steps", STEPS, "--logging-steps", "1")
+    words += ("--gate-lr", "2", "--k", "3", "--select-after", SEAM, "--max-steps", STEPS, "--logging-steps", "1")
     words += ("--eval-strategy", "steps", "--eval-steps", "2", "--report-to", watcher, "--out", folder)
     assert weightlora("train", *words) == 0
     return folder

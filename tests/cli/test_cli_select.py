@@ -12,7 +12,7 @@ from tests.runs.commands import TINY, read, tree, weightlora
 
 from weightlora.tasks import load_model
 
-FLAGS = ("--max-steps", "6", "--warmup-steps", "2")
+FLAGS = ("--max-steps", "6", "--select-after", "2")
 
 
 def select(data: Path, out: Path, *words: object) -> int:
@@ -24,7 +24,7 @@ def test_stock_peft_puts_adapters_exactly_there(
     small_data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], method: str
 ) -> None:
     length = ("--max-steps", "10") if method == "gradient" else ("--max-steps", "6")
-    own = ("--warmup-steps", "2") if method.startswith("weightlora") else ()
+    own = ("--select-after", "2") if method.startswith("weightlora") else ()
     assert select(small_data, tmp_path / "chosen", "--method", method, "--k", "4", *length, *own) == 0
     selection = read(tmp_path / "chosen" / "selection.json")
     kept = [choice for choice in selection["choices"] if choice["kept"]]

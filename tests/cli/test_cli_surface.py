@@ -86,7 +86,7 @@ def test_the_help_names_every_method() -> None:
 
 def run_words(data: Path, out: Path) -> list[str]:
     words = ["--task", "sst2", "--data-dir", str(data), *TINY, "--max-steps", "6", "--logging-steps", "2"]
-    return ["-m", "weightlora", "train", *words, "--k", "3", "--warmup-steps", "2", "--out", str(out)]
+    return ["-m", "weightlora", "train", *words, "--k", "3", "--select-after", "2", "--out", str(out)]
 
 
 def test_plain_lines_where_nobody_watches(small_data: Path, tmp_path: Path) -> None:

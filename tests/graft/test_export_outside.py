@@ -214,7 +214,7 @@ def test_running_statistics_travel_or_are_refused(named: bool, tmp_path: Path) -
     normed().save_pretrained(tmp_path / "base")
     base = Normed.from_pretrained(tmp_path / "base") if named else normed()
     each = trainer(tmp_path / "run", get_peft_model(base, LoraConfig(r=2, target_modules=["a", "b"])), steps=5)
-    result = fit(each, WeightLoRA(k=1, warmup_steps=2), measure=False)
+    result = fit(each, WeightLoRA(k=1, select_after=2), measure=False)
     sample = {"input_ids": ids()}
     done = export(result, tmp_path / "native", sample=sample)
     assert any("bn.running_mean: changed by training" in note for note in done.notes)
@@ -228,7 +228,7 @@ def test_running_statistics_travel_or_are_refused(named: bool, tmp_path: Path) -
 def test_running_statistics_of_a_saved_module_travel_with_it(tmp_path: Path) -> None:
     model = get_peft_model(normed(), LoraConfig(r=2, target_modules=["a"], modules_to_save=["bn", "b"]))
     each = trainer(tmp_path / "run", model, steps=5)
-    fit(each, WeightLoRA(k=1, warmup_steps=2), measure=False)
+    fit(each, WeightLoRA(k=1, select_after=2), measure=False)
     for profile in ("native", "portable"):
         done = export(each.model, tmp_path / profile, profile, sample={"input_ids": ids()})
         close(answer(reopened(done, normed()), ids()), answer(each.model, ids()))
@@ -262,11 +262,11 @@ def test_resized_embeddings_are_told_before_training(
     folders: dict[bool, Path], caplog: pytest.LogCaptureFixture
 ) -> None:
     model = adapted(opened(folders[False], ROWS))
-    attach(model, WeightLoRA(k=1, warmup_steps=2), torch.optim.SGD(model.parameters(), lr=0.1), max_steps=5)
+    attach(model, WeightLoRA(k=1, select_after=2), torch.optim.SGD(model.parameters(), lr=0.1), max_steps=5)
     assert "embeddings of 65 rows, where the base's have 60: use native or merged" in caplog.text
     caplog.clear()
     model = adapted(opened(folders[True]), modules_to_save=["lm_head"])
-    attach(model, WeightLoRA(k=1, warmup_steps=2), torch.optim.SGD(model.parameters(), lr=0.1), max_steps=5)
+    attach(model, WeightLoRA(k=1, select_after=2), torch.optim.SGD(model.parameters(), lr=0.1), max_steps=5)
     assert "cannot hold lm_head, which is tied to model.embed_tokens in the base" in caplog.text
 
 

@@ -24,7 +24,7 @@ from weightlora.methods.alora import ALoRAPolicy
 from weightlora.methods.alora_scores import exact_scores, gradient_scores
 from weightlora.training.held_out import HeldOutBatches
 
-SHORT: dict[str, Any] = {"warmup_steps": 2, "round_steps": 1, "rounds": 3, "moves": 3}
+SHORT: dict[str, Any] = {"select_after": 2, "round_steps": 1, "rounds": 3, "moves": 3}
 
 
 def toy(scale: float = 0.5) -> nn.Module:
@@ -288,7 +288,7 @@ def test_fit_and_export(scoring: Any, tmp_path: Path) -> None:
 
 def test_by_default_no_more_moves_than_the_rounds_can_take() -> None:
     found = adapters(lora(rank=1))
-    policy = ALoRA(warmup_steps=1, round_steps=1, rounds=4).begin(found, 20)
+    policy = ALoRA(select_after=1, round_steps=1, rounds=4).begin(found, 20)
     assert policy.moves == (len(found) - 1) // 4 < len({a.kind for a in found})
 
 

@@ -25,7 +25,7 @@ from weightlora.training.held_out import HeldOutBatches
 def still(model: nn.Module, alpha: list[float]) -> tuple[FlexoraPolicy, StepView]:
     """A policy and a view on a float64 model that does not train."""
     gates = Gates(model, trainable=False, dtype=torch.float64)
-    policy = FlexoraPolicy(Flexora(warmup_steps=2), adapters(model), 9)
+    policy = FlexoraPolicy(Flexora(select_after=2), adapters(model), 9)
     with torch.no_grad():
         policy.alpha.copy_(torch.tensor(alpha))
     gates.set(policy.gate_values().detach())
@@ -85,7 +85,7 @@ def test_a_block_without_effect_feels_only_the_softmax() -> None:
 
 
 def test_alpha_moves_by_adam_on_batches_that_take_turns() -> None:
-    loop = Loop.start(Flexora(warmup_steps=4, outer_batches=3, alpha_lr=0.05))
+    loop = Loop.start(Flexora(select_after=4, outer_batches=3, alpha_lr=0.05))
     policy, seen = loop.tuner._driver.policy, []
     assert isinstance(policy, FlexoraPolicy)
     inner = policy.outer_gradient
@@ -108,7 +108,7 @@ def test_alpha_moves_by_adam_on_batches_that_take_turns() -> None:
 
 def test_gates_of_one_are_plain_lora() -> None:
     """alpha moves by at most 1e-12, so every gate rounds to 1 in float32 and only the outer loop is left."""
-    one = Loop.start(Flexora(warmup_steps=5, alpha_lr=1e-12)).run(4)
+    one = Loop.start(Flexora(select_after=5, alpha_lr=1e-12)).run(4)
     other = Loop.start(wl.LoRA()).run(4)
     assert set(one.tuner.omegas.values()) == {1.0}
     assert max_difference(adapter_state(one.model), adapter_state(other.model)) == 0.0
@@ -116,7 +116,7 @@ def test_gates_of_one_are_plain_lora() -> None:
 
 def test_keeps_blocks_strictly_above_zero_and_starts_again() -> None:
     model = lora(layers=3)
-    loop = Loop.start(Flexora(warmup_steps=4), model).run(3)
+    loop = Loop.start(Flexora(select_after=4), model).run(3)
     policy = loop.tuner._driver.policy
     assert isinstance(policy, FlexoraPolicy)
     policy.alpha.data = torch.zeros(3, dtype=torch.float64)
@@ -144,15 +144,15 @@ def test_blocks_are_counted_over_the_model_and_outsiders_stay() -> None:
     bart = lora("bart")
     assert len(set(block_numbers(adapters(bart)))) == 4  # two of the encoder, two of the decoder
     model = lora(targets=[*QKV["bert"], "pooler.dense"])
-    loop = Loop.start(Flexora(warmup_steps=4), model).run(4)
+    loop = Loop.start(Flexora(select_after=4), model).run(4)
     assert any("pooler" in a.name for a in adapters(model))
     loop.run(6)
     with pytest.raises(ScheduleError, match="the adapters lie in 1; put them in 2 or more"):
-        Loop.start(Flexora(warmup_steps=4), lora(layers=1))
+        Loop.start(Flexora(select_after=4), lora(layers=1))
 
 
 def test_bf16_and_accumulation_through_the_seam() -> None:
-    model, optimizer, tuner = rough(Flexora(warmup_steps=4))
+    model, optimizer, tuner = rough(Flexora(select_after=4))
     assert tuner.finish().k == 3
     assert {p.dtype for n, p in model.named_parameters() if "lora_" in n} == {torch.bfloat16}
     assert all(bool(p.isfinite().all()) for p in model.parameters())
@@ -161,7 +161,7 @@ def test_bf16_and_accumulation_through_the_seam() -> None:
 
 def test_fit_and_export(tmp_path: Path) -> None:
     each = trainer(tmp_path / "run", lora(layers=3), steps=8, count=40)
-    result = wl.fit(each, Flexora(warmup_steps=3, batches=2))
+    result = wl.fit(each, Flexora(select_after=3, batches=2))
     assert result.selection is not None
     assert 0 < result.selection.k < 9
     assert wl.export(result, tmp_path / "out").max_difference <= 1e-5

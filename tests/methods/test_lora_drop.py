@@ -107,7 +107,7 @@ def test_threshold_is_checked(threshold: float) -> None:
 def test_own_and_shared_pairs(threshold: float) -> None:
     """Against the dense energies at the seam, kind by kind, in 3 blocks with 2 shapes of modules."""
     model = lora(layers=3, targets=[*QKV["bert"], "intermediate.dense"])
-    loop = Loop.start(LoRADrop(threshold=threshold, warmup_steps=4), model).run(3)
+    loop = Loop.start(LoRADrop(threshold=threshold, select_after=4), model).run(3)
     want: dict[str, float] = {}
     operate = loop.tuner._driver.operate
 
@@ -148,7 +148,7 @@ def test_own_and_shared_pairs(threshold: float) -> None:
 
 
 def test_starts_again_from_the_base_model_with_no_moments() -> None:
-    loop = Loop.start(LoRADrop(threshold=1e-6, warmup_steps=4)).run(4)
+    loop = Loop.start(LoRADrop(threshold=1e-6, select_after=4)).run(4)
     model = loop.model
     factors = {n: p for n, p in model.named_parameters() if "lora_" in n}
     assert all(bool((p == 0).all()) for n, p in factors.items() if "lora_B" in n)
@@ -158,7 +158,7 @@ def test_starts_again_from_the_base_model_with_no_moments() -> None:
 
 def test_gradient_of_a_shared_pair_is_the_sum_over_its_users() -> None:
     model = lora(layers=3, dropout=0.0)
-    loop = Loop.start(LoRADrop(threshold=1e-6, warmup_steps=4), model).run(7)
+    loop = Loop.start(LoRADrop(threshold=1e-6, select_after=4), model).run(7)
     selection = loop.tuner.finish()
     assert len(selection.groups) == 3
     layers = dict(model.base_model.model.named_modules())
@@ -177,7 +177,7 @@ def test_gradient_of_a_shared_pair_is_the_sum_over_its_users() -> None:
 
 
 def test_bf16_and_accumulation_through_the_seam() -> None:
-    model, optimizer, tuner = rough(LoRADrop(warmup_steps=4, threshold=0.5))
+    model, optimizer, tuner = rough(LoRADrop(select_after=4, threshold=0.5))
     assert tuner.finish().k == 6
     assert {p.dtype for n, p in model.named_parameters() if "lora_" in n} == {torch.bfloat16}
     assert all(bool(p.isfinite().all()) for p in model.parameters())
@@ -186,7 +186,7 @@ def test_bf16_and_accumulation_through_the_seam() -> None:
 
 def test_fit_and_export(tmp_path: Path) -> None:
     each = trainer(tmp_path / "run", lora(layers=3), steps=8, count=40)
-    result = wl.fit(each, LoRADrop(warmup_steps=3, threshold=0.3, batches=2))
+    result = wl.fit(each, LoRADrop(select_after=3, threshold=0.3, batches=2))
     assert result.selection is not None
     assert result.selection.groups
     done = wl.export(result, tmp_path / "out")
@@ -244,10 +244,10 @@ def test_rows_without_classes_are_drawn_too(tmp_path: Path) -> None:
 def test_outputs_that_say_nothing_are_refused() -> None:
     model = lora()
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.0)
-    tuner = attach(model, LoRADrop(warmup_steps=1), optimizer, max_steps=3, held_out=HELD_OUT)
+    tuner = attach(model, LoRADrop(select_after=1), optimizer, max_steps=3, held_out=HELD_OUT)
     model(**batch()).loss.backward()
     optimizer.step()
     with pytest.raises(ScheduleError, match="outputs are all zero or not finite after 1 steps"):
         tuner.step()
     with pytest.raises(ScheduleError, match="lora_drop looks at rows that it does not train on"):
-        attach(model, LoRADrop(warmup_steps=1), optimizer, max_steps=3)
+        attach(model, LoRADrop(select_after=1), optimizer, max_steps=3)

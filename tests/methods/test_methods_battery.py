@@ -14,18 +14,27 @@ from torch import Tensor, nn
 
 from weightlora.errors import ConfigError, ScheduleError
 from weightlora.graft import Selection, adapters
-from weightlora.methods import METHODS, LoRA, Method, Random, Top, WeightLoRA, WeightLoRAPlus, method
+from weightlora.methods import (
+    METHODS,
+    DeepestAdapters,
+    LoRA,
+    Method,
+    RandomAdapters,
+    WeightLoRA,
+    WeightLoRAPlus,
+    method,
+)
 from weightlora.training import Tuner, attach
 
 N, K, RANK, STEPS = 6, 2, 4, 9
 HELD_OUT = [batch(4, seed=71), batch(4, seed=72)]
 # Settings that fit a run of nine steps, where a method's own do not.
-SHORT = {name: {"warmup_steps": 4} for name in ("weightlora", "weightlora+", "lora_drop")} | {
+SHORT = {name: {"select_after": 4} for name in ("weightlora", "weightlora+", "lora_drop")} | {
     "gradient": {"batches": 3},
     "flexlora": {"clients": 2, "rounds": 2},
-    "flexora": {"warmup_steps": 4},
+    "flexora": {"select_after": 4},
     "increlora": {"init_warmup": 1, "incre_interval": 2, "top_h": 3},
-    "alora": {"warmup_steps": 2, "round_steps": 1, "rounds": 3, "moves": 3},
+    "alora": {"select_after": 2, "round_steps": 1, "rounds": 3, "moves": 3},
 }
 RANKED = {"adalora", "dynamic_lora", "increlora", "alora"}  # they spend ranks, not adapters
 LORA = [name for name, kind in METHODS.items() if kind.trains == "lora"]
@@ -41,7 +50,7 @@ def build(name: str, preset: str, **settings: Any) -> Method:
     own = {"k": K} if has_k(name) else {}
     chosen: dict[str, Any] = {**own, **SHORT.get(name, {}), **settings}
     if (name, preset) == ("weightlora", "official"):
-        chosen.pop("warmup_steps")
+        chosen.pop("select_after")
     if (name, preset) == ("weightlora+", "official"):
         chosen["project_every"] = 2
     return method(name, preset, **chosen)
@@ -70,7 +79,7 @@ class Loop:
         model = lora() if model is None else model
         optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=lr, weight_decay=0.1)
         model.train()
-        tuner = attach(model, made, optimizer, max_steps=STEPS, adapter_path=path, held_out=HELD_OUT)
+        tuner = attach(model, made, optimizer, max_steps=STEPS, engine=path, held_out=HELD_OUT)
         return cls(model, optimizer, tuner)
 
     def run(self, until: int, each: Callable[[int], None] | None = None) -> Loop:
@@ -191,7 +200,7 @@ def test_lora_is_untouched_training() -> None:
         plain(**inputs).loss.backward()
         optimizer.step()
         optimizer.zero_grad()
-    for same in (LoRA(), WeightLoRA(k=1.0, warmup_steps=4), Random(k=N), Top(k=N)):
+    for same in (LoRA(), WeightLoRA(k=1.0, select_after=4), RandomAdapters(k=N), DeepestAdapters(k=N)):
         loop = Loop.start(same, path="stock").run(STEPS)
         assert max_difference(adapter_state(loop.model), adapter_state(plain)) == 0.0
 
@@ -218,30 +227,30 @@ def test_k_above_n(name: str) -> None:
 @pytest.mark.parametrize(
     ("warmup", "message"),
     [
-        (9, "warmup_steps=9 needs more than the 9 optimizer steps of this run; use at most 8, a share such as 0.1"),
-        (50, "warmup_steps=50 needs more than the 9 optimizer steps"),
-        (0.99, "warmup_steps=0.99 needs more than the 9 optimizer steps"),
+        (9, "select_after=9 needs more than the 9 optimizer steps of this run; use at most 8, a share such as 0.1"),
+        (50, "select_after=50 needs more than the 9 optimizer steps"),
+        (0.99, "select_after=0.99 needs more than the 9 optimizer steps"),
     ],
 )
 @pytest.mark.parametrize("name", ["weightlora", "weightlora+"])
 def test_warm_up_that_does_not_fit(name: str, warmup: Any, message: str) -> None:
-    refused(ScheduleError, message, lambda: Loop.start(method(name, k=K, warmup_steps=warmup)))
+    refused(ScheduleError, message, lambda: Loop.start(method(name, k=K, select_after=warmup)))
 
 
 @pytest.mark.parametrize(
     ("warmup", "message"),
     [
-        (0, "warmup_steps=0 is not allowed; use a number of steps"),
-        (-3, "warmup_steps=-3 is not allowed"),
-        (0.0, "warmup_steps=0.0 is not allowed"),
-        (True, "warmup_steps=True is not allowed"),
-        (2.5, "warmup_steps=2.5 is not allowed; use a number of steps"),
-        (float("inf"), "warmup_steps=inf is not allowed"),
-        (1.0, "warmup_steps=1.0 may mean one step or the whole run"),
+        (0, "select_after=0 is not allowed; use a number of steps"),
+        (-3, "select_after=-3 is not allowed"),
+        (0.0, "select_after=0.0 is not allowed"),
+        (True, "select_after=True is not allowed"),
+        (2.5, "select_after=2.5 is not allowed; use a number of steps"),
+        (float("inf"), "select_after=inf is not allowed"),
+        (1.0, "select_after=1.0 may mean one step or the whole run"),
     ],
 )
 def test_a_warm_up_that_no_run_could_have(warmup: Any, message: str) -> None:
-    refused(ConfigError, message, lambda: WeightLoRA(warmup_steps=warmup))
+    refused(ConfigError, message, lambda: WeightLoRA(select_after=warmup))
 
 
 def test_schedules_that_cannot_run() -> None:
@@ -251,9 +260,9 @@ def test_schedules_that_cannot_run() -> None:
     refused(
         ScheduleError, "score='omega' ranks gates that learn; set gate_lr", lambda: start(WeightLoRA(score="omega"))
     )
-    refused(ScheduleError, r"weightlora\+ grows at the seam", lambda: start(WeightLoRAPlus(warmup_steps=None)))
+    refused(ScheduleError, r"weightlora\+ grows at the seam", lambda: start(WeightLoRAPlus(select_after=None)))
     refused(ScheduleError, "full fine-tuning has no adapters to decide on", lambda: start(method("full")))
-    start(WeightLoRA(k=N, score="omega", warmup_steps=2))  # nothing to rank: gates held at 1 are allowed
+    start(WeightLoRA(k=N, score="omega", select_after=2))  # nothing to rank: gates held at 1 are allowed
 
 
 @pytest.mark.parametrize(
@@ -299,7 +308,7 @@ def test_a_refused_method_changes_nothing() -> None:
     model = lora()
     state: dict[str, Tensor] = {k: v.clone() for k, v in model.state_dict().items()}
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad])
-    for wrong in (method("top", k=99), WeightLoRA.from_preset("official", k=99), method("weightlora", warmup_steps=99)):
+    for wrong in (method("top", k=99), WeightLoRA.from_preset("official", k=99), method("weightlora", select_after=99)):
         with pytest.raises(ScheduleError):
             attach(model, wrong, optimizer, max_steps=STEPS)
     assert max_difference(dict(model.state_dict()), state) == 0.0

@@ -24,9 +24,9 @@ MADE: dict[str, wl.Method] = {
     "dynamic_lora": wl.DynamicLoRA(tinit=2, tfinal=6, deltaT=1),
     "increlora": wl.IncreLoRA(init_warmup=1, incre_interval=1, top_h=6),
     "increlora, E to the end": wl.IncreLoRA(init_warmup=1, incre_interval=1, top_h=6, shrink=False),
-    "alora": wl.ALoRA(warmup_steps=2, round_steps=1, rounds=5, moves=6),
-    "flexora": wl.Flexora(warmup_steps=6, outer_batches=2),
-    "lora_drop": wl.LoRADrop(warmup_steps=6, threshold=0.6),
+    "alora": wl.ALoRA(select_after=2, round_steps=1, rounds=5, moves=6),
+    "flexora": wl.Flexora(select_after=6, outer_batches=2),
+    "lora_drop": wl.LoRADrop(select_after=6, threshold=0.6),
     "tied_lora": wl.TiedLoRA(),
     "tied_lora, A and B alone": wl.TiedLoRA(variant="tl5"),
 }

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 from weightlora.graft import adapters
 from weightlora.graft.adapters import lora_layers
-from weightlora.methods import AdaLoRA, DynamicLoRA, Gradient, IncreLoRA, Method, WeightLoRA
+from weightlora.methods import AdaLoRA, DynamicLoRA, IncreLoRA, Method, OneShotGradient, WeightLoRA
 from weightlora.training import Tuner, attach
 
 WATCHED = 3  # the adapter whose score is checked entry by entry
@@ -49,8 +49,8 @@ def numeric(model: nn.Module, tensor: Tensor) -> Tensor:
 
 
 SCORED: dict[str, Method] = {
-    "weightlora": WeightLoRA(k=2, warmup_steps=5, score="credit", gate_lr=0.0),
-    "gradient": Gradient(k=2, batches=5),
+    "weightlora": WeightLoRA(k=2, select_after=5, score="credit", gate_lr=0.0),
+    "gradient": OneShotGradient(k=2, batches=5),
     "adalora": AdaLoRA(tinit=3, tfinal=3, deltaT=1, orth_reg_weight=0.0),
     "increlora": IncreLoRA(init_warmup=1, incre_interval=2, top_h=3, orth_reg_weight=0.0),
 }
@@ -61,7 +61,7 @@ def test_a_score_by_finite_differences(name: str) -> None:
     """One step of SGD; the statistic that the policy took from it, against one from differences of the loss."""
     model = lora(dropout=0.0)
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
-    tuner = attach(model, SCORED[name], optimizer, max_steps=STEPS, adapter_path="reference")
+    tuner = attach(model, SCORED[name], optimizer, max_steps=STEPS, engine="reference")
     model.double().train()
     policy: Any = tuner._driver.policy
     if name != "gradient":  # it looks at B = 0
@@ -113,7 +113,7 @@ def test_a_schedule_that_changes_nothing_is_plain_training(name: str) -> None:
     ours = lora(rank=rank, dropout=0.0)
     groups: dict[str, Any] = {"lr": 1e-2, "weight_decay": 0.1}
     optimizer = torch.optim.AdamW([p for p in ours.parameters() if p.requires_grad], **groups)
-    tuner = attach(ours, made, optimizer, max_steps=30, adapter_path="reference")
+    tuner = attach(ours, made, optimizer, max_steps=30, engine="reference")
     form: Any = tuner._driver.formed and tuner._driver.formed.form
     ours.double().train()
     if name == "increlora":

@@ -14,7 +14,16 @@ from torch import Tensor, nn
 
 from weightlora.core import gradual_k
 from weightlora.graft import Gates, Selection, adapters, parameters
-from weightlora.methods import Gradient, Method, Random, StepView, Top, WeightLoRA, WeightLoRAPlus, method
+from weightlora.methods import (
+    DeepestAdapters,
+    Method,
+    OneShotGradient,
+    RandomAdapters,
+    StepView,
+    WeightLoRA,
+    WeightLoRAPlus,
+    method,
+)
 from weightlora.methods.weightlora_policy import WeightLoRAPolicy
 from weightlora.training import attach
 
@@ -38,7 +47,7 @@ def run(model: nn.Module, made: Method, steps: int) -> tuple[Selection, Factors]
     """Train with a method on PEFT's own forward; its selection, and what the first factors were in the end."""
     optimizer = adamw(model)
     model.train()
-    tuner = attach(model, made, optimizer, max_steps=steps + 1, adapter_path="stock")
+    tuner = attach(model, made, optimizer, max_steps=steps + 1, engine="stock")
     pairs = factors(model)
     for step, inputs in zip(range(steps), batches(), strict=False):
         torch.manual_seed(step)
@@ -53,7 +62,7 @@ def run(model: nn.Module, made: Method, steps: int) -> tuple[Selection, Factors]
 
 
 def drawn(seed: int, n: int = 8, k: int = 3) -> tuple[str, ...]:
-    made = Random(k=k, seed=seed)
+    made = RandomAdapters(k=k, seed=seed)
     return made.begin(HANDLES[:n], 10).decide([1.0] * n).names
 
 
@@ -86,7 +95,7 @@ def test_random_depends_on_its_seed_alone() -> None:
 
 @pytest.mark.parametrize("k", [1, 2, 7, 12])
 def test_top_is_the_last_ones(k: int) -> None:
-    policy = Top(k=k).begin(HANDLES, 10)
+    policy = DeepestAdapters(k=k).begin(HANDLES, 10)
     assert policy.seam == 0
     assert policy.decide([1.0] * 12).names == tuple(a.name for a in HANDLES[12 - k :])
 
@@ -111,7 +120,7 @@ def test_gradient_scores_against_autograd() -> None:
     scores = [float((total / batches_).double().square().sum()) for total in sums]
     model = lora()
     start = copies(factors(model))
-    selection, ended = run(model, Gradient(k=k, batches=batches_), batches_)
+    selection, ended = run(model, OneShotGradient(k=k, batches=batches_), batches_)
     assert [c.score for c in selection.choices] == pytest.approx(scores, rel=1e-5)
     best = sorted(range(N), key=lambda i: -scores[i])[:k]
     assert [i for i, c in enumerate(selection.choices) if c.kept] == sorted(best)
@@ -157,7 +166,7 @@ def credits_by_hand(steps: int) -> list[float]:
 
 def test_credit_against_explicit_sums() -> None:
     want = credits_by_hand(5)
-    selection, _ = run(lora(), WeightLoRA(k=2, warmup_steps=5), 5)
+    selection, _ = run(lora(), WeightLoRA(k=2, select_after=5), 5)
     assert [c.score for c in selection.choices] == pytest.approx(want, rel=1e-5, abs=1e-9)
     best = sorted(range(N), key=lambda i: -want[i])[:2]
     assert [i for i, c in enumerate(selection.choices) if c.kept] == sorted(best)
@@ -166,7 +175,7 @@ def test_credit_against_explicit_sums() -> None:
 
 def test_coverage_spreads_the_same_credits() -> None:
     want = credits_by_hand(5)
-    selection, _ = run(lora(), WeightLoRA(k=3, warmup_steps=5, score="coverage"), 5)
+    selection, _ = run(lora(), WeightLoRA(k=3, select_after=5, score="coverage"), 5)
     assert [c.score for c in selection.choices] == pytest.approx(want, rel=1e-5, abs=1e-9)
 
     def value(kept: tuple[int, ...]) -> float:
@@ -177,7 +186,7 @@ def test_coverage_spreads_the_same_credits() -> None:
 
 
 def test_credit_asks_for_no_gates() -> None:
-    policy = WeightLoRA(k=2, warmup_steps=3).begin(HANDLES, 10)
+    policy = WeightLoRA(k=2, select_after=3).begin(HANDLES, 10)
     assert not policy.gated
 
 
@@ -201,14 +210,14 @@ def gate_gradients_of_step_two() -> list[float]:
 
 
 def paper(**settings: object) -> WeightLoRA:
-    made: WeightLoRA = WeightLoRA.from_preset("paper", **{"k": 2, "warmup_steps": 8, **settings})
+    made: WeightLoRA = WeightLoRA.from_preset("paper", **{"k": 2, "select_after": 8, **settings})
     return made
 
 
 def omegas_over(made: WeightLoRA, steps: int, path: Any = "auto") -> tuple[list[list[float]], list[Factors]]:
     model = lora(dropout=0.0)
     optimizer = adamw(model)
-    tuner = attach(model, made, optimizer, max_steps=100, adapter_path=path)
+    tuner = attach(model, made, optimizer, max_steps=100, engine=path)
     pairs = factors(model)
     omegas, history = [], []
     for _, inputs in zip(range(steps), batches(), strict=False):
@@ -239,7 +248,7 @@ def test_the_first_selection_is_the_most_negative_gradients_of_step_two(path: st
 
 @pytest.mark.parametrize("schedule", ["constant", "cubic", "halving"])
 def test_at_most_k_gates_are_open(schedule: str) -> None:
-    omegas, _ = omegas_over(paper(k_schedule=schedule, warmup_steps=8), 7)
+    omegas, _ = omegas_over(paper(k_schedule=schedule, select_after=8), 7)
     open_gates = [sum(omega != 0 for omega in now) for now in omegas]
     assert open_gates[0] == N  # no gradient, no projection
     limits = [gradual_k(step, 8, N, 2, schedule) for step in range(2, 8)]  # type: ignore[arg-type]
@@ -253,7 +262,7 @@ def test_projection_waits_for_its_step() -> None:
 
 
 def test_projection_only_at_t() -> None:
-    omegas, _ = omegas_over(paper(project_every=None, rule="signed", warmup_steps=5), 4)
+    omegas, _ = omegas_over(paper(project_every=None, rule="signed", select_after=5), 4)
     assert all(sum(omega != 0 for omega in now) == N for now in omegas)
 
 
@@ -326,7 +335,7 @@ def test_a_closed_gate_is_no_candidate_for_any_score(score: str) -> None:
 
 
 def test_credit_decides_where_gates_learn_without_projections() -> None:
-    made = WeightLoRA(k=2, warmup_steps=5, gate_lr=0.5)
+    made = WeightLoRA(k=2, select_after=5, gate_lr=0.5)
     selection, _ = run(lora(), made, 5)
     assert all(choice.omega not in (0.0, 1.0) for choice in selection.choices)
     best = sorted(range(N), key=lambda i: -selection.choices[i].score)[:2]  # type: ignore[operator]
@@ -364,7 +373,7 @@ def test_growth_spends_the_old_budget(k: int, remainder: str) -> None:
     model = lora("llama", width=64)
     before = adapters(model)
     budget = sum(a.rank * (a.d_in + a.d_out) for a in before)
-    run(model, WeightLoRAPlus(k=k, warmup_steps=3, remainder=remainder), 4)  # type: ignore[arg-type]
+    run(model, WeightLoRAPlus(k=k, select_after=3, remainder=remainder), 4)  # type: ignore[arg-type]
     live = adapters(model)
     spent = sum(a.rank * (a.d_in + a.d_out) for a in live)
     one_more = sum(a.d_in + a.d_out for a in live if a.rank < min(a.shape))
@@ -382,7 +391,7 @@ def test_growth_leaves_the_loss_where_it_was() -> None:
         for cls in (WeightLoRA, WeightLoRAPlus):
             model = lora()
             extra = {"growth": growth} if cls is WeightLoRAPlus else {}
-            run(model, cls(k=2, warmup_steps=4, **extra), 4)
+            run(model, cls(k=2, select_after=4, **extra), 4)
             model.eval()
             with torch.no_grad():
                 logits_.append(model(**next(batches())).logits)
@@ -397,10 +406,10 @@ def test_growth_leaves_the_loss_where_it_was() -> None:
             "paper",
             {"score": "omega", "gate_lr": 5.0, "rule": "positive", "drift": False},
         ),
-        ("weightlora", "official", {"rule": "signed", "warmup_steps": None, "drift": True, "init_A": "official"}),
+        ("weightlora", "official", {"rule": "signed", "select_after": None, "drift": True, "init_A": "official"}),
         ("weightlora", "official", {"gate_lr_scheduled": True, "project_every": 1, "gate_lr": 5.0}),
         ("weightlora+", "paper", {"growth": "qr", "orthonormal": False, "score": "omega"}),
-        ("weightlora+", "official", {"k": 0.25, "k_schedule": "halving", "warmup_steps": 20, "project_every": 10}),
+        ("weightlora+", "official", {"k": 0.25, "k_schedule": "halving", "select_after": 20, "project_every": 10}),
         ("weightlora+", "official", {"growth": "qr", "noise": "uniform", "orthonormal": False}),
     ],
 )

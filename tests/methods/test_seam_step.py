@@ -17,8 +17,8 @@ FOLDS: dict[str, Method] = {
     "increlora": IncreLoRA(),
     "dynamic_lora": DynamicLoRA(tinit=4, tfinal=0.5),
     "alora": ALoRA(rounds=3),
-    "weightlora": WeightLoRA.from_preset("paper", k=3, gate_lr=0.5, warmup_steps=0.5),
-    "weightlora+": WeightLoRAPlus.from_preset("paper", k=3, gate_lr=0.5, warmup_steps=0.5),
+    "weightlora": WeightLoRA.from_preset("paper", k=3, gate_lr=0.5, select_after=0.5),
+    "weightlora+": WeightLoRAPlus.from_preset("paper", k=3, gate_lr=0.5, select_after=0.5),
 }
 
 

@@ -80,12 +80,12 @@ def test_what_is_given_wins_and_the_label_says_so(name: str, preset: str) -> Non
 
 
 def test_the_readers_of_a_label() -> None:
-    made = wl.WeightLoRA(k=2, preset="paper", score="credit", warmup_steps=3)
+    made = wl.WeightLoRA(k=2, preset="paper", score="credit", select_after=3)
     assert made.gate_lr == 5.0
-    assert made.label == "paper, changed: warmup_steps, score"
+    assert made.label == "paper, changed: select_after, score"
     live = adapters(lora())
     assert made.choose(live, [0, 1], "so", step=3).preset == made.label
-    assert wl.Random(k=1, seed=4).label == "recommended"
+    assert wl.methods.RandomAdapters(k=1, seed=4).label == "recommended"
     assert wl.WeightLoRA(memory="1GiB").label == "recommended"
 
 
@@ -148,9 +148,9 @@ def test_every_setting_takes_its_type_and_refuses_others(name: str) -> None:
         (lambda: wl.WeightLoRA(kk=10), "has no setting 'kk'; it has adapter_rate"),  # type: ignore[call-arg]
         (lambda: wl.WeightLoRA(gate_lr="5"), "gate_lr='5' is not allowed; use a number"),  # type: ignore[arg-type]
         (lambda: wl.WeightLoRA(k="10"), "k='10' is not allowed; use a number or None"),  # type: ignore[arg-type]
-        (lambda: wl.WeightLoRA(warmup_steps=1.0), "warmup_steps=1.0 may mean one step or the whole run"),
+        (lambda: wl.WeightLoRA(select_after=1.0), "select_after=1.0 may mean one step or the whole run"),
         (lambda: wl.AdaLoRA(tinit=1.0), "tinit=1.0 may mean one step"),
-        (lambda: wl.WeightLoRA(warmup_steps=0), "warmup_steps=0 is not allowed; use a number of steps"),
+        (lambda: wl.WeightLoRA(select_after=0), "select_after=0 is not allowed; use a number of steps"),
         (lambda: wl.WeightLoRAPlus(max_rank=8.0), "max_rank=8.0 is not allowed; use a whole number or None"),  # type: ignore[arg-type]
         (lambda: wl.FlexLoRA(ranks=[1, 2, "3", 4]), "ranks=.* is not allowed; use a list of whole numbers or None"),  # type: ignore[arg-type]
         (lambda: wl.WeightLoRA(preset=None), "preset None is unknown; use one of"),  # type: ignore[arg-type]
@@ -168,7 +168,7 @@ def test_lists_are_ranks_too() -> None:
 def test_coverage_counts_the_blocks_of_each_stack() -> None:
     """The set of K with the largest sum of roots, tried out over all sets, with every block where it is."""
     live = adapters(lora("bart", 2))
-    policy = wl.WeightLoRA(k=4, warmup_steps=3, score="coverage").begin(live, 10)
+    policy = wl.WeightLoRA(k=4, select_after=3, score="coverage").begin(live, 10)
     policy.credits = torch.rand(len(live), dtype=torch.float64, generator=torch.Generator().manual_seed(3))
     policy.credits[:6] += 0.3  # the encoder earned more
     worth, where = policy.credits.tolist(), [a.name.split("coder.")[0] + str(a.block) for a in live]
@@ -184,7 +184,7 @@ def test_coverage_counts_the_blocks_of_each_stack() -> None:
 
 @pytest.mark.parametrize("kind", [str, Path])
 def test_folders_as_text_or_paths(kind: Any, tmp_path: Path) -> None:
-    chosen = wl.Random(k=1).choose(adapters(lora()), [0], "so", step=0)
+    chosen = wl.methods.RandomAdapters(k=1).choose(adapters(lora()), [0], "so", step=0)
     chosen.save(kind(tmp_path / "selection.json"))
     assert wl.Selection.load(kind(tmp_path / "selection.json")) == chosen
     assert wl.export(lora(), kind(tmp_path / "out")).path == tmp_path / "out"

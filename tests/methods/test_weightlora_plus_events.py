@@ -8,7 +8,7 @@ from tests.methods.test_methods_battery import Loop
 
 from weightlora.methods import WeightLoRAPlus
 
-EVENTS = {"k": 2, "warmup_steps": 6, "project_every": 3}  # n = 6, then 3, then 2
+EVENTS = {"k": 2, "select_after": 6, "project_every": 3}  # n = 6, then 3, then 2
 
 
 def gates(made: WeightLoRAPlus) -> list[list[float]]:

@@ -24,14 +24,14 @@ from weightlora.methods import Method, WeightLoRAPlus
 from weightlora.training import fit
 
 HERE = Path(__file__).parent
-METHOD: Method = WeightLoRAPlus.from_preset("paper", k=2, warmup_steps=4)
+METHOD: Method = WeightLoRAPlus.from_preset("paper", k=2, select_after=4)
 SENTENCES = (
     "the loop reads a file", "a server sends one packet", "the list of numbers is sorted", "a key opens the socket",
     "the parser splits a line", "a client waits for an answer", "the values are added up", "a connection is closed",
 )  # fmt: skip
 COMMAND = (
     "train", "--task", "files", "--train-file", "train.jsonl", "--validation-file", "validation.jsonl", "--model",
-    "bert-tiny-shape", "--max-length", "16", "--method", "weightlora+", "--k", "3", "--warmup-steps", "4",
+    "bert-tiny-shape", "--max-length", "16", "--method", "weightlora+", "--k", "3", "--select-after", "4",
     "--max-steps", "8", "--save-steps", "5", "--per-device-train-batch-size", "4",
 )  # fmt: skip
 

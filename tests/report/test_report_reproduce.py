@@ -38,8 +38,8 @@ def config_of(words: list[str]) -> RunConfig:
     "words",
     [
         "train",
-        "train --task sst2 --data-dir 'my data' --k 0.25 --warmup-steps 38 --max-steps 250 --learning-rate 3e-4",
-        "train --method weightlora+ --preset paper --growth qr --max-rank 64 --lr-warmup-steps 0.1 --seed 7",
+        "train --task sst2 --data-dir 'my data' --k 0.25 --select-after 38 --max-steps 250 --learning-rate 3e-4",
+        "train --method weightlora+ --preset paper --growth qr --max-rank 64 --warmup-steps 0.1 --seed 7",
         "train --method full --task files --train-file a.csv --label-column 'my label' --regression --bf16",
         "train --method random --micro-batch 4 --final-micro-batch 8 --targets query,value --r 4 --alpha 8 --dropout 0",
         """train --lr_scheduler_type cosine_with_min_lr --lr_scheduler_kwargs '{"min_lr": 1e-5}' --report_to wandb""",

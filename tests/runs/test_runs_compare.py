@@ -37,12 +37,12 @@ def test_two_methods_by_two_seeds_then_nothing_is_run_again(
     small_data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = tmp_path / "out"
-    flags = ("--methods", "top,weightlora:paper", "--seeds", "0,1,4", "--learning-rate", "2e-2", "--warmup-steps", "3")
+    flags = ("--methods", "top,weightlora:paper", "--seeds", "0,1,4", "--learning-rate", "2e-2", "--select-after", "3")
     assert compare(small_data, out, *flags) == 0
     table = read(out / "compare.json")
     assert [(row["method"], row["preset"]) for row in table["rows"]] == [
         ("top", "recommended"),
-        ("weightlora", "paper, changed: warmup_steps"),
+        ("weightlora", "paper, changed: select_after"),
     ]
     for row, label in zip(table["rows"], ("top-recommended", "weightlora-paper"), strict=True):
         found = scores(out, label)
@@ -173,7 +173,7 @@ def test_all_methods_are_the_default_and_one_that_cannot_start_stops_no_other(
 ) -> None:
     """Each takes the settings it has. The run is too short for some, which is a row with their reason."""
     out = tmp_path / "out"
-    words = ("--growth", "qr", "--gate-lr", "0", "--warmup-steps", "2", "--seeds", "0")
+    words = ("--growth", "qr", "--gate-lr", "0", "--select-after", "2", "--seeds", "0")
     assert compare(small_data, out, *words) == 1
     table = read(out / "compare.json")
     rows = {row["method"]: row for row in table["rows"]}
@@ -197,12 +197,12 @@ def test_all_methods_are_the_default_and_one_that_cannot_start_stops_no_other(
             assert (row["adapters_min"], row["ranks_min"]) == (len(kept), sum(one["rank"] for one in kept))
     settings = {name: read(out / f"{name}-recommended" / "seed-0" / "config.json")["settings"]
                 for name in ("weightlora+", "random")}  # fmt: skip
-    assert settings == {"weightlora+": {"k": 3, "growth": "qr", "gate_lr": 0.0, "warmup_steps": 2}, "random": {"k": 3}}
+    assert settings == {"weightlora+": {"k": 3, "growth": "qr", "gate_lr": 0.0, "select_after": 2}, "random": {"k": 3}}
 
 
 def test_a_method_that_cannot_start_is_a_row_and_can_be_mended(small_data: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
-    words = ("--methods", "weightlora,top", "--seeds", "0,1", "--warmup-steps")
+    words = ("--methods", "weightlora,top", "--seeds", "0,1", "--select-after")
     assert compare(small_data, out, *words, "99") == 1
     bad, top = read(out / "compare.json")["rows"]
     assert (bad["method"], bad["failed"], bad["total"], bad["score_mean"]) == ("weightlora", 2, 2, None)
@@ -253,7 +253,7 @@ def test_what_hits_every_method_stops_at_once(
 
 
 def test_the_preset_flag_holds_for_methods_that_name_none(small_data: Path, tmp_path: Path) -> None:
-    words = ("--methods", "weightlora,weightlora:recommended", "--preset", "paper", "--warmup-steps", "3")
+    words = ("--methods", "weightlora,weightlora:recommended", "--preset", "paper", "--select-after", "3")
     assert compare(small_data, tmp_path / "out", *words, "--seeds", "0") == 0
     rows = read(tmp_path / "out" / "compare.json")["rows"]
-    assert [row["preset"] for row in rows] == ["paper, changed: warmup_steps", "recommended, changed: warmup_steps"]
+    assert [row["preset"] for row in rows] == ["paper, changed: select_after", "recommended, changed: select_after"]

@@ -29,7 +29,7 @@ def no_file_beyond(size: int) -> Iterator[None]:
 
 @pytest.fixture
 def flags(small_data: Path) -> list[str]:
-    rest = ["--k", "3", "--max-steps", "6", "--warmup-steps", "3", "--save-steps", "2"]
+    rest = ["--k", "3", "--max-steps", "6", "--select-after", "3", "--save-steps", "2"]
     return ["--task", "sst2", "--data-dir", str(small_data), *TINY, *rest]
 
 

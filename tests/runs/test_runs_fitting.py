@@ -16,7 +16,7 @@ CONFIG = RunConfig(
     model="bert-tiny-shape",
     max_train_samples=40,
     max_eval_samples=8,
-    settings={"k": 3, "warmup_steps": 4},
+    settings={"k": 3, "select_after": 4},
     training={"max_steps": 8, "per_device_train_batch_size": 12, "use_cpu": True},
 )
 

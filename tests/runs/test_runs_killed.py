@@ -88,9 +88,9 @@ def last_checkpoint(events: list[str]) -> int:
 
 
 METHODS = {
-    "weightlora": ["--method", "weightlora", "--k", "3", "--warmup-steps", "4"],
-    "paper": ["--method", "weightlora", "--preset", "paper", "--k", "3", "--warmup-steps", "4"],
-    "weightlora+": ["--method", "weightlora+", "--k", "0.25", "--warmup-steps", "4"],
+    "weightlora": ["--method", "weightlora", "--k", "3", "--select-after", "4"],
+    "paper": ["--method", "weightlora", "--preset", "paper", "--k", "3", "--select-after", "4"],
+    "weightlora+": ["--method", "weightlora+", "--k", "0.25", "--select-after", "4"],
 }
 
 
@@ -177,7 +177,7 @@ def test_every_other_method_resumes_too(killer: Killer, flags: list[str], tmp_pa
 def test_minilm_is_trained_killed_resumed_and_exported(killer: Killer, small_data: Path, tmp_path: Path) -> None:
     """The pretrained model, the whole way: train, die, resume, export, and open the export with stock PEFT."""
     flags = ["--task", "sst2", "--data-dir", str(small_data), "--model", "minilm", "--max-length", "16", "--k", "9"]
-    flags += ["--max-steps", "12", "--warmup-steps", "4", "--save-steps", "3", "--per-device-train-batch-size", "4"]
+    flags += ["--max-steps", "12", "--select-after", "4", "--save-steps", "3", "--per-device-train-batch-size", "4"]
     killer.life(tmp_path / "whole", flags, [])
     tries = killer.life(tmp_path / "run", flags, [("step", 4, 0.0), ("step", 4, 0.01)])
     assert [one["events"].count("step") for one in tries] == [4, 4, 6]

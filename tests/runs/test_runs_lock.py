@@ -56,7 +56,7 @@ def flags(small_data: Path) -> list[str]:
         "3",
         "--max-steps",
         "4",
-        "--warmup-steps",
+        "--select-after",
         "2",
     ]
 
@@ -106,7 +106,7 @@ def test_a_cell_of_a_sweep_enters_the_run_that_it_holds(flags: list[str], small_
         data_dir=str(small_data),
         model="bert-tiny-shape",
         max_length=24,
-        settings={"k": 3, "warmup_steps": 2},
+        settings={"k": 3, "select_after": 2},
         training={"max_steps": 3, "per_device_train_batch_size": 4},
     )
     record = attempt(config, tmp_path / "cell", quiet=True)

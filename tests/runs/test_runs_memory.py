@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from tests.runs.commands import TINY, read, weightlora
 
-FLAGS = (*TINY, "--task", "sst2", "--max-steps", "6", "--warmup-steps", "3", "--learning-rate", "1e-2")
+FLAGS = (*TINY, "--task", "sst2", "--max-steps", "6", "--select-after", "3", "--learning-rate", "1e-2")
 
 
 def train(data: Path, out: Path, *flags: str) -> dict[str, Any]:
@@ -69,7 +69,7 @@ def test_a_share_of_the_operations(small_data: Path, tmp_path: Path) -> None:
 def test_mistakes_are_said_before_anything_is_written(
     flags: tuple[str, ...], message: str, small_data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    words = FLAGS if "random" not in flags else [w for w in FLAGS if w not in ("--warmup-steps", "3")]
+    words = FLAGS if "random" not in flags else [w for w in FLAGS if w not in ("--select-after", "3")]
     assert weightlora("train", *words, "--data-dir", small_data, *flags, "--out", tmp_path / "out") == 2
     assert message in capsys.readouterr().err
     assert not (tmp_path / "out").exists()

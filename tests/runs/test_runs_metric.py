@@ -70,7 +70,7 @@ def test_a_sweep_chooses_by_it(small_data: Path, tmp_path: Path) -> None:
 def test_a_model_that_answers_in_words(small_data: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     """Training lowers the loss that zero-shot has; its row has no steps, no parameters, and writes no model."""
     flags = ("--task", "sst2", "--data-dir", small_data, *ANSWERS, *STEPS, "--learning-rate", "1e-2")
-    flags += ("--methods", "zero-shot,lora,weightlora", "--k", "3", "--warmup-steps", "2", "--seeds", "0")
+    flags += ("--methods", "zero-shot,lora,weightlora", "--k", "3", "--select-after", "2", "--seeds", "0")
     out = tmp_path / "out"
     tell_once.cache_clear()
     with caplog.at_level("INFO", logger="weightlora"):
@@ -111,7 +111,7 @@ def test_the_pretrained_decoder_by_name(small_data: Path, tmp_path: Path) -> Non
     own = write_rows(tmp_path / "own.jsonl", texts)
     steps = ("--model", "smollm2", "--max-steps", "3", "--per-device-train-batch-size", "2", "--max-eval-samples", "4")
     steps += ("--max-length", "24", "--targets", "v_proj")
-    seam = ("--task", "sst2", "--data-dir", small_data, "--k", "21", "--warmup-steps", "2")
+    seam = ("--task", "sst2", "--data-dir", small_data, "--k", "21", "--select-after", "2")
     assert weightlora("train", "--task", own, "--method", "lora", *steps, "--out", tmp_path / "own") == 0
     assert weightlora("train", *seam, *steps, "--out", tmp_path / "sst2") == 0
     for name, metric, alive in (("own", "mean_token_accuracy", 30), ("sst2", "accuracy", 21)):

@@ -25,12 +25,12 @@ FLAGS = (
     "3e-2",
     "--lr-scheduler-type",
     "constant",
-    "--lr-warmup-steps",
+    "--warmup-steps",
     "0",
     "--task",
     "sst2",
 )
-PROBE = ("probe", *FLAGS, "--k", "3", "--warmup-steps", T, "--max-steps", 3 * T)
+PROBE = ("probe", *FLAGS, "--k", "3", "--select-after", T, "--max-steps", 3 * T)
 
 
 def dense_products(adapter: Path, data: Path, seed: int, model: str) -> dict[str, float]:
@@ -123,7 +123,7 @@ def test_a_probe_goes_on_with_the_seeds_that_are_missing(
         (("--seeds", "1,1"), "must be different numbers"),
         (("--gradient-rows", "0"), "gradient_rows=0"),
         (("--mode", "dear"), "invalid choice: 'dear'"),
-        (("--warmup-steps", "99"), "use at most"),
+        (("--select-after", "99"), "use at most"),
     ],
 )
 def test_what_cannot_be_probed_is_refused(
@@ -141,7 +141,7 @@ def test_only_what_selects_with_weightlora_can_be_probed() -> None:
 
 def test_a_pretrained_model_is_probed(small_data: Path, tmp_path: Path) -> None:
     words = [w if w != "bert-tiny-shape" else "minilm" for w in map(str, PROBE)]
-    flags = ("--targets", "attention", "--seeds", "0", "--gradient-rows", "16", "--warmup-steps", "2")
+    flags = ("--targets", "attention", "--seeds", "0", "--gradient-rows", "16", "--select-after", "2")
     assert weightlora(*words, "--data-dir", small_data, *flags, "--out", tmp_path / "out") == 0
     data = json.loads((tmp_path / "out" / "probe.json").read_text())
     assert [a["block"] for a in data["adapters"]] == [i // 3 for i in range(18)]

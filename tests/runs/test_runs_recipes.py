@@ -99,10 +99,10 @@ def test_t_is_at_most_one_epoch(table: str) -> None:
         training = cell.config.training
         length = training.get("num_train_epochs")
         if length is not None:
-            assert made.warmup_steps * length <= 1, (cell.row, cell.config.task)
+            assert made.select_after * length <= 1, (cell.row, cell.config.task)
             continue
         batch = training["per_device_train_batch_size"] * training["gradient_accumulation_steps"]
-        steps = made.warmup_steps if made.warmup_steps >= 1 else made.warmup_steps * training["max_steps"]
+        steps = made.select_after if made.select_after >= 1 else made.select_after * training["max_steps"]
         assert steps * batch <= ROWS[cell.config.task], (cell.row, cell.config.task)
     assert seen
 
@@ -114,7 +114,7 @@ def test_what_departs_is_listed(table: str) -> None:
     for cell in grid(recipe(table)).cells:
         made: Any = cell.config.make_method()
         if cell.config.method == "weightlora" and made.warmup_steps <= cell.config.training["warmup_steps"]:
-            assert f"{cell.config.task.upper()} {made.warmup_steps}".replace("COLA", "CoLA") in listed
+            assert f"{cell.config.task.upper()} {made.select_after}".replace("COLA", "CoLA") in listed
 
 
 # methods.md's reading of the printed counts: shapes (d_in, d_out) of the adapted layers of each model, in one block.

@@ -21,7 +21,7 @@ from weightlora.runs.config import RunConfig
 from weightlora.runs.jobs import Job, attempt, execute, run_name
 from weightlora.runs.sweep import Cell, Grid
 
-SHORT = ("--max-steps", "6", "--save-steps", "3", "--k", "3", "--warmup-steps", "2")
+SHORT = ("--max-steps", "6", "--save-steps", "3", "--k", "3", "--select-after", "2")
 
 
 def sweep(data: Path, out: Path, *words: object) -> int:

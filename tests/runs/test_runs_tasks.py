@@ -33,7 +33,7 @@ NO_SUMMARIZER = (
 HEADS = {"squad": "question-answering", "squad_v2": "question-answering", "xsum": "seq2seq-lm"}
 HEADS |= {"cnn_dailymail": "seq2seq-lm"}
 COMMON = ("--max-steps", "6", "--per-device-train-batch-size", "4", "--learning-rate", "5e-3", "--logging-steps", "1")
-SEAM = ("--method", "weightlora", "--k", "3", "--warmup-steps", "2")
+SEAM = ("--method", "weightlora", "--k", "3", "--select-after", "2")
 
 
 @pytest.fixture(scope="module")
@@ -260,7 +260,7 @@ def test_killed_before_at_and_after_the_seam_it_ends_the_same(
     if NO_SUMMARIZER and task == "xsum":
         pytest.skip(NO_SUMMARIZER)
     flags = ["--task", task, "--data-dir", str(text_data), "--model", shape, "--save-steps", "2", *SEAM, *COMMON]
-    flags += ["--warmup-steps", "3", "--max-eval-samples", "4"]
+    flags += ["--select-after", "3", "--max-eval-samples", "4"]
     flags += ["--max-length", "64", *(["--doc-stride", "16"] if task == "squad_v2" else ["--max-target-length", "8"])]
     killer.life(tmp_path / "whole", flags, [])
     tries = killer.life(tmp_path / "killed", flags, [("step", step, 0.0)])

@@ -123,14 +123,14 @@ def test_train_leaves_a_true_record_and_a_stock_adapter(
 ) -> None:
     run, model = tmp_path / "deep" / "run", f"{shape}-shape"
     flags = ["--method", method, "--preset", preset, "--targets", targets, "--k", k]
-    flags += ["--warmup-steps", "3"] if method.startswith("weightlora") else []
+    flags += ["--select-after", "3"] if method.startswith("weightlora") else []
     flags += ["--max-steps", "10"] if method == "gradient" else []  # it looks at 8 batches first
     record = train(run, small_data, model, task, *flags)
     assert record.keys() >= RECORD_KEYS
     assert all(phase.keys() >= PHASE_KEYS for phase in record["phases"])
     assert (record["status"], record["method"]) == ("ok", method)
     named, _, changed = record["preset"].partition(", changed: ")
-    assert (named, "warmup_steps" in changed) == (preset, method.startswith("weightlora"))
+    assert (named, "select_after" in changed) == (preset, method.startswith("weightlora"))
     assert (record["task"], record["model"], record["seed"]) == (task, model, 0)
 
     loaded = fresh_base(model, task)
@@ -191,7 +191,7 @@ def test_the_deepest_adapters_keep_fewer_bytes_and_cost_fewer_operations(small_d
 
 def test_after_the_seam_less_is_kept_when_only_the_top_lives(small_data: Path, tmp_path: Path) -> None:
     """The same within one run: warm-up is paid for all adapters, what follows for the survivors."""
-    flags = ("--method", "weightlora", "--targets", "attention", "--warmup-steps", "2", "--k", "1", "--seed", "3")
+    flags = ("--method", "weightlora", "--targets", "attention", "--select-after", "2", "--k", "1", "--seed", "3")
     record = train(tmp_path / "run", small_data, "deberta-v3-small-shape", "sst2", *flags)
     warmup, final = record["phases"]
     assert [phase["name"] for phase in (warmup, final)] == ["warmup", "final"]
@@ -201,7 +201,7 @@ def test_after_the_seam_less_is_kept_when_only_the_top_lives(small_data: Path, t
 
 
 def test_the_micro_batch_may_change_at_the_seam_and_the_steps_stay(small_data: Path, tmp_path: Path) -> None:
-    flags = ("--k", "3", "--warmup-steps", "2", "--micro-batch", "2", "--final-micro-batch", "8")
+    flags = ("--k", "3", "--select-after", "2", "--micro-batch", "2", "--final-micro-batch", "8")
     record = train(tmp_path / "run", small_data, "bert-tiny-shape", "sst2", *flags)
     assert [(p["micro_batch"], p["accumulation"], p["steps"]) for p in record["phases"]] == [(2, 4, 2), (8, 1, 4)]
 
@@ -209,7 +209,7 @@ def test_the_micro_batch_may_change_at_the_seam_and_the_steps_stay(small_data: P
 def test_the_same_seed_gives_the_same_bytes_and_another_seed_others(small_data: Path, tmp_path: Path) -> None:
     for name, seed in (("a", "7"), ("b", "7"), ("c", "8")):
         set_seed(hash(name) % 1000)  # the state of the process must not matter
-        train(tmp_path / name, small_data, "bert-tiny-shape", "sst2", "--k", "3", "--warmup-steps", "2", "--seed", seed)
+        train(tmp_path / name, small_data, "bert-tiny-shape", "sst2", "--k", "3", "--select-after", "2", "--seed", seed)
     a, b, c = ((tmp_path / name / "adapter" / "adapter_model.safetensors").read_bytes() for name in "abc")
     assert a == b
     assert a != c
@@ -219,7 +219,7 @@ def test_a_users_own_csv_pairs_and_a_number_to_predict(tmp_path: Path) -> None:
     lines = ["left,right,how_close"] + [f"text {i % 7},other {i % 5},{i % 5 / 2}" for i in range(60)]
     (tmp_path / "own.csv").write_text("\n".join(lines) + "\n", encoding="utf-8")
     flags = ["--train-file", tmp_path / "own.csv", "--text-column", "left", "--pair-column", "right", "--regression"]
-    flags += ["--label-column", "how_close", "--max-steps", "4", "--k", "2", "--warmup-steps", "2"]
+    flags += ["--label-column", "how_close", "--max-steps", "4", "--k", "2", "--select-after", "2"]
     assert weightlora("train", "--task", "files", *flags, *TINY, "--out", tmp_path / "run") == 0
     record = read(tmp_path / "run" / "record.json")
     assert record["metric"] == "pearson"
@@ -233,7 +233,7 @@ def test_training_that_breaks_down_is_a_failed_run(
 ) -> None:
     """A real breakdown: every gate is trained into the negative, and the rule lets only positive ones live."""
     run = tmp_path / "run"
-    flags = ["--method", "weightlora", "--preset", "paper", "--k", "3", "--warmup-steps", "3", "--max-steps", "4"]
+    flags = ["--method", "weightlora", "--preset", "paper", "--k", "3", "--select-after", "3", "--max-steps", "4"]
     settings = tmp_path / "recipe.yaml"
     settings.write_text(f"task: sst2\ndata_dir: {small_data}\ngate_lr: 1e30\nlearning_rate: 1e30\n", encoding="utf-8")
     assert weightlora("train", settings, *flags, *TINY, "--out", run) == 1

@@ -55,7 +55,7 @@ def answers(model: nn.Module) -> Tensor:
 @pytest.mark.parametrize("method", ["lora", "weightlora", "full", "vera"])
 def test_a_saved_model_answers_in_the_units_of_its_file(method: str, tmp_path: Path) -> None:
     """The same texts with targets that are shifted and scaled: the same answers up to that shift and scale."""
-    flags = ["--method", method, *(["--k", "2", "--warmup-steps", "2"] if method == "weightlora" else [])]
+    flags = ["--method", method, *(["--k", "2", "--select-after", "2"] if method == "weightlora" else [])]
     own, other = train(tmp_path / "own", ROWS, *flags), train(tmp_path / "other", moved(), *flags)
     plain, far = answers(opened(own)), answers(opened(other))
     assert abs(float(plain.mean()) - 4.2) < 1.0, "a new head starts at the mean of the targets"
@@ -69,7 +69,7 @@ def test_a_saved_model_answers_in_the_units_of_its_file(method: str, tmp_path: P
 
 
 def test_exported_and_resumed_models_answer_alike(tmp_path: Path) -> None:
-    flags = ("--method", "weightlora", "--k", "2", "--warmup-steps", "2", "--save-steps", "5")
+    flags = ("--method", "weightlora", "--k", "2", "--select-after", "2", "--save-steps", "5")
     run = train(tmp_path / "run", ROWS, *flags)
     plain = answers(opened(run))
     assert weightlora("export", run, "--profile", "merged", "--out", tmp_path / "merged") == 0

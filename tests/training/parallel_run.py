@@ -37,17 +37,28 @@ import weightlora.tasks  # noqa: F401  # what commands import in time, once for 
 from weightlora.cli.main import main
 from weightlora.errors import WeightLoRAError
 from weightlora.graft import Selection, is_sharded
-from weightlora.methods import DoRA, Flexora, Full, HeadOnly, Method, MiLoRA, VBLoRA, VeRA, WeightLoRA, WeightLoRAPlus
+from weightlora.methods import (
+    DoRA,
+    Flexora,
+    FullFineTuning,
+    HeadOnly,
+    Method,
+    MiLoRA,
+    VBLoRA,
+    VeRA,
+    WeightLoRA,
+    WeightLoRAPlus,
+)
 from weightlora.training import attach, fit
 
 METHODS: dict[str, Method] = {
-    "weightlora+": WeightLoRAPlus.from_preset("paper", k=2, warmup_steps=5),
-    "three": WeightLoRAPlus.from_preset("paper", k=3, warmup_steps=5),
-    "memory": WeightLoRA(memory="1GiB", warmup_steps=5),
+    "weightlora+": WeightLoRAPlus.from_preset("paper", k=2, select_after=5),
+    "three": WeightLoRAPlus.from_preset("paper", k=3, select_after=5),
+    "memory": WeightLoRA(memory="1GiB", select_after=5),
     "milora": MiLoRA(),
-    "flexora": Flexora(warmup_steps=5, batches=2),  # it looks at rows that no process trains on
+    "flexora": Flexora(select_after=5, batches=2),  # it looks at rows that no process trains on
     **{f"any {name}": build(name, "recommended") for name in LORA},
-    **{f"any {kind.name}": kind() for kind in (Full, HeadOnly, DoRA)},
+    **{f"any {kind.name}": kind() for kind in (FullFineTuning, HeadOnly, DoRA)},
     # Rounding grows with the rate, and theirs would be a hundred times the others'.
     **{f"any {kind.name}": kind(adapter_rate=1.0) for kind in (VeRA, VBLoRA)},
 }
@@ -147,7 +158,7 @@ def loop(job: dict[str, Any]) -> None:
 
     # Wrapped once only, DDP is told that parameters may go unused: it would else notice the dropped ones itself.
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
-    tuner = attach(model, WeightLoRAPlus.from_preset("paper", k=2, warmup_steps=3), optimizer)
+    tuner = attach(model, WeightLoRAPlus.from_preset("paper", k=2, select_after=3), optimizer)
     wrapped = wrap(find_unused_parameters=job["wrapped"] == 1)
     for step in range(8):
         rows = {key: value.chunk(together)[rank] for key, value in batch(8, step).items()}

@@ -13,11 +13,11 @@ import torch
 from tests.builders import adapter_state, base, lora, max_difference, trainer
 
 from weightlora.errors import CheckpointError
-from weightlora.methods import Full, LoRA, Method, WeightLoRA
+from weightlora.methods import FullFineTuning, LoRA, Method, WeightLoRA
 from weightlora.training import fit
 from weightlora.training.checkpoint import SEAL, damage, folders, resolve, seal
 
-METHODS: dict[str, Method] = {"weightlora": WeightLoRA(k=2, warmup_steps=3), "lora": LoRA(), "full": Full()}
+METHODS: dict[str, Method] = {"weightlora": WeightLoRA(k=2, select_after=3), "lora": LoRA(), "full": FullFineTuning()}
 EVERY_STEP = {"eval_strategy": "steps", "eval_steps": 1, "save_strategy": "steps", "save_steps": 1,
               "metric_for_best_model": "nearness", "greater_is_better": True}  # fmt: skip
 BEST = 5

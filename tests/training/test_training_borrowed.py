@@ -18,7 +18,7 @@ from weightlora.graft import adapters, checkpoint_blocks
 from weightlora.methods import (
     AdaLoRA,
     Flexora,
-    Full,
+    FullFineTuning,
     IncreLoRA,
     LoRA,
     Method,
@@ -29,7 +29,7 @@ from weightlora.methods import (
 )
 from weightlora.training import attach, fit
 
-TWO = WeightLoRA(k=2, warmup_steps=2)
+TWO = WeightLoRA(k=2, select_after=2)
 OURS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks", "_state_dict_hooks",
         "_state_dict_pre_hooks", "_load_state_dict_pre_hooks", "_load_state_dict_post_hooks")  # fmt: skip
 SWITCHES = ("gradient_checkpointing", "_gradient_checkpointing_func", "enable_input_require_grads",
@@ -76,12 +76,12 @@ def same(before: dict[str, Any], after: dict[str, Any]) -> None:
 
 def users(method: Method = TWO, **config: Any) -> PeftModel:
     """A model as a user may have left it: reentrant checkpointing, hooks of several kinds, one frozen bias trained."""
-    model: Any = base("bert", dropout=0.0) if isinstance(method, Full) else None
+    model: Any = base("bert", dropout=0.0) if isinstance(method, FullFineTuning) else None
     if isinstance(method, VeRA):
         settings = method.peft_config(LoraConfig(r=4, target_modules=["query"], task_type="SEQ_CLS"), [(16, 16)] * 2)
         model = get_peft_model(base("bert", dropout=0.0), settings)
     model = lora(dropout=0.0, **config) if model is None else model
-    inner = model if isinstance(method, Full) else model.base_model.model
+    inner = model if isinstance(method, FullFineTuning) else model.base_model.model
     inner.bert.embeddings.LayerNorm.register_forward_hook(lambda *_: None)
     inner.bert.embeddings.word_embeddings.register_forward_hook(lambda *_: None)
     checkpoint_blocks(inner, {"use_reentrant": True})
@@ -113,12 +113,12 @@ def made(out: Path, method: Method = TWO, steps: int = 4, **settings: Any) -> Tr
 
 
 METHODS = [
-    WeightLoRA(k=2, warmup_steps=2),
-    WeightLoRA(k=1.0, warmup_steps=2),
-    WeightLoRAPlus.from_preset("paper", k=2, warmup_steps=2),
+    WeightLoRA(k=2, select_after=2),
+    WeightLoRA(k=1.0, select_after=2),
+    WeightLoRAPlus.from_preset("paper", k=2, select_after=2),
     Flexora(batches=2),
     LoRA(),
-    Full(),
+    FullFineTuning(),
     VeRA(r=4),
 ]
 
@@ -177,7 +177,7 @@ def test_after_a_refusal_everything_is_the_users_again(tmp_path: Path) -> None:
     model: Any = each.model
     before, asked = of_model(model), of_trainer(each)
     with pytest.raises(ConfigError, match="a micro-batch of 3 does not divide"):
-        fit(each, Flexora(batches=2), micro_batch=(2, 3))
+        fit(each, Flexora(batches=2), micro_batch=2, final_micro_batch=3)
     with pytest.raises(CheckpointError):
         fit(each, TWO, resume=tmp_path / "nothing")
     each.args.auto_find_batch_size = True

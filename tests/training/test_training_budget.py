@@ -103,7 +103,7 @@ def test_both_phases_stay_within_the_budget(family: str, method: Any, tmp_path: 
     seen = []
     for share in (1.0, 0.4, 0.0):
         memory = int(least + share * (most - least))
-        result, ledger = run(tmp_path / str(share), method(memory=memory, warmup_steps=4), family)
+        result, ledger = run(tmp_path / str(share), method(memory=memory, select_after=4), family)
         assert result.selection is not None
         placement = result.selection.placement
         assert placement is not None
@@ -131,7 +131,7 @@ def test_the_prediction_is_what_is_held_and_not_just_above_it(tmp_path: Path) ->
     each.data_collator = lambda rows: collate([{**rows[0], "input_ids": torch.arange(5, 13)}] * len(rows))
     each.add_callback(ledger := Ledger())
     most, least = whole()
-    result = fit(each, WeightLoRA(memory=(most + 2 * least) // 3, warmup_steps=4))
+    result = fit(each, WeightLoRA(memory=(most + 2 * least) // 3, select_after=4))
     warm, final = spent(result, ledger)
     assert result.selection is not None
     placement = result.selection.placement
@@ -146,13 +146,13 @@ def test_an_impossible_budget_is_refused_with_the_smallest_that_works(tmp_path: 
     each = made(tmp_path)
     before = adapter_state(each.model)
     with pytest.raises(BudgetError, match="memory=9KiB is too little") as caught:
-        fit(each, WeightLoRA(memory="9KiB", warmup_steps=4))
+        fit(each, WeightLoRA(memory="9KiB", select_after=4))
     assert f"takes {caught.value.smallest} bytes (" in str(caught.value)
     assert max_difference(before, adapter_state(each.model)) == 0
     assert each.state.global_step == 0
     with pytest.raises(BudgetError):
-        fit(made(tmp_path), WeightLoRA(memory=caught.value.smallest - 1, warmup_steps=4))
-    assert fit(made(tmp_path), WeightLoRA(memory=caught.value.smallest, warmup_steps=4)).selection is not None
+        fit(made(tmp_path), WeightLoRA(memory=caught.value.smallest - 1, select_after=4))
+    assert fit(made(tmp_path), WeightLoRA(memory=caught.value.smallest, select_after=4)).selection is not None
     leaner = re.search(r"or (\d+) bytes \(.*\) with gradient_checkpointing", str(caught.value))
     if leaner is not None:
         assert int(leaner[1]) < caught.value.smallest
@@ -163,7 +163,7 @@ def test_an_impossible_budget_is_refused_with_the_smallest_that_works(tmp_path: 
 def test_a_step_after_the_seam_takes_its_share_of_operations(share: str, method: Any, tmp_path: Path) -> None:
     # Rows of one length, so that every batch costs the same.
     each = trainer(tmp_path, lora(layers=LAYERS))
-    result = fit(each, method(step_time=share, warmup_steps=4))
+    result = fit(each, method(step_time=share, select_after=4))
     first, last = (phase.flops_per_step or 0 for phase in result.phases)
     assert last <= float(share[:-1]) * first
     assert result.selection is not None
@@ -178,13 +178,13 @@ def test_a_step_after_the_seam_takes_its_share_of_operations(share: str, method:
 
 def test_a_share_of_time_that_cannot_be_met_is_refused(tmp_path: Path) -> None:
     with pytest.raises(BudgetError, match=r"step_time=0.1x is too little: the smallest placement takes 0\.\d+x"):
-        fit(trainer(tmp_path, lora(layers=LAYERS)), WeightLoRA(step_time="0.1x", warmup_steps=4))
+        fit(trainer(tmp_path, lora(layers=LAYERS)), WeightLoRA(step_time="0.1x", select_after=4))
 
 
 @pytest.mark.parametrize("stop", [2, pytest.param(4, marks=pytest.mark.slow), 6])
 def test_a_killed_run_goes_on_to_the_same_end(stop: int, tmp_path: Path) -> None:
     most, least = whole()
-    method = WeightLoRA(memory=(most + least) // 2, warmup_steps=4)
+    method = WeightLoRA(memory=(most + least) // 2, select_after=4)
     expected, _ = run(tmp_path / "whole", method)
 
     class Stop(TrainerCallback):
@@ -206,7 +206,7 @@ def test_a_killed_run_goes_on_to_the_same_end(stop: int, tmp_path: Path) -> None
 
 def test_the_placement_is_part_of_the_manifest(tmp_path: Path) -> None:
     most, _ = whole()
-    result, _ = run(tmp_path / "run", WeightLoRA(memory=most, warmup_steps=4), save_strategy="steps", save_steps=STEPS)
+    result, _ = run(tmp_path / "run", WeightLoRA(memory=most, select_after=4), save_strategy="steps", save_steps=STEPS)
     assert result.selection is not None
     manifest, _ = Manifest.read(tmp_path / "run" / f"checkpoint-{STEPS}")
     assert manifest.selection == result.selection
@@ -215,7 +215,7 @@ def test_the_placement_is_part_of_the_manifest(tmp_path: Path) -> None:
 
 def test_omegas_are_importances_too(tmp_path: Path) -> None:
     most, least = whole()
-    method = WeightLoRA.from_preset("paper", memory=(most + 3 * least) // 4, warmup_steps=4)
+    method = WeightLoRA.from_preset("paper", memory=(most + 3 * least) // 4, select_after=4)
     result, ledger = run(tmp_path / "run", method)
     assert result.selection is not None
     assert all(choice.omega > 0 for choice in result.selection.kept)
@@ -232,7 +232,7 @@ def test_omegas_are_importances_too(tmp_path: Path) -> None:
         ({"step_time": "0.5"}, "'0.5' is no share"),
         ({"step_time": "2x"}, "'2x' is no share"),
         ({"memory": "1GiB", "score": "coverage"}, "no sum over adapters"),
-        ({"memory": "1GiB", "warmup_steps": None}, "needs warmup_steps"),
+        ({"memory": "1GiB", "select_after": None}, "needs select_after"),
     ],
 )
 def test_settings_that_contradict_each_other_are_refused(settings: dict[str, Any], message: str) -> None:
@@ -250,7 +250,7 @@ def test_a_plain_loop_has_no_batches_to_count_on() -> None:
     model = lora()
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad])
     with pytest.raises(ScheduleError, match="memory has to be counted on the run's batches"):
-        attach(model, WeightLoRA(memory="1GiB", warmup_steps=2), optimizer)
+        attach(model, WeightLoRA(memory="1GiB", select_after=2), optimizer)
 
 
 def test_gradient_checkpointing_is_counted(tmp_path: Path) -> None:
@@ -259,6 +259,6 @@ def test_gradient_checkpointing_is_counted(tmp_path: Path) -> None:
     planned = plan(made(tmp_path, **arguments), WeightLoRA(memory="1TiB"), (None, None)).budget
     assert isinstance(planned, Budget)
     assert planned.facts["warmup_total"] < plain
-    method = WeightLoRA(memory=int(planned.facts["warmup_total"]), warmup_steps=4)
+    method = WeightLoRA(memory=int(planned.facts["warmup_total"]), select_after=4)
     result, ledger = run(tmp_path / "run", method, **arguments)
     assert max(spent(result, ledger)) <= planned.facts["warmup_total"]

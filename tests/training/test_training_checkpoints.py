@@ -16,22 +16,31 @@ from transformers import Trainer
 
 from weightlora.errors import CheckpointError
 from weightlora.graft import adapters
-from weightlora.methods import DoRA, Gradient, LoRA, Method, Random, Top, WeightLoRA, WeightLoRAPlus
+from weightlora.methods import (
+    DeepestAdapters,
+    DoRA,
+    LoRA,
+    Method,
+    OneShotGradient,
+    RandomAdapters,
+    WeightLoRA,
+    WeightLoRAPlus,
+)
 from weightlora.training import FitResult, fit
 from weightlora.training.checkpoint import SEAL, latest, resolve, whole
 from weightlora.training.identity import RUN
 
 METHODS: dict[str, Method] = {
-    "weightlora": WeightLoRA(k=2, warmup_steps=5),
-    "weightlora-paper": WeightLoRA.from_preset("paper", k=2, warmup_steps=5),
+    "weightlora": WeightLoRA(k=2, select_after=5),
+    "weightlora-paper": WeightLoRA.from_preset("paper", k=2, select_after=5),
     "weightlora-official": WeightLoRA.from_preset("official", k=2),
-    "weightlora-cubic": WeightLoRA.from_preset("paper", k=2, warmup_steps=5, k_schedule="cubic", score="coverage"),
-    "weightlora+": WeightLoRAPlus(k=2, warmup_steps=5),
-    "weightlora+qr": WeightLoRAPlus.from_preset("paper", k=2, warmup_steps=5, remainder="top"),
+    "weightlora-cubic": WeightLoRA.from_preset("paper", k=2, select_after=5, k_schedule="cubic", score="coverage"),
+    "weightlora+": WeightLoRAPlus(k=2, select_after=5),
+    "weightlora+qr": WeightLoRAPlus.from_preset("paper", k=2, select_after=5, remainder="top"),
     "lora": LoRA(),
-    "random": Random(k=2),
-    "top": Top(k=2),
-    "gradient": Gradient(k=2, batches=3),
+    "random": RandomAdapters(k=2),
+    "top": DeepestAdapters(k=2),
+    "gradient": OneShotGradient(k=2, batches=3),
 }
 
 
@@ -142,7 +151,7 @@ BEST: dict[str, Any] = {"metric_for_best_model": "loss"}
 @pytest.mark.parametrize("seam", [4, 5, 8])
 @pytest.mark.parametrize("better_later", [True, False])
 def test_saving_the_best(seam: int, better_later: bool, tmp_path: Path) -> None:
-    method = WeightLoRA(k=2, warmup_steps=seam)
+    method = WeightLoRA(k=2, select_after=seam)
     arguments = {**BEST, "greater_is_better": not better_later, "eval_strategy": "steps", "eval_steps": 2}
     done = run(tmp_path / "a", method, save_strategy="best", **arguments)
     assert f"seam-{seam}" in checkpoints(tmp_path / "a")
@@ -158,7 +167,7 @@ def test_saving_the_best(seam: int, better_later: bool, tmp_path: Path) -> None:
 @pytest.mark.parametrize("better_later", [True, False])
 def test_load_best_model_at_end(limit: int | None, seam: int, better_later: bool, tmp_path: Path) -> None:
     """The best model is looked for among those after the seam: the ones before have another structure."""
-    method = WeightLoRA(k=2, warmup_steps=seam)
+    method = WeightLoRA(k=2, select_after=seam)
     arguments = {
         **BEST,
         "greater_is_better": not better_later,
@@ -185,8 +194,8 @@ def test_arguments_are_given_back(tmp_path: Path) -> None:
 
 def test_stale_files_of_an_older_run_are_not_mixed_in(tmp_path: Path) -> None:
     arguments = {**BEST, "eval_strategy": "steps", "eval_steps": 3}
-    run(tmp_path, WeightLoRA(k=1, warmup_steps=4), save_strategy="best", **arguments)
-    method = WeightLoRA(k=3, warmup_steps=4)
+    run(tmp_path, WeightLoRA(k=1, select_after=4), save_strategy="best", **arguments)
+    method = WeightLoRA(k=3, select_after=4)
     made = trainer(tmp_path, save_strategy="best", **arguments)
     refused("holds checkpoints of another run .*; give another output_dir", lambda: fit(made, method))
     fit(made, method, overwrite=True, measure=False)
@@ -231,7 +240,7 @@ def test_other_models_methods_and_folders_are_refused(tmp_path: Path) -> None:
     before = {p: p.stat().st_mtime_ns for p in tmp_path.rglob("*")}
     refused("the checkpoint belongs to another model: .*9", untouched(lora(layers=3)))
     refused(r"another model: .*\(16, 16, 4\).*\(16, 16, 2\)", untouched(lora(rank=2)))
-    refused("was made with .*; resume with the same method", lambda: run(tmp_path, Top(k=2), resume=True))
+    refused("was made with .*; resume with the same method", lambda: run(tmp_path, DeepestAdapters(k=2), resume=True))
     refused(
         "checkpoint-77 is not a whole checkpoint of a WeightLoRA run; .*checkpoint-12 is whole",
         lambda: run(tmp_path, method, resume=tmp_path / "checkpoint-77"),

@@ -20,7 +20,7 @@ from weightlora.training.checkpoint import SEAL, damage, folders, resolve
 FILES = ("README.md", "adapter_config.json", "adapter_model.safetensors", "checksums.json", "optimizer.pt",
          "rng_state.pth", "scheduler.pt", "trainer_state.json", "training_args.bin", "weightlora.json",
          "weightlora.safetensors", "weightlora_run.json")  # fmt: skip
-METHOD = WeightLoRA.from_preset("paper", k=2, warmup_steps=4)
+METHOD = WeightLoRA.from_preset("paper", k=2, select_after=4)
 DAMAGE: dict[str, Callable[[Path, Path], Any]] = {
     "missing": lambda file, other: file.unlink(),
     "empty": lambda file, other: file.write_bytes(b""),

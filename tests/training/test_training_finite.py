@@ -45,8 +45,8 @@ def regression() -> Any:
 
 
 METHODS: dict[str, Method] = {
-    "credit": WeightLoRA(k=2, warmup_steps=8),
-    "gates": WeightLoRA.from_preset("paper", k=2, warmup_steps=8),
+    "credit": WeightLoRA(k=2, select_after=8),
+    "gates": WeightLoRA.from_preset("paper", k=2, select_after=8),
     "lora": LoRA(),
 }
 
@@ -77,7 +77,7 @@ def test_one_broken_label_stops_the_run_where_it_came(name: str, bad: int, tmp_p
 def test_a_huge_learning_rate(kind: str, tmp_path: Path) -> None:
     from tests.builders import base
 
-    chosen = WeightLoRA(k=2, warmup_steps=5) if kind == "weightlora" else method("full")
+    chosen = WeightLoRA(k=2, select_after=5) if kind == "weightlora" else method("full")
     made = trainer(
         tmp_path, lora() if kind == "weightlora" else base("bert"), learning_rate=1e38, max_grad_norm=0.0,
         logging_steps=50, optim="sgd",
@@ -94,7 +94,7 @@ def test_a_plain_loop(seam: int) -> None:
     """At the seam, or at the next step that looks; in `state_dict` at once."""
     model = lora(dropout=0.0)
     optimizer = torch.optim.AdamW((p for p in model.parameters() if p.requires_grad), lr=1e-2)
-    tuner = attach(model, WeightLoRA(k=2, warmup_steps=seam), optimizer)
+    tuner = attach(model, WeightLoRA(k=2, select_after=seam), optimizer)
     reached: list[int] = []
 
     def run() -> None:

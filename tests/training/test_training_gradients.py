@@ -27,12 +27,12 @@ from transformers import (
 
 from weightlora.errors import AdapterError, ConfigError, ScheduleError
 from weightlora.graft import checkpoint_blocks
-from weightlora.methods import Method, Top, WeightLoRA, WeightLoRAPlus
+from weightlora.methods import DeepestAdapters, Method, WeightLoRA, WeightLoRAPlus
 from weightlora.training import attach, fit
 
 SMALL: dict[str, Any] = {"vocab_size": 60, "hidden_size": 16, "num_hidden_layers": 4, "num_attention_heads": 2,
                          "intermediate_size": 32}  # fmt: skip
-TWO = WeightLoRA(k=2, warmup_steps=2)
+TWO = WeightLoRA(k=2, select_after=2)
 SETTINGS = [{"every_n_layers": 2}, {"offload": True, "use_reentrant": True}, {"bare": True}]
 
 
@@ -122,7 +122,9 @@ def test_checkpointing_on_the_model_trains_the_survivors(head: str, tmp_path: Pa
 
 
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("method", [TWO, Top(k=2), WeightLoRAPlus(k=2, warmup_steps=2)], ids=lambda m: m.name)
+@pytest.mark.parametrize(
+    "method", [TWO, DeepestAdapters(k=2), WeightLoRAPlus(k=2, select_after=2)], ids=lambda m: m.name
+)
 @pytest.mark.parametrize("kind", ["4bit", "8bit"])
 def test_qlora_as_everybody_writes_it(kind: str, method: Method, tmp_path: Path) -> None:
     pytest.importorskip("bitsandbytes", reason="NO BITSANDBYTES: QLoRA is not tested here")
@@ -166,7 +168,7 @@ def test_a_switched_model_keeps_its_other_settings(settings: dict[str, Any]) -> 
         pytest.skip("this release of Transformers checkpoints all blocks or none")
     functions = [getattr(block._gradient_checkpointing_func, "func", checkpoint) for block in blocks]
     on = [block.gradient_checkpointing for block in blocks]
-    attached(model, Top(k=1))
+    attached(model, DeepestAdapters(k=1))
     assert [block.gradient_checkpointing for block in blocks] == on
     for block, function in zip(blocks, functions, strict=True):
         if block.gradient_checkpointing:
@@ -278,7 +280,7 @@ def test_a_module_that_a_step_passes_by_needs_no_gradient(unused: bool) -> None:
     model = get_peft_model(net, LoraConfig(r=2, target_modules=["a", "b", "idle"]))
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
     model.train()
-    tuner = attach(model, Top(k=2), optimizer)  # b and idle
+    tuner = attach(model, DeepestAdapters(k=2), optimizer)  # b and idle
     net.branch, net.unused = "b", unused
 
     def step() -> None:

@@ -13,12 +13,12 @@ import torch
 from tests.builders import adapter_state, base, lora, max_difference, trainer
 
 from weightlora.errors import CheckpointError, ConfigError
-from weightlora.methods import DoRA, Full, LoRA, Method, WeightLoRA
+from weightlora.methods import DoRA, FullFineTuning, LoRA, Method, WeightLoRA
 from weightlora.training import fit
 from weightlora.training.checkpoint import folders, seal
 from weightlora.training.identity import RUN
 
-METHODS: dict[str, Method] = {"weightlora": WeightLoRA(k=2, warmup_steps=3), "dora": DoRA(), "full": Full()}
+METHODS: dict[str, Method] = {"weightlora": WeightLoRA(k=2, select_after=3), "dora": DoRA(), "full": FullFineTuning()}
 
 
 def model(name: str, seed: int = 0) -> Any:
@@ -111,7 +111,7 @@ def test_another_plain_method_is_refused(old: dict[str, Path], tmp_path: Path) -
     with pytest.raises(CheckpointError):
         fit(made, LoRA(), resume=True, measure=False)
     with pytest.raises(CheckpointError, match=r"was made with .*; resume with the same method"):
-        fit(trainer(out, base("bert", 1), steps=6), Full(), resume=True, measure=False)
+        fit(trainer(out, base("bert", 1), steps=6), FullFineTuning(), resume=True, measure=False)
 
 
 def test_a_checkpoint_named_by_path_goes_on_elsewhere(old: dict[str, Path], tmp_path: Path) -> None:

@@ -21,13 +21,13 @@ from transformers import PreTrainedModel, TrainerCallback
 from weightlora.errors import AdapterError, CheckpointError, ConfigError
 from weightlora.graft import adapters, disconnect
 from weightlora.graft.export import export
-from weightlora.methods import LoRA, Method, Random, WeightLoRA, WeightLoRAPlus, method
+from weightlora.methods import LoRA, Method, RandomAdapters, WeightLoRA, WeightLoRAPlus, method
 from weightlora.training import attach, fit
 from weightlora.training.sharding import check_method
 
-KEPT = WeightLoRA(k=2, warmup_steps=3)
-PAPER = WeightLoRA.from_preset("paper", k=2, warmup_steps=3)
-GROWN = WeightLoRAPlus(k=2, warmup_steps=3)
+KEPT = WeightLoRA(k=2, select_after=3)
+PAPER = WeightLoRA.from_preset("paper", k=2, select_after=3)
+GROWN = WeightLoRAPlus(k=2, select_after=3)
 MOVES = ["pissa", "pissa_niter_4", "olora", "corda", "lora_ga"]
 TARGETS = list(QKV["bert"])
 
@@ -74,7 +74,7 @@ def stock() -> dict[str, Tensor]:
 
 
 @pytest.mark.parametrize("init", MOVES)
-@pytest.mark.parametrize("made", [KEPT, GROWN, Random(k=2)], ids=["weightlora", "growing", "before training"])
+@pytest.mark.parametrize("made", [KEPT, GROWN, RandomAdapters(k=2)], ids=["weightlora", "growing", "before training"])
 def test_a_removed_adapter_gives_its_part_of_the_base_back(
     init: str, made: Method, stock: dict[str, Tensor], tmp_path: Path
 ) -> None:
@@ -92,7 +92,7 @@ def test_a_removed_adapter_gives_its_part_of_the_base_back(
 @pytest.mark.parametrize("init", ["pissa", "olora"])
 def test_with_every_adapter_kept_it_is_stock_training(init: str, tmp_path: Path) -> None:
     ours, plain = trainer(tmp_path / "a", initialised(init)), trainer(tmp_path / "b", initialised(init))
-    fit(ours, WeightLoRA(k=6, warmup_steps=3), adapter_path="stock", measure=False)
+    fit(ours, WeightLoRA(k=6, select_after=3), engine="stock", measure=False)
     plain.train()
     assert max_difference(adapter_state(ours.model), adapter_state(plain.model)) == 0.0
     assert max_difference(weights(ours.model), weights(plain.model)) == 0.0
@@ -223,7 +223,7 @@ def two(init: str) -> PeftModel:
         (lambda: two("olora"), KEPT, "holds 2 adapters"),
         (lambda: initialised("pissa"), method("adalora"), "adalora gives them values of its own"),
         (lambda: initialised("pissa"), method("lora_drop"), "gives them values of its own"),
-        (lambda: initialised("pissa"), WeightLoRA(k=2, warmup_steps=3, init_A="official"), "values of its own"),
+        (lambda: initialised("pissa"), WeightLoRA(k=2, select_after=3, init_A="official"), "values of its own"),
         (lambda: lora(bias="lora_only"), KEPT, "bias='lora_only'.*would go on training; use bias='none', or 'all'"),
     ],
 )

@@ -13,7 +13,15 @@ from torch import Tensor, nn
 
 from weightlora.errors import AdapterError, ScheduleError
 from weightlora.graft import adapters
-from weightlora.methods import Full, Gradient, Method, Random, Top, WeightLoRA, WeightLoRAPlus
+from weightlora.methods import (
+    DeepestAdapters,
+    FullFineTuning,
+    Method,
+    OneShotGradient,
+    RandomAdapters,
+    WeightLoRA,
+    WeightLoRAPlus,
+)
 from weightlora.training import attach, fit
 
 Inputs = dict[str, Tensor]
@@ -45,7 +53,7 @@ def test_two_phases_by_hand(score: Any) -> None:
     model = lora()
     optimizer = adamw(model)
     model.train()
-    tuner = attach(model, WeightLoRA(k=2, warmup_steps=seam, score=score), optimizer, adapter_path="stock")
+    tuner = attach(model, WeightLoRA(k=2, select_after=seam, score=score), optimizer, engine="stock")
     for step, inputs in enumerate(data):
         torch.manual_seed(step)
         model(**inputs).loss.backward()
@@ -70,12 +78,12 @@ def test_two_phases_by_hand(score: Any) -> None:
     assert max_difference(adapter_state(model), adapter_state(second)) == 0.0
 
 
-@pytest.mark.parametrize("made", [Random(k=3, seed=2), Top(k=2)])
+@pytest.mark.parametrize("made", [RandomAdapters(k=3, seed=2), DeepestAdapters(k=2)])
 def test_a_choice_before_training_is_stock_lora_on_the_same_targets(made: Method) -> None:
     data = some(6)
     model = lora()
     optimizer = adamw(model)
-    tuner = attach(model, made, optimizer, adapter_path="stock")
+    tuner = attach(model, made, optimizer, engine="stock")
     assert tuner.selection is not None
     model.train()
     for step, inputs in enumerate(data):
@@ -95,13 +103,13 @@ def test_a_choice_before_training_is_stock_lora_on_the_same_targets(made: Method
 
 
 FITTED = [
-    WeightLoRA(k=2, warmup_steps=5),
-    WeightLoRA.from_preset("paper", k=2, warmup_steps=5),
+    WeightLoRA(k=2, select_after=5),
+    WeightLoRA.from_preset("paper", k=2, select_after=5),
     WeightLoRA.from_preset("official", k=2),
-    WeightLoRAPlus(k=2, warmup_steps=5),
-    WeightLoRAPlus.from_preset("paper", k=2, warmup_steps=5),
-    Gradient(k=2, batches=5),
-    Random(k=2),
+    WeightLoRAPlus(k=2, select_after=5),
+    WeightLoRAPlus.from_preset("paper", k=2, select_after=5),
+    OneShotGradient(k=2, batches=5),
+    RandomAdapters(k=2),
 ]
 
 
@@ -137,7 +145,7 @@ def test_the_loop_and_the_trainer_agree(made: Method, tmp_path: Path) -> None:
 def test_step_is_called_once_after_each_optimizer_step() -> None:
     model = lora()
     optimizer = adamw(model)
-    tuner = attach(model, WeightLoRA(k=2, warmup_steps=3), optimizer)
+    tuner = attach(model, WeightLoRA(k=2, select_after=3), optimizer)
     message = r"tuner.step\(\) counts optimizer steps; call it once after each optimizer.step\(\)"
     with pytest.raises(ScheduleError, match=message):
         tuner.step()
@@ -151,18 +159,18 @@ def test_step_is_called_once_after_each_optimizer_step() -> None:
 
 def test_a_share_of_the_run_needs_its_length() -> None:
     model = lora()
-    with pytest.raises(ScheduleError, match="warmup_steps is a share of the run; give attach"):
+    with pytest.raises(ScheduleError, match="select_after is a share of the run; give attach"):
         attach(model, WeightLoRA(k=2), adamw(model))
-    assert attach(model, WeightLoRA(k=2, warmup_steps=0.5), adamw(model), max_steps=4).selection is None
+    assert attach(model, WeightLoRA(k=2, select_after=0.5), adamw(model), max_steps=4).selection is None
 
 
 def test_what_attach_refuses() -> None:
     plain = base("bert")
     with pytest.raises(AdapterError, match="has no LoRA adapters; wrap it first"):
-        attach(plain, WeightLoRA(k=2, warmup_steps=3), adamw(plain))
+        attach(plain, WeightLoRA(k=2, select_after=3), adamw(plain))
     model = lora()
     with pytest.raises(ScheduleError, match="full fine-tuning has no adapters"):
-        attach(model, Full(), adamw(model))
+        attach(model, FullFineTuning(), adamw(model))
 
 
 def test_finish_decides_and_lets_go() -> None:
@@ -193,7 +201,7 @@ def test_the_gate_rate_follows_the_schedule() -> None:
     for factor in (1.0, 0.25):
         model = lora(dropout=0.0)
         optimizer = adamw(model, weight_decay=0.0)
-        made = WeightLoRA(k=6, warmup_steps=9, score="omega", gate_lr=0.1, gate_lr_scheduled=True)
+        made = WeightLoRA(k=6, select_after=9, score="omega", gate_lr=0.1, gate_lr_scheduled=True)
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step, f=factor: 1.0 if step == 0 else f)
         tuner = attach(model, made, optimizer)
         for inputs in some(2):
@@ -213,7 +221,7 @@ def test_accumulated_gradients_are_one_step() -> None:
     for parts in (1, 2):
         model = lora(dropout=0.0).double()
         optimizer = adamw(model)
-        tuner = attach(model, WeightLoRA.from_preset("paper", k=2, warmup_steps=4), optimizer)
+        tuner = attach(model, WeightLoRA.from_preset("paper", k=2, select_after=4), optimizer)
         for inputs in some(6):
             for part in range(parts):
                 piece = {k: v[part::parts] for k, v in inputs.items()}

@@ -23,7 +23,7 @@ from weightlora.methods import LoRA, WeightLoRA
 from weightlora.training import fit
 from weightlora.training.measure import isolated_rng
 
-ALL = WeightLoRA(k=6, warmup_steps=5)  # k = n: the seam changes nothing
+ALL = WeightLoRA(k=6, select_after=5)  # k = n: the seam changes nothing
 
 
 class Remembers(Trainer):
@@ -49,7 +49,7 @@ def test_a_loss_with_state_is_called_by_training_alone(accumulation: int, tmp_pa
         if kind == "stock":
             made.train()
         else:
-            result = fit(made, ALL, adapter_path="stock")
+            result = fit(made, ALL, engine="stock")
             # Counted all the same, in the step that ran.
             wanted = fit(trainer(tmp_path / "plain", gradient_accumulation_steps=accumulation, steps=8), ALL)
             assert result.predicted == {}
@@ -77,7 +77,7 @@ class Counting(Trainer):
 
 def test_what_is_observed_is_what_an_extra_pass_counts(tmp_path: Path) -> None:
     """The same bytes and operations, whether the loss is Transformers' own or a user's that calls it."""
-    method = WeightLoRA(k=2, warmup_steps=3)
+    method = WeightLoRA(k=2, select_after=3)
     made: Any = trainer(tmp_path / "a", lora(dropout=0.0), steps=5, cls=Counting)
     own, plain = fit(made, method), fit(trainer(tmp_path / "b", lora(dropout=0.0), steps=5), method)
     for ours, theirs in zip(own.phases, plain.phases, strict=True):
@@ -109,12 +109,12 @@ def test_what_cannot_be_counted_ends_no_run(tmp_path: Path, caplog: pytest.LogCa
     made: Any = trainer(tmp_path, lora(), steps=6)
     made.model.base_model.model.bert.pooler.activation = Fragile()
     with caplog.at_level(logging.INFO, "weightlora"):
-        result = fit(made, WeightLoRA(k=2, warmup_steps=3))
+        result = fit(made, WeightLoRA(k=2, select_after=3))
     assert [phase.flops_per_step for phase in result.phases] == [None, None]
     assert result.predicted == {}
     said = [record.getMessage() for record in caplog.records if "costs" in record.getMessage()]
     assert said == ["costs are not predicted: Odd: not now", *["costs are not counted: Odd: not now"] * 2]
-    assert fit(trainer(tmp_path / "b", cls=Breaks, steps=6), WeightLoRA(k=2, warmup_steps=3)).phases[0].flops_per_step
+    assert fit(trainer(tmp_path / "b", cls=Breaks, steps=6), WeightLoRA(k=2, select_after=3)).phases[0].flops_per_step
 
 
 # modules
@@ -149,7 +149,7 @@ def twin() -> nn.Module:
 def test_modules_and_buffers_are_as_if_nothing_had_been_counted(tmp_path: Path) -> None:
     stock, ours = (trainer(tmp_path / name, twin(), steps=8) for name in "ab")
     stock.train()
-    result = fit(ours, WeightLoRA(k=2, warmup_steps=5), adapter_path="stock")
+    result = fit(ours, WeightLoRA(k=2, select_after=5), engine="stock")
     assert all(phase.flops_per_step for phase in result.phases)
     assert set(result.predicted) == {"warmup", "final"}
     assert ours.model.base_model.model.seen == stock.model.base_model.model.seen == [4] * 8  # type: ignore[union-attr]
@@ -257,7 +257,7 @@ def test_a_callback_hears_of_one_run(seam: int, tmp_path: Path) -> None:
         if kind == "stock":
             metrics.append(made.train().metrics)
         else:
-            result = fit(made, WeightLoRA(k=6, warmup_steps=seam), adapter_path="stock")
+            result = fit(made, WeightLoRA(k=6, select_after=seam), engine="stock")
             metrics.append(dict(result.metrics))
             assert result.metrics["train_runtime"] > result.phases[0].seconds
         heard.append(spy)
@@ -271,7 +271,7 @@ def test_a_callback_hears_of_one_run(seam: int, tmp_path: Path) -> None:
 def test_a_run_that_ends_at_the_seam_is_said_to_end_there(tmp_path: Path) -> None:
     made = trainer(tmp_path, steps=12, logging_steps=4)
     made.add_callback(spy := Hears())
-    result = fit(made, WeightLoRA(k=2, warmup_steps=5), select_only=True)
+    result = fit(made, WeightLoRA(k=2, select_after=5), select_only=True)
     assert [told for told in spy.told if "epoch" not in told[0]] == [("begin", 0), ("end", 5)]
     assert result.metrics["train_loss"] == spy.lines[-1]["train_loss"] == result.log_history[-1]["train_loss"]
 
@@ -279,7 +279,7 @@ def test_a_run_that_ends_at_the_seam_is_said_to_end_there(tmp_path: Path) -> Non
 @pytest.mark.parametrize("at", [3, 6, 9])
 def test_a_resumed_run_reports_itself_whole(at: int, tmp_path: Path) -> None:
     """From warm-up, and from after the seam, each within a window of the log."""
-    method = WeightLoRA(k=6, warmup_steps=5)
+    method = WeightLoRA(k=6, select_after=5)
     arguments: dict[str, Any] = {"steps": 12, "logging_steps": 4, "save_strategy": "steps", "save_steps": 3}
     whole = fit(trainer(tmp_path, **arguments), method)
     again = fit(trainer(tmp_path / "again", **arguments), method, resume=tmp_path / f"checkpoint-{at}")
@@ -295,7 +295,7 @@ def test_early_stopping_is_asked_once_with_what_the_user_set(tmp_path: Path) -> 
     made = trainer(tmp_path, steps=8, restore_callback_states_from_checkpoint=True, **arguments)
     made.add_callback(stopping := EarlyStoppingCallback(early_stopping_patience=9))
     made.add_callback(spy := Hears())
-    fit(made, WeightLoRA(k=2, warmup_steps=4))
+    fit(made, WeightLoRA(k=2, select_after=4))
     assert spy.best == [True]
     assert stopping in made.callback_handler.callbacks
     assert made.args.restore_callback_states_from_checkpoint

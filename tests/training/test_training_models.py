@@ -26,13 +26,13 @@ from weightlora.graft.export import export
 from weightlora.methods import LoRA, Method, WeightLoRA, WeightLoRAPlus
 from weightlora.training import fit
 
-GROWN = WeightLoRAPlus.from_preset("paper", k=2, warmup_steps=3)
+GROWN = WeightLoRAPlus.from_preset("paper", k=2, select_after=3)
 
 
 # several adapters on one model
 
 
-@pytest.mark.parametrize("made", [GROWN, WeightLoRA(k=2, warmup_steps=3)], ids=["gated", "credit"])
+@pytest.mark.parametrize("made", [GROWN, WeightLoRA(k=2, select_after=3)], ids=["gated", "credit"])
 def test_other_adapters_are_left_to_the_bit(made: Method, tmp_path: Path) -> None:
     model = lora(task_type=None, modules_to_save=["classifier"], dropout=0.0)
     model.add_adapter("other", LoraConfig(r=3, lora_alpha=5, target_modules=["query", "output.dense"]))
@@ -72,7 +72,7 @@ def check_path(made: Callable[[], PeftModel], out: Path) -> None:
     states = []
     for path in ("stock", "autograd"):
         each = trainer(out / path, made(), steps=5, optim="sgd")
-        fit(each, LoRA(), adapter_path=path, measure=False)  # type: ignore[arg-type]
+        fit(each, LoRA(), engine=path, measure=False)  # type: ignore[arg-type]
         states.append(adapter_state(each.model))
     assert max_difference(*states) < 1e-5
 
@@ -94,7 +94,7 @@ def test_a_layer_that_all_blocks_share(tmp_path: Path) -> None:
     """ALBERT's blocks are one block, run three times: every adapter gets the sum of three gradients."""
     check_path(albert, tmp_path)
     each = trainer(tmp_path / "gated", albert(), steps=6)
-    result = fit(each, WeightLoRA.from_preset("paper", k=1, warmup_steps=3))
+    result = fit(each, WeightLoRA.from_preset("paper", k=1, select_after=3))
     assert result.selection is not None
     assert len(adapters(each.model)) == result.selection.k == 1
     export(result, tmp_path / "out", "merged")
@@ -142,7 +142,7 @@ def test_conv1d_is_a_linear_layer(tmp_path: Path) -> None:
 def test_lora_on_an_embedding_is_refused(targets: list[str], tmp_path: Path) -> None:
     each = trainer(tmp_path, lora(targets=targets))
     with pytest.raises(AdapterError, match=r"bert.embeddings.word_embeddings is an embedding with LoRA; only linear"):
-        fit(each, WeightLoRA(k=1, warmup_steps=3))
+        fit(each, WeightLoRA(k=1, select_after=3))
     assert not list(tmp_path.iterdir())
 
 
@@ -163,7 +163,7 @@ def test_a_head_tied_to_the_embedding_goes_through_the_seam(tmp_path: Path) -> N
         model = get_peft_model(base, LoraConfig(r=2, target_modules=["q_proj", "lm_head"], task_type="CAUSAL_LM"))
     table = base.model.embed_tokens.weight.detach().clone()
     each = trainer(tmp_path, warm(model), steps=6, data=[{**row, "labels": row["input_ids"]} for row in rows()])
-    result = fit(each, WeightLoRA.from_preset("paper", k=1, warmup_steps=3))
+    result = fit(each, WeightLoRA.from_preset("paper", k=1, select_after=3))
     assert result.selection is not None
     assert len(adapters(model)) == 1
     assert torch.equal(base.model.embed_tokens.weight, table)
@@ -214,7 +214,7 @@ def test_an_architecture_of_today_is_the_stock_trainers_to_the_bit(kind: str, tm
         if name == "stock":
             made.train()
         else:
-            result = fit(made, WeightLoRA(k=len(adapters(model)), warmup_steps=2), adapter_path="stock")
+            result = fit(made, WeightLoRA(k=len(adapters(model)), select_after=2), engine="stock")
             assert set(result.predicted) == {"warmup", "final"}
             for phase in result.phases:
                 assert phase.flops_per_step

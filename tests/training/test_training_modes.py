@@ -21,7 +21,7 @@ from weightlora.graft import adapters
 from weightlora.methods import Method, WeightLoRA, WeightLoRAPlus
 from weightlora.training import fit
 
-TWO = WeightLoRA(k=2, warmup_steps=5)
+TWO = WeightLoRA(k=2, select_after=5)
 
 
 class Stream(IterableDataset[dict[str, Any]]):
@@ -75,7 +75,7 @@ def test_a_mode_is_the_stock_trainers_to_the_bit(mode: str, tmp_path: Path) -> N
     plain = made(tmp_path / "a", mode)
     plain.train()
     ours = made(tmp_path / "b", mode)
-    fit(ours, WeightLoRA(k=1.0, warmup_steps=5), adapter_path="stock", measure=mode == "streaming")
+    fit(ours, WeightLoRA(k=1.0, select_after=5), engine="stock", measure=mode == "streaming")
     assert max_difference(adapter_state(plain.model), adapter_state(ours.model)) == 0.0
     for key in ("loss", "eval_loss", "grad_norm"):
         assert entries(ours, key) == entries(plain, key)
@@ -116,7 +116,7 @@ def losses(each: Trainer) -> list[float]:
 
 def test_early_stopping_after_the_seam(tmp_path: Path) -> None:
     each = stopping(tmp_path)
-    result = fit(each, WeightLoRA(k=2, warmup_steps=1), measure=False)
+    result = fit(each, WeightLoRA(k=2, select_after=1), measure=False)
     assert losses(each) == sorted(losses(each), reverse=True)
     assert len(losses(each)) == each.state.global_step == 3
     assert [p.steps for p in result.phases] == [1, 2]
@@ -193,7 +193,7 @@ def compiler() -> Iterator[None]:
 @pytest.mark.usefixtures("compiler")
 def test_torch_compile_compiles_once_more_at_the_seam(tmp_path: Path) -> None:
     """With gates before the seam and growth at it."""
-    method: Method = WeightLoRAPlus.from_preset("paper", k=1, warmup_steps=3)
+    method: Method = WeightLoRAPlus.from_preset("paper", k=1, select_after=3)
     runs = []
     for name, arguments in (
         ("a", {}),
@@ -203,7 +203,7 @@ def test_torch_compile_compiles_once_more_at_the_seam(tmp_path: Path) -> None:
         model.base_model.model.config.problem_type = "single_label_classification"  # BERT sets it in its first step
         each = trainer(tmp_path / name, model, steps=6, optim="sgd", **arguments)
         each.add_callback(spy := Compiled())
-        runs.append((each, fit(each, method, adapter_path="autograd", measure=False), spy.graphs))
+        runs.append((each, fit(each, method, engine="autograd", measure=False), spy.graphs))
     (plain, wanted, none), (ours, result, graphs) = runs
     assert result.selection is not None
     assert wanted.selection is not None

@@ -21,8 +21,8 @@ from weightlora.methods import Method, WeightLoRA, WeightLoRAPlus
 from weightlora.training import fit
 from weightlora.training.checkpoint import folders, seal
 
-ONE = WeightLoRA(k=1, warmup_steps=3)
-GROWN = WeightLoRAPlus(k=2, warmup_steps=3)
+ONE = WeightLoRA(k=1, select_after=3)
+GROWN = WeightLoRAPlus(k=2, select_after=3)
 GONE_ON = ("checkpoint-2", "seam-3", "checkpoint-4")
 
 
@@ -77,7 +77,7 @@ def test_nothing_cut_is_stock_training(name: str, by_trainer: bool, tmp_path: Pa
     stock = made(tmp_path / "a", MAKE[name], by_trainer=by_trainer)
     stock.train()
     ours = made(tmp_path / "b", MAKE[name], by_trainer=by_trainer)
-    fit(ours, WeightLoRA(k=1.0, warmup_steps=3), adapter_path="stock", measure=False)
+    fit(ours, WeightLoRA(k=1.0, select_after=3), engine="stock", measure=False)
     assert max_difference(adapter_state(ours.model), adapter_state(stock.model)) == 0.0
 
 

@@ -17,7 +17,7 @@ from weightlora.methods import LoRA, WeightLoRA
 from weightlora.training import fit
 
 ROWS = 36  # nine batches of four
-METHOD = WeightLoRA(k=1.0, warmup_steps=5)  # the seam changes no adapter
+METHOD = WeightLoRA(k=1.0, select_after=5)  # the seam changes no adapter
 
 
 class Noting(Trainer):
@@ -122,7 +122,7 @@ def test_rows_come_as_without_a_seam(name: str, tmp_path: Path, caplog: pytest.L
     stock.train()
     torch.manual_seed(5)
     before = vars(ours).keys()
-    fit(ours, WeightLoRA(k=1.0, warmup_steps=seam), adapter_path="stock", measure=False)
+    fit(ours, WeightLoRA(k=1.0, select_after=seam), engine="stock", measure=False)
     assert ours.seen == stock.seen
     assert max_difference(adapter_state(stock.model), adapter_state(ours.model)) == 0.0
     assert ours.args.ignore_data_skip == stock.args.ignore_data_skip
@@ -150,7 +150,7 @@ def test_a_collator_that_draws_goes_on_as_without_a_seam(tmp_path: Path) -> None
     torch.manual_seed(5)
     stock.train()
     torch.manual_seed(5)
-    fit(ours, METHOD, adapter_path="stock", measure=False)
+    fit(ours, METHOD, engine="stock", measure=False)
     assert max_difference(adapter_state(stock.model), adapter_state(ours.model)) == 0.0
 
 

@@ -62,7 +62,7 @@ def outside(made: Method, layers: int, steps: int = 4) -> tuple[Counter[str], li
 
 
 def gated(**settings: Any) -> WeightLoRA:
-    return WeightLoRA(k=2, warmup_steps=50, score="omega", gate_lr=0.1, **settings)
+    return WeightLoRA(k=2, select_after=50, score="omega", gate_lr=0.1, **settings)
 
 
 @pytest.mark.parametrize("engine", ["learning", "projecting"])

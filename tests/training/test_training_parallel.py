@@ -299,7 +299,7 @@ def test_deepspeed_is_refused(tmp_path: Path) -> None:
 
 COMMAND = (
     "--task", "docstrings", "--max-train-samples", "64", "--max-eval-samples", "16", "--model", "bert-tiny-shape",
-    "--max-length", "24", "--method", "weightlora+", "--k", "3", "--warmup-steps", "4", "--max-steps", "8",
+    "--max-length", "24", "--method", "weightlora+", "--k", "3", "--select-after", "4", "--max-steps", "8",
     "--save-steps", "3", "--per-device-train-batch-size", "4",
 )  # fmt: skip
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from transformers import Trainer
 
 from weightlora.errors import ConfigError
-from weightlora.methods import LoRA, Method, Random, WeightLoRA
+from weightlora.methods import LoRA, Method, RandomAdapters, WeightLoRA
 from weightlora.ops import why_no_triton
 from weightlora.training import fit
 
@@ -33,13 +33,13 @@ def fitted(
 ) -> Trainer:  # fmt: skip
     """Adapters compute as PEFT computes them, unless told otherwise: then every sum has the same order."""
     made = trainer(out, model, **arguments)
-    fit(made, method, micro_batch=micro, adapter_path=path)
+    fit(made, method, micro_batch=micro, engine=path)
     return made
 
 
 def everything(seam: int = 5, **settings: Any) -> WeightLoRA:
     """A seam at which nothing is decided away."""
-    return WeightLoRA(k=1.0, warmup_steps=seam, **settings)
+    return WeightLoRA(k=1.0, select_after=seam, **settings)
 
 
 def gap(a: Trainer, b: Trainer) -> float:
@@ -115,7 +115,7 @@ def own_optimizer(model: nn.Module, schedule: bool) -> tuple[Any, Any]:
 @pytest.mark.parametrize("schedule", [False, True])
 def test_with_the_users_own_optimizer(schedule: bool, tmp_path: Path) -> None:
     made = []
-    for name, run in (("a", Trainer.train), ("b", lambda t: fit(t, everything(), adapter_path="stock"))):
+    for name, run in (("a", Trainer.train), ("b", lambda t: fit(t, everything(), engine="stock"))):
         model = lora()
         optimizers = own_optimizer(model, schedule)
         each = trainer(tmp_path / name, model, optimizers=optimizers)
@@ -127,7 +127,9 @@ def test_with_the_users_own_optimizer(schedule: bool, tmp_path: Path) -> None:
     assert made[0][1] == made[1][1]
 
 
-@pytest.mark.parametrize("method", [LoRA(), everything(), everything(score="omega"), Random(k=2)], ids=lambda m: m.name)
+@pytest.mark.parametrize(
+    "method", [LoRA(), everything(), everything(score="omega"), RandomAdapters(k=2)], ids=lambda m: m.name
+)
 def test_the_lean_path_differs_by_rounding(method: Method, tmp_path: Path) -> None:
     """The same sums in another order (``addmm``), with gates and without, before and after a seam.
 
@@ -147,7 +149,7 @@ def test_training_takes_the_lean_path_unless_told_otherwise(tmp_path: Path) -> N
     """Less is kept for the same operations, in every phase: seen from the phases' own counts."""
     kept, flops = {}, {}
     for path in ("auto", "autograd", "stock"):
-        run = fit(trainer(tmp_path / path, lora()), WeightLoRA(k=3, warmup_steps=5), adapter_path=path)  # type: ignore[arg-type]
+        run = fit(trainer(tmp_path / path, lora()), WeightLoRA(k=3, select_after=5), engine=path)  # type: ignore[arg-type]
         kept[path] = [phase.kept_activation_bytes or 0 for phase in run.phases]
         flops[path] = [phase.flops_per_step or 0 for phase in run.phases]
         assert not any(getattr(m, "lora_variant", None) for m in run.model.modules())  # stock PEFT comes out
@@ -158,14 +160,14 @@ def test_training_takes_the_lean_path_unless_told_otherwise(tmp_path: Path) -> N
 
 @pytest.mark.parametrize(
     ("path", "message"),
-    [("fast", "adapter_path 'fast' is unknown; use one of auto, autograd, triton, reference, stock"),
+    [("fast", "engine 'fast' is unknown; use one of auto, autograd, triton, reference, stock"),
      ("triton", "engine 'triton' cannot run: .*; use engine='autograd'")],
 )  # fmt: skip
 def test_a_path_that_cannot_run_is_refused_before_anything_happens(path: Any, message: str, tmp_path: Path) -> None:
     if path == "triton" and why_no_triton() is None:
         pytest.skip("Triton can run here")
     with pytest.raises(ConfigError, match=message):
-        fit(trainer(tmp_path / "a"), LoRA(), adapter_path=path)
+        fit(trainer(tmp_path / "a"), LoRA(), engine=path)
     assert not list((tmp_path / "a").iterdir())
 
 
@@ -189,7 +191,7 @@ def test_the_micro_batch_may_change_at_the_seam(micro: Micro, seam: int, tmp_pat
 
 def test_micro_batches_with_accumulation_keep_the_effective_batch(tmp_path: Path) -> None:
     made = trainer(tmp_path, gradient_accumulation_steps=2, steps=6)
-    result = fit(made, everything(2), micro_batch=(2, 8))
+    result = fit(made, everything(2), micro_batch=2, final_micro_batch=8)
     assert [(p.micro_batch, p.accumulation, p.steps) for p in result.phases] == [(2, 4, 2), (8, 1, 4)]
 
 
@@ -205,7 +207,9 @@ class Eyes:
             self.seen.append(kwargs["input_ids"].clone())
 
 
-@pytest.mark.parametrize("method", [WeightLoRA(k=2, warmup_steps=5), WeightLoRA(k=2, warmup_steps=8), Random(k=2)])
+@pytest.mark.parametrize(
+    "method", [WeightLoRA(k=2, select_after=5), WeightLoRA(k=2, select_after=8), RandomAdapters(k=2)]
+)
 def test_schedule_and_data_order_run_on(method: Method, tmp_path: Path) -> None:
     notes: list[tuple[dict[int, float], list[Tensor]]] = []
     runs: list[Callable[[Trainer], Any]] = [Trainer.train, lambda t: fit(t, method, measure=False)]
@@ -224,7 +228,7 @@ def test_schedule_and_data_order_run_on(method: Method, tmp_path: Path) -> None:
 
 def test_measuring_leaves_no_trace(tmp_path: Path) -> None:
     """Also where B is not zero at the start, and so the gates have gradients."""
-    paper = WeightLoRA.from_preset("paper", k=2, warmup_steps=5)
+    paper = WeightLoRA.from_preset("paper", k=2, select_after=5)
     made = []
     for measure in (False, True):
         each = trainer(tmp_path / str(measure), warm(lora()))

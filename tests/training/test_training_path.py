@@ -18,7 +18,7 @@ from weightlora import ops
 from weightlora.graft.adapters import lora_layers
 from weightlora.graft.fast import LeanVariant, fast_path
 from weightlora.graft.gates import OmegaVariant
-from weightlora.methods import LoRA, Method, Random, WeightLoRA, WeightLoRAPlus
+from weightlora.methods import LoRA, Method, RandomAdapters, WeightLoRA, WeightLoRAPlus
 from weightlora.training import attach, fit
 
 # Float32 after twelve steps of plain SGD (which, unlike Adam, does not blow a rounding error up to a whole step): the
@@ -47,7 +47,7 @@ def watched(made: Method, out: Path, path: Any = "autograd", **options: Any) -> 
     each = trainer(out, lora(), save_strategy="steps", save_steps=2)
     spy = Variants(each.model)
     each.add_callback(spy)
-    fit(each, made, adapter_path=path, **options)
+    fit(each, made, engine=path, **options)
     assert {type(layer.lora_variant.get("default")) for _, layer in lora_layers(each.model, "default")} == {type(None)}
     return spy.seen
 
@@ -56,10 +56,10 @@ def watched(made: Method, out: Path, path: Any = "autograd", **options: Any) -> 
     ("made", "before", "after"),
     [
         (LoRA(), LEAN, LEAN),
-        (Random(k=2), LEAN, LEAN),
-        (WeightLoRA(k=2, warmup_steps=5), LEAN, LEAN),
-        (WeightLoRA(k=2, warmup_steps=5, score="omega", gate_lr=5.0), GATED, LEAN),
-        (WeightLoRAPlus(k=2, warmup_steps=5), LEAN, LEAN),
+        (RandomAdapters(k=2), LEAN, LEAN),
+        (WeightLoRA(k=2, select_after=5), LEAN, LEAN),
+        (WeightLoRA(k=2, select_after=5, score="omega", gate_lr=5.0), GATED, LEAN),
+        (WeightLoRAPlus(k=2, select_after=5), LEAN, LEAN),
     ],
     ids=["lora", "random", "credit", "omega", "grown"],
 )
@@ -69,7 +69,7 @@ def test_every_ungated_step_takes_it(made: Method, before: Any, after: Any, tmp_
 
 
 def test_also_after_resuming_from_beyond_the_seam(tmp_path: Path) -> None:
-    made = WeightLoRAPlus(k=2, warmup_steps=5)
+    made = WeightLoRAPlus(k=2, select_after=5)
     watched(made, tmp_path)
     for step in (10, 12):
         (tmp_path / f"checkpoint-{step}").rename(tmp_path.parent / f"{tmp_path.name}-kept-{step}")
@@ -77,16 +77,16 @@ def test_also_after_resuming_from_beyond_the_seam(tmp_path: Path) -> None:
 
 
 def test_it_can_be_switched_off(tmp_path: Path) -> None:
-    assert watched(Random(k=2), tmp_path, "stock") == dict.fromkeys(range(1, 13), STOCK)
+    assert watched(RandomAdapters(k=2), tmp_path, "stock") == dict.fromkeys(range(1, 13), STOCK)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("made", [LoRA(), Random(k=2)], ids=lambda m: m.name)
+@pytest.mark.parametrize("made", [LoRA(), RandomAdapters(k=2)], ids=lambda m: m.name)
 def test_it_is_stock_training_to_within_rounding(family: str, made: Method, tmp_path: Path) -> None:
     states = []
     for path in ("stock", "auto"):
         each = trainer(tmp_path / path, warm(lora(family, dropout=0.0), 0.2), optim="sgd", learning_rate=0.05)
-        fit(each, made, adapter_path=path)  # type: ignore[arg-type]
+        fit(each, made, engine=path)  # type: ignore[arg-type]
         states.append(adapter_state(each.model))
     assert max_difference(*states) <= FP32
     untrained = adapter_state(warm(lora(family, dropout=0.0), 0.2))
@@ -96,7 +96,7 @@ def test_it_is_stock_training_to_within_rounding(family: str, made: Method, tmp_
 def test_a_loop_of_ones_own_takes_it_and_ends_with_stock_layers() -> None:
     model = lora()
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=1e-2)
-    tuner = attach(model, Random(k=2), optimizer)
+    tuner = attach(model, RandomAdapters(k=2), optimizer)
     kinds = {type(layer.lora_variant["default"]) for _, layer in lora_layers(model, "default")}
     assert kinds == {LeanVariant}
     for inputs, _ in zip(batches(), range(2), strict=False):

@@ -10,7 +10,7 @@ import torch
 from tests.builders import FAMILIES, LENGTH, VOCABULARY, lora, recomputing, trainer
 from torch import Tensor
 
-from weightlora.methods import LoRA, MELoRA, Method, Random, WeightLoRA, WeightLoRAPlus
+from weightlora.methods import LoRA, MELoRA, Method, RandomAdapters, WeightLoRA, WeightLoRAPlus
 from weightlora.training import FitResult, fit
 from weightlora.training.measure import isolated_rng
 
@@ -35,10 +35,10 @@ def padded(rows: list[dict[str, Any]]) -> dict[str, Tensor]:
 
 
 METHODS: dict[str, Method] = {
-    "weightlora": WeightLoRA(k=2, warmup_steps=4),
-    "paper": WeightLoRA(k=2, warmup_steps=4, score="omega", gate_lr=0.1, project_every=1),
-    "grown": WeightLoRAPlus(k=2, warmup_steps=4),
-    "random": Random(k=3, seed=1),
+    "weightlora": WeightLoRA(k=2, select_after=4),
+    "paper": WeightLoRA(k=2, select_after=4, score="omega", gate_lr=0.1, project_every=1),
+    "grown": WeightLoRAPlus(k=2, select_after=4),
+    "random": RandomAdapters(k=3, seed=1),
     "all": LoRA(),
 }
 
@@ -51,23 +51,23 @@ def test_every_phase_is_predicted(tmp_path: Path, kind: str) -> None:
 @pytest.mark.parametrize("family", FAMILIES)
 def test_every_family_with_checkpointing(tmp_path: Path, family: str) -> None:
     made = trainer(tmp_path, lora(family), steps=6, **recomputing())
-    check(fit(made, WeightLoRA(k=2, warmup_steps=3)))
+    check(fit(made, WeightLoRA(k=2, select_after=3)))
 
 
 @pytest.mark.parametrize("arguments", [{"bf16": True}, recomputing(use_reentrant=True)])
 def test_arguments_of_the_trainer(tmp_path: Path, arguments: dict[str, Any]) -> None:
     made = trainer(tmp_path, lora("llama"), steps=6, **arguments)
-    check(fit(made, WeightLoRA(k=2, warmup_steps=3)))
+    check(fit(made, WeightLoRA(k=2, select_after=3)))
 
 
 @pytest.mark.parametrize("path", ["stock", "reference"])
-def test_other_adapter_paths(tmp_path: Path, path: Any) -> None:
-    check(fit(trainer(tmp_path, lora("bert"), steps=6), Random(k=2, seed=0), adapter_path=path))
+def test_other_engines(tmp_path: Path, path: Any) -> None:
+    check(fit(trainer(tmp_path, lora("bert"), steps=6), RandomAdapters(k=2, seed=0), engine=path))
 
 
 def test_another_micro_batch_after_the_seam(tmp_path: Path) -> None:
     made = trainer(tmp_path, lora("bert"), steps=6, per_device_train_batch_size=8)
-    result = fit(made, WeightLoRA(k=1, warmup_steps=3), micro_batch=(2, 8))
+    result = fit(made, WeightLoRA(k=1, select_after=3), micro_batch=2, final_micro_batch=8)
     assert [phase.micro_batch for phase in result.phases] == [2, 8]
     check(result)
 
@@ -82,7 +82,7 @@ def test_rows_of_different_lengths(tmp_path: Path) -> None:
         rows.append({"input_ids": ids, "attention_mask": [1] * length, "labels": index % 2})
     made = trainer(tmp_path, lora("bert"), steps=6, data=rows)
     made.data_collator = padded
-    check(fit(made, WeightLoRA(k=1, warmup_steps=3)))
+    check(fit(made, WeightLoRA(k=1, select_after=3)))
 
 
 def test_a_run_with_a_prediction_is_the_run_without(tmp_path: Path) -> None:

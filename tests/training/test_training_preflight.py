@@ -17,7 +17,7 @@ from transformers import Trainer
 import weightlora as wl
 from weightlora.errors import AdapterError, ConfigError, ScheduleError
 
-METHOD = wl.WeightLoRA(k=2, warmup_steps=3)
+METHOD = wl.WeightLoRA(k=2, select_after=3)
 N = 6  # two blocks of bert, q, k and v
 
 
@@ -135,7 +135,7 @@ def test_a_loop_over_a_compiled_model(how: str) -> None:
             model = torch.compile(model, backend="eager")
         elif compiled:
             model.compile(backend="eager")
-        tuner = wl.attach(model, wl.WeightLoRA(k=1, warmup_steps=2), optimizer)
+        tuner = wl.attach(model, wl.WeightLoRA(k=1, select_after=2), optimizer)
         stream = torch.Generator().manual_seed(1)
         for _ in range(4):
             model(torch.randn(8, 4, generator=stream)).pow(2).mean().backward()
@@ -232,9 +232,9 @@ def test_what_accelerate_has_wrapped() -> None:
     "method",
     [
         METHOD,
-        wl.WeightLoRA(k=2, warmup_steps=3, score="coverage"),
-        wl.WeightLoRA(k=2, warmup_steps=3, preset="paper"),
-        wl.WeightLoRAPlus(k=2, warmup_steps=3),
+        wl.WeightLoRA(k=2, select_after=3, score="coverage"),
+        wl.WeightLoRA(k=2, select_after=3, preset="paper"),
+        wl.WeightLoRAPlus(k=2, select_after=3),
     ],
     ids=lambda method: method.label,
 )
@@ -247,7 +247,7 @@ def test_scores_that_are_all_zero_choose_nothing(method: wl.WeightLoRA, tmp_path
 
 
 def test_nothing_is_chosen_at_k_equal_n() -> None:
-    assert attached(lora(), method=wl.WeightLoRA(k=N, warmup_steps=3), lr=0.0).k == N
+    assert attached(lora(), method=wl.WeightLoRA(k=N, select_after=3), lr=0.0).k == N
 
 
 @pytest.mark.parametrize("name", ["mine", "default"])
@@ -286,8 +286,8 @@ def test_one_line_for_what_is_no_trainer_method_or_optimizer(tmp_path: Path) -> 
         "optimizer is a PeftModel": lambda: wl.attach(model, METHOD, model),  # type: ignore[arg-type]
         "max_steps='9' is not allowed": lambda: wl.attach(model, METHOD, optimizer, max_steps="9"),  # type: ignore[arg-type]
         "max_steps=0 is not allowed": lambda: wl.attach(model, METHOD, optimizer, max_steps=0),
-        "adapter_path 3 is unknown": lambda: wl.attach(model, METHOD, optimizer, adapter_path=3),  # type: ignore[arg-type]
-        r"micro_batch='2' is not allowed": lambda: wl.fit(made, METHOD, micro_batch=("2", None)),  # type: ignore[arg-type]
+        "engine 3 is unknown": lambda: wl.attach(model, METHOD, optimizer, engine=3),  # type: ignore[arg-type]
+        r"micro_batch='2' is not allowed": lambda: wl.fit(made, METHOD, micro_batch="2"),  # type: ignore[arg-type]
         "micro_batch=3 is not allowed; use a pair": lambda: wl.fit(made, METHOD, micro_batch=3),  # type: ignore[arg-type]
         "log_omegas 'some' is unknown": lambda: wl.fit(made, METHOD, log_omegas="some"),  # type: ignore[arg-type]
         "model is a Trainer": lambda: wl.attach(made, METHOD, optimizer),  # type: ignore[arg-type]

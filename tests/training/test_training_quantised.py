@@ -150,7 +150,7 @@ def test_a_whole_run(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     kinds = {type(layer).__name__ for layer in model.modules()}
     assert LAYERS[kind] in kinds
     assert len({key.rpartition(".")[0] for key in before}) == 14
-    method = WeightLoRAPlus.from_preset("paper", k=2, warmup_steps=3)
+    method = WeightLoRAPlus.from_preset("paper", k=2, select_after=3)
     each = trainer(tmp_path / "run", model, steps=6, eval_strategy="steps", eval_steps=1)
     result = fit(each, method)
     # Survivors are grown and trained, the rest is the quantised layer alone, and no code has changed.

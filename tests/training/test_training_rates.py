@@ -16,8 +16,8 @@ from weightlora.training import fit
 
 RATE = 1e-2
 MADE: dict[str, wl.Method] = {
-    "weightlora": wl.WeightLoRA(k=2, warmup_steps=4, adapter_rate=3.0, b_rate=4.0),
-    "weightlora+": wl.WeightLoRAPlus(k=2, warmup_steps=4, adapter_rate=3.0),
+    "weightlora": wl.WeightLoRA(k=2, select_after=4, adapter_rate=3.0, b_rate=4.0),
+    "weightlora+": wl.WeightLoRAPlus(k=2, select_after=4, adapter_rate=3.0),
     "adalora": wl.AdaLoRA(tinit=2, tfinal=4, deltaT=1),
     "increlora": wl.IncreLoRA(init_warmup=1, incre_interval=1, top_h=3, adapter_rate=3.0),
     "flexlora": wl.FlexLoRA(clients=2, rounds=2),
@@ -50,7 +50,7 @@ def test_a_run_is_the_stock_trainers_with_groups_made_by_hand(tmp_path: Path) ->
     )
     plain.train()
     ours = trainer(tmp_path / "b", lora(), optim="adamw_torch")
-    fit(ours, wl.LoRA(adapter_rate=3.0, b_rate=4.0), adapter_path="stock")
+    fit(ours, wl.LoRA(adapter_rate=3.0, b_rate=4.0), engine="stock")
     assert max_difference(dict(plain.model.state_dict()), dict(ours.model.state_dict())) == 0.0
 
 
@@ -82,7 +82,7 @@ def test_a_preset_of_a_papers_has_one_rate() -> None:
     with pytest.raises(ConfigError, match=r"adapter_rate=0 is not usable; use a multiple above 0"):
         wl.LoRA(adapter_rate=0)
     with pytest.raises(ConfigError, match="full has no setting 'adapter_rate'"):
-        wl.Full(adapter_rate=3.0)
+        wl.methods.FullFineTuning(adapter_rate=3.0)
 
 
 def test_a_head_alone_is_the_stock_trainer_on_a_frozen_base(tmp_path: Path) -> None:

@@ -18,18 +18,29 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from weightlora.errors import AdapterError, ConfigError, ScheduleError, WeightLoRAError
 from weightlora.graft import adapters
 from weightlora.graft.gates import OmegaVariant
-from weightlora.methods import Full, LoRA, Method, Random, Top, WeightLoRA, WeightLoRAPlus, method
+from weightlora.methods import (
+    DeepestAdapters,
+    FullFineTuning,
+    LoRA,
+    Method,
+    RandomAdapters,
+    WeightLoRA,
+    WeightLoRAPlus,
+    method,
+)
 from weightlora.training import fit
 from weightlora.training.trainer import measure_step
 
-PAPER = WeightLoRA.from_preset("paper", k=2, warmup_steps=5)
+PAPER = WeightLoRA.from_preset("paper", k=2, select_after=5)
 
 
 def training(model: nn.Module) -> set[int]:
     return {id(p) for p in model.parameters() if p.requires_grad}
 
 
-@pytest.mark.parametrize("made", [PAPER, WeightLoRAPlus(k=2, warmup_steps=5), Random(k=3), Top(k=1)])
+@pytest.mark.parametrize(
+    "made", [PAPER, WeightLoRAPlus(k=2, select_after=5), RandomAdapters(k=3), DeepestAdapters(k=1)]
+)
 def test_the_optimizer_holds_exactly_survivors_and_head(made: Method, tmp_path: Path) -> None:
     each = trainer(tmp_path)
     before = training(each.model)
@@ -52,7 +63,9 @@ def test_the_optimizer_holds_exactly_survivors_and_head(made: Method, tmp_path: 
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("made", [PAPER, WeightLoRAPlus(k=2, warmup_steps=5), Top(k=2)], ids=lambda m: m.name)
+@pytest.mark.parametrize(
+    "made", [PAPER, WeightLoRAPlus(k=2, select_after=5), DeepestAdapters(k=2)], ids=lambda m: m.name
+)
 @pytest.mark.parametrize("path", ["stock", "auto"])
 def test_a_step_costs_what_stock_peft_on_the_survivors_costs(
     family: str, made: Method, path: Any, tmp_path: Path
@@ -60,7 +73,7 @@ def test_a_step_costs_what_stock_peft_on_the_survivors_costs(
     each = trainer(tmp_path, lora(family, layers=4))
     whole = measure_step(each)
     assert whole is not None
-    result = fit(each, made, adapter_path=path)
+    result = fit(each, made, engine=path)
     assert result.selection is not None
     final = result.phases[-1]
     config = result.selection.lora_config(task_type="SEQ_CLS", lora_dropout=0.1)
@@ -123,7 +136,7 @@ def test_logs_are_those_of_stock_training(tmp_path: Path) -> None:
     plain = trainer(tmp_path / "a", **arguments)
     plain.train()
     ours = trainer(tmp_path / "b", **arguments)
-    fit(ours, WeightLoRA(k=1.0, warmup_steps=5, score="omega"), adapter_path="stock")
+    fit(ours, WeightLoRA(k=1.0, select_after=5, score="omega"), engine="stock")
     for key in ("loss", "learning_rate", "grad_norm"):
         assert entries(ours, key) == entries(plain, key)
 
@@ -149,7 +162,7 @@ def test_omegas_gradient_stays_out_of_clipping(limit: float, tmp_path: Path) -> 
     model = warm(lora(dropout=0.0), scale=2.0)
     each = trainer(tmp_path, model, logging_steps=1, max_grad_norm=limit)
     each.add_callback(norms := Norms(model))
-    fit(each, WeightLoRA(k=6, warmup_steps=5, score="omega", gate_lr=1e-6))
+    fit(each, WeightLoRA(k=6, select_after=5, score="omega", gate_lr=1e-6))
     assert sorted(norms.gates) == [1, 2, 3, 4, 5]
     assert min(norms.gates.values()) > 1e-2
     for step, norm in norms.norms.items():
@@ -195,7 +208,7 @@ CHECKPOINTING = {
 }
 
 
-@pytest.mark.parametrize("made", [Top(k=2), WeightLoRA(k=2, warmup_steps=5)], ids=lambda m: m.name)
+@pytest.mark.parametrize("made", [DeepestAdapters(k=2), WeightLoRA(k=2, select_after=5)], ids=lambda m: m.name)
 @pytest.mark.parametrize("kind", CHECKPOINTING)
 def test_gradient_checkpointing_ends_where_it_must(made: Method, kind: str, tmp_path: Path) -> None:
     plain = trainer(tmp_path / "plain", lora(layers=4))
@@ -224,7 +237,7 @@ def test_gradient_checkpointing_ends_where_it_must(made: Method, kind: str, tmp_
 @pytest.mark.parametrize("kind", CHECKPOINTING)
 def test_the_cost_measured_is_that_of_the_step_that_runs(kind: str, tmp_path: Path) -> None:
     """Counted again in the run itself: the FLOPs of forward, recomputation and backward of one step of each phase."""
-    made = WeightLoRA(k=1, warmup_steps=3)
+    made = WeightLoRA(k=1, select_after=3)
     counted: dict[int, int] = {}
 
     class Counting(Trainer):
@@ -265,16 +278,16 @@ def stop_at_once(each: Trainer, made: Method, kind: type[WeightLoRAError], messa
     ("made", "message"),
     [
         (
-            WeightLoRA(k=7, warmup_steps=3),
+            WeightLoRA(k=7, select_after=3),
             r"k=7 asks for more adapters than the 6 the model has; use 1\.\.6 or a fraction",
         ),
-        (WeightLoRA(k=2, warmup_steps=12), "warmup_steps=12 needs more than the 12 optimizer steps of this run"),
+        (WeightLoRA(k=2, select_after=12), "select_after=12 needs more than the 12 optimizer steps of this run"),
         (WeightLoRA.from_preset("official", k=9), "k=9 asks for more"),
         (WeightLoRA(score="omega"), "score='omega' ranks gates that learn; set gate_lr"),
-        (WeightLoRAPlus(warmup_steps=None), r"weightlora\+ grows at the seam"),
+        (WeightLoRAPlus(select_after=None), r"weightlora\+ grows at the seam"),
         (method("gradient", batches=12), "batches=12 needs more than the 12 optimizer steps"),
-        (Top(k=7), "k=7 asks for more"),
-        (Random(k=7), "k=7 asks for more"),
+        (DeepestAdapters(k=7), "k=7 asks for more"),
+        (RandomAdapters(k=7), "k=7 asks for more"),
     ],
 )
 def test_schedules_that_cannot_run(made: Method, message: str, tmp_path: Path) -> None:
@@ -284,7 +297,7 @@ def test_schedules_that_cannot_run(made: Method, message: str, tmp_path: Path) -
 def test_the_length_of_a_run_in_epochs_counts(tmp_path: Path) -> None:
     each = trainer(tmp_path / "out", steps=-1, num_train_epochs=2, gradient_accumulation_steps=3)
     # 8 batches of 4, three at a time: 3 steps an epoch.
-    stop_at_once(each, WeightLoRA(k=2, warmup_steps=6), ScheduleError, "warmup_steps=6 needs more than the 6 optimizer")
+    stop_at_once(each, WeightLoRA(k=2, select_after=6), ScheduleError, "select_after=6 needs more than the 6 optimizer")
 
 
 def test_other_things_that_cannot_run(tmp_path: Path) -> None:
@@ -292,10 +305,12 @@ def test_other_things_that_cannot_run(tmp_path: Path) -> None:
         return trainer(tmp_path / "out", **arguments)
 
     stop_at_once(each(model=base("bert")), LoRA(), AdapterError, "has no LoRA adapters; wrap it first")
-    stop_at_once(each(), Full(), AdapterError, "trains the plain model; give the trainer a model without adapters")
+    stop_at_once(
+        each(), FullFineTuning(), AdapterError, "trains the plain model; give the trainer a model without adapters"
+    )
     sizes = r"a micro-batch of 3 does not divide the effective batch of 4; use one of \[1, 2, 4\]"
-    stop_at_once(each(), PAPER, ConfigError, sizes, micro_batch=(3, None))
-    stop_at_once(each(), PAPER, ConfigError, "micro_batch=0 is not allowed", micro_batch=(None, 0))
+    stop_at_once(each(), PAPER, ConfigError, sizes, micro_batch=3)
+    stop_at_once(each(), PAPER, ConfigError, "micro_batch=0 is not allowed", final_micro_batch=0)
     stop_at_once(each(), PAPER, WeightLoRAError, "nowhere is not a whole checkpoint", resume=tmp_path / "nowhere")
     nothing = each()
     nothing.train_dataset = None
@@ -347,7 +362,7 @@ def test_full_fine_tuning_is_the_trainers_own(tmp_path: Path) -> None:
     plain = trainer(tmp_path / "a", base("bert"))
     plain.train()
     ours = trainer(tmp_path / "b", base("bert"))
-    result = fit(ours, Full())
+    result = fit(ours, FullFineTuning())
     states = [{k: v for k, v in t.model.state_dict().items() if v.is_floating_point()} for t in (plain, ours)]
     assert max_difference(*states) == 0.0
     assert result.selection is None
@@ -356,7 +371,7 @@ def test_full_fine_tuning_is_the_trainers_own(tmp_path: Path) -> None:
 
 def test_a_bf16_run_goes_through_the_seam(tmp_path: Path) -> None:
     each = trainer(tmp_path, bf16=True)
-    result = fit(each, WeightLoRAPlus.from_preset("paper", k=2, warmup_steps=5))
+    result = fit(each, WeightLoRAPlus.from_preset("paper", k=2, select_after=5))
     assert {p.dtype for p in each.model.parameters() if p.requires_grad} == {torch.float32}
     assert all(bool(p.isfinite().all()) for p in each.model.parameters())
     assert result.selection is not None
@@ -364,7 +379,10 @@ def test_a_bf16_run_goes_through_the_seam(tmp_path: Path) -> None:
 
 
 def test_the_second_run_on_one_trainer_is_a_run_of_its_own(tmp_path: Path) -> None:
-    calls: list[Callable[[Trainer], Any]] = [lambda t: fit(t, PAPER), lambda t: fit(t, Top(k=1), overwrite=True)]
+    calls: list[Callable[[Trainer], Any]] = [
+        lambda t: fit(t, PAPER),
+        lambda t: fit(t, DeepestAdapters(k=1), overwrite=True),
+    ]
     each = trainer(tmp_path)
     first, second = (call(each) for call in calls)
     assert (first.selection.n, second.selection.n, second.selection.k) == (6, 2, 1)

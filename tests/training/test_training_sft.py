@@ -13,7 +13,7 @@ from tests.builders import adapter_state, max_difference, recomputing
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, PrinterCallback
 
-from weightlora.methods import Method, Top, WeightLoRA, WeightLoRAPlus
+from weightlora.methods import DeepestAdapters, Method, WeightLoRA, WeightLoRAPlus
 from weightlora.training import fit
 
 trl = pytest.importorskip("trl")
@@ -83,7 +83,9 @@ def expected(names: tuple[str, ...]) -> list[bool]:
     return [False, *(index >= first for index in range(LAYERS))]
 
 
-@pytest.mark.parametrize("made", [Top(k=2), WeightLoRA(k=2, warmup_steps=4), WeightLoRAPlus(k=1, warmup_steps=4)])
+@pytest.mark.parametrize(
+    "made", [DeepestAdapters(k=2), WeightLoRA(k=2, select_after=4), WeightLoRAPlus(k=1, select_after=4)]
+)
 def test_the_backward_pass_stops_at_the_lowest_survivor(made: Method, tmp_path: Path) -> None:
     each = sft(tmp_path)
     assert all(getattr(each.args, key) == value for key, value in recomputing().items())  # TRL's default
@@ -103,7 +105,7 @@ def test_warm_up_to_k_equals_n_is_trls_own_training(tmp_path: Path) -> None:
     plain = sft(tmp_path / "a")
     plain.train()
     ours = sft(tmp_path / "b")
-    fit(ours, WeightLoRA(k=1.0, warmup_steps=4), adapter_path="stock")
+    fit(ours, WeightLoRA(k=1.0, select_after=4), engine="stock")
     assert max_difference(adapter_state(plain.model), adapter_state(ours.model)) == 0.0
 
 
@@ -111,6 +113,6 @@ def test_checkpointing_changes_nothing_after_the_seam(tmp_path: Path) -> None:
     runs = []
     for name, on in (("a", True), ("b", False)):
         each = sft(tmp_path / name, **dict.fromkeys(recomputing(), on))
-        runs.append((fit(each, WeightLoRA(k=2, warmup_steps=4)), each))
+        runs.append((fit(each, WeightLoRA(k=2, select_after=4)), each))
     assert runs[0][0].selection == runs[1][0].selection
     assert max_difference(*(adapter_state(each.model) for _, each in runs)) == 0.0

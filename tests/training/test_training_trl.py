@@ -30,7 +30,7 @@ from weightlora.training import fit
 trl = pytest.importorskip("trl")
 # TRL's DPO trainer switches checkpointing off for the reference by the old name of the method.
 pytestmark = pytest.mark.filterwarnings("ignore:.gradient_checkpointing_:FutureWarning")
-GROWN = WeightLoRAPlus.from_preset("paper", k=2, warmup_steps=3)
+GROWN = WeightLoRAPlus.from_preset("paper", k=2, select_after=3)
 SETTINGS: dict[str, Any] = {
     "max_steps": 6, "per_device_train_batch_size": 4, "learning_rate": 1e-2, "bf16": False, "report_to": "none",
     "use_cpu": True, "disable_tqdm": True, "save_strategy": "no", "logging_steps": 1,
@@ -200,7 +200,7 @@ def test_dpo_without_a_choice_is_trls_own(tmp_path: Path) -> None:
     plain = dpo(tmp_path / "a", bare(LlamaForCausalLM), peft_config=lora("CAUSAL_LM"))
     plain.train()
     ours = dpo(tmp_path / "b", bare(LlamaForCausalLM), peft_config=lora("CAUSAL_LM"))
-    fit(ours, WeightLoRA(k=1.0, warmup_steps=3), adapter_path="stock", measure=False)
+    fit(ours, WeightLoRA(k=1.0, select_after=3), engine="stock", measure=False)
     assert max_difference(adapter_state(plain.model), adapter_state(ours.model)) == 0.0
     assert torch.equal(losses(plain), losses(ours))
 
@@ -211,7 +211,7 @@ def test_dpo_without_a_choice_is_trls_own(tmp_path: Path) -> None:
 def ended(made: Any, fitted: bool) -> tuple[list[dict[str, float]], dict[str, Tensor]]:
     """What was logged, but for times, and the adapters."""
     if fitted:
-        result = fit(made, WeightLoRA(k=6, warmup_steps=3), adapter_path="stock")
+        result = fit(made, WeightLoRA(k=6, select_after=3), engine="stock")
         assert all(phase.flops_per_step for phase in result.phases)
     else:
         made.train()
@@ -270,4 +270,4 @@ def test_a_limit_is_refused_where_batches_are_made_by_training(tmp_path: Path) -
         model=get_peft_model(bare(LlamaForCausalLM), lora("CAUSAL_LM")), processing_class=tokenizer(),
     )  # fmt: skip
     with pytest.raises(ConfigError, match="GRPOTrainer makes them as it trains; use k"):
-        fit(made, WeightLoRA(memory=2**30, warmup_steps=3))
+        fit(made, WeightLoRA(memory=2**30, select_after=3))

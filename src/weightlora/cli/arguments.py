@@ -80,7 +80,7 @@ MODEL_FLAGS: tuple[tuple[str, dict[str, Any]], ...] = (
         {"type": int, "metavar": "N", "help": "examples per forward pass until the seam; the effective batch is held"},
     ),
     (
-        "--adapter-path",
+        "--engine",
         {"help": "how adapters compute: auto (default), autograd, triton, reference, or stock (PEFT's own forward)"},
     ),
     ("--final-micro-batch", {"type": int, "metavar": "N", "help": "examples per forward pass after the seam"}),
@@ -97,7 +97,7 @@ METHOD_FLAGS: tuple[tuple[str, dict[str, Any]], ...] = (
         {"metavar": "SHARE", "help": "instead of K: operations of a step after T, such as 0.6x of one before"},
     ),
     (
-        "--warmup-steps",
+        "--select-after",
         {"metavar": "T", "help": "steps before the rest is disconnected, or a share of the run (default: 0.15)"},
     ),
     (
@@ -140,7 +140,7 @@ PLAN_FLAGS: tuple[tuple[str, dict[str, Any]], ...] = (
     ("--length", {"type": int, "metavar": "N", "help": "tokens per example (default: 128)"}),
     ("--optimizer", {"help": "as --optim of train: adamw_torch (default), sgd, adafactor, adamw_8bit, ..."}),
     ("--checkpointing", {"action": "store_true", "help": "gradient checkpointing of every block"}),
-    ("--adapter-path", {"help": "auto (default), or stock for PEFT's own forward"}),
+    ("--engine", {"help": "auto (default), or stock for PEFT's own forward"}),
     ("--device", {"help": "whose kernels are assumed: cuda (default) or cpu"}),
 )
 # Flags without a value: in a recipe, `false` is the same as leaving them out.
@@ -191,26 +191,12 @@ def add_run_flags(parser: argparse.ArgumentParser) -> None:
     """Everything that defines a run."""
     add_flags(parser.add_argument_group("task"), TASK_FLAGS)
     add_flags(parser.add_argument_group("model and adapters"), MODEL_FLAGS)
-    add_flags(
-        parser.add_argument_group("training"),
-        (
-            (
-                "--lr-warmup-steps",
-                {
-                    "type": float,
-                    "metavar": "N",
-                    "help": "warm-up of the learning rate, steps or a share (default: 0.06)",
-                },
-            ),
-        ),
-    )
     group = parser.add_argument_group("method")
     add_flags(group, (("--preset", {"help": "recommended (default), paper or official"}), *METHOD_FLAGS))
     parser.epilog = (
         (parser.epilog or "") + "\nRECIPE.yaml holds flags as YAML (task: sst2); the command line has the last word."
         "\nevery flag of transformers.TrainingArguments works too, under its own name: --learning_rate 3e-4,"
-        "\n--max-steps 200, --per_device_train_batch_size 8, --bf16, --gradient_checkpointing, --report_to ...;"
-        "\nonly its warmup_steps is called --lr-warmup-steps here, because --warmup-steps is the method's T"
+        "\n--max-steps 200, --per_device_train_batch_size 8, --bf16, --gradient_checkpointing, --report_to ..."
     )
 
 
@@ -338,7 +324,7 @@ def run_config(parsed: argparse.Namespace, rest: Sequence[str], parser: argparse
         key = flag[2:].replace("-", "_")
         if key in given:
             settings[key] = given[key]
-    for key in ("k", "warmup_steps"):
+    for key in ("k", "select_after"):
         if key in settings:
             settings[key] = number(settings[key], key)
     if method in METHODS:
@@ -346,6 +332,4 @@ def run_config(parsed: argparse.Namespace, rest: Sequence[str], parser: argparse
         # `--k 9` in a script over all methods must not stop the ones that have no K.
         settings = {key: value for key, value in settings.items() if key in own or key != "k"}
     training = training_flags(rest, parser)
-    if "lr_warmup_steps" in given:
-        training["warmup_steps"] = given["lr_warmup_steps"]
     return RunConfig(**values, method=method, settings=settings, training=training)

@@ -26,7 +26,7 @@ def check_path(name: str) -> Engine:
     ('reference', 'autograd')
     """
     if name not in PATHS:
-        raise ConfigError(f"adapter_path {name!r} is unknown; use one of {', '.join(PATHS)}")
+        raise ConfigError(f"engine {name!r} is unknown; use one of {', '.join(PATHS)}")
     chosen: Any = "reference" if name == "stock" else name
     engine(chosen)
     return chosen  # type: ignore[no-any-return]

@@ -9,7 +9,15 @@ from weightlora.errors import ConfigError
 from weightlora.methods.adalora import AdaLoRA
 from weightlora.methods.alora import ALoRA
 from weightlora.methods.base import Budget, Fresh, GrowthPlan, HeldOut, Method, Policy, Room, StepView
-from weightlora.methods.baselines import Full, Gradient, HeadOnly, LoRA, Random, Top, ZeroShot
+from weightlora.methods.baselines import (
+    DeepestAdapters,
+    FullFineTuning,
+    HeadOnly,
+    LoRA,
+    OneShotGradient,
+    RandomAdapters,
+    ZeroShot,
+)
 from weightlora.methods.dynamic_lora import DynamicLoRA
 from weightlora.methods.flexlora import FlexLoRA
 from weightlora.methods.flexora import Flexora
@@ -29,12 +37,12 @@ METHODS: dict[str, type[Method]] = {
         WeightLoRA,
         WeightLoRAPlus,
         LoRA,
-        Full,
+        FullFineTuning,
         HeadOnly,
         ZeroShot,
-        Random,
-        Top,
-        Gradient,
+        RandomAdapters,
+        DeepestAdapters,
+        OneShotGradient,
         AdaLoRA,
         IncreLoRA,
         DynamicLoRA,
@@ -75,13 +83,13 @@ __all__ = [
     "ALoRA",
     "AdaLoRA",
     "Budget",
+    "DeepestAdapters",
     "DoRA",
     "DynamicLoRA",
     "FlexLoRA",
     "Flexora",
     "Fresh",
-    "Full",
-    "Gradient",
+    "FullFineTuning",
     "GrowthPlan",
     "HeadOnly",
     "HeldOut",
@@ -92,12 +100,12 @@ __all__ = [
     "Method",
     "MiLoRA",
     "NoRA",
+    "OneShotGradient",
     "Policy",
-    "Random",
+    "RandomAdapters",
     "Room",
     "StepView",
     "TiedLoRA",
-    "Top",
     "VBLoRA",
     "VeRA",
     "WeightLoRA",

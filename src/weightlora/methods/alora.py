@@ -25,7 +25,7 @@ class ALoRA(Method):
     `moves` lowest ranks of the whole model go; the modules that lost none share as many new ones.
 
     Args:
-        warmup_steps: K1, before the first round: optimizer steps or a share of the run.
+        select_after: K1, before the first round: optimizer steps or a share of the run.
         round_steps: K2, from one round to the next: the same.
         rounds: N_A. The seam is right after the last one; training goes on with what is left.
         moves: n_A, ranks that go in a round; None: the number of kinds of modules, or fewer where all rounds together
@@ -51,12 +51,12 @@ class ALoRA(Method):
     name: ClassVar[str] = "alora"
     presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {
         # 1 epoch, then 8 rounds of a quarter: 3 in all.
-        "paper": {"warmup_steps": 1 / 3, "round_steps": 1 / 12, "rounds": 8, "scoring": "exact"},
+        "paper": {"select_after": 1 / 3, "round_steps": 1 / 12, "rounds": 8, "scoring": "exact"},
     }
     chooses_k: ClassVar[bool] = True
-    in_shares: ClassVar[tuple[str, ...]] = ("warmup_steps", "round_steps")
+    in_shares: ClassVar[tuple[str, ...]] = ("select_after", "round_steps")
 
-    warmup_steps: int | float = 0.1
+    select_after: int | float = 0.1
     round_steps: int | float = 0.025
     rounds: int = 8
     moves: int | None = None
@@ -93,13 +93,13 @@ class ALoRAPolicy(Policy):
     def __init__(self, method: ALoRA, adapters: tuple[Adapter, ...], max_steps: int) -> None:
         super().__init__(adapters)
         self.method = method
-        self.first = check_warmup(method.warmup_steps, max_steps)
+        self.first = check_warmup(method.select_after, max_steps)
         self.every = check_warmup(method.round_steps, max_steps, "round_steps")
         self.seam = self.first + (method.rounds - 1) * self.every
         if self.seam >= max_steps:
             raise ScheduleError(
                 f"the last of {method.rounds} rounds would be at step {self.seam} of {max_steps};"
-                " lower rounds, round_steps or warmup_steps, or train longer"
+                " lower rounds, round_steps or select_after, or train longer"
             )
         ranks = sum(a.rank for a in adapters)
         spare = max(1, (ranks - 1) // method.rounds)  # a small budget has few ranks to move

@@ -245,7 +245,7 @@ class Method(ABC, metaclass=_FromPreset):
     spending: ClassVar[str] = "ranks are whole numbers"  # why a budget of parameters may not be met
     # Settings that 0.1.0 had not: left out at their defaults, so that its checkpoints are still the same method's.
     later: ClassVar[tuple[str, ...]] = ("adapter_rate", "b_rate")
-    in_shares: ClassVar[tuple[str, ...]] = ("warmup_steps",)  # settings that may be shares of the run
+    in_shares: ClassVar[tuple[str, ...]] = ("select_after",)  # settings that may be shares of the run
     # What every run says for itself: no preset is changed by it, unless the preset has a value for it.
     asked: ClassVar[tuple[str, ...]] = ("k", "memory", "step_time", "spend", "seed")
 

@@ -40,7 +40,7 @@ class LoRA(Method):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Full(Method):
+class FullFineTuning(Method):
     """Full fine-tuning: no adapters, every weight trains."""
 
     name: ClassVar[str] = "full"
@@ -82,7 +82,7 @@ class ZeroShot(Method):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Random(Method):
+class RandomAdapters(Method):
     """RLoRA, the paper's ablation: K adapters drawn uniformly before training, the rest disconnected.
 
     Args:
@@ -113,7 +113,7 @@ class Random(Method):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Top(Method):
+class DeepestAdapters(Method):
     """The K deepest adapters: cheapest in the backward pass, chosen without looking at the task. A control of ours."""
 
     name: ClassVar[str] = "top"
@@ -134,7 +134,7 @@ class Top(Method):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Gradient(Method):
+class OneShotGradient(Method):
     """K by one-shot gradient dot product: no gate, no training of adapters before the choice. A control of ours.
 
     For a few steps adapters are held at B = 0 while their gradients add up; then
@@ -168,9 +168,9 @@ class Gradient(Method):
 
 
 class GradientPolicy(Policy):
-    """Sums the gradients of B while nothing moves; see :class:`Gradient`."""
+    """Sums the gradients of B while nothing moves; see :class:`OneShotGradient`."""
 
-    def __init__(self, method: Gradient, adapters: tuple[Adapter, ...], max_steps: int) -> None:
+    def __init__(self, method: OneShotGradient, adapters: tuple[Adapter, ...], max_steps: int) -> None:
         super().__init__(adapters)
         self.method = method
         self.k = check_k(method.k, adapters)

@@ -46,10 +46,10 @@ def check_steps(steps: int | float | None, name: str) -> None:
     """Refuse a length that no run could have: a number of optimizer steps, or a share of the run below 1. 1.0 is
     neither: one step to some, the whole run to others.
 
-    >>> check_steps(0, "warmup_steps")
+    >>> check_steps(0, "select_after")
     Traceback (most recent call last):
     ...
-    weightlora.errors.ConfigError: warmup_steps=0 is not allowed; use a number of steps (1 or more) or a share below 1
+    weightlora.errors.ConfigError: select_after=0 is not allowed; use a number of steps (1 or more) or a share below 1
     """
     if isinstance(steps, float) and steps == 1:
         raise ConfigError(f"{name}=1.0 may mean one step or the whole run; use 1 for one, a share such as 0.15 else")
@@ -57,7 +57,7 @@ def check_steps(steps: int | float | None, name: str) -> None:
         raise ConfigError(f"{name}={steps!r} is not allowed; use a number of steps (1 or more) or a share below 1")
 
 
-def check_warmup(steps: int | float, max_steps: int, name: str = "warmup_steps") -> int:
+def check_warmup(steps: int | float, max_steps: int, name: str = "select_after") -> int:
     """A warm-up length T in optimizer steps; a fraction means a share of the run. `name` is for messages.
 
     Raises:

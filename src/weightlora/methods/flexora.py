@@ -26,7 +26,7 @@ class Flexora(Method):
     alpha above 0 are kept and start again from LoRA's initial values; adapters outside blocks are kept, under gate 1.
 
     Args:
-        warmup_steps: length of the first stage, in optimizer steps or as a share of the run.
+        select_after: length of the first stage, in optimizer steps or as a share of the run.
         alpha_lr: Adam's learning rate on alpha.
         outer_batches: held-out batches per step, one Adam step for each.
         batches: how many held-out batches there are; they take turns.
@@ -48,11 +48,11 @@ class Flexora(Method):
     name: ClassVar[str] = "flexora"
     chooses_k: ClassVar[bool] = True
     presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {
-        "paper": {"warmup_steps": 0.25, "outer_batches": 8},  # 1 epoch, then 3; 8 batches after each step
-        "official": {"warmup_steps": 0.25, "outer_batches": 8},
+        "paper": {"select_after": 0.25, "outer_batches": 8},  # 1 epoch, then 3; 8 batches after each step
+        "official": {"select_after": 0.25, "outer_batches": 8},
     }
 
-    warmup_steps: int | float = 0.15
+    select_after: int | float = 0.15
     alpha_lr: float = 0.01
     outer_batches: int = 1
     batches: int = 8
@@ -86,7 +86,7 @@ class FlexoraPolicy(Policy):
     def __init__(self, method: Flexora, adapters: tuple[Adapter, ...], max_steps: int) -> None:
         super().__init__(adapters)
         self.method = method
-        self.seam = check_warmup(method.warmup_steps, max_steps)
+        self.seam = check_warmup(method.select_after, max_steps)
         self.restart = torch.Generator().manual_seed(method.seed)
         self.blocks = block_numbers(adapters)
         count = len({block for block in self.blocks if block is not None})
@@ -125,7 +125,7 @@ class FlexoraPolicy(Policy):
         alphas = self.alpha.tolist()
         if not all(map(math.isfinite, alphas)) or not max(alphas) > 0:
             raise ScheduleError(
-                f"no block's alpha is above 0 after {self.seam} steps; raise warmup_steps, or change alpha_lr"
+                f"no block's alpha is above 0 after {self.seam} steps; raise select_after, or change alpha_lr"
             )
         kept = [a.index for a, b in zip(self.adapters, self.blocks, strict=True) if b is None or alphas[b] > 0]
         count = sum(alpha > 0 for alpha in alphas)

@@ -28,7 +28,7 @@ class LoRADrop(Method):
     own.
 
     Args:
-        warmup_steps: length of the first stage, in optimizer steps or as a share of the run.
+        select_after: length of the first stage, in optimizer steps or as a share of the run.
         threshold: T, the share of the output that adapters of their own must carry.
         batches: held-out batches on which the output is measured.
         spend: parameters of the second stage: the pairs that are left get ranks for them, the same for all up to one
@@ -47,10 +47,10 @@ class LoRADrop(Method):
 
     name: ClassVar[str] = "lora_drop"
     presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {
-        "paper": {"warmup_steps": 0.1, "threshold": 0.9},  # the sample is 10% of the rows; T = 0.9
+        "paper": {"select_after": 0.1, "threshold": 0.9},  # the sample is 10% of the rows; T = 0.9
     }
 
-    warmup_steps: int | float = 0.1
+    select_after: int | float = 0.1
     threshold: float = 0.9
     batches: int = 8
     spend: int | None = None
@@ -80,7 +80,7 @@ class LoRADropPolicy(Policy):
     def __init__(self, method: LoRADrop, adapters: tuple[Adapter, ...], max_steps: int) -> None:
         super().__init__(adapters)
         self.method = method
-        self.seam = check_warmup(method.warmup_steps, max_steps)
+        self.seam = check_warmup(method.select_after, max_steps)
         self.restart = torch.Generator().manual_seed(method.seed)
         self.energies = torch.zeros(len(adapters), dtype=torch.float64)
 
@@ -96,7 +96,7 @@ class LoRADropPolicy(Policy):
         if not all(map(math.isfinite, energies)) or not any(energies):
             raise ScheduleError(
                 f"the adapters' outputs are all zero or not finite after {self.seam} steps;"
-                " lower the learning rate, or raise warmup_steps"
+                " lower the learning rate, or raise select_after"
             )
         totals: dict[str, float] = {}
         for adapter, energy in zip(self.adapters, energies, strict=True):

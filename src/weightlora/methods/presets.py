@@ -17,7 +17,7 @@ PAPER: Mapping[str, Any] = {
     "rule": "positive",  # 3.3: an adapter contributes only where omega_i > 0
     "project_every": 1,  # 3.3: "after each omega gradient step, we retain only the Top-K coordinates"
     "k_schedule": "constant",  # 3.3: one K throughout
-    "warmup_steps": 0.15,  # 3.3: T "does not exceed one epoch"; the share is ours
+    "select_after": 0.15,  # 3.3: T "does not exceed one epoch"; the share is ours
     "drift": False,  # ours: the text is silent; an adapter that is off stays where it is
     "init_A": "lora",  # 3.4 refers to Hu et al.'s initialisation
 }
@@ -29,7 +29,7 @@ OFFICIAL: Mapping[str, Any] = {
     "rule": "signed",  # projection keeps the largest signed values; a negative gate can survive
     "project_every": 1,  # fat_step = 1
     "k_schedule": "constant",
-    "warmup_steps": None,  # the code has no T: gates learn to the end, zeroed ones may come back
+    "select_after": None,  # the code has no T: gates learn to the end, zeroed ones may come back
     "drift": True,  # zero gradients are not None there: momentum and decay go on moving A and B
     "init_A": "official",  # kaiming on a (d_in, r) tensor takes fan-in r: sqrt(d_in / r) times LoRA's scale
     # Not reproduced, because they are defects of the program and not of the method: the dense update in every forward,
@@ -50,7 +50,7 @@ WEIGHTLORA_PLUS: Mapping[str, Mapping[str, Any]] = {
         **OFFICIAL,
         "k": 0.25,  # k halves at each of max_fat_steps = 2 events: n / 4
         "k_schedule": "halving",
-        "warmup_steps": 20,  # fat_step * max_fat_steps = 10 * 2
+        "select_after": 20,  # fat_step * max_fat_steps = 10 * 2
         "project_every": 10,  # fat_step
         "comeback": False,  # what the first event drops is removed: it cannot be chosen at the second
         "growth": "qr",  # "smart"

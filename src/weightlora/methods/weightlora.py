@@ -29,7 +29,7 @@ class WeightLoRA(Method):
         memory: instead of k, bytes that the whole run may take ("12GiB"): those survive whose importance is the highest
             in total among all sets that fit. Gates are not projected on the way. Ours, a departure from the paper.
         step_time: instead of k, operations of a step after T as a share of one with all adapters ("0.6x"). Likewise.
-        warmup_steps: T in optimizer steps, or a share of the run below 1 (1.0 could be either, and is refused). None
+        select_after: T in optimizer steps, or a share of the run below 1 (1.0 could be either, and is refused). None
             (``official``): gates learn to the end and nothing is disconnected before the adapter is saved.
         score: what is ranked at T. "omega": the gate (paper). "credit": the first-order loss decrease that an
             adapter's own updates bought, ``c_i = -sum_t <grad_t, p_(t+1) - p_t>``. "coverage": credit, spread over
@@ -50,7 +50,7 @@ class WeightLoRA(Method):
 
     Source: paper, section 3.3; the scores "credit" and "coverage" are ours.
 
-    >>> WeightLoRA(k=10, warmup_steps=100).score
+    >>> WeightLoRA(k=10, select_after=100).score
     'credit'
     >>> WeightLoRA(preset="paper", k=10).gate_lr
     5.0
@@ -65,7 +65,7 @@ class WeightLoRA(Method):
     k: int | float | None = None
     memory: str | int | None = None
     step_time: str | None = None
-    warmup_steps: int | float | None = 0.15
+    select_after: int | float | None = 0.15
     score: Score = "credit"
     gate_lr: float = 0.0
     gate_lr_scheduled: bool = False
@@ -100,8 +100,8 @@ class WeightLoRA(Method):
             parse_share(self.step_time)
         if self.limit is not None and self.score == "coverage":
             raise ConfigError("score='coverage' is no sum over adapters, as a budget needs; use credit or omega")
-        if self.limit is not None and self.warmup_steps is None:
-            raise ConfigError(f"{given[0]} limits what runs after the seam, which needs warmup_steps; give some")
+        if self.limit is not None and self.select_after is None:
+            raise ConfigError(f"{given[0]} limits what runs after the seam, which needs select_after; give some")
 
     @property
     def limit(self) -> tuple[Literal["memory", "step_time"], float, str] | None:

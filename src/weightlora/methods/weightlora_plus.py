@@ -64,8 +64,8 @@ class WeightLoRAPlus(WeightLoRA):
         return self, rank_for_params(params, shapes)
 
     def begin(self, adapters: tuple[Adapter, ...], max_steps: int) -> WeightLoRAPolicy:
-        if self.warmup_steps is None:
-            raise ScheduleError("weightlora+ grows at the seam and so needs warmup_steps; give a number or a share")
+        if self.select_after is None:
+            raise ScheduleError("weightlora+ grows at the seam and so needs select_after; give a number or a share")
         return WeightLoRAPlusPolicy(self, adapters, max_steps)
 
 

@@ -30,8 +30,8 @@ class WeightLoRAPolicy(Policy):
         self.method = method
         # Under a budget no count is known before the end of warm-up: nothing is projected on the way there.
         self.k = len(adapters) if method.k is None else check_k(method.k, adapters)
-        self.horizon = max_steps if method.warmup_steps is None else check_warmup(method.warmup_steps, max_steps)
-        self.seam = None if method.warmup_steps is None else self.horizon
+        self.horizon = max_steps if method.select_after is None else check_warmup(method.select_after, max_steps)
+        self.seam = None if method.select_after is None else self.horizon
         self.trains_gates = method.gate_lr > 0
         self.gated = self.trains_gates or method.score == "omega"
         if method.score == "omega" and not self.trains_gates and (method.limit or self.k < len(adapters)):
@@ -127,7 +127,7 @@ class WeightLoRAPolicy(Policy):
         if max(worth) <= 0:
             raise ScheduleError(
                 f"no adapter has a positive {what} after {self.horizon} steps, so none is worth its cost;"
-                " lower the learning rate, or raise warmup_steps"
+                " lower the learning rate, or raise select_after"
             )
         found = most_important(worth, budget, self.adapters)
         why = f"the most {what} in {self.horizon} steps within {found.words}"

@@ -38,8 +38,6 @@ def alone(record: Record) -> str:
         return ""
     values = {key: value for key, value in config.items() if key not in NOT_FLAGS}
     training = dict(_mapping(config.get("training")))
-    if "warmup_steps" in training:  # that name is the method's
-        training["lr_warmup_steps"] = training.pop("warmup_steps")
     values = {key: values[key] for key in FIRST if key in values} | dict(_mapping(config.get("settings"))) | values
     values |= training
     return _lines("weightlora train", [_flag(key, value) for key, value in values.items() if value is not None])

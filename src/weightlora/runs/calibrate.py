@@ -59,7 +59,7 @@ def calibrate(config: PlanConfig, planner: Planner, device: str, micro_batch: in
     with isolated_rng():
         bones, model = adapted(config, device)
         batch = {key: value.to(device) for key, value in bones.batch(micro_batch, config.length).items()}
-        if config.adapter_path != "stock":
+        if config.engine != "stock":
             fast_path(model)
         if config.checkpointing:
             checkpoint_blocks(bones.model)

@@ -36,7 +36,7 @@ class RunConfig:
         method, preset, settings: as :func:`weightlora.methods.method`.
         seed: of everything random.
         micro_batch, final_micro_batch: examples in one forward pass before and after the seam; None: the batch size.
-        adapter_path: as :func:`weightlora.fit`.
+        engine: as :func:`weightlora.fit`.
         params: a budget of adapter parameters ("123k"), or None. The method's own knobs (rank, K, ...) are turned for
             it, and the scale ``alpha / r`` stays what `alpha` and `r` say.
         training: fields of ``TrainingArguments``, under their own names.
@@ -76,7 +76,7 @@ class RunConfig:
     seed: int = 0
     micro_batch: int | None = None
     final_micro_batch: int | None = None
-    adapter_path: str = "auto"
+    engine: str = "auto"
     params: str | None = None
     training: dict[str, Any] = field(default_factory=dict)
 
@@ -100,7 +100,7 @@ class RunConfig:
         for name in ("seed", "split_seed"):
             if not 0 <= getattr(self, name) < 2**32:
                 raise ConfigError(f"{name}={getattr(self, name)} is not allowed; use 0 or more, below 2^32")
-        check_path(self.adapter_path)
+        check_path(self.engine)
         if self.params is not None:
             parse_params(self.params)
         self.make_method()

@@ -48,7 +48,7 @@ def estimate_run(parts: Parts, config: RunConfig) -> Estimate:
         return run
 
     with isolated_rng():
-        traced = Traced.of(model, loss, length=max(lengths), stock=config.adapter_path in ("stock", "reference"))
+        traced = Traced.of(model, loss, length=max(lengths), stock=config.engine in ("stock", "reference"))
     settings = args.gradient_checkpointing_kwargs or {}
     return Estimate(
         traced,

@@ -16,7 +16,7 @@ TABLES = ("table1", "table2", "table3", "table4", "table5", "table6")
 # What does not make it another experiment: where data lie, what is tuned or repeated, how a step is cut up.
 NOT_COMPARED = (
     *("data_dir", "train_file", "validation_file", "seed", "split_seed", "holdout", "settings", "training"),
-    *("micro_batch", "final_micro_batch", "adapter_path"),
+    *("micro_batch", "final_micro_batch", "engine"),
 )
 TUNED = ("learning_rate", "warmup_steps")
 UNSEEN = ("report_to", "logging_steps", "save_steps", "save_strategy", "save_total_limit", "dataloader_num_workers")

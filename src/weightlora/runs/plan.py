@@ -249,7 +249,7 @@ class Planner:
 
 _LOSS = "logits and loss"
 # What of a configuration decides a trace. The rank does not: it scales what it touches.
-_TRACED = ("model", "head", "num_labels", "targets", "dtype", "autocast", "dropout", "length", "adapter_path", "device")
+_TRACED = ("model", "head", "num_labels", "targets", "dtype", "autocast", "dropout", "length", "engine", "device")
 
 
 def _traced(config: PlanConfig) -> tuple[Skeleton, Traced]:
@@ -258,7 +258,7 @@ def _traced(config: PlanConfig) -> tuple[Skeleton, Traced]:
         model,
         lambda size: loss_of(model, bones.batch(size, config.length), config.autocast),
         length=config.length,
-        stock=config.adapter_path == "stock",
+        stock=config.engine == "stock",
         cuda=config.device == "cuda",
     )
     return bones, traced

@@ -34,7 +34,7 @@ class PlanConfig:
         batch: examples of one optimizer step; a micro-batch divides it. length: tokens per example.
         optimizer: as in ``TrainingArguments.optim``.
         checkpointing: gradient checkpointing of every block.
-        adapter_path: "auto", or "stock" for PEFT's own forward.
+        engine: "auto", or "stock" for PEFT's own forward.
         device: "cuda" or "cpu": whose kernels for dropout and attention are assumed.
         gated: omega is kept during warm-up.
         lowest: the block of the lowest survivor, 0 = the first; None: the worst case, the first with a target.
@@ -57,7 +57,7 @@ class PlanConfig:
     length: int = 128
     optimizer: str = "adamw_torch"
     checkpointing: bool = False
-    adapter_path: str = "auto"
+    engine: str = "auto"
     device: str = "cuda"
     gated: bool = True
     lowest: int | None = None

@@ -200,8 +200,9 @@ class _Seed:
                     parts.method,
                     measure=False,
                     select_only=select_only,
-                    micro_batch=(run.micro_batch, run.final_micro_batch),
-                    adapter_path=run.adapter_path,  # type: ignore[arg-type]  # checked by the configuration
+                    micro_batch=run.micro_batch,
+                    final_micro_batch=run.final_micro_batch,
+                    engine=run.engine,  # type: ignore[arg-type]  # checked by the configuration
                 )
             finally:
                 if bar is not None:

@@ -125,10 +125,11 @@ def select(config: RunConfig, folder: str | Path, *, overwrite: bool = False, qu
         result = fit(
             trainer,
             parts.method,
-            micro_batch=_micro_batches(config),
+            micro_batch=config.micro_batch,
+            final_micro_batch=config.final_micro_batch,
             measure=False,
             select_only=True,
-            adapter_path=config.adapter_path,  # type: ignore[arg-type]  # checked by the configuration
+            engine=config.engine,  # type: ignore[arg-type]  # checked by the configuration
         )
         assert result.selection is not None
         result.selection.save(temporary / SELECTION)
@@ -170,10 +171,6 @@ def _progress(config: RunConfig, quiet: bool) -> Iterator[list[TrainerCallback]]
         yield [] if quiet else [bar]
     finally:
         bar.close()
-
-
-def _micro_batches(config: RunConfig) -> tuple[int | None, int | None]:
-    return config.micro_batch, config.final_micro_batch
 
 
 class _Recording:
@@ -247,9 +244,10 @@ def _fitted(
         trainer,
         parts.method,
         resume=resume,
-        micro_batch=_micro_batches(config),
+        micro_batch=config.micro_batch,
+        final_micro_batch=config.final_micro_batch,
         log_omegas="all",
-        adapter_path=config.adapter_path,  # type: ignore[arg-type]  # checked by the configuration
+        engine=config.engine,  # type: ignore[arg-type]  # checked by the configuration
     )
     metrics = evaluate(trainer)
     answer_in_own_units(result, parts)

@@ -41,11 +41,13 @@ STEP_BYTES = 4  # its counter, of each tensor
 class Plan:
     """Micro-batch before and after the seam (None: as the trainer has it), and the method's budget, if it has one."""
 
-    micro_batch: tuple[int | None, int | None]
+    micro_batches: tuple[int | None, int | None]
     budget: Budget | None = None
 
 
-def plan(trainer: Trainer, method: Method, micro_batch: tuple[int | None, int | None], *, stock: bool = False) -> Plan:
+def plan(
+    trainer: Trainer, method: Method, micro_batches: tuple[int | None, int | None], *, stock: bool = False
+) -> Plan:
     """Count what the method's limit needs, on the model as it is: with all adapters, before any step.
 
     Memory is everything that lives at the end of a forward pass: weights, adapters, gradients, AdamW's moments and what
@@ -56,7 +58,7 @@ def plan(trainer: Trainer, method: Method, micro_batch: tuple[int | None, int | 
     Args:
         trainer: as it was handed to ``fit``.
         method: whose limit counts.
-        micro_batch: what the user wants, before and after the seam.
+        micro_batches: what the user wants, before and after the seam.
         stock: adapters compute by PEFT's own forward.
 
     Raises:
@@ -64,7 +66,7 @@ def plan(trainer: Trainer, method: Method, micro_batch: tuple[int | None, int | 
         ConfigError: the trainer makes its batches as it trains.
     """
     if method.limit is None:
-        return Plan(micro_batch=micro_batch)
+        return Plan(micro_batches=micro_batches)
     kind, amount, _ = method.limit
     if (own_code(trainer) or "").endswith("._prepare_inputs"):
         raise ConfigError(
@@ -72,8 +74,8 @@ def plan(trainer: Trainer, method: Method, micro_batch: tuple[int | None, int | 
             " trains; use k"
         )
     if kind == "step_time":
-        return Plan(micro_batch=micro_batch, budget=_operations(trainer, method, amount))
-    return _Memory(trainer, method, int(amount), stock).plan(micro_batch)
+        return Plan(micro_batches=micro_batches, budget=_operations(trainer, method, amount))
+    return _Memory(trainer, method, int(amount), stock).plan(micro_batches)
 
 
 class RunBytes:
@@ -157,7 +159,7 @@ class _Memory(RunBytes):
             self._refuse()
         facts = {"warmup_micro_batch": warmup, "warmup_total": self.warmup(warmup)}
         return Plan(
-            micro_batch=(warmup, rooms[0].micro_batch), budget=Budget(kind="memory", rooms=tuple(rooms), facts=facts)
+            micro_batches=(warmup, rooms[0].micro_batch), budget=Budget(kind="memory", rooms=tuple(rooms), facts=facts)
         )
 
     def warmup(self, size: int, checkpointing: bool | None = None) -> int:

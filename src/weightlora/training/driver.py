@@ -57,7 +57,7 @@ class Driver:
         method: what is wanted.
         max_steps: optimizer steps of the whole run.
         name: PEFT's adapter name; default: the active one.
-        adapter_path: how adapters compute, as :func:`weightlora.fit`.
+        engine: how adapters compute, as :func:`weightlora.fit`.
         held_out: batches that the run does not train on, for a method that looks at some.
         budget: what survivors may cost, for a method with a limit.
 
@@ -71,12 +71,12 @@ class Driver:
         method: Method,
         max_steps: int,
         name: str | None = None,
-        adapter_path: PathName = "auto",
+        engine: PathName = "auto",
         held_out: HeldOut | None = None,
         budget: Budget | None = None,
     ) -> None:
-        self.model, self.method, self.adapter_path, self.held_out = model, method, adapter_path, held_out
-        self.engine = check_path(adapter_path)
+        self.model, self.method, self.engine, self.held_out = model, method, engine, held_out
+        self.gated_engine = check_path(engine)
         self.name = adapter_name(model, name)
         self.adapters = adapters(model, self.name)
         refuse_tied(self.adapters)
@@ -128,7 +128,7 @@ class Driver:
             policy.prepare(self._factors, layer_weights(self.model, self.name))
         form = policy.form(self._factors)
         if form is not None:
-            self.formed = Formed(self.model, form, self.name, engine_name=self.engine)
+            self.formed = Formed(self.model, form, self.name, engine_name=self.gated_engine)
             if optimizer is not None:
                 adopt(optimizer, list(form.parameters().values()), self.model)
         if policy.watches:
@@ -140,15 +140,15 @@ class Driver:
             "trainable": gates + sum(p.numel() for p in own if p.requires_grad),
         }
         if policy.gated:
-            self.gates = Gates(self.model, self.name, trainable=self.policy.trains_gates, engine_name=self.engine)
+            self.gates = Gates(self.model, self.name, trainable=self.policy.trains_gates, engine_name=self.gated_engine)
         elif form is None:
             self.ride()
         self.finite.renew()
 
     def ride(self) -> None:
         """Put the plain adapters on the adapter path."""
-        if self.adapter_path != "stock":
-            fast_path(self.model, self.name, self.engine)
+        if self.engine != "stock":
+            fast_path(self.model, self.name, self.gated_engine)
         self.finite.renew()
 
     def finish(self, optimizer: torch.optim.Optimizer | None) -> Selection:

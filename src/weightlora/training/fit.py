@@ -73,11 +73,12 @@ def fit(  # noqa: PLR0913 - one argument per user setting
     *,
     resume: bool | str | Path = False,
     overwrite: bool = False,
-    micro_batch: tuple[int | None, int | None] = (None, None),
+    micro_batch: int | None = None,
+    final_micro_batch: int | None = None,
     measure: bool = True,
     log_omegas: Literal["summary", "all"] = "summary",
     select_only: bool = False,
-    adapter_path: PathName = "auto",
+    engine: PathName = "auto",
 ) -> FitResult:
     """Train with a method, instead of ``trainer.train()``.
 
@@ -87,18 +88,18 @@ def fit(  # noqa: PLR0913 - one argument per user setting
 
     Args:
         trainer: any ``transformers.Trainer`` (TRL's too) around a model with LoRA adapters.
-        method: for example ``WeightLoRA(k=10, warmup_steps=100)``.
+        method: for example ``WeightLoRA(k=10, select_after=100)``.
         resume: True goes on from the latest whole checkpoint in ``output_dir`` (from the start if there is none); a
             path from that one. Method, base and number of steps must be the run's.
         overwrite: remove the checkpoints of other runs from ``output_dir``, which is refused otherwise.
-        micro_batch: examples per device and forward pass (before, after the seam). Accumulation changes with it so
-            that the effective batch, and with it the number of steps, stays what the trainer's arguments say; the
-            gradient is then the mean over that batch. None: leave it.
+        micro_batch, final_micro_batch: examples per device and forward pass, before and after the seam. Accumulation
+            changes with them so that the effective batch, and with it the number of steps, stays what the trainer's
+            arguments say; the gradient is then the mean over that batch. None: leave it.
         measure: count kept activation bytes and FLOPs of one micro-batch per phase, without a trace: by an extra
             forward and backward, or, where the loss is the user's own, in the first step that runs.
         log_omegas: how much of omega goes to the trainer's log during warm-up.
         select_only: stop at the seam, with the survivors chosen and nothing trained further.
-        adapter_path: how adapters compute while they train. "autograd": keeps only x, shared by q, k and v, and the
+        engine: how adapters compute while they train. "autograd": keeps only x, shared by q, k and v, and the
             rank-r product. "triton": the same with CUDA kernels. "auto": triton where it can run, else autograd.
             "reference": PEFT's formula, readable. "stock": PEFT's own forward, for comparison. The result is stock
             PEFT in every case.
@@ -118,7 +119,7 @@ def fit(  # noqa: PLR0913 - one argument per user setting
     Source: paper, section 3.3 (T steps, then disconnect; "the batch size can be increased"). Departs from it in
     resuming through a checkpoint, which is what makes a killed run continue to the same adapter.
     """
-    micro_batch = check_fit(trainer, method, resume, micro_batch, log_omegas)
+    micro_batches = check_fit(trainer, method, resume, micro_batch, final_micro_batch, log_omegas)
     check_trainer(trainer)
     check_sharding(trainer)
     check_best(trainer)
@@ -131,7 +132,7 @@ def fit(  # noqa: PLR0913 - one argument per user setting
             return train_plain(trainer, method, resume, overwrite, measure)
     check_trainers_model(trainer)
     with borrowed(trainer):
-        made = _Fit(trainer, method, resume, overwrite, micro_batch, measure, log_omegas, adapter_path)
+        made = _Fit(trainer, method, resume, overwrite, micro_batches, measure, log_omegas, engine)
         with naming_the_last_good(made.output_dir), as_data_parallel(trainer, sharded=made.sharded):
             try:
                 return made.run(select_only)
@@ -148,10 +149,10 @@ class _Fit:
         method: Method,
         resume: bool | str | Path,
         overwrite: bool,
-        micro_batch: tuple[int | None, int | None],
+        micro_batches: tuple[int | None, int | None],
         measure: bool,
         log_omegas: Literal["summary", "all"],
-        adapter_path: PathName,
+        engine: PathName,
     ) -> None:
         # Transformers types a trainer's model and optimizer as optional; by now they are there.
         self.trainer: Any = trainer
@@ -162,13 +163,11 @@ class _Fit:
             to_device(trainer)
         tensors, begun = self._begin(resume, overwrite)
         held_out = hold_out(trainer, method.held_out_batches)
-        planned = plan(trainer, method, micro_batch, stock=adapter_path == "stock")
-        self.batches = [split_batch(trainer, size) for size in planned.micro_batch]
+        planned = plan(trainer, method, micro_batches, stock=engine == "stock")
+        self.batches = [split_batch(trainer, size) for size in planned.micro_batches]
         self.max_steps = planned_steps(trainer)
         model: Any = trainer.model
-        self.driver = Driver(
-            model, method, self.max_steps, adapter_path=adapter_path, held_out=held_out, budget=planned.budget
-        )
+        self.driver = Driver(model, method, self.max_steps, engine=engine, held_out=held_out, budget=planned.budget)
         if trainer.optimizer is not None and self.driver.seam is not None:
             check_groups(torch_optimizer(trainer.optimizer))
         self.order = DataOrder(trainer)
@@ -241,7 +240,7 @@ class _Fit:
 
     def run(self, select_only: bool) -> FitResult:
         resumed_final = self.manifest is not None and self.manifest.stage == "final"
-        stock = self.driver.adapter_path in ("stock", "reference")
+        stock = self.driver.engine in ("stock", "reference")
         predictor = Predictor(self.trainer, self.driver, self.batches, stock) if self.measure else None
         if resumed_final:
             self._rebuild()
@@ -360,7 +359,7 @@ class _Fit:
         if step != driver.seam:
             raise ScheduleError(
                 f"training stopped at step {step}, before the seam at {driver.seam}; something else ended it"
-                " (early stopping?): lower warmup_steps, or resume"
+                " (early stopping?): lower select_after, or resume"
             )
         optimizer = trainers_optimizer(self.trainer)
         assert optimizer is not None

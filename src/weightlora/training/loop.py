@@ -125,7 +125,7 @@ def attach(
     optimizer: torch.optim.Optimizer,
     *,
     max_steps: int | None = None,
-    adapter_path: PathName = "auto",
+    engine: PathName = "auto",
     held_out: Sequence[Mapping[str, Any]] = (),
 ) -> Tuner:
     """Put a method on a model and the optimizer that trains it.
@@ -136,11 +136,11 @@ def attach(
 
     Args:
         model: a model with LoRA adapters (``peft.get_peft_model``).
-        method: for example ``WeightLoRA(k=10, warmup_steps=100)``.
+        method: for example ``WeightLoRA(k=10, select_after=100)``.
         optimizer: holds the adapters' parameters; at the seam it is changed in place. What ``accelerator.prepare`` has
             made of one is fine; ``tuner.step()`` may then be called after each of its steps, also while it accumulates.
         max_steps: optimizer steps of the whole run; needed only where the method counts in shares of it.
-        adapter_path: how adapters compute, as :func:`fit`.
+        engine: how adapters compute, as :func:`fit`.
         held_out: batches that the loop does not train on, for a method that looks at some; ``model(**batch).loss`` is
             asked for. (:func:`fit` sets training rows aside itself.)
 
@@ -156,7 +156,7 @@ def attach(
     >>> net = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.Tanh(), torch.nn.Linear(8, 1))
     >>> model = get_peft_model(net, LoraConfig(r=2, target_modules=["0", "2"]))
     >>> optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
-    >>> tuner = wl.attach(model, wl.WeightLoRA(k=1, warmup_steps=3), optimizer)
+    >>> tuner = wl.attach(model, wl.WeightLoRA(k=1, select_after=3), optimizer)
     >>> for _ in range(5):
     ...     model(torch.randn(16, 4)).pow(2).mean().backward()
     ...     optimizer.step(); selection = tuner.step(); optimizer.zero_grad()
@@ -173,4 +173,4 @@ def attach(
         raise ConfigError("fp16 training scales gradients, and gates and credits would read them scaled; use bf16")
     steps = 2**31 if max_steps is None else count("max_steps", max_steps)
     unseen = HeldOutBatches(model, held_out) if held_out else None
-    return Tuner(Driver(model, method, steps, adapter_path=adapter_path, held_out=unseen), given)
+    return Tuner(Driver(model, method, steps, engine=engine, held_out=unseen), given)

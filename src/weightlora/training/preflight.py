@@ -17,7 +17,7 @@ from weightlora.graft import adapter_name, check_held, check_peft_model, check_r
 from weightlora.methods import METHODS, Method
 
 
-def check_fit(trainer: Any, method: Any, resume: Any, micro_batch: Any, log_omegas: Any) -> tuple[Any, Any]:
+def check_fit(trainer: Any, method: Any, resume: Any, before: Any, after: Any, log_omegas: Any) -> tuple[Any, Any]:
     """Refuse what :func:`weightlora.fit` was not made for.
 
     Returns:
@@ -37,9 +37,8 @@ def check_fit(trainer: Any, method: Any, resume: Any, micro_batch: Any, log_omeg
         raise ConfigError(f"resume={resume!r} is not allowed; use True, False or the path of a checkpoint")
     if log_omegas not in ("summary", "all"):
         raise ConfigError(f"log_omegas {log_omegas!r} is unknown; use one of summary, all")
-    if not isinstance(micro_batch, tuple | list) or len(micro_batch) != 2:
-        raise ConfigError(f"micro_batch={micro_batch!r} is not allowed; use a pair: before the seam, and after it")
-    before, after = (None if size is None else count("micro_batch", size) for size in micro_batch)
+    sizes = {"micro_batch": before, "final_micro_batch": after}
+    before, after = (None if size is None else count(name, size) for name, size in sizes.items())
     return before, after
 
 
