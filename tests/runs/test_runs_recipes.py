@@ -113,7 +113,7 @@ def test_what_departs_is_listed(table: str) -> None:
     assert "the paper's B.1 says one epoch" in listed
     for cell in grid(recipe(table)).cells:
         made: Any = cell.config.make_method()
-        if cell.config.method == "weightlora" and made.warmup_steps <= cell.config.training["warmup_steps"]:
+        if cell.config.method == "weightlora" and made.select_after <= cell.config.training["warmup_steps"]:
             assert f"{cell.config.task.upper()} {made.select_after}".replace("COLA", "CoLA") in listed
 
 
