@@ -21,7 +21,7 @@ def manifest(**changes: object) -> Manifest:
     chosen = select(live, [1], omegas=[1.0] * 6, scores=None, method="m", preset="paper", step=4, why="so")
     fields = {
         "stage": "final", "step": 4, "adapter": "default", "adapters": Manifest.describe(live), "selection": chosen,
-        "method": {"name": "m", "k": 1}, "data": {"phases": [{"steps": 4}]},
+        "method": {"name": "m", "k": 1}, "base": "b", "data": {"phases": [{"steps": 4}]},
     }  # fmt: skip
     return Manifest(**{**fields, **changes})  # type: ignore[arg-type]
 
@@ -87,7 +87,7 @@ def test_no_folder_at_all(tmp_path: Path) -> None:
 
 
 def test_the_same_model_passes() -> None:
-    manifest().check_same_model(adapters(lora(seed=4)))  # other weights, same structure
+    manifest().check_same_model(adapters(lora(seed=4)), "b")  # other weights, same structure
 
 
 @pytest.mark.parametrize(
@@ -101,4 +101,4 @@ def test_the_same_model_passes() -> None:
 )
 def test_another_model_is_named(other: Callable[[], torch.nn.Module], message: str) -> None:
     with pytest.raises(CheckpointError, match=f"the checkpoint belongs to another model: .*{message}"):
-        manifest().check_same_model(adapters(other()))
+        manifest().check_same_model(adapters(other()), "b")

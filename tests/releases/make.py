@@ -1,6 +1,6 @@
 """Writes what this release leaves on disk, for later releases to load: ``python -m tests.releases.make``.
 
-The folder is named after the version and is made once, when a version is released; it is never made anew.
+The folder is named after the version. Until that is released it is made anew whenever a format changes; then never.
 """
 
 from __future__ import annotations

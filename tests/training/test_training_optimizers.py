@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -134,24 +135,15 @@ def test_other_groups_than_the_runs_are_refused(tmp_path: Path) -> None:
         fit(made(tmp_path / "b", turned), ONE, resume=tmp_path / "seam-3", measure=False)
 
 
-def test_a_checkpoint_that_says_no_order(tmp_path: Path) -> None:
-    """An older release's: the trainer's own optimizer follows, one of the user's cannot."""
-    done = made(tmp_path, MAKE["one group"])
-    fit(done, ONE, measure=False)
+@pytest.mark.parametrize("groups", [None, [3]])
+def test_a_checkpoint_that_says_no_order(groups: Any, tmp_path: Path) -> None:
+    fit(made(tmp_path, MAKE["one group"]), ONE, measure=False)
     file = tmp_path / "seam-3" / "weightlora.json"
     manifest = json.loads(file.read_text())
-    del manifest["data"]["optimizer"]
+    manifest["data"]["optimizer"] = groups
     file.write_text(json.dumps(manifest))
     seal(tmp_path / "seam-3")
-    with pytest.raises(CheckpointError, match=r"is of an older release, .*; resume from a checkpoint of warm-up, or"):
-        fit(made(tmp_path / "b", MAKE["one group"]), ONE, resume=tmp_path / "seam-3", measure=False)
-    again = made(tmp_path / "c", MAKE["one group"], by_trainer=True)
-    fit(again, ONE, resume=tmp_path / "seam-3", measure=False)
-    assert max_difference(adapter_state(again.model), adapter_state(done.model)) == 0.0
-    manifest["data"]["optimizer"] = [3]
-    file.write_text(json.dumps(manifest))
-    seal(tmp_path / "seam-3")
-    with pytest.raises(CheckpointError, match=r"the manifest is damaged: \[3\] are no optimizer's groups"):
+    with pytest.raises(CheckpointError, match=rf"the manifest is damaged: {re.escape(repr(groups))} are no optimizer"):
         fit(made(tmp_path / "d", MAKE["one group"]), ONE, resume=tmp_path / "seam-3", measure=False)
 
 

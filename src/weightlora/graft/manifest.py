@@ -33,7 +33,7 @@ class Manifest:
 
     ``stage`` is "warmup" (gates on, all n adapters present) or "final" (stock LoRA on the survivors). ``adapters`` are
     the n adapters that the run started with; ``method`` the method's own settings; ``data`` whatever the trainer's
-    side must know. ``base`` is the base model's :func:`fingerprint` ("" in older manifests).
+    side must know. ``base`` is the base model's :func:`fingerprint`.
     """
 
     stage: Stage
@@ -41,9 +41,9 @@ class Manifest:
     adapter: str
     adapters: tuple[tuple[str, int, int, int], ...]
     method: dict[str, Any]
+    base: str
     selection: Selection | None = None
     data: dict[str, Any] = field(default_factory=dict)
-    base: str = ""
     schema_version: int = SCHEMA_VERSION
 
     @staticmethod
@@ -51,11 +51,11 @@ class Manifest:
         """``(name, d_in, d_out, rank)`` of each adapter: what makes two models the same to a checkpoint."""
         return tuple((a.name, a.d_in, a.d_out, a.rank) for a in live)
 
-    def check_same_model(self, live: Sequence[Adapter], base: str = "") -> None:
+    def check_same_model(self, live: Sequence[Adapter], base: str) -> None:
         """Raise CheckpointError, naming the first difference, unless the model has the run's adapters and base."""
         here = self.describe(live)
         if here == self.adapters:
-            if self.base and base and self.base != base:
+            if self.base != base:
                 raise CheckpointError(
                     "the checkpoint belongs to another base model of the same shape: its configuration or weights"
                     " differ; use the base (name, revision, seed, dtype) that the run started with"
@@ -104,7 +104,7 @@ class Manifest:
                 method=dict(data["method"]),
                 selection=None if data["selection"] is None else Selection.from_dict(data["selection"]),
                 data=dict(data["data"]),
-                base=str(data.get("base", "")),
+                base=str(data["base"]),
             )
             if not 0 <= manifest.step < 2**53 or (manifest.stage == "final") != (manifest.selection is not None):
                 raise ValueError(f"stage {manifest.stage!r} at step {manifest.step} and the selection do not fit")

@@ -159,12 +159,8 @@ class Selection:
                 f"selection schema {data.get('schema_version')!r} is not supported; this release reads {SCHEMA_VERSION}"
             )
         try:
-            choices = tuple(
-                Choice(**{f.name: c[f.name] for f in fields(Choice) if f.name != "tied"}, tied=c.get("tied"))
-                for c in data["choices"]
-            )
-            values = {f.name: data[f.name] for f in fields(cls) if f.name != "placement"}
-            selection = cls(**{**values, "choices": choices, "placement": data.get("placement")})
+            choices = tuple(Choice(**{f.name: c[f.name] for f in fields(Choice)}) for c in data["choices"])
+            selection = cls(**{**{f.name: data[f.name] for f in fields(cls)}, "choices": choices})
         except (KeyError, TypeError, AttributeError) as error:
             raise CheckpointError(f"the selection is damaged: {error}; select again or use a backup") from None
         selection._check()

@@ -243,8 +243,6 @@ class Method(ABC, metaclass=_FromPreset):
     rate: ClassVar[float] = 1.0  # the adapters' learning rate over the run's, under the preset `recommended`
     rates: ClassVar[Mapping[str, float]] = {}  # of some of them over the adapters', by a part of the parameter's name
     spending: ClassVar[str] = "ranks are whole numbers"  # why a budget of parameters may not be met
-    # Settings that 0.1.0 had not: left out at their defaults, so that its checkpoints are still the same method's.
-    later: ClassVar[tuple[str, ...]] = ("adapter_rate", "b_rate")
     in_shares: ClassVar[tuple[str, ...]] = ("select_after",)  # settings that may be shares of the run
     # What every run says for itself: no preset is changed by it, unless the preset has a value for it.
     asked: ClassVar[tuple[str, ...]] = ("k", "memory", "step_time", "spend", "seed")
@@ -350,10 +348,8 @@ class Method(ABC, metaclass=_FromPreset):
         """
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain data: the method's name and settings; those of `later` only where they are set."""
-        usual = {field.name: field.default for field in fields(self) if field.name in self.later}
-        plain = {"name": self.name, **asdict(self)}
-        return {name: value for name, value in plain.items() if name not in usual or value != usual[name]}
+        """The method's name and settings as plain data."""
+        return {"name": self.name, **asdict(self)}
 
     def choose(
         self,

@@ -41,7 +41,6 @@ class WeightLoRAPlus(WeightLoRA):
     spending: ClassVar[str] = "ranks are whole numbers, and no rank is above a layer's width"
     presets: ClassVar[Mapping[str, Mapping[str, Any]]] = WEIGHTLORA_PLUS
     grows: ClassVar[bool] = True
-    later: ClassVar[tuple[str, ...]] = (*WeightLoRA.later, "comeback")
 
     growth: Growth = "gaussian"
     noise: Noise = "normal"

@@ -10,7 +10,16 @@ from typing import Any
 from transformers import Trainer
 
 from weightlora.files import new_folder, write_text
-from weightlora.graft import MANIFEST, Manifest, base_of, is_sharded, save_own_format, take_over, trained_module
+from weightlora.graft import (
+    MANIFEST,
+    Manifest,
+    base_of,
+    fingerprint,
+    is_sharded,
+    save_own_format,
+    take_over,
+    trained_module,
+)
 from weightlora.graft.export import export
 from weightlora.runs.build import Parts, build
 from weightlora.runs.config import RunConfig
@@ -60,6 +69,7 @@ def write_result(
         adapter="default",
         adapters=described,
         method=result.method.to_dict(),
+        base=fingerprint(result.model),
         selection=result.selection,
         data={"phases": [vars(phase) for phase in result.phases], "log": _omega_log(result)},
     )

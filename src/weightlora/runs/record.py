@@ -123,12 +123,10 @@ class Record:
         error: one line when the status is ``"failed"``.
         budget: adapter parameters, heads excluded: ``asked`` (``--params``, if given), ``allocated``, ``trainable``
             until the seam, at the ``peak`` of the run, ``effective`` at the end, and ``stored_bytes`` of the adapter's
-            files. Empty in older records, ``peak`` missing. ``unmet``: why peak or end are more than 5% off what was
-            asked; empty where they are not.
+            files. ``unmet``: why peak or end are more than 5% off what was asked; empty where they are not.
         scored_on: the rows behind ``metrics``: ``split`` ("validation", or "train" for training rows that were held
             out, by ``split_seed`` and the share ``holdout`` if one was asked for) and ``rows``; ``also_trained_on``:
-            how many of them have the texts of training rows, if any; ``checkpoint``: "best" where they chose it. Empty
-            in older records.
+            how many of them have the texts of training rows, if any; ``checkpoint``: "best" where they chose it.
         predicted: ``{phase name: {field of Phase: number}}``, from one traced forward before the first step.
         placement: where a budget decided what lives: its kind, the budget, what the survivors cost, the lowest level
             they reach, their importance, the micro-batch. Empty where a count decided.

@@ -42,8 +42,8 @@ class SeamCallback(InnerCallback):
         restored: tuple[dict[str, Tensor], int] | None,
         log_omegas: Literal["summary", "all"],
         data: dict[str, Any],
-        base: str = "",
-        run: Run | None = None,
+        base: str,
+        run: Run,
     ) -> None:
         self.trainer, self.driver, self.restored = trainer, driver, restored
         self.log_omegas, self.data, self.base, self.run = log_omegas, data, base, run
@@ -62,7 +62,7 @@ class SeamCallback(InnerCallback):
     def manifest(self, step: int) -> Manifest:
         """Structure and progress as they are now."""
         driver = self.driver
-        losses = {} if self.losses is None else {"losses": self.losses.to_dict()}
+        assert self.losses is not None  # noted wherever something is stored
         return Manifest(
             stage=self.stage,
             step=step,
@@ -73,7 +73,7 @@ class SeamCallback(InnerCallback):
             base=self.base,
             data={
                 **self.data,
-                **losses,
+                "losses": self.losses.to_dict(),
                 "seconds": self.seconds(),
                 "adapter_params": driver.counts,
                 "optimizer": group_names(made_optimizer(self.trainer), driver.model),
@@ -160,8 +160,7 @@ class SeamCallback(InnerCallback):
         if state.is_world_process_zero:
             tensors = self.driver.state() if self.stage == "warmup" else {}
             self.manifest(state.global_step).write(self._folder(args, state), tensors)
-            if self.run is not None:
-                self.run.write(self._folder(args, state))
+            self.run.write(self._folder(args, state))
 
     def _log_omegas(self) -> None:
         omegas = self.driver.omegas()

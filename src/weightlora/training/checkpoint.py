@@ -37,14 +37,13 @@ _SHARD = re.compile(r"\w[\w.-]*")
 def whole(folder: Path, *, manifest: bool = True) -> int | None:
     """The step of a checkpoint that can be resumed from, or None.
 
-    The trainer writes its state file after everything else of a checkpoint, so a checkpoint with a readable state file
-    and a readable manifest has all its files. ``manifest=False``: a method without adapters writes none.
+    The trainer writes its state file after everything else of a checkpoint, so a checkpoint that says whose it is and
+    has a readable state file and a manifest has all its files. ``manifest=False``: a method without adapters writes
+    none.
     """
     found = _NAME.match(folder.name)
-    if not found or (manifest and not (folder / MANIFEST).is_file()):
+    if not found or not (folder / RUN).is_file() or (manifest and not (folder / MANIFEST).is_file()):
         return None
-    if not manifest and not (folder / RUN).is_file() and (folder.parent / RUN).is_file():
-        return None  # of a process that died before its last word, or of another trainer
     step = int(found.group(2))
     return step if (_object(folder / TRAINER_STATE) or {}).get("global_step") == step else None
 
@@ -117,8 +116,8 @@ def _hashes(folder: Path) -> dict[str, str]:
 def damage(folder: Path) -> str | None:
     """What is wrong with a checkpoint that looks whole, in a few words; None if nothing is.
 
-    Files are compared with the checkpoint's own hashes. One without (its process died in the last moment, or an older
-    release wrote it) is looked at file by file. No file with code in it is ever loaded.
+    Files are compared with the checkpoint's own hashes. One without (its process died in the last moment) is looked at
+    file by file. No file with code in it is ever loaded.
     """
     changed = _changed(folder) or _absent(folder) or _elsewhere(folder)
     if changed is not None:
@@ -149,7 +148,7 @@ def _absent(folder: Path) -> str | None:
     try:
         together = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))["data"]["batch"]["processes"]
     except (OSError, ValueError, RecursionError, KeyError, TypeError):
-        return None  # a single process, an older release, or damage that is told elsewhere
+        return None  # a method without adapters, or damage that is told elsewhere
     if not isinstance(together, int) or not 1 < together < 2**16:
         return None
     names = [f"rng_state_{rank}.pth" for rank in range(together)]
@@ -204,8 +203,6 @@ def _changed(folder: Path) -> str | None:
     if not isinstance(sealed, dict):
         return f"{SEAL} is damaged"
     now = _hashes(folder)
-    if RUN not in sealed:  # an older release's may lack what lies in folders of named adapters
-        now = {name: digest for name, digest in now.items() if name in sealed or "/" not in name}
     for name in sorted({*sealed, *now}):
         if sealed.get(name) != now.get(name):
             return f"{name} is missing" if name not in now else f"{name} is damaged: it is not the file that was saved"
@@ -346,7 +343,7 @@ def write_seam(
     model: PreTrainedModel,
     optimizer: torch.optim.Optimizer,
     manifest: Manifest,
-    run: Run | None,
+    run: Run,
     train_batch_size: int,
 ) -> Path:
     """Turn the last checkpoint of warm-up into the first one after it; it appears at `target` only when whole.
@@ -364,8 +361,7 @@ def write_seam(
         model.save_pretrained(folder)
         torch.save(optimizer.state_dict(), folder / "optimizer.pt")
         manifest.write(folder, {})
-        if run is not None:
-            run.write(folder)
+        run.write(folder)
         write_text(folder / TRAINER_STATE, json.dumps(state, indent=2, sort_keys=True) + "\n")
         seal(folder)
     return target

@@ -118,7 +118,7 @@ def naming_the_last_good(output_dir: Path, *, manifest: bool = True) -> Iterator
 class FiniteCallback(TrainerCallback):
     """The watch of a trainer without a driver; its checkpoints say whose they are, and are sealed."""
 
-    def __init__(self, trainer: Trainer, run: Run | None) -> None:
+    def __init__(self, trainer: Trainer, run: Run) -> None:
         self.watch = FiniteWatch(trainer.model)  # type: ignore[arg-type]  # there by now
         self.run = run
 
@@ -141,6 +141,6 @@ class FiniteCallback(TrainerCallback):
 
     def _name(self, args: TrainingArguments, state: TrainerState) -> Path:
         folder = Path(str(args.output_dir)) / f"checkpoint-{state.global_step}"
-        if state.is_world_process_zero and self.run is not None:
+        if state.is_world_process_zero:
             self.run.write(folder)
         return folder

@@ -218,8 +218,7 @@ class _Fit:
             return {}, None
         self.manifest, tensors = Manifest.read(self.start)
         begun = GlobalBatch.read(self.manifest.data, self.start)
-        if begun is not None:
-            begun.keep(self.trainer, self.start)
+        begun.keep(self.trainer, self.start)
         return tensors, begun
 
     def _check_same_run(self, manifest: Manifest, tensors: dict[str, torch.Tensor]) -> None:
@@ -232,7 +231,7 @@ class _Fit:
                 " resume with the same method"
             )
         checkpoint.check_length(self.start, self.max_steps)
-        self.ordered = OptimizerOrder(self.trainer, manifest.data, self.start, grown=manifest.stage == "final")
+        self.ordered = OptimizerOrder(self.trainer, manifest.data, self.start)
         self.spent, self.phases = read_progress(manifest.data, self.start)
         self.whole.losses = Losses.read(manifest.data, self.start)
         if manifest.stage == "warmup":

@@ -42,17 +42,15 @@ class GlobalBatch:
         )
 
     @classmethod
-    def read(cls, data: Mapping[str, Any], where: Path) -> GlobalBatch | None:
-        """What a manifest's data say; None in those of older releases.
+    def read(cls, data: Mapping[str, Any], where: Path) -> GlobalBatch:
+        """What a manifest's data say.
 
         Raises:
             CheckpointError: they are damaged.
         """
-        if "batch" not in data:
-            return None
         try:
             found = cls(**data["batch"])
-        except TypeError as error:
+        except (KeyError, TypeError) as error:
             raise CheckpointError(f"{where}: the manifest is damaged: {error}") from None
         for number in (found.processes, found.examples, found.parts):
             if not (isinstance(number, int) and 0 < number < 2**31):

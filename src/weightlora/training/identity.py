@@ -37,7 +37,7 @@ class Run:
 
     @classmethod
     def read(cls, folder: Path) -> Run | None:
-        """What a folder says; None where it says nothing, as those of releases before 0.2.
+        """What a folder says; None where it says nothing.
 
         Raises:
             CheckpointError: the file is damaged.
@@ -117,23 +117,16 @@ def _id(folder: Path | None) -> str | None:
     return None if run is None else run.id
 
 
-def enter_folder(
-    output_dir: Path, start: Path | None, others: Sequence[Path], new: Run, device: torch.device
-) -> Run | None:
-    """Take the folder: remove what is not this run's, and let it say whose it is, for all processes.
-
-    Returns:
-        The run; None where a release that gave no ids began it.
-    """
+def enter_folder(output_dir: Path, start: Path | None, others: Sequence[Path], new: Run, device: torch.device) -> Run:
+    """Take the folder: remove what is not this run's, and let it say whose it is, for all processes."""
     run = new if start is None else Run.read(start)
+    assert run is not None  # a whole checkpoint says whose it is
     with main_alone() as mine:
         if mine:
             for folder in others:
                 shutil.rmtree(folder)
-            if run is None:
-                (output_dir / RUN).unlink(missing_ok=True)
-            else:
-                run.write(output_dir)
+            run.write(output_dir)
     run = Run.read(output_dir)
-    check_same_everywhere("run", "none" if run is None else run.id, device)
+    assert run is not None
+    check_same_everywhere("run", run.id, device)
     return run

@@ -109,8 +109,8 @@ def _untrained(trainer: Trainer, method: Method) -> FitResult:
 def _check_same_run(start: Path, method: Method, model: Any) -> None:
     """The checkpoint must belong to this method and model, and to as many processes."""
     run = Run.read(start)
-    if run is not None:
-        run.check_same(method, model, start)
+    assert run is not None  # it is whole
+    run.check_same(method, model, start)
     made_by = max(1, len(list(start.glob("rng_state_*.pth"))))
     if made_by != processes():
         raise CheckpointError(

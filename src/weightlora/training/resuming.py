@@ -59,35 +59,27 @@ class OptimizerOrder:
         trainer: of the resumed run.
         data: of the checkpoint's manifest.
         start: the checkpoint.
-        grown: its model has another structure than the one that the optimizer is made over.
 
     Raises:
-        CheckpointError: what it says is damaged, or an older release wrote nothing, and the user's own optimizer
-            cannot follow without.
+        CheckpointError: what it says is damaged.
     """
 
-    def __init__(self, trainer: Trainer, data: Mapping[str, Any], start: Path, *, grown: bool) -> None:
-        self.trainer, self.groups = trainer, data.get("optimizer")
-        if self.groups is None:
-            if grown and trainer.optimizer is not None:
-                raise CheckpointError(
-                    f"{start} is of an older release, which did not write down the order of an optimizer of one's own;"
-                    " resume from a checkpoint of warm-up, or without optimizers="
-                )
-            return
-        fine = isinstance(self.groups, list) and all(isinstance(group, list) for group in self.groups)
-        if not fine or not all(isinstance(name, str) for group in self.groups for name in group):
-            raise CheckpointError(f"{start}: the manifest is damaged: {self.groups!r:.80} are no optimizer's groups")
+    def __init__(self, trainer: Trainer, data: Mapping[str, Any], start: Path) -> None:
+        self.trainer = trainer
+        found: Any = data.get("optimizer")
+        fine = isinstance(found, list) and all(isinstance(group, list) for group in found)
+        if not fine or not all(isinstance(name, str) for group in found for name in group):
+            raise CheckpointError(f"{start}: the manifest is damaged: {found!r:.80} are no optimizer's groups")
+        self.groups: list[list[str]] = found
 
     def count(self, method: Method) -> None:
         """Note the groups as they are before the model gets the checkpoint's structure, as those of the run were."""
         set_rates(self.trainer, method)
-        self._before = [] if self.groups is None else group_names(made_optimizer(self.trainer), self._model)
+        self._before = group_names(made_optimizer(self.trainer), self._model)
 
     def follow(self) -> None:
         """Bring the optimizer into the checkpoint's order, now that the model has its structure."""
-        if self.groups is not None:
-            arrange(made_optimizer(self.trainer), self._before, self.groups, self._model)
+        arrange(made_optimizer(self.trainer), self._before, self.groups, self._model)
 
     @property
     def _model(self) -> Any:

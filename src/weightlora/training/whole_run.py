@@ -48,17 +48,15 @@ class Losses:
         return cls(total=found.total + found.since, since=0.0, logged=step)
 
     @classmethod
-    def read(cls, data: Mapping[str, Any], where: Path) -> Losses | None:
-        """What a manifest's data say; None in those of older releases.
+    def read(cls, data: Mapping[str, Any], where: Path) -> Losses:
+        """What a manifest's data say.
 
         Raises:
             CheckpointError: they are damaged.
         """
-        if "losses" not in data:
-            return None
         try:
             found = cls(**data["losses"])
-        except TypeError as error:
+        except (KeyError, TypeError) as error:
             raise CheckpointError(f"{where}: the manifest is damaged: {error}") from None
         for number in (found.total, found.since, found.logged):
             if not (isinstance(number, int | float) and abs(number) < LARGEST):
