@@ -20,8 +20,8 @@ import torch
 
 from adapter_path import Bench, provenance, shape_of, write
 from benchlib.shapes import SHAPES
+from weightlora.cost.measure import step_cost
 from weightlora.graft.adapters import factors
-from weightlora.training.measure import step_cost
 
 STATE = 4  # a trained number, its gradient, and Adam's two moments
 

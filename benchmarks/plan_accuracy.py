@@ -25,9 +25,9 @@ from torch import Tensor
 from adapter_path import Bench, provenance, write
 from benchlib.shapes import SHAPES, Shape, build, resized
 from memory_vs_adapters import peak
+from weightlora.cost.estimate import Estimate, Phase, Setting, Traced
+from weightlora.cost.measure import kept_bytes
 from weightlora.graft import adapters, checkpoint_blocks, end_backward_at_lowest
-from weightlora.runs.estimate import Estimate, Phase, Setting, Traced
-from weightlora.training.measure import kept_bytes
 
 DEFAULT = ("minilm", "deberta-v3-base", "bart-large", "llama-512")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}

@@ -13,11 +13,11 @@ from tests import builders
 from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 
+from weightlora.cost.measure import step_cost
 from weightlora.errors import AdapterError, ConfigError
 from weightlora.graft import Gates, checkpoint_blocks, disconnect, end_backward_at_lowest
 from weightlora.graft.adapters import block_of, lora_layers
 from weightlora.graft.fast import LeanVariant, fast_path, stock_path
-from weightlora.training.measure import step_cost
 
 families = pytest.mark.parametrize("family", builders.FAMILIES)
 

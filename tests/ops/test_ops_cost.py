@@ -13,8 +13,8 @@ from torch import Tensor, nn
 
 from adapter_path import Bench, count, floor_bytes, main, parse, shape_of
 from benchlib.shapes import SHAPES
+from weightlora.cost.measure import StepCost, step_cost
 from weightlora.graft.fast import fast_path
-from weightlora.training.measure import StepCost, step_cost
 
 MiB = 2**20
 

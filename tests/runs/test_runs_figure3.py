@@ -11,11 +11,11 @@ from peft import LoraConfig, get_peft_model
 from tests.runs.commands import TINY, read, read_rows, weightlora
 from transformers import DataCollatorWithPadding
 
+from weightlora.cost.measure import kept_bytes
 from weightlora.errors import ConfigError
 from weightlora.graft import fast_path
 from weightlora.report.memory_plot import memory_plot
 from weightlora.tasks import load_model
-from weightlora.training.measure import kept_bytes
 
 BATCH = 8
 

@@ -17,21 +17,21 @@ from torch import nn
 from transformers import Trainer, TrainingArguments
 
 from weightlora.core import format_bytes, parse_bytes
-from weightlora.errors import ConfigError, PlanError, WeightLoRAError
-from weightlora.graft import adapters, disconnect, fast_path
-from weightlora.runs.calibrate import calibrate
-from weightlora.runs.estimate import divisors
-from weightlora.runs.memory import (
+from weightlora.cost.estimate import divisors
+from weightlora.cost.measure import kept_bytes
+from weightlora.cost.tensors import (
     optimizer_bytes,
     shapes_of,
     tensor_bytes,
     trained,
     weight_bytes,
 )
+from weightlora.errors import ConfigError, PlanError, WeightLoRAError
+from weightlora.graft import adapters, disconnect, fast_path
+from weightlora.runs.calibrate import calibrate
 from weightlora.runs.plan import Planner
 from weightlora.runs.plan_config import PlanConfig, adapted, loss_of
 from weightlora.runs.plan_text import plan_text
-from weightlora.training.measure import kept_bytes
 
 SHAPES = ("bert-tiny-shape", "deberta-v3-small-shape", "bart-small-shape", "llama-small-shape")
 SMALL = PlanConfig(model="bert-tiny-shape", length=16, batch=12, device="cpu", k=3)

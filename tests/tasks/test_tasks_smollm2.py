@@ -13,13 +13,13 @@ import torch
 from safetensors import safe_open
 from transformers import TrainingArguments
 
+from weightlora.cost.measure import kept_bytes
 from weightlora.errors import ConfigError
 from weightlora.graft import fast_path
 from weightlora.runs.plan import Planner
 from weightlora.runs.plan_config import PlanConfig, adapted
 from weightlora.tasks import LoadedModel, by_answer_tokens, load_model, load_task, smollm2
 from weightlora.tasks.skeletons import skeleton
-from weightlora.training.measure import kept_bytes
 
 
 @pytest.fixture(scope="module")

@@ -18,10 +18,10 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import EarlyStoppingCallback, PretrainedConfig, PreTrainedModel, Trainer, TrainerCallback
 from transformers.modeling_outputs import SequenceClassifierOutput
 
+from weightlora.cost.measure import isolated_rng
 from weightlora.graft import trace
 from weightlora.methods import LoRA, WeightLoRA
 from weightlora.training import fit
-from weightlora.training.measure import isolated_rng
 
 ALL = WeightLoRA(k=6, select_after=5)  # k = n: the seam changes nothing
 

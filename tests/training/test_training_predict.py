@@ -10,9 +10,9 @@ import torch
 from tests.builders import FAMILIES, LENGTH, VOCABULARY, lora, recomputing, trainer
 from torch import Tensor
 
+from weightlora.cost.measure import isolated_rng
 from weightlora.methods import LoRA, MELoRA, Method, RandomAdapters, WeightLoRA, WeightLoRAPlus
 from weightlora.training import FitResult, fit
-from weightlora.training.measure import isolated_rng
 
 
 def check(result: FitResult) -> None:

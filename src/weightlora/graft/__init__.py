@@ -1,7 +1,5 @@
 """PEFT: handles, the omega vector, surgery, optimizer state, manifest, export. No other room knows PEFT's inside."""
 
-from weightlora.core import PlacementCosts
-from weightlora.graft.activations import ActivationTrace, Storage
 from weightlora.graft.adapters import (
     Adapter,
     adapter_name,
@@ -30,17 +28,14 @@ from weightlora.graft.depth import (
 from weightlora.graft.fast import PATHS, PathName, check_path, fast_path, stock_path
 from weightlora.graft.forms import Form, Formed, RankGates
 from weightlora.graft.gates import Gates, scalar_products
-from weightlora.graft.levels import operation_costs, placement_costs, reserved
 from weightlora.graft.manifest import MANIFEST, STATE, Manifest, fingerprint, readable
 from weightlora.graft.optimizer import Change, adopt, arrange, check_groups, forget, group_names, remap
 from weightlora.graft.quantised import keep_unpacked, stored
 from weightlora.graft.readiness import check_held, check_peft_model, check_ready
 from weightlora.graft.rebuild import take_over
-from weightlora.graft.saved import Held, Saved
 from weightlora.graft.selection import Choice, Selection, select
 from weightlora.graft.start import load_start_state, moved_by, note_start, start_state
 from weightlora.graft.surgery import disconnect, fold, grow_adapters, reshape, resize, restart, tie
-from weightlora.graft.tracing import trace
 from weightlora.graft.tuners import check_tuner, dora_config, save_own_format, tuned_layers, tuner_config, tuner_params
 from weightlora.graft.watch import ProductWatch, input_size, output_energy
 
@@ -48,7 +43,6 @@ __all__ = [
     "MANIFEST",
     "PATHS",
     "STATE",
-    "ActivationTrace",
     "Adapter",
     "BackwardDepth",
     "Blocks",
@@ -58,17 +52,13 @@ __all__ = [
     "Formed",
     "Gates",
     "GradientCheck",
-    "Held",
     "Manifest",
     "Nest",
     "Offset",
     "PathName",
-    "PlacementCosts",
     "ProductWatch",
     "RankGates",
-    "Saved",
     "Selection",
-    "Storage",
     "Vectors",
     "adapter_name",
     "adapters",
@@ -104,14 +94,11 @@ __all__ = [
     "load_start_state",
     "moved_by",
     "note_start",
-    "operation_costs",
     "output_energy",
     "parameters",
-    "placement_costs",
     "readable",
     "refuse_tied",
     "remap",
-    "reserved",
     "reshape",
     "resize",
     "restart",
@@ -123,7 +110,6 @@ __all__ = [
     "stored",
     "take_over",
     "tie",
-    "trace",
     "train_heads",
     "trained_module",
     "tuned_layers",

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Callable, Iterator
 from typing import Any, Literal, get_args
 
+import torch
 from peft.tuners.lora.layer import LoraLayer
-from torch import nn
+from torch import Tensor, nn
 
 from weightlora.errors import ConfigError
 from weightlora.graft.adapters import adapter_name, honours_variants, lora_layers
 from weightlora.graft.variant import PathVariant
 from weightlora.ops import Engine, engine
+from weightlora.ops.autograd import AdapterFunction, TorchProducts
 
 PathName = Literal["auto", "autograd", "triton", "reference", "stock"]
 PATHS: tuple[str, ...] = get_args(PathName)
@@ -101,3 +105,57 @@ def stock_path(model: nn.Module, name: str | None = None) -> int:
             layer.cast_input_dtype_enabled = _cast_outside(layer)
             changed += 1
     return changed
+
+
+@contextlib.contextmanager
+def observed_path(
+    model: nn.Module, name: str, note: Callable[[Tensor], None], drops: Callable[[int], None]
+) -> Iterator[None]:
+    """Compute every adapter by our path, over tensors that may have no data, for somebody who looks on.
+
+    Args:
+        model: with LoRA adapters.
+        name: PEFT's adapter name.
+        note: called with each ``h = A x``.
+        drops: called with the index of each adapter that would drop something; nothing is dropped, no seed is drawn.
+    """
+    layers: list[Any] = [layer for _, layer in lora_layers(model, name)]
+    before = [(layer.lora_variant.get(name), layer.cast_input_dtype_enabled) for layer in layers]
+    for index, layer in enumerate(layers):
+        layer.lora_variant[name] = _ObservedVariant(note, drops, index)
+        layer.cast_input_dtype_enabled = False
+    try:
+        yield
+    finally:
+        for layer, (variant, cast) in zip(layers, before, strict=True):
+            layer.lora_variant.pop(name)
+            if variant is not None:
+                layer.lora_variant[name] = variant
+            layer.cast_input_dtype_enabled = cast
+
+
+class _ObservedProducts(TorchProducts):
+    def __init__(self, note: Callable[[Tensor], None]) -> None:
+        self.note = note
+
+    def down(self, x: Tensor, A: Tensor, dtype: torch.dtype, p: float, seed: int) -> Tensor:
+        h = super().down(x, A, dtype, 0.0, seed)
+        self.note(h)
+        return h
+
+
+class _ObservedVariant(PathVariant):
+    def __init__(self, note: Callable[[Tensor], None], drops: Callable[[int], None], index: int) -> None:
+        products = _ObservedProducts(note)
+
+        def path(
+            x: Tensor, result: Tensor, A: Tensor, B: Tensor, gate: Tensor | None, scale: float, dropout: float = 0.0
+        ) -> Tensor:
+            if dropout > 0.0:
+                drops(index)
+            in_place = result.grad_fn is not None and result.is_contiguous()
+            apply: Any = AdapterFunction.apply
+            out: Tensor = apply(x, result, A, B, gate, scale, 0.0, in_place, products)
+            return out
+
+        super().__init__(path)

@@ -9,12 +9,12 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
+from weightlora.cost.measure import isolated_rng, kept_bytes
+from weightlora.cost.tensors import trained
 from weightlora.errors import ConfigError
 from weightlora.graft import checkpoint_blocks, fast_path
-from weightlora.runs.memory import trained
 from weightlora.runs.plan import Planner
 from weightlora.runs.plan_config import PlanConfig, adapted, loss_of
-from weightlora.training.measure import isolated_rng, kept_bytes
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -9,9 +9,9 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from weightlora.core import format_bytes, resolve_k
+from weightlora.cost.estimate import Estimate, Phase, Setting, Traced
+from weightlora.cost.tensors import Parts
 from weightlora.errors import ConfigError, PlanError
-from weightlora.runs.estimate import Estimate, Phase, Setting, Traced
-from weightlora.runs.memory import Parts
 from weightlora.runs.plan_config import PlanConfig, adapted, changes_of, flag, loss_of
 from weightlora.tasks.skeletons import Skeleton
 

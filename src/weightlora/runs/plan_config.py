@@ -10,9 +10,9 @@ import peft
 import torch
 from torch import Tensor, nn
 
+from weightlora.cost.tensors import QUANTIZATIONS, check_names
 from weightlora.errors import ConfigError
 from weightlora.runs.build import TASK_TYPES, match_targets
-from weightlora.runs.memory import QUANTIZATIONS, check_names
 from weightlora.tasks.skeletons import HEADS, Skeleton, skeleton
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from weightlora.core import format_bytes
-from weightlora.runs.memory import Parts
+from weightlora.cost.tensors import Parts
 from weightlora.runs.plan import PhasePlan, Plan
 
 # Field of `Parts`: how it is called.

@@ -12,21 +12,24 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import Trainer
 
-from weightlora.errors import BudgetError, ConfigError, ScheduleError
-from weightlora.graft import (
+from weightlora.cost import (
     ActivationTrace,
     PlacementCosts,
-    adapter_name,
-    adapters,
+    counting,
     operation_costs,
-    parameters,
     placement_costs,
     reserved,
+    step_cost,
     trace,
+)
+from weightlora.errors import BudgetError, ConfigError, ScheduleError
+from weightlora.graft import (
+    adapter_name,
+    adapters,
+    parameters,
 )
 from weightlora.graft.adapters import lora_layers, switched_off
 from weightlora.methods import Budget, Method, Room
-from weightlora.training.measure import counting, step_cost
 from weightlora.training.predict import checkpointing_of
 from weightlora.training.trainer import first_batch, loss_of, own_code, split_batch
 from weightlora.training.undisturbed import undisturbed

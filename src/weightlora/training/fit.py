@@ -13,6 +13,7 @@ from typing import Any, Literal
 import torch
 from transformers import Trainer
 
+from weightlora.cost.measure import PeakMemory
 from weightlora.errors import CheckpointError, ConfigError, ScheduleError
 from weightlora.graft import (
     Manifest,
@@ -33,7 +34,6 @@ from weightlora.training.global_batch import GlobalBatch, averages
 from weightlora.training.held_out import hold_out
 from weightlora.training.identity import Run, check_folder, enter_folder
 from weightlora.training.initial import check_checkpoints
-from weightlora.training.measure import PeakMemory
 from weightlora.training.order import DataOrder
 from weightlora.training.plain import train_plain
 from weightlora.training.predict import Predictor

@@ -12,9 +12,9 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Subset
 from transformers import Trainer
 
+from weightlora.cost.measure import isolated_rng
 from weightlora.errors import ConfigError
 from weightlora.graft import input_size, output_energy
-from weightlora.training.measure import isolated_rng
 from weightlora.training.undisturbed import given_back
 
 SHARE = 0.2  # of the training rows, at most

@@ -11,8 +11,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 from transformers import Trainer
 
+from weightlora.cost.measure import Kept, StepCost, counting
 from weightlora.errors import AdapterError
-from weightlora.training.measure import Kept, StepCost, counting
 
 log = logging.getLogger("weightlora")
 

@@ -8,13 +8,13 @@ from typing import Any
 
 from transformers import Trainer
 
+from weightlora.cost.measure import PeakMemory
 from weightlora.errors import AdapterError, CheckpointError
 from weightlora.graft import check_tuner, has_adapters, keep_unpacked, train_heads, tuner_params
 from weightlora.methods import Method
 from weightlora.training import checkpoint
 from weightlora.training.finite import FiniteCallback, naming_the_last_good
 from weightlora.training.identity import Run, check_folder, enter_folder
-from weightlora.training.measure import PeakMemory
 from weightlora.training.order import DataOrder
 from weightlora.training.processes import main_alone, processes
 from weightlora.training.results import FitResult, phase_result

@@ -8,8 +8,9 @@ from typing import Any
 
 from transformers import Trainer
 
+from weightlora.cost import ActivationTrace
 from weightlora.errors import AdapterError
-from weightlora.graft import ActivationTrace, Selection, checkpointed_every
+from weightlora.graft import Selection, checkpointed_every
 from weightlora.methods import Policy
 from weightlora.training.driver import Driver
 from weightlora.training.trainer import trace_step, use_batch

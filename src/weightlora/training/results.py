@@ -10,10 +10,10 @@ from typing import Any, Literal
 from torch import nn
 from transformers import Trainer
 
+from weightlora.cost.measure import PeakMemory, StepCost
 from weightlora.errors import CheckpointError
 from weightlora.graft import Selection
 from weightlora.methods import Method
-from weightlora.training.measure import PeakMemory, StepCost
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -13,9 +13,9 @@ from accelerate.utils import get_int_from_env
 from torch.utils.data import DataLoader
 from transformers import Trainer
 
+from weightlora.cost import ActivationTrace, StepCost, counting, isolated_rng, step_cost, trace
 from weightlora.errors import AdapterError, ConfigError
-from weightlora.graft import ActivationTrace, checkpoint_blocks, trace
-from weightlora.training.measure import StepCost, counting, isolated_rng, step_cost
+from weightlora.graft import checkpoint_blocks
 from weightlora.training.observed import Observed, first_step
 from weightlora.training.undisturbed import given_back, undisturbed
 
@@ -90,7 +90,7 @@ def trace_step(trainer: Trainer, *, stock: bool = False) -> ActivationTrace | No
     """What the first micro-batch would keep, for any set of live adapters; nothing is computed. None without a batch.
 
     Raises:
-        AdapterError: it cannot be traced, as :func:`weightlora.graft.trace`, or is computed by :func:`own_code`.
+        AdapterError: it cannot be traced, as :func:`weightlora.cost.trace`, or is computed by :func:`own_code`.
     """
     own = own_code(trainer)
     if own is not None:

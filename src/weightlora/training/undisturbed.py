@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from transformers import Trainer
 
-from weightlora.training.measure import isolated_rng
+from weightlora.cost.measure import isolated_rng
 
 CONTAINERS = (dict, list, set, deque, defaultdict, OrderedDict, Counter)
 MANY = 1000  # what longer containers hold is data: they are put back themselves, not looked into

@@ -8,7 +8,7 @@ from dataclasses import replace
 from itertools import accumulate
 
 from weightlora.core import PlacementCosts
-from weightlora.graft.activations import ActivationTrace
+from weightlora.cost.activations import ActivationTrace
 from weightlora.graft.adapters import Adapter
 
 

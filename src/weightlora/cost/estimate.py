@@ -10,9 +10,8 @@ from typing import Any
 from torch import Tensor, nn
 
 from weightlora.core import format_bytes
-from weightlora.errors import PlanError
-from weightlora.graft import ActivationTrace, trace
-from weightlora.runs.memory import (
+from weightlora.cost.activations import ActivationTrace
+from weightlora.cost.tensors import (
     Parts,
     optimizer_bytes,
     shapes_of,
@@ -20,6 +19,8 @@ from weightlora.runs.memory import (
     trained,
     weight_bytes,
 )
+from weightlora.cost.tracing import trace
+from weightlora.errors import PlanError
 
 # Batch sizes to trace with: what is a multiple of such a number must come from the batch.
 _PRIMES = (11, 13, 17, 19, 23, 29, 31)
@@ -44,7 +45,7 @@ class Phase:
 class Setting:
     """What can be changed without tracing again.
 
-    ``optimizer``, ``momentum``, ``quantization``: as in :mod:`weightlora.runs.memory`. ``checkpointing``: blocks are
+    ``optimizer``, ``momentum``, ``quantization``: as in :mod:`weightlora.cost.tensors`. ``checkpointing``: blocks are
     computed anew in backward; ``every_n_layers``: only every so many-th. ``overhead``: bytes that a probe measured
     beyond the prediction.
     """
@@ -81,7 +82,7 @@ class Traced:
             model: with every adapter live; on the meta device or with weights.
             loss: the forward pass of a batch of a given size.
             length: tokens of a row (so that the traced batch size divides nothing else).
-            stock, cuda: as :func:`weightlora.graft.trace`.
+            stock, cuda: as :func:`weightlora.cost.trace`.
         """
         batch = _prime(model, length)
         return cls(model=model, trace=trace(model, loss(batch), stock=stock, cuda=cuda), batch=batch)

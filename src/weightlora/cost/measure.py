@@ -13,8 +13,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from weightlora.cost.saved import Held, Saved
 from weightlora.errors import AdapterError, WeightLoRAError
-from weightlora.graft import Held, Saved, stored
+from weightlora.graft import stored
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -136,7 +137,7 @@ def step_cost(model: nn.Module, loss: Callable[[], Tensor]) -> StepCost:
     counter = FlopCounterMode(display=False)
     try:
         with isolated_rng(), counter, _forward(model, loss) as (kept, value):
-            value.backward()
+            torch.autograd.backward(value)
     finally:
         for parameter, grad in grads:
             parameter.grad = grad

@@ -15,17 +15,15 @@ from peft import PeftModel
 from tests.builders import ALL_LINEAR, FAMILIES, QKV, batch, lora
 from torch import Tensor, nn
 
+from weightlora.cost import ActivationTrace, kept_bytes, trace
 from weightlora.errors import AdapterError
 from weightlora.graft import (
-    ActivationTrace,
     adapters,
     checkpoint_blocks,
     disconnect,
     end_backward_at_lowest,
     fast_path,
-    trace,
 )
-from weightlora.training.measure import kept_bytes
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 LIVE = ("all", "random", "deepest", "lowest")

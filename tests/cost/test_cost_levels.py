@@ -9,7 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tests.builders import ALL_LINEAR, FAMILIES, batch, lora
 
-from weightlora.graft import ActivationTrace, PlacementCosts, placement_costs, trace
+from weightlora.core import PlacementCosts
+from weightlora.cost import ActivationTrace, placement_costs, trace
 
 
 @cache

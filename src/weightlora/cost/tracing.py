@@ -7,19 +7,18 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
-from peft.tuners.lora.layer import LoraLayer
 from torch import Tensor, nn
+from torch.autograd.function import BackwardCFunction
 from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from weightlora.cost.activations import ActivationTrace, Storage
+from weightlora.cost.saved import Held, Saved
+from weightlora.cost.standins import CudaKernels, KnownMasks, identity, stand_ins, standing_in, uncheckpointed
 from weightlora.errors import AdapterError
-from weightlora.graft.activations import ActivationTrace, Storage
 from weightlora.graft.adapters import adapter_name, adapters, base_of, lora_layers
+from weightlora.graft.fast import observed_path
 from weightlora.graft.quantised import holds_more_than_data
-from weightlora.graft.saved import Held, Saved
-from weightlora.graft.standins import CudaKernels, KnownMasks, identity, stand_ins, standing_in, uncheckpointed
-from weightlora.graft.variant import PathVariant
-from weightlora.ops.autograd import AdapterFunction, Products, TorchProducts
 
 # What a node of the graph saves only for the gradients of some of its inputs: {node: {saved: inputs}}. Of any other
 # node everything counts as saved as soon as one input needs a gradient, which can only overestimate.
@@ -75,7 +74,7 @@ def trace(
         with contextlib.ExitStack() as stack:
             stack.callback(recorder.let_go)
             if not stock:
-                stack.enter_context(_traced_path(model, name, recorder))
+                stack.enter_context(observed_path(model, name, recorder.note_ranked, recorder.note_seed))
             stack.enter_context(uncheckpointed(model))
             stack.enter_context(recorder.hooks())
             stack.enter_context(recorder.masks)
@@ -87,54 +86,6 @@ def trace(
     except (NotImplementedError, RuntimeError) as error:
         line = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise AdapterError(f"what this model keeps cannot be traced without its weights: {line}") from None
-
-
-class _TracedProducts(TorchProducts):
-    """Notes each h, and drops nothing: dropout's seed is all that it would keep."""
-
-    def __init__(self, note: Callable[[Tensor], None]) -> None:
-        self.note = note
-
-    def down(self, x: Tensor, A: Tensor, dtype: torch.dtype, p: float, seed: int) -> Tensor:
-        h = super().down(x, A, dtype, 0.0, seed)
-        self.note(h)
-        return h
-
-
-class _TracedVariant(PathVariant):
-    """The lean path over stand-ins."""
-
-    def __init__(self, recorder: _Recorder, index: int) -> None:
-        products: Products = _TracedProducts(recorder.note_ranked)
-
-        def path(
-            x: Tensor, result: Tensor, A: Tensor, B: Tensor, gate: Tensor | None, scale: float, dropout: float = 0.0
-        ) -> Tensor:
-            if dropout > 0.0:
-                recorder.note_seed(index)
-            in_place = result.grad_fn is not None and result.is_contiguous()
-            apply: Any = AdapterFunction.apply
-            out: Tensor = apply(x, result, A, B, gate, scale, 0.0, in_place, products)
-            return out
-
-        super().__init__(path)
-
-
-@contextlib.contextmanager
-def _traced_path(model: nn.Module, name: str, recorder: _Recorder) -> Iterator[None]:
-    layers: list[Any] = [layer for _, layer in lora_layers(model, name)]
-    before = [(layer.lora_variant.get(name), layer.cast_input_dtype_enabled) for layer in layers]
-    for index, layer in enumerate(layers):
-        layer.lora_variant[name] = _TracedVariant(recorder, index)
-        layer.cast_input_dtype_enabled = False
-    try:
-        yield
-    finally:
-        for layer, (variant, cast) in zip(layers, before, strict=True):
-            layer.lora_variant.pop(name)
-            if variant is not None:
-                layer.lora_variant[name] = variant
-            layer.cast_input_dtype_enabled = cast
 
 
 class _Event(Saved):
@@ -242,15 +193,14 @@ class _Recorder:
     def _set_owner(self, owner: int) -> None:
         self.owner = owner
 
-    def _watch_adapter(self, index: int, layer: LoraLayer) -> list[Any]:
-        module: Any = layer
+    def _watch_adapter(self, index: int, layer: Any) -> list[Any]:
         base = layer.get_base_layer()
         down: Any = layer.lora_A[self.name]
         return [
-            module.register_forward_pre_hook(lambda *_: self._set_owner(index)),
+            layer.register_forward_pre_hook(lambda *_: self._set_owner(index)),
             base.register_forward_pre_hook(lambda *_: self._set_owner(-1)),
             base.register_forward_hook(lambda *_: self._set_owner(index)),
-            module.register_forward_hook(lambda *_: self._set_owner(-1)),
+            layer.register_forward_hook(lambda *_: self._set_owner(-1)),
             down.register_forward_hook(lambda _m, _i, h: self.note_ranked(h)),  # PEFT's own forward goes through it
         ]
 
@@ -306,7 +256,7 @@ class _Recorder:
             variable = getattr(node, "variable", None)
             reach[node] = self.bits.get(id(variable), 0) if variable is not None else _union(edges)
             rules = _ONLY_FOR.get(node.name(), {})
-            if hasattr(node, "saved_tensors"):  # a function written in Python
+            if isinstance(node, BackwardCFunction):  # written in Python
                 yield from ((event, reach[node]) for event in self._opened_by(node, "saved_tensors"))
                 continue
             if type(node) not in names:
