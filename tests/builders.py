@@ -136,6 +136,22 @@ def batches(size: int = 4, seed: int = 0) -> Iterator[dict[str, Tensor]]:
         yield batch(size, seed=1000 * (seed + 1) + index)
 
 
+def pairs(*values: Sequence[Any]) -> list[tuple[Any, ...]]:
+    """A few combinations of several parameters' values in which any two values of two parameters meet.
+
+    Greedy and without chance: always the combination that brings the most new pairs, the first one of the product on a
+    tie.
+    """
+    product = [tuple(enumerate(case)) for case in itertools.product(*(range(len(each)) for each in values))]
+    missing = {pair for case in product for pair in itertools.combinations(case, 2)}
+    chosen = []
+    while missing:
+        best = max(product, key=lambda case: len(missing.intersection(itertools.combinations(case, 2))))
+        missing.difference_update(itertools.combinations(best, 2))
+        chosen.append(tuple(each[index] for each, (_, index) in zip(values, best, strict=True)))
+    return chosen
+
+
 def recomputing(**settings: Any) -> dict[str, Any]:
     """Arguments of a trainer that checkpoints, by the name that this release of Transformers has for it."""
     known = {field.name for field in fields(TrainingArguments)}

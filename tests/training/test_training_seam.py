@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from peft import get_peft_model
-from tests.builders import FAMILIES, Spy, adapter_state, base, lora, max_difference, recomputing, trainer, warm
+from tests.builders import FAMILIES, Spy, adapter_state, base, lora, max_difference, pairs, recomputing, trainer, warm
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import Trainer, TrainerCallback
@@ -45,7 +45,7 @@ def test_the_optimizer_holds_exactly_survivors_and_head(made: Method, tmp_path: 
     each = trainer(tmp_path)
     before = training(each.model)
     each.add_callback(spy := Spy())
-    result = fit(each, made)
+    result = fit(each, made, measure=False)
     after = training(each.model)
     seam = result.seam_step or 0
     assert all(spy.held[step] == before for step in range(1, seam + 1))
@@ -62,18 +62,15 @@ def test_the_optimizer_holds_exactly_survivors_and_head(made: Method, tmp_path: 
     assert result.phases[-1].trainable_params == sum(p.numel() for p in each.model.parameters() if p.requires_grad)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize(
-    "made", [PAPER, WeightLoRAPlus(k=2, select_after=5), DeepestAdapters(k=2)], ids=lambda m: m.name
-)
-@pytest.mark.parametrize("path", ["stock", "auto"])
-def test_a_step_costs_what_stock_peft_on_the_survivors_costs(
-    family: str, made: Method, path: Any, tmp_path: Path
-) -> None:
+METHODS = {made.name: made for made in (PAPER, WeightLoRAPlus(k=2, select_after=5), DeepestAdapters(k=2))}
+
+
+@pytest.mark.parametrize(("family", "name", "path"), pairs(FAMILIES, list(METHODS), ["stock", "auto"]))
+def test_a_step_costs_what_stock_peft_on_the_survivors_costs(family: str, name: str, path: Any, tmp_path: Path) -> None:
     each = trainer(tmp_path, lora(family, layers=4))
     whole = measure_step(each)
     assert whole is not None
-    result = fit(each, made, engine=path)
+    result = fit(each, METHODS[name], engine=path)
     assert result.selection is not None
     final = result.phases[-1]
     config = result.selection.lora_config(task_type="SEQ_CLS", lora_dropout=0.1)
@@ -86,13 +83,13 @@ def test_a_step_costs_what_stock_peft_on_the_survivors_costs(
     else:  # the lean path keeps no more, but for the seed (8 bytes) of each dropout, for at most as many operations
         assert final.kept_activation_bytes <= stock.kept_activation_bytes + 8 * result.selection.k
         assert final.flops_per_step <= stock.flops
-    if made.name == "top":
+    if name == "top":
         assert final.kept_activation_bytes < 0.5 * whole.kept_activation_bytes
         assert final.flops_per_step < 0.8 * whole.flops
 
 
 def test_phases_say_what_ran(tmp_path: Path) -> None:
-    result = fit(trainer(tmp_path), PAPER)
+    result = fit(trainer(tmp_path), PAPER, measure=False)
     first, last = result.phases
     assert [(p.name, p.steps, p.micro_batch, p.accumulation) for p in (first, last)] == [
         ("warmup", 5, 4, 1),
@@ -115,7 +112,7 @@ def entries(each: Trainer, key: str) -> dict[int, float]:
 @pytest.mark.parametrize("wanted", ["summary", "all"])
 def test_omega_is_logged_beside_the_trainers_own_entries(wanted: Any, tmp_path: Path) -> None:
     each = trainer(tmp_path, logging_steps=1)
-    result = fit(each, PAPER, log_omegas=wanted)
+    result = fit(each, PAPER, log_omegas=wanted, measure=False)
     assert sorted(entries(each, "loss")) == list(range(1, 13))
     assert sorted(entries(each, "learning_rate")) == list(range(1, 13))
     for key in ("omega/alive", "omega/max", "omega/min"):
@@ -136,7 +133,7 @@ def test_logs_are_those_of_stock_training(tmp_path: Path) -> None:
     plain = trainer(tmp_path / "a", **arguments)
     plain.train()
     ours = trainer(tmp_path / "b", **arguments)
-    fit(ours, WeightLoRA(k=1.0, select_after=5, score="omega"), engine="stock")
+    fit(ours, WeightLoRA(k=1.0, select_after=5, score="omega"), engine="stock", measure=False)
     for key in ("loss", "learning_rate", "grad_norm"):
         assert entries(ours, key) == entries(plain, key)
 
@@ -162,7 +159,7 @@ def test_omegas_gradient_stays_out_of_clipping(limit: float, tmp_path: Path) -> 
     model = warm(lora(dropout=0.0), scale=2.0)
     each = trainer(tmp_path, model, logging_steps=1, max_grad_norm=limit)
     each.add_callback(norms := Norms(model))
-    fit(each, WeightLoRA(k=6, select_after=5, score="omega", gate_lr=1e-6))
+    fit(each, WeightLoRA(k=6, select_after=5, score="omega", gate_lr=1e-6), measure=False)
     assert sorted(norms.gates) == [1, 2, 3, 4, 5]
     assert min(norms.gates.values()) > 1e-2
     for step, norm in norms.norms.items():
@@ -212,11 +209,11 @@ CHECKPOINTING = {
 @pytest.mark.parametrize("kind", CHECKPOINTING)
 def test_gradient_checkpointing_ends_where_it_must(made: Method, kind: str, tmp_path: Path) -> None:
     plain = trainer(tmp_path / "plain", lora(layers=4))
-    wanted = fit(plain, made)
+    wanted = fit(plain, made, measure=False)
     model = lora(layers=4)
     each = trainer(tmp_path / "ours", model, save_strategy="steps", save_steps=4, **CHECKPOINTING[kind])
     each.add_callback(depth := Depth(list(model.base_model.model.bert.encoder.layer)))
-    result = fit(each, made)
+    result = fit(each, made, measure=False)
     assert result.selection == wanted.selection
     assert max_difference(adapter_state(model), adapter_state(plain.model)) == 0.0
     seam = result.seam_step or 0
@@ -228,7 +225,7 @@ def test_gradient_checkpointing_ends_where_it_must(made: Method, kind: str, tmp_
     again = lora(layers=4)
     resumed = trainer(tmp_path / "ours", again, save_strategy="no", **CHECKPOINTING[kind])
     resumed.add_callback(depth := Depth(list(again.base_model.model.bert.encoder.layer)))
-    fit(resumed, made, resume=tmp_path / "ours" / "checkpoint-8")
+    fit(resumed, made, resume=tmp_path / "ours" / "checkpoint-8", measure=False)
     assert sorted(depth.steps) == [9, 10, 11, 12]
     assert all(depth.steps[step] == lowest(result.selection) for step in (9, 10, 11, 12))
     assert max_difference(adapter_state(again), adapter_state(plain.model)) == 0.0
@@ -334,13 +331,13 @@ def test_something_else_ends_the_warm_up(tmp_path: Path) -> None:
     with pytest.raises(
         ScheduleError, match="training stopped at step 3, before the seam at 5; something else ended it"
     ):
-        fit(each, PAPER)
+        fit(each, PAPER, measure=False)
 
 
 def test_something_else_ends_the_second_phase(tmp_path: Path) -> None:
     each = trainer(tmp_path)
     each.add_callback(StopAt(8))
-    result = fit(each, PAPER)
+    result = fit(each, PAPER, measure=False)
     assert each.state.global_step == 8
     assert [p.steps for p in result.phases] == [5, 3]
 
@@ -349,9 +346,9 @@ def test_something_else_ends_the_second_phase(tmp_path: Path) -> None:
 
 
 def test_select_only_stops_at_the_seam(tmp_path: Path) -> None:
-    wanted = fit(trainer(tmp_path / "a"), PAPER)
+    wanted = fit(trainer(tmp_path / "a"), PAPER, measure=False)
     short = trainer(tmp_path / "b")
-    result = fit(short, PAPER, select_only=True)
+    result = fit(short, PAPER, select_only=True, measure=False)
     assert result.selection == wanted.selection
     assert short.state.global_step == 5
     assert [p.name for p in result.phases] == ["warmup"]
@@ -362,7 +359,7 @@ def test_full_fine_tuning_is_the_trainers_own(tmp_path: Path) -> None:
     plain = trainer(tmp_path / "a", base("bert"))
     plain.train()
     ours = trainer(tmp_path / "b", base("bert"))
-    result = fit(ours, FullFineTuning())
+    result = fit(ours, FullFineTuning(), measure=False)
     states = [{k: v for k, v in t.model.state_dict().items() if v.is_floating_point()} for t in (plain, ours)]
     assert max_difference(*states) == 0.0
     assert result.selection is None
@@ -371,7 +368,7 @@ def test_full_fine_tuning_is_the_trainers_own(tmp_path: Path) -> None:
 
 def test_a_bf16_run_goes_through_the_seam(tmp_path: Path) -> None:
     each = trainer(tmp_path, bf16=True)
-    result = fit(each, WeightLoRAPlus.from_preset("paper", k=2, select_after=5))
+    result = fit(each, WeightLoRAPlus.from_preset("paper", k=2, select_after=5), measure=False)
     assert {p.dtype for p in each.model.parameters() if p.requires_grad} == {torch.float32}
     assert all(bool(p.isfinite().all()) for p in each.model.parameters())
     assert result.selection is not None
