@@ -27,13 +27,27 @@ def stock(out: Path, model: nn.Module | None = None, **arguments: Any) -> Traine
     return made
 
 
+@pytest.fixture(scope="module")
+def plain(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Trainer]:
+    """Stock training under some arguments, done once for all tests that compare with it."""
+    done: dict[str, Trainer] = {}
+
+    def once(model: Callable[[], nn.Module] = lora, **arguments: Any) -> Trainer:
+        key = repr((model.__name__, sorted(arguments.items())))
+        if key not in done:
+            done[key] = stock(tmp_path_factory.mktemp("stock"), model(), **arguments)
+        return done[key]
+
+    return once
+
+
 def fitted(
     out: Path, method: Method, model: nn.Module | None = None, micro: Any = (None, None), path: Any = "stock",
     **arguments: Any,
 ) -> Trainer:  # fmt: skip
     """Adapters compute as PEFT computes them, unless told otherwise: then every sum has the same order."""
     made = trainer(out, model, **arguments)
-    fit(made, method, micro_batch=micro, engine=path)
+    fit(made, method, micro_batch=micro[0], final_micro_batch=micro[1], engine=path, measure=False)
     return made
 
 
@@ -63,26 +77,25 @@ def test_all_gates_held_at_one_are_stock_lora(family: str, tmp_path: Path) -> No
 
 @SEAMS
 @pytest.mark.parametrize("score", ["credit", "coverage"])
-def test_a_seam_that_changes_nothing(seam: int, score: str, tmp_path: Path) -> None:
-    method = everything(seam, score=score)
-    assert gap(stock(tmp_path / "a"), fitted(tmp_path / "b", method)) == 0.0
+def test_a_seam_that_changes_nothing(plain: Any, seam: int, score: str, tmp_path: Path) -> None:
+    assert gap(plain(), fitted(tmp_path, everything(seam, score=score))) == 0.0
 
 
 @SEAMS
 @pytest.mark.parametrize("strategy", ["epoch", "steps"])
-def test_with_evaluation(seam: int, strategy: str, tmp_path: Path) -> None:
+def test_with_evaluation(plain: Any, seam: int, strategy: str, tmp_path: Path) -> None:
     arguments: dict[str, Any] = {"eval_strategy": strategy, "eval_steps": 4}
-    plain, ours = stock(tmp_path / "a", **arguments), fitted(tmp_path / "b", everything(seam), **arguments)
-    assert gap(plain, ours) == 0.0
-    logs = [[x for x in t.state.log_history if "eval_loss" in x] for t in (plain, ours)]
+    theirs, ours = plain(**arguments), fitted(tmp_path, everything(seam), **arguments)
+    assert gap(theirs, ours) == 0.0
+    logs = [[x for x in t.state.log_history if "eval_loss" in x] for t in (theirs, ours)]
     assert [(x["step"], x["eval_loss"]) for x in logs[1]] == [(x["step"], x["eval_loss"]) for x in logs[0]]
 
 
 @pytest.mark.parametrize("accumulation", [2, 3])
 @pytest.mark.parametrize("seam", [2, 4])
-def test_with_accumulation(accumulation: int, seam: int, tmp_path: Path) -> None:
+def test_with_accumulation(plain: Any, accumulation: int, seam: int, tmp_path: Path) -> None:
     arguments: dict[str, Any] = {"gradient_accumulation_steps": accumulation, "steps": 6}
-    assert gap(stock(tmp_path / "a", **arguments), fitted(tmp_path / "b", everything(seam), **arguments)) == 0.0
+    assert gap(plain(**arguments), fitted(tmp_path, everything(seam), **arguments)) == 0.0
 
 
 def test_by_epochs_and_with_an_uneven_end(tmp_path: Path) -> None:
@@ -115,7 +128,7 @@ def own_optimizer(model: nn.Module, schedule: bool) -> tuple[Any, Any]:
 @pytest.mark.parametrize("schedule", [False, True])
 def test_with_the_users_own_optimizer(schedule: bool, tmp_path: Path) -> None:
     made = []
-    for name, run in (("a", Trainer.train), ("b", lambda t: fit(t, everything(), engine="stock"))):
+    for name, run in (("a", Trainer.train), ("b", lambda t: fit(t, everything(), engine="stock", measure=False))):
         model = lora()
         optimizers = own_optimizer(model, schedule)
         each = trainer(tmp_path / name, model, optimizers=optimizers)
@@ -174,24 +187,25 @@ def test_a_path_that_cannot_run_is_refused_before_anything_happens(path: Any, me
 Micro = tuple[int | None, int | None]
 
 
+def exact() -> nn.Module:
+    """In float64, without dropout."""
+    return lora(dropout=0.0).double()
+
+
 @pytest.mark.parametrize("micro", [(2, 8), (8, 4), (1, None), (None, 2)])
 @pytest.mark.parametrize("seam", [3, 4, 5])
-def test_the_micro_batch_may_change_at_the_seam(micro: Micro, seam: int, tmp_path: Path) -> None:
+def test_the_micro_batch_may_change_at_the_seam(plain: Any, micro: Micro, seam: int, tmp_path: Path) -> None:
     arguments: dict[str, Any] = {"per_device_train_batch_size": 8, "steps": 8}
-
-    def model() -> nn.Module:
-        return lora(dropout=0.0).double()
-
-    plain = stock(tmp_path / "a", model(), **arguments)
-    ours = fitted(tmp_path / "b", everything(seam), model(), micro, **arguments)
-    assert plain.state.global_step == ours.state.global_step == 8
+    theirs = plain(exact, **arguments)
+    ours = fitted(tmp_path, everything(seam), exact(), micro, **arguments)
+    assert theirs.state.global_step == ours.state.global_step == 8
     # The mean over a batch becomes a mean of means: float64 rounding, and eight steps of Adam.
-    assert gap(plain, ours) < 1e-9
+    assert gap(theirs, ours) < 1e-9
 
 
 def test_micro_batches_with_accumulation_keep_the_effective_batch(tmp_path: Path) -> None:
     made = trainer(tmp_path, gradient_accumulation_steps=2, steps=6)
-    result = fit(made, everything(2), micro_batch=2, final_micro_batch=8)
+    result = fit(made, everything(2), micro_batch=2, final_micro_batch=8, measure=False)
     assert [(p.micro_batch, p.accumulation, p.steps) for p in result.phases] == [(2, 4, 2), (8, 1, 4)]
 
 
