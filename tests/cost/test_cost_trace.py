@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 from peft import PeftModel
-from tests.builders import ALL_LINEAR, FAMILIES, QKV, batch, lora
+from tests.builders import ALL_LINEAR, FAMILIES, QKV, batch, lora, pairs
 from torch import Tensor, nn
 
 from weightlora.cost import ActivationTrace, kept_bytes, trace
@@ -87,13 +87,13 @@ def traced(family: str, dtype: str, dropout: float) -> ActivationTrace:
     return trace(model, loss_of(model, rows()))
 
 
-@pytest.mark.parametrize("checkpointing", [False, True], ids=["plain", "checkpointed"])
-@pytest.mark.parametrize("dropout", [0.0, 0.05])
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("kind", LIVE)
-@pytest.mark.parametrize("family", FAMILIES)
-def test_predicted_is_counted(family: str, kind: str, dtype: str, dropout: float, checkpointing: bool) -> None:
+KEPT_AS = [(dtype, dropout) for dtype in DTYPES for dropout in (0.0, 0.05)]
+
+
+@pytest.mark.parametrize(("family", "kind", "kept_as", "checkpointing"), pairs(FAMILIES, LIVE, KEPT_AS, [False, True]))
+def test_predicted_is_counted(family: str, kind: str, kept_as: tuple[str, float], checkpointing: bool) -> None:
     """One trace of the model with every adapter answers for any set: to the byte."""
+    dtype, dropout = kept_as
     found = traced(family, dtype, dropout)
     live = chosen(kind, len(found.adapters))
     model = build(family, dtype=dtype, dropout=dropout)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 from collections.abc import Callable
 from dataclasses import dataclass, fields
@@ -99,6 +100,25 @@ class Loop:
         return self
 
 
+@dataclass(frozen=True)
+class Ended:
+    """A whole run of a method: what it began with, what it chose and what it trained. Not to be changed."""
+
+    before: list[Any] | None
+    loop: Loop
+    selection: Selection
+    state: dict[str, Tensor]
+
+
+@functools.cache
+def ended(name: str, preset: str) -> Ended:
+    """That run, done once for all tests that only look at it."""
+    loop = Loop.start(build(name, preset))
+    before = adapters(loop.model, "default") if loop.tuner.selection is None else None
+    loop.run(STEPS)
+    return Ended(before, loop, loop.tuner.finish(), adapter_state(loop.model))
+
+
 @each_different
 def test_starts_as_the_base_model(name: str, preset: str) -> None:
     loop = Loop.start(build(name, preset))
@@ -109,10 +129,8 @@ def test_starts_as_the_base_model(name: str, preset: str) -> None:
 
 @every_case
 def test_keeps_exactly_k_and_ends_as_plain_peft(name: str, preset: str) -> None:
-    loop = Loop.start(build(name, preset))
-    before = adapters(loop.model, "default") if loop.tuner.selection is None else None
-    loop.run(STEPS)
-    selection = loop.tuner.finish()
+    run = ended(name, preset)
+    loop, selection, before = run.loop, run.selection, run.before
     assert selection.n == N
     if name in RANKED:
         assert 0 < sum(choice.rank for choice in selection.kept) <= N * RANK
@@ -133,10 +151,9 @@ def test_keeps_exactly_k_and_ends_as_plain_peft(name: str, preset: str) -> None:
 
 @each_different
 def test_deterministic(name: str, preset: str) -> None:
-    loops = [Loop.start(build(name, preset)).run(STEPS) for _ in range(2)]
-    selections = [loop.tuner.finish() for loop in loops]
-    assert selections[0] == selections[1]
-    assert max_difference(*(adapter_state(loop.model) for loop in loops)) == 0.0
+    again = Loop.start(build(name, preset)).run(STEPS)
+    assert again.tuner.finish() == ended(name, preset).selection
+    assert max_difference(adapter_state(again.model), ended(name, preset).state) == 0.0
 
 
 LATE = [case for case in DIFFERENT if case[0] not in ("random", "top")]  # decide while training
@@ -145,7 +162,7 @@ LATE = [case for case in DIFFERENT if case[0] not in ("random", "top")]  # decid
 @pytest.mark.parametrize(("name", "preset"), LATE, ids=["-".join(c) for c in LATE])
 @pytest.mark.parametrize("cut", [1, 2])
 def test_state_round_trip_in_mid_warm_up(name: str, preset: str, cut: int) -> None:
-    whole = Loop.start(build(name, preset)).run(STEPS)
+    whole = ended(name, preset)
     first = Loop.start(build(name, preset)).run(cut)
     assert first.tuner.selection is None
     weights, moments, progress = first.model.state_dict(), first.optimizer.state_dict(), first.tuner.state_dict()
@@ -155,8 +172,8 @@ def test_state_round_trip_in_mid_warm_up(name: str, preset: str, cut: int) -> No
     second.tuner.load_state_dict(progress)
     second.done = cut
     second.run(STEPS)
-    assert second.tuner.finish() == whole.tuner.finish()
-    assert max_difference(adapter_state(second.model), adapter_state(whole.model)) == 0.0
+    assert second.tuner.finish() == whole.selection
+    assert max_difference(adapter_state(second.model), whole.state) == 0.0
 
 
 @pytest.mark.parametrize("name", LORA)

@@ -27,16 +27,28 @@ def no_file_beyond(size: int) -> Iterator[None]:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def flags(small_data: Path) -> list[str]:
     rest = ["--k", "3", "--max-steps", "6", "--select-after", "3", "--save-steps", "2"]
     return ["--task", "sst2", "--data-dir", str(small_data), *TINY, *rest]
 
 
-def test_no_space_for_a_checkpoint(flags: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert weightlora("train", *flags, "--out", tmp_path / "whole") == 0
-    expected = (tmp_path / "whole" / "adapter" / "adapter_model.safetensors").read_bytes()
-    largest = max(file.stat().st_size for file in (tmp_path / "whole" / "checkpoints").rglob("*.pt"))
+@pytest.fixture(scope="module")
+def whole(flags: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run that always had space. Not to be changed."""
+    run = tmp_path_factory.mktemp("whole") / "run"
+    assert weightlora("train", *flags, "--out", run) == 0
+    return run
+
+
+def adapter_of(run: Path) -> bytes:
+    return (run / "adapter" / "adapter_model.safetensors").read_bytes()
+
+
+def test_no_space_for_a_checkpoint(
+    flags: list[str], whole: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    largest = max(file.stat().st_size for file in (whole / "checkpoints").rglob("*.pt"))
     run = tmp_path / "run"
     capsys.readouterr()
     with no_file_beyond(largest // 2):
@@ -47,7 +59,7 @@ def test_no_space_for_a_checkpoint(flags: list[str], tmp_path: Path, capsys: pyt
     assert read(run / "record.json")["status"] == "failed"
     assert not (run / "adapter").exists()
     assert weightlora("resume", run) == 0
-    assert (run / "adapter" / "adapter_model.safetensors").read_bytes() == expected
+    assert adapter_of(run) == adapter_of(whole)
 
 
 def test_no_space_for_anything(flags: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -93,11 +105,9 @@ def told(capsys: pytest.CaptureFixture[str]) -> list[str]:
 
 @pytest.mark.parametrize("free", [0, 40, 400, 1200], ids=lambda k: f"{k}KiB")
 def test_a_disk_that_is_really_full(
-    free: int, disk: Path, flags: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    free: int, disk: Path, flags: list[str], whole: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Whatever did not fit, one line says so; with space the run ends with the adapter of one that always had it."""
-    assert weightlora("train", *flags, "--out", tmp_path / "whole") == 0
-    expected = (tmp_path / "whole" / "adapter" / "adapter_model.safetensors").read_bytes()
     (disk / "others").write_bytes(bytes(os.statvfs(disk).f_bavail * os.statvfs(disk).f_frsize - free * 1024))
     capsys.readouterr()
     assert weightlora("train", *flags, "--out", disk / "run") == 1
@@ -112,7 +122,7 @@ def test_a_disk_that_is_really_full(
         else ["train", *flags, "--out", disk / "run"]
     )
     assert weightlora(*again) == 0
-    assert (disk / "run" / "adapter" / "adapter_model.safetensors").read_bytes() == expected
+    assert adapter_of(disk / "run") == adapter_of(whole)
 
 
 def test_a_disk_that_may_only_be_read(disk: Path, flags: list[str], capsys: pytest.CaptureFixture[str]) -> None:
@@ -134,11 +144,9 @@ def test_a_disk_that_may_only_be_read(disk: Path, flags: list[str], capsys: pyte
     assert weightlora("report", disk / "run", "--out", disk.parent / "page.html") == 0
 
 
-def test_a_clock_that_jumps(flags: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_clock_that_jumps(flags: list[str], whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """By years, both ways, at every look; and files whose dates say the opposite of their order."""
-    assert weightlora("train", *flags, "--out", tmp_path / "whole") == 0
-    expected = (tmp_path / "whole" / "adapter" / "adapter_model.safetensors").read_bytes()
-    shutil.copytree(tmp_path / "whole", tmp_path / "half")
+    shutil.copytree(whole, tmp_path / "half")
     for name in ("adapter", "checkpoints/checkpoint-6"):
         shutil.rmtree(tmp_path / "half" / name)
     for path in ("record.json", "weightlora.json", "selection.json"):
@@ -158,6 +166,6 @@ def test_a_clock_that_jumps(flags: list[str], tmp_path: Path, monkeypatch: pytes
     assert weightlora("resume", tmp_path / "half") == 0
     assert len(looks) > 3
     for run in ("run", "half"):
-        assert (tmp_path / run / "adapter" / "adapter_model.safetensors").read_bytes() == expected
+        assert adapter_of(tmp_path / run) == adapter_of(whole)
     seconds = [phase["seconds"] for phase in read(tmp_path / "run" / "record.json")["phases"]]
     assert all(0 < number < 300 for number in seconds)
