@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import gc
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 from tests.runs.commands import TINY, read, weightlora
+from tests.runs.killer import Killer
 
 PLAN = ("plan", "--model", "bert-tiny-shape", "--length", "16", "--batch", "8", "--k", "3")
 
@@ -28,15 +27,16 @@ def test_a_plan_in_words_and_as_json(tmp_path: Path, capsys: pytest.CaptureFixtu
 
 @pytest.mark.parametrize(("model", "status"), [("bert-tiny-shape", 0), ("nowhere", 2)])
 def test_a_process_that_ends_early_says_all_and_how_it_went(
-    model: str, status: int, capsys: pytest.CaptureFixture[str]
+    killer: Killer, model: str, status: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    words = ("plan", "--model", model, "--length", "16", "--batch", "8", "--k", "3")
+    words = ["plan", "--model", model, "--length", "16", "--batch", "8", "--k", "3"]
     assert weightlora(*words) == status
     assert gc.isenabled()
     here = capsys.readouterr()
-    done = subprocess.run([sys.executable, "-m", "weightlora", *words], capture_output=True, text=True, check=False)
-    assert (done.returncode, done.stdout) == (status, here.out)
-    assert done.stderr.endswith(here.err)
+    out, err = tmp_path / "out", tmp_path / "err"
+    assert killer.finish(killer.start(words, err, out)) == status
+    assert out.read_text(encoding="utf-8") == here.out
+    assert err.read_text(encoding="utf-8").endswith(here.err)
 
 
 def test_the_json_alone_on_standard_output(capsys: pytest.CaptureFixture[str]) -> None:

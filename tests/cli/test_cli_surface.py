@@ -18,6 +18,7 @@ from pathlib import Path
 
 import pytest
 from tests.runs.commands import TINY, read, weightlora
+from tests.runs.killer import Killer
 
 from weightlora import __version__
 
@@ -86,11 +87,11 @@ def test_the_help_names_every_method() -> None:
 
 def run_words(data: Path, out: Path) -> list[str]:
     words = ["--task", "sst2", "--data-dir", str(data), *TINY, "--max-steps", "6", "--logging-steps", "2"]
-    return ["-m", "weightlora", "train", *words, "--k", "3", "--select-after", "2", "--out", str(out)]
+    return ["train", *words, "--k", "3", "--select-after", "2", "--out", str(out)]
 
 
 def test_plain_lines_where_nobody_watches(small_data: Path, tmp_path: Path) -> None:
-    done = python(*run_words(small_data, tmp_path / "run"))
+    done = python("-m", "weightlora", *run_words(small_data, tmp_path / "run"))
     assert done.returncode == 0, done.stderr
     assert "\r" not in done.stderr
     steps = re.findall(r"^weightlora on sst2: step (\d+)/6 .*about \d+ s left$", done.stderr, re.MULTILINE)
@@ -104,18 +105,14 @@ def test_plain_lines_where_nobody_watches(small_data: Path, tmp_path: Path) -> N
     assert read(tmp_path / "run" / "record.json")["argv"][:2] == ["weightlora", "train"]
 
 
-def test_a_bar_on_a_terminal(small_data: Path, tmp_path: Path) -> None:
+def test_a_bar_on_a_terminal(killer: Killer, small_data: Path, tmp_path: Path) -> None:
     ours, theirs = pty.openpty()
     fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 30, 100, 0, 0))
-    words = run_words(small_data, tmp_path / "run")
-    child = subprocess.Popen(
-        [sys.executable, *words], stdin=theirs, stdout=subprocess.DEVNULL, stderr=theirs,
-        env={**os.environ, "TERM": "xterm"},
-    )  # fmt: skip
+    child = killer.start(run_words(small_data, tmp_path / "run"), os.ttyname(theirs))
     os.close(theirs)
-    said = read_terminal(ours, child)
+    said = read_terminal(ours, waits=True)
     os.close(ours)
-    assert child.wait() == 0, said
+    assert killer.finish(child) == 0, said
     assert re.search(r"weightlora on sst2: +100%\|█+\| 6/6 ", said)
     assert said.count("\r") > 3
     assert "about" not in said, "no plain lines beside the bar"
@@ -149,8 +146,8 @@ def test_a_terminal_that_does_not_know_its_size_shows_the_bar_too() -> None:
     assert "any more" not in said
 
 
-def read_terminal(terminal: int, child: subprocess.Popen[bytes] | None = None, seconds: float = 120) -> str:
-    """Everything written to a terminal until its other end is closed, or the process there has gone."""
+def read_terminal(terminal: int, *, waits: bool = False, seconds: float = 120) -> str:
+    """Everything written to a terminal until its other end is closed; if it ``waits``, also what is still to come."""
     data, deadline = b"", time.monotonic() + seconds
     while time.monotonic() < deadline:
         if select.select([terminal], [], [], 0.2)[0]:
@@ -161,30 +158,25 @@ def read_terminal(terminal: int, child: subprocess.Popen[bytes] | None = None, s
             if not part:
                 break
             data += part
-        elif child is None or child.poll() is not None:
+        elif not waits:
             break
     return data.decode(errors="replace")
 
 
-def test_interrupted_says_how_to_go_on(small_data: Path, tmp_path: Path) -> None:
+def test_interrupted_says_how_to_go_on(killer: Killer, small_data: Path, tmp_path: Path) -> None:
     """Control-C in the middle of training: one line, code 130, and a run that can be resumed."""
-    run = tmp_path / "run"
-    words = [*run_words(small_data, run)]
+    run, pipe = tmp_path / "run", tmp_path / "stderr"
+    words = run_words(small_data, run)
     words[words.index("6")] = "400"
-    words += ["--save-steps", "20"]
-    # A job that a script starts in the background is born deaf to Control-C and hands that on: undo it.
-    hearing = "import signal, sys; signal.signal(signal.SIGINT, signal.default_int_handler)\n"
-    hearing += "from weightlora.cli.main import main; sys.exit(main(sys.argv[1:]))"
-    command = [sys.executable, "-c", hearing, *words[words.index("train") :]]
-    child = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
-    assert child.stderr is not None
+    os.mkfifo(pipe)
+    child = killer.start([*words, "--save-steps", "20"], pipe)
     lines = []
-    for line in child.stderr:
-        lines.append(line)
-        if "step 39/400" in line:
-            child.send_signal(signal.SIGINT)
-    child.stderr.close()
-    assert child.wait(timeout=60) == 130
+    with pipe.open() as stream:
+        for line in stream:
+            lines.append(line)
+            if "step 39/400" in line:
+                os.kill(child, signal.SIGINT)
+    assert killer.finish(child) == 130
     assert lines[-1] == f"interrupted; `weightlora resume {run}` goes on from the last checkpoint\n"
     assert "Traceback" not in "".join(lines)
     assert read(run / "record.json")["status"] == "running"

@@ -10,9 +10,11 @@ from __future__ import annotations
 import contextlib
 import gc
 import json
+import logging
 import os
 import signal
 import sys
+import tempfile
 import traceback
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -27,7 +29,8 @@ CHANGES = frozenset(
 class Events:
     """Notes what a process does below `folder`, and kills it at the `number`-th event whose label starts with `kind`.
 
-    With a `delay` (seconds) it dies that much later, in the middle of whatever it does then. `signal`: by which.
+    A `kind` of ``+3`` counts all events after the process's third step. With a `delay` (seconds) it dies that much
+    later, in the middle of whatever it does then. `signal`: by which.
     """
 
     folder: str
@@ -53,12 +56,20 @@ class Events:
 
     def happened(self, label: str) -> None:
         self.labels.append(label)
-        if label.startswith(self.kind) and sum(known.startswith(self.kind) for known in self.labels) == self.number:
+        if self.is_its_turn():
             self.save()
             if not self.delay:
                 os.kill(os.getpid(), getattr(signal, self.signal))
             # The default action of SIGALRM ends a process as abruptly, wherever it is by then.
             signal.setitimer(signal.ITIMER_REAL, self.delay)
+
+    def is_its_turn(self) -> bool:
+        if not self.kind.startswith("+"):
+            of_kind = [label.startswith(self.kind) for label in self.labels]
+            return of_kind[-1] and sum(of_kind) == self.number
+        steps = [index for index, label in enumerate(self.labels) if label == "step"]
+        after = int(self.kind[1:])
+        return len(steps) >= after and len(self.labels) - 1 - steps[after - 1] == self.number
 
     def save(self) -> None:
         whole = self.log.with_suffix(".new")  # it may be killed here, too
@@ -117,23 +128,69 @@ def life(job: dict[str, Any]) -> dict[str, Any]:
     return {"tries": tries, "output": log.with_suffix(".txt").read_text()}
 
 
-def prepare() -> None:
-    """Import all that a run needs, so that children have it."""
-    import torch
+REHEARSAL = (
+    "--task", "docstrings", "--max-train-samples", "16", "--max-eval-samples", "8", "--model", "bert-tiny-shape",
+    "--max-length", "24", "--per-device-train-batch-size", "8", "--max-steps", "4", "--select-after", "2", "--k", "3",
+)  # fmt: skip
 
-    import weightlora.graft.export
-    import weightlora.report
-    import weightlora.runs.run  # noqa: F401
+
+def prepare() -> None:
+    """Import all that a run needs, and do one: its children then have what libraries load and work out in passing."""
+    import torch
+    from tests.once import remember
+
+    from weightlora.cli.main import main
 
     torch.set_num_threads(1)
+    remember()
+    with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(sys.stderr):
+        assert main(["train", *REHEARSAL, "--out", str(Path(folder) / "run")]) == 0
+    logging.getLogger().handlers.clear()  # each child says what it has to say where its own standard error is
     gc.collect()
     gc.freeze()
+
+
+def start(job: dict[str, Any]) -> dict[str, Any]:
+    """The program, its standard error being a terminal or a pipe that the test reads while it runs, or a file."""
+    streams = [os.open(job[name], os.O_RDWR | os.O_NOCTTY | os.O_CREAT) for name in ("stdout", "stderr")]
+    pid = os.fork()
+    if pid == 0:
+        from weightlora.cli.main import entry
+
+        for number, stream in enumerate(streams, start=1):
+            os.dup2(stream, number)
+            os.close(stream)
+        sys.argv = ["weightlora", *job["words"]]
+        os.environ["TERM"] = "xterm"
+        # A job that a script starts in the background is born deaf to Control-C and hands that on: undo it.
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        code = 70
+        try:
+            entry()
+        except SystemExit as stop:
+            code = int(stop.code or 0)
+        except BaseException:
+            traceback.print_exc()
+        finally:
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(code)
+    for stream in streams:
+        os.close(stream)
+    return {"pid": pid}
+
+
+def finish(job: dict[str, Any]) -> dict[str, Any]:
+    """How such a command ended."""
+    return {"code": os.waitstatus_to_exitcode(os.waitpid(job["pid"], 0)[1])}
 
 
 def main() -> None:
     prepare()
     for line in sys.stdin:
-        print(json.dumps(life(json.loads(line))), flush=True)  # noqa: T201
+        job = json.loads(line)
+        do = life if "train" in job else start if "words" in job else finish
+        print(json.dumps(do(job)), flush=True)  # noqa: T201
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ from weightlora.runs.build import base_model, read_task
 from weightlora.runs.config import RunConfig
 
 ASKED = 8000
-FLAGS = ("--params", "8k", "--max-steps", "60", "--select-after", "10", "--save-strategy", "no")
+FLAGS = ("--params", "8k", "--max-steps", "24", "--select-after", "6", "--save-strategy", "no")
 
 
 @pytest.mark.slow

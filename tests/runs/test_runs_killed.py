@@ -2,49 +2,21 @@
 
 from __future__ import annotations
 
-import re
 import signal
-from collections.abc import Iterator
+from itertools import pairwise
 from pathlib import Path
-from typing import Any
 
 import pytest
-from tests.forks import Forks
 from tests.runs.commands import TINY, read, weightlora
+from tests.runs.killer import SAVED, STATE, Kill, Killer, differences, outcome, saved_before
 
 from weightlora.methods import METHODS as ALL
 
-STEPS, SEAM = 8, 4
+STEPS = 8
 # Methods whose own schedules need more: 8 batches to look at, 8 rounds, 9 rounds of growth, 4 rounds of 4 clients.
 LONGER = {"gradient": 10, "alora": 16, "increlora": 16, "flexlora": 16}
-SAVED = re.compile(r"open checkpoints/checkpoint-(\d+)/trainer_state.json")
 # They keep nothing beside the weights, as `tied_lora` or `dora` do; their trainers are resumed in tests/methods.
 ALIKE = ("melora", "nora", "milora", "vera", "vb_lora")
-Kill = tuple[str, int, float]  # the label's start, which of those events, seconds to wait
-
-
-class Killer(Forks):
-    """Commands that die at a chosen event; see ``killed_run.py``."""
-
-    def __init__(self) -> None:
-        super().__init__(Path(__file__).with_name("killed_run.py"))
-
-    def life(self, out: Path, flags: list[str], kills: list[Kill]) -> list[dict[str, Any]]:
-        """Train (and die, and resume) to the end; every process but the last was killed, and that one went well."""
-        answer = self.ask({"out": str(out), "train": ["train", *flags, "--out", str(out)], "kills": kills})
-        tries: list[dict[str, Any]] = answer["tries"]
-        assert tries[-1]["code"] == 0, f"{out.name}: {answer['output'][-2000:]}"
-        for number, (kill, one) in enumerate(zip(kills, tries[:-1], strict=False)):
-            wanted = signal.SIGALRM if kill[2] else signal.SIGKILL
-            assert one["signal"] == wanted, (out.name, number, one["signal"], answer["output"][-2000:])
-        return tries
-
-
-@pytest.fixture(scope="module")
-def killer() -> Iterator[Killer]:
-    made = Killer()
-    with made.until_done():
-        yield made
 
 
 @pytest.fixture
@@ -55,36 +27,33 @@ def flags(small_data: Path) -> list[str]:
     return ["--task", "sst2", "--data-dir", str(small_data), *TINY, *schedule, *rate]
 
 
-def outcome(run: Path) -> dict[str, Any]:
-    """What a run came to: every byte of the weights, the selection, and the numbers of the record."""
-    record = read(run / "record.json")
-    phases = [{key: phase[key] for key in phase if key != "seconds"} for phase in record["phases"]]
-    weights = run / "adapter" / "adapter_model.safetensors"
-    return {
-        "weights": (weights if weights.is_file() else run / "model" / "model.safetensors").read_bytes(),
-        "selection": read(run / "selection.json") if (run / "selection.json").is_file() else None,
-        "status": record["status"],
-        "kept": record["kept"],
-        "metrics": record["metrics"],
-        "phases": phases,
-        "trainable_params": record["trainable_params"],
-    }
+def progress(events: list[str]) -> list[str]:
+    """The steps among events, and the checkpoints that became whole between them."""
+    return [label for label in events if label == "step" or SAVED.match(label)]
 
 
-def differences(a: dict[str, Any], b: dict[str, Any]) -> list[str]:
-    return [key for key in a if a[key] != b[key]]
+def chains(events: list[str], count: int, first: float) -> list[list[int]]:
+    """So many lists of points to be killed at, one after the other, each after another checkpoint than the one before.
+
+    What a resumed process does thus reaches a checkpoint before the next one begins, and so the end. The points of all
+    lists lie evenly between any two checkpoints, beginning at the share ``first`` of the distance.
+    """
+    finished = max(number for number, label in enumerate(events, start=1) if label.startswith("os.rename .record.json"))
+    points = [n for n in range(3, finished + 1) if not events[n - 1].startswith("os.mkdir")]
+    between: dict[int, list[int]] = {}
+    for number in points:
+        between.setdefault(saved_before(events, number), []).append(number)
+    return [[each[int((index + first) * len(each) / count)] for each in between.values()] for index in range(count)]
 
 
-def seam_range(events: list[str]) -> range:
-    """Numbers (from 1) of the events between the last step of warm-up and the first one after the seam."""
+def killed_in_turn(events: list[str], points: list[int]) -> list[Kill]:
+    """The kills that end one life at those events of an undisturbed one."""
+    kills: list[Kill] = [("", points[0], 0.0)]
     steps = [number for number, label in enumerate(events, start=1) if label == "step"]
-    return range(steps[SEAM - 1] + 1, steps[SEAM])
-
-
-def last_checkpoint(events: list[str]) -> int:
-    """The step of the latest checkpoint whose last file was written before the end of these events."""
-    saved = [int(found[1]) for label in events[:-1] if (found := SAVED.match(label))]
-    return max(saved, default=0)
+    for before, point in pairwise(points):
+        done = sum(number <= point for number in steps)
+        kills.append((f"+{done - saved_before(events, before)}", point - steps[done - 1], 0.0))
+    return kills
 
 
 METHODS = {
@@ -95,34 +64,40 @@ METHODS = {
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("name", "stride"), [("weightlora", 9), ("paper", 23), ("weightlora+", 27)])
+@pytest.mark.parametrize(
+    ("name", "lives", "first"), [("weightlora", 5, 0.5), ("paper", 1, 0.3), ("weightlora+", 1, 0.5)]
+)
 def test_killed_at_any_event_it_ends_with_the_same_adapter(
-    killer: Killer, flags: list[str], tmp_path: Path, name: str, stride: int
+    killer: Killer, flags: list[str], tmp_path: Path, name: str, lives: int, first: float
 ) -> None:
-    """One SIGKILL per run: at steps, inside surgery and the seam's checkpoint, in others, in the final files."""
+    """SIGKILL at steps, inside surgery and the seam's checkpoint, in others, in the final files: five in each life.
+
+    After each, as many steps are done again as there were since the last checkpoint.
+    """
     flags = [*flags, *METHODS[name]]
     (whole,) = killer.life(tmp_path / "whole", flags, [])
     events: list[str] = whole["events"]
     expected = outcome(tmp_path / "whole")
     assert expected["status"] == "ok"
-    seam = seam_range(events)
-    assert any("seam-4" in events[number - 1] for number in seam)
-    # Dense in the seam, here and there elsewhere; other methods than the first get other points of the same list.
-    finished = max(number for number, label in enumerate(events, start=1) if label.startswith("os.rename .record.json"))
-    outside = [n for n in range(3, finished + 1) if n not in seam and not events[n - 1].startswith("os.mkdir")]
-    points = [*range(seam.start, seam.stop, stride), *outside[stride % 7 :: 3 * stride]]
-    wrong = []
-    for number in points:
-        run = tmp_path / f"killed-{number}"
-        killed, resumed = killer.life(run, flags, [("", number, 0.0)])
-        label = events[number - 1]
+    wrong, died = [], []
+    for index, points in enumerate(chains(events, lives, first)):
+        run = tmp_path / f"killed-{index}"
+        tries = killer.life(run, flags, killed_in_turn(events, points))
+        assert [one["signal"] for one in tries] == [signal.SIGKILL] * 5 + [None]
+        here = f"killed at events {points} ({', '.join(one['events'][-1] for one in tries[:-1])})"
         if different := differences(outcome(run), expected):
-            wrong.append(f"killed at event {number} ({label}): other {', '.join(different)}")
-        redone = resumed["events"].count("step")
-        if redone != STEPS - last_checkpoint(killed["events"]):
-            wrong.append(f"killed at event {number} ({label}): {redone} steps were done again")
-    assert len(points) >= (20 if name == "weightlora" else 7)
+            wrong.append(f"{here}: other {', '.join(different)}")
+        begun = [0, *(saved_before(events, number) for number in points)]
+        for start, point, one in zip(begun, [*points, len(events)], tries, strict=True):
+            wanted = progress(events[: point - 1])
+            since = next((n for n, x in enumerate(wanted, 1) if start and x.endswith(f"-{start}/{STATE}")), 0)
+            if progress(one["events"][:-1]) != wanted[since:]:
+                wrong.append(f"{here}: from step {start} on it did {progress(one['events'])}")
+        died += [one["events"][-1] for one in tries[:-1]]
     assert not wrong, "\n".join(wrong)
+    assert len(died) == 5 * lives
+    assert any(".seam-4" in label for label in died)
+    assert any(label.partition(" ")[2].startswith(".") for label in died), "in the final files"
 
 
 @pytest.mark.slow
@@ -152,6 +127,7 @@ def test_killed_again_and_again_in_the_middle_of_things(
 @pytest.mark.slow
 @pytest.mark.parametrize("name", [*(name for name in ALL if name not in (*METHODS, *ALIKE, "zero-shot")), "official"])
 def test_every_other_method_resumes_too(killer: Killer, flags: list[str], tmp_path: Path, name: str) -> None:
+    """Killed in a checkpoint, some steps later, and when all steps are done; in the final files all are alike."""
     method = ["weightlora", "--preset", "official", "--k", "3"] if name == "official" else [name, "--k", "3"]
     last = LONGER.get(name, STEPS)
     flags = [*flags, "--method", *method, "--max-steps", str(last)]
@@ -159,8 +135,7 @@ def test_every_other_method_resumes_too(killer: Killer, flags: list[str], tmp_pa
     kills: list[Kill] = [
         ("open checkpoints/checkpoint-4/trainer_state.json", 1, 0.0),
         ("step", 4, 0.0),
-        (f"open checkpoints/checkpoint-{last}/trainer_state.json", 1, 0.02),
-        ("open .record.json", 3, 0.0),
+        (f"os.rename checkpoints/checkpoint-{last}/.checksums.json", 1, 0.02),
     ]
     tries = killer.life(tmp_path / "killed", flags, kills)
     assert len(tries) == len(kills) + 1

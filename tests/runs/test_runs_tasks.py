@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +14,7 @@ from peft import PeftModel
 from rouge_score import rouge_scorer
 from safetensors.torch import load_file
 from tests.runs.commands import copy_data, read, read_rows, tree, weightlora, write_rows
-from tests.runs.test_runs_killed import Killer, differences, last_checkpoint, outcome
+from tests.runs.killer import Killer, differences, outcome, saved_before
 from tests.tasks.test_tasks_completions import CHATML
 from transformers import AutoModelForCausalLM, AutoTokenizer, BartForConditionalGeneration
 
@@ -242,13 +241,6 @@ def test_a_file_of_chats_runs_and_its_perplexity_is_true(text_data: Path, tmp_pa
     assert record["metrics"]["mean_token_accuracy"] == pytest.approx(right / count)
 
 
-@pytest.fixture(scope="module")
-def killer() -> Iterator[Killer]:
-    made = Killer()
-    with made.until_done():
-        yield made
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("task", "shape", "step"),
@@ -264,7 +256,8 @@ def test_killed_before_at_and_after_the_seam_it_ends_the_same(
     flags += ["--max-length", "64", *(["--doc-stride", "16"] if task == "squad_v2" else ["--max-target-length", "8"])]
     killer.life(tmp_path / "whole", flags, [])
     tries = killer.life(tmp_path / "killed", flags, [("step", step, 0.0)])
-    assert [one["events"].count("step") for one in tries] == [step, 6 - last_checkpoint(tries[0]["events"])]
+    events = tries[0]["events"]
+    assert [one["events"].count("step") for one in tries] == [step, 6 - saved_before(events, len(events))]
     assert differences(outcome(tmp_path / "killed"), outcome(tmp_path / "whole")) == []
 
 
