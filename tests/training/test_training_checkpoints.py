@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from tests.builders import adapter_state, lora, max_difference, trainer
+from tests.builders import adapter_state, lora, max_difference, pairs, trainer
 from torch import nn
 from transformers import Trainer
 
@@ -74,6 +74,14 @@ def test_resume_from_every_checkpoint(name: str, tmp_path: Path) -> None:
         same(run(out, method, resume=True, steps=10), done)
 
 
+def telling(found: list[str]) -> list[str]:
+    """Of a run's checkpoints the first, the last, the seam's, and the one at the seam's step: one of each kind."""
+    in_order = sorted((name for name in found if not name.startswith("seam")), key=lambda name: int(name[11:]))
+    (seam,) = set(found) - set(in_order)
+    at_the_seam = seam.replace("seam", "checkpoint")
+    return [*dict.fromkeys([in_order[0], *({at_the_seam} & set(in_order)), seam, in_order[-1]])]
+
+
 @pytest.mark.parametrize("name", ["weightlora-paper", "weightlora+"])
 @pytest.mark.parametrize("arguments", [
     {"eval_strategy": "epoch"},
@@ -83,7 +91,7 @@ def test_resume_from_every_checkpoint(name: str, tmp_path: Path) -> None:
 ], ids=["eval", "accumulation", "schedule", "epoch"])  # fmt: skip
 def test_resume_under_other_arguments(name: str, arguments: dict[str, Any], tmp_path: Path) -> None:
     done = run(tmp_path / "whole", METHODS[name], **arguments)
-    for each in checkpoints(tmp_path / "whole"):
+    for each in telling(checkpoints(tmp_path / "whole")):
         shutil.copytree(tmp_path / "whole" / each, tmp_path / each / each)
         same(run(tmp_path / each, METHODS[name], resume=True, **arguments), done)
 
@@ -157,14 +165,12 @@ def test_saving_the_best(seam: int, better_later: bool, tmp_path: Path) -> None:
     assert f"seam-{seam}" in checkpoints(tmp_path / "a")
     assert done[0].args.save_strategy == "best"
     same(done, run(tmp_path / "b", method, eval_strategy="steps", eval_steps=2))
-    for each in checkpoints(tmp_path / "a"):
+    for each in telling(checkpoints(tmp_path / "a")):
         shutil.copytree(tmp_path / "a" / each, tmp_path / each / each)
         same(run(tmp_path / each, method, resume=True, save_strategy="best", **arguments), done)
 
 
-@pytest.mark.parametrize("limit", [None, 1, 2])
-@pytest.mark.parametrize("seam", [5, 8])
-@pytest.mark.parametrize("better_later", [True, False])
+@pytest.mark.parametrize(("limit", "seam", "better_later"), pairs([None, 1, 2], [5, 8], [True, False]))
 def test_load_best_model_at_end(limit: int | None, seam: int, better_later: bool, tmp_path: Path) -> None:
     """The best model is looked for among those after the seam: the ones before have another structure."""
     method = WeightLoRA(k=2, select_after=seam)
