@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-import functools
 import gc
 import os
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import jinja2
 import pytest
+from tests.once import ONCE, once
+
+if TYPE_CHECKING:
+    from tests.runs.killer import Killer
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("HF_DATASETS_OFFLINE", "1")
@@ -30,11 +33,22 @@ def _frozen() -> None:
 
 
 @pytest.fixture(scope="session", autouse=True)
-def _cards_compiled_once() -> Iterator[None]:
-    """Compile the template of PEFT's model card once, not each time that an adapter is saved."""
+def _worked_out_once() -> Iterator[None]:
+    """What thousands of runs work out alike is worked out once, see ``once.py``."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(jinja2.Environment, "compile", functools.cache(jinja2.Environment.compile))
+        for owner, name in ONCE:
+            patch.setattr(owner, name, once(owner, name))
         yield
+
+
+@pytest.fixture(scope="session")
+def killer() -> Iterator[Killer]:
+    """Commands in forked processes; see ``runs/killer.py``."""
+    from tests.runs.killer import Killer
+
+    made = Killer()
+    with made.until_done():
+        yield made
 
 
 @pytest.fixture(scope="session")
