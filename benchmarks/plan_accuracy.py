@@ -25,7 +25,7 @@ from torch import Tensor
 from adapter_path import Bench, provenance, write
 from benchlib.shapes import SHAPES, Shape, build, resized
 from memory_vs_adapters import peak
-from weightlora.cost.estimate import Estimate, Phase, Setting, Traced
+from weightlora.cost import Estimate, Phase, Setting, Traced
 from weightlora.cost.measure import kept_bytes
 from weightlora.graft import adapters, checkpoint_blocks, end_backward_at_lowest
 
@@ -68,7 +68,7 @@ def rows(name: str, shape: Shape, args: argparse.Namespace) -> Iterator[dict[str
     index = {adapter.name: adapter.index for adapter in adapters(bench.model)}
     base: Any = bench.root
     for checkpointing in (False, True):
-        estimate = Estimate(traced, Setting(checkpointing=checkpointing))
+        estimate = Estimate(traced.model, traced.at, Setting(checkpointing=checkpointing))
         if checkpointing:
             checkpoint_blocks(base)
             end_backward_at_lowest(bench.model)
@@ -84,7 +84,7 @@ def rows(name: str, shape: Shape, args: argparse.Namespace) -> Iterator[dict[str
                 "counted_bytes": counted, "error": said / counted - 1, "trace_seconds": seconds,
             }  # fmt: skip
             if measured is not None:
-                row |= {"predicted_total_bytes": estimate.parts(phase, shape.batch).total, "peak_bytes": measured}
+                row |= {"predicted_total_bytes": estimate.cost(phase, shape.batch).total, "peak_bytes": measured}
             yield row
 
 

@@ -15,9 +15,8 @@ from tests.builders import QKV, batch, lora
 from torch import Tensor, nn
 from transformers import DebertaV2Config, DebertaV2ForSequenceClassification
 
-from weightlora.cost.measure import kept_bytes
+from weightlora.cost import StepCost, kept_bytes, step_cost
 from weightlora.graft import adapters, disconnect
-from weightlora.training import StepCost, step_cost
 
 
 def test_bytes_and_flops_of_a_small_net_by_hand() -> None:

@@ -13,11 +13,10 @@ import torch
 from safetensors import safe_open
 from transformers import TrainingArguments
 
-from weightlora.cost.measure import kept_bytes
+from weightlora.cost import PlanConfig, kept_bytes
 from weightlora.errors import ConfigError
 from weightlora.graft import fast_path
-from weightlora.runs.plan import Planner
-from weightlora.runs.plan_config import PlanConfig, adapted
+from weightlora.runs.plan import adapted, planner_for
 from weightlora.tasks import LoadedModel, by_answer_tokens, load_model, load_task, smollm2
 from weightlora.tasks.skeletons import skeleton
 
@@ -75,7 +74,7 @@ def test_chats_go_through_its_template(loaded: LoadedModel, tmp_path: Path) -> N
 def test_a_plan_says_what_is_counted(smollm2: Path, loaded: LoadedModel) -> None:
     """The planner sees no weights; the bytes are those that autograd holds on the real model."""
     config = PlanConfig(model="smollm2", length=16, batch=2, device="cpu", k=21, gated=False)
-    planner = Planner(config)
+    planner = planner_for(config)
     assert planner.n == 210
     _, model = adapted(PlanConfig(**{**vars(config), "model": str(smollm2)}), "cpu")
     fast_path(model)

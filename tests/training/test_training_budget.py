@@ -16,7 +16,7 @@ from weightlora.errors import BudgetError, ConfigError, ScheduleError
 from weightlora.graft import Manifest
 from weightlora.methods import Budget, Method, WeightLoRA, WeightLoRAPlus
 from weightlora.training import FitResult, attach, fit
-from weightlora.training.budget import plan
+from weightlora.training.budget import allow
 
 LAYERS = {"bert": 4, "bart": 2}  # of each of its two towers
 BATCH, STEPS = 8, 8
@@ -82,10 +82,10 @@ def run(
 @functools.cache
 def whole(family: str = "bert") -> tuple[int, int]:
     """Bytes that warm-up takes at the full batch, and at a micro-batch of 1."""
-    planned = plan(made(Path("unused"), family), WeightLoRA(memory="1TiB"), (None, None)).budget
+    planned = allow(made(Path("unused"), family), WeightLoRA(memory="1TiB"), (None, None)).budget
     assert planned is not None
     with pytest.raises(BudgetError) as caught:
-        plan(made(Path("unused"), family), WeightLoRA(memory=1), (None, None))
+        allow(made(Path("unused"), family), WeightLoRA(memory=1), (None, None))
     return int(planned.facts["warmup_total"]), caught.value.smallest
 
 
@@ -264,7 +264,7 @@ def test_a_plain_loop_has_no_batches_to_count_on() -> None:
 def test_gradient_checkpointing_is_counted(tmp_path: Path) -> None:
     arguments = recomputing(use_reentrant=False)
     plain, _ = whole()
-    planned = plan(made(tmp_path, **arguments), WeightLoRA(memory="1TiB"), (None, None)).budget
+    planned = allow(made(tmp_path, **arguments), WeightLoRA(memory="1TiB"), (None, None)).budget
     assert isinstance(planned, Budget)
     assert planned.facts["warmup_total"] < plain
     method = WeightLoRA(memory=int(planned.facts["warmup_total"]), select_after=4)

@@ -179,7 +179,7 @@ def plan_config(parsed: argparse.Namespace) -> Any:
     """The PlanConfig that the flags describe."""
     from dataclasses import fields
 
-    from weightlora.runs.plan_config import PlanConfig
+    from weightlora.cost import PlanConfig
 
     given = {f.name: getattr(parsed, f.name) for f in fields(PlanConfig) if f.name in vars(parsed)}
     if "k" in given:

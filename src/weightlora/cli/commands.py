@@ -162,14 +162,14 @@ def memory(parsed: argparse.Namespace, rest: list[str], parser: argparse.Argumen
 
 def plan(parsed: argparse.Namespace, rest: list[str], parser: argparse.ArgumentParser) -> int:
     from weightlora.core import format_bytes, parse_bytes
-    from weightlora.runs.plan import Planner
-    from weightlora.runs.plan_text import plan_text
+    from weightlora.cost.plan_text import plan_text
+    from weightlora.runs.plan import planner_for
 
     memory = None if parsed.memory is None else parse_bytes(parsed.memory)
     config = arguments.plan_config(parsed)
-    planner = Planner(config)
+    planner = planner_for(config)
     if parsed.probe:
-        from weightlora.runs.calibrate import calibrate
+        from weightlora.runs.plan import calibrate
 
         found = calibrate(config, planner, config.device)
         what = "peak of a step" if found.kind == "peak" else "kept for backward"
@@ -177,7 +177,7 @@ def plan(parsed: argparse.Namespace, rest: list[str], parser: argparse.ArgumentP
             f"probe, micro-batch {found.micro_batch}: {what} predicted {format_bytes(found.predicted)},"
             f" measured {format_bytes(found.measured)}"
         )
-        planner = Planner(config, found.overhead, planner.traces)
+        planner = planner_for(config, found.overhead, planner.traces)
     made = planner.plan(memory)
     _write_json(parsed.json, made.to_json())
     if parsed.json != "-":

@@ -2,30 +2,35 @@
 
 from weightlora.core import PlacementCosts
 from weightlora.cost.activations import ActivationTrace, Storage
-from weightlora.cost.estimate import Estimate, Phase, Setting, Traced
-from weightlora.cost.levels import operation_costs, placement_costs, reserved
+from weightlora.cost.estimate import Estimate, Phase, PhaseCost, Setting, Traced, divisors
 from weightlora.cost.measure import Kept, PeakMemory, StepCost, counting, isolated_rng, kept_bytes, step_cost
-from weightlora.cost.tensors import Parts
+from weightlora.cost.operations import operations
+from weightlora.cost.placements import placement_costs
+from weightlora.cost.plan import Plan, Planner
+from weightlora.cost.plan_config import PlanConfig
 from weightlora.cost.tracing import trace
 
 __all__ = [
     "ActivationTrace",
     "Estimate",
     "Kept",
-    "Parts",
     "PeakMemory",
     "Phase",
+    "PhaseCost",
     "PlacementCosts",
+    "Plan",
+    "PlanConfig",
+    "Planner",
     "Setting",
     "StepCost",
     "Storage",
     "Traced",
     "counting",
+    "divisors",
     "isolated_rng",
     "kept_bytes",
-    "operation_costs",
+    "operations",
     "placement_costs",
-    "reserved",
     "step_cost",
     "trace",
 ]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any
 
 from weightlora.graft.adapters import Adapter
@@ -48,7 +49,7 @@ class ActivationTrace:
         """The indices of all adapters."""
         return range(len(self.adapters))
 
-    @property
+    @cached_property
     def blocks(self) -> tuple[int, ...]:
         """(n,) the checkpointable block of each adapter, 0 = the first; -1 outside them. A decoder's follow on."""
         return tuple(
@@ -73,30 +74,13 @@ class ActivationTrace:
         n = len(self.adapters)
         return sum(1 << i for i in set(live)) | (1 << n) | (int(inputs) << (n + 1))
 
-    def kept(
-        self,
-        live: Iterable[int],
-        *,
-        ranks: Mapping[int, int] | None = None,
-        checkpointing: bool = False,
-        every_n_layers: int = 1,
-        inputs: bool = False,
-    ) -> int:
-        """Bytes kept for backward by the base and the live adapters.
-
-        Args:
-            live: indices of live adapters.
-            ranks: of adapters whose rank is not the traced one.
-            checkpointing: blocks keep their inputs alone, and compute the rest anew in backward.
-            every_n_layers: only every so many-th block is checkpointed.
-            inputs: embeddings' outputs require a gradient, as ``enable_input_require_grads`` makes them.
-        """
-        return sum(self.sizes(live, ranks, checkpointing, every_n_layers, inputs).values())
+    def kept(self, live: Iterable[int], **options: Any) -> int:
+        """Bytes kept for backward by the base and the live adapters; options as of :meth:`sizes`."""
+        return sum(self.sizes(live, **options).values())
 
     def by_module(self, live: Iterable[int], **options: Any) -> dict[str, int]:
         """:meth:`kept`, by the module that saved it."""
         found: dict[str, int] = {}
-        options = {"ranks": None, "checkpointing": False, "every_n_layers": 1, "inputs": False, **options}
         for index, size in self.sizes(live, **options).items():
             module = self.storages[index].module
             found[module] = found.get(module, 0) + size
@@ -105,12 +89,21 @@ class ActivationTrace:
     def sizes(
         self,
         live: Iterable[int],
-        ranks: Mapping[int, int] | None,
-        checkpointing: bool,
-        every_n_layers: int,
-        inputs: bool,
+        *,
+        ranks: Mapping[int, int] | None = None,
+        checkpointing: bool = False,
+        every_n_layers: int = 1,
+        inputs: bool = False,
     ) -> dict[int, int]:
-        """Bytes of each kept storage, by its index."""
+        """Bytes of each kept storage, by its index.
+
+        Args:
+            live: indices of live adapters.
+            ranks: of adapters whose rank is not the traced one.
+            checkpointing: blocks keep their inputs alone, and compute the rest anew in backward.
+            every_n_layers: only every so many-th block is checkpointed.
+            inputs: embeddings' outputs require a gradient, as ``enable_input_require_grads`` makes them.
+        """
         mask, every = self.mask(live, inputs), every_n_layers if checkpointing else 0
         if (mask, every) not in self._found:
             self._found[mask, every] = self._kept(mask, self._wrapped(every) if every else frozenset())
@@ -132,7 +125,7 @@ class ActivationTrace:
     ) -> int:
         """Bytes that the largest checkpointed block keeps while backward goes through it, beyond its inputs."""
         mask, wrapped = self.mask(live), self._wrapped(every_n_layers)
-        kept = self.sizes(self._indices(mask), ranks, True, every_n_layers, False)
+        kept = self.sizes(self._indices(mask), checkpointing=True, every_n_layers=every_n_layers)
         totals = dict.fromkeys(sorted(self._live_units(mask) & wrapped), 0)
         for index, storage in enumerate(self.storages):
             units = {unit for owner, reach, unit in storage.uses if unit in totals and _happens(owner, reach, mask)}
@@ -140,9 +133,9 @@ class ActivationTrace:
                 totals[unit] += self._size(storage, ranks)
         return max(totals.values(), default=0)
 
-    def largest(self, live: Iterable[int], *, inputs: bool = False) -> int:
+    def largest(self, live: Iterable[int]) -> int:
         """Bytes of the largest single piece that is kept anywhere, recomputed or not."""
-        return max(self.sizes(live, None, False, 1, inputs).values(), default=0)
+        return max(self.sizes(live).values(), default=0)
 
     def pieces(self, index: int, ranks: Mapping[int, int] | None = None) -> dict[int, int]:
         """Bytes of each storage that one adapter keeps for itself, by the storage's index."""
@@ -151,6 +144,31 @@ class ActivationTrace:
             for number, storage in enumerate(self.storages)
             if storage.size and any(owner == index for owner, _, _ in storage.uses)
         }
+
+    def deepest(self, k: int) -> tuple[int, ...]:
+        """The k adapters that are called last: the cheapest set."""
+
+        def called(index: int) -> int:
+            return min((s for s in self._own[index] if self.storages[s].ranked), default=0)
+
+        return tuple(sorted(sorted(self.every, key=called)[len(self.every) - k :]))
+
+    def dearest(self, k: int, block: int = 0) -> tuple[int, ...]:
+        """A set of k adapters of which the lowest lies in a block, as dear as such sets get."""
+        own, blocks = self._own, self.blocks
+        allowed = [i for i in self.every if blocks[i] >= block]
+        first = max((i for i in allowed if blocks[i] == block), key=lambda i: self.kept([i]))
+        # Inputs first: an adapter that shares one costs little more than its h.
+        by_size = sorted((i for i in allowed if i != first), key=lambda i: -sum(own[i].values()))
+        held, fresh, late = set(own[first]), list[int](), list[int]()
+        for i in by_size:
+            (late if max(own[i], key=own[i].__getitem__) in held else fresh).append(i)
+            held |= set(own[i])
+        return tuple(sorted([first, *fresh, *late][:k]))
+
+    @cached_property
+    def _own(self) -> list[dict[int, int]]:
+        return [self.pieces(i) for i in self.every]
 
     def base_sizes(self, live: Iterable[int]) -> dict[int, int]:
         """Bytes of each storage that the base keeps so that gradients reach the live adapters, by its index."""

@@ -1,26 +1,20 @@
-"""What one phase of training takes, for any set of live adapters, rank and micro-batch, from one traced forward."""
+"""What each phase of training takes, for any set of live adapters, rank and micro-batch, over one trace."""
 
 from __future__ import annotations
 
+import copy
 import math
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import asdict, dataclass, field, replace
 
 from torch import Tensor, nn
 
-from weightlora.core import format_bytes
+from weightlora.core import PlacementCosts
 from weightlora.cost.activations import ActivationTrace
-from weightlora.cost.tensors import (
-    Parts,
-    optimizer_bytes,
-    shapes_of,
-    tensor_bytes,
-    trained,
-    weight_bytes,
-)
+from weightlora.cost.placements import placement_costs, reserved
+from weightlora.cost.tensors import Shaped, optimizer_bytes, shapes_of, tensor_bytes, weight_bytes
 from weightlora.cost.tracing import trace
-from weightlora.errors import PlanError
+from weightlora.graft import adapter_name, parameters
 
 # Batch sizes to trace with: what is a multiple of such a number must come from the batch.
 _PRIMES = (11, 13, 17, 19, 23, 29, 31)
@@ -28,30 +22,65 @@ _PRIMES = (11, 13, 17, 19, 23, 29, 31)
 
 @dataclass(frozen=True, kw_only=True)
 class Phase:
-    """A stretch of training in which no tensor changes shape, as the planner sees it.
+    """A stretch of training in which no tensor changes shape.
 
-    ``live``: indices of live adapters. ``ranks``: of those whose rank is not the model's. ``gated``: omega trains.
-    ``inputs``: the embeddings' outputs require a gradient, as checkpointing makes them until the seam.
+    ``live``: indices of live adapters. ``ranks``: of those whose rank is not the model's. ``gated``: layers keep omega;
+    ``trains_gates``: it gets gradients there. ``inputs``: the embeddings' outputs require a gradient, as checkpointing
+    makes them until the seam. ``copies``: copies of all A and B that the method holds.
     """
 
     name: str
     live: tuple[int, ...]
     ranks: Mapping[int, int] = field(default_factory=dict)
     gated: bool = False
+    trains_gates: bool = True
     inputs: bool = False
+    copies: int = 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class PhaseCost:
+    """Where the bytes of one phase go, at the moment when forward has ended and backward begins.
+
+    ``weights``: frozen parameters and buffers, quantised where asked. ``adapters``: A, B and the method's copies of
+    them. ``heads``: whatever else trains. ``gates``: omega and its gradient. ``gradients``, ``optimizer``: of all that
+    trains. ``activations``: what autograd keeps. ``recomputed``: what the largest checkpointed block keeps while
+    backward goes through it. ``workspace``: an estimate for what is alive for a moment (a gradient as large as the
+    largest activation, a dequantised weight). ``overhead``: what a probe measured beyond the prediction.
+    """
+
+    weights: int
+    adapters: int
+    heads: int
+    gates: int
+    gradients: int
+    optimizer: int
+    activations: int
+    recomputed: int
+    workspace: int
+    overhead: int = 0
+
+    @property
+    def total(self) -> int:
+        """All of it."""
+        return sum(asdict(self).values())
+
+    @property
+    def held(self) -> int:
+        """What tensors hold, on any machine: all but `workspace` and `overhead`."""
+        return self.total - self.workspace - self.overhead
 
 
 @dataclass(frozen=True, kw_only=True)
 class Setting:
     """What can be changed without tracing again.
 
-    ``optimizer``, ``momentum``, ``quantization``: as in :mod:`weightlora.cost.tensors`. ``checkpointing``: blocks are
-    computed anew in backward; ``every_n_layers``: only every so many-th. ``overhead``: bytes that a probe measured
-    beyond the prediction.
+    ``optimizer``, ``quantization``: as in :mod:`weightlora.cost.tensors`. ``checkpointing``: blocks are computed anew
+    in backward; ``every_n_layers``: only every so many-th. ``overhead``: bytes that a probe measured beyond the
+    prediction.
     """
 
     optimizer: str = "adamw_torch"
-    momentum: bool = False
     quantization: str | None = None
     checkpointing: bool = False
     every_n_layers: int = 1
@@ -60,7 +89,7 @@ class Setting:
 
 @dataclass(frozen=True, kw_only=True)
 class Traced:
-    """A model with what its forward keeps for a batch of `batch` rows."""
+    """A model with what its forward keeps for a batch of `batch` rows, and by that for any batch."""
 
     model: nn.Module
     trace: ActivationTrace
@@ -76,7 +105,7 @@ class Traced:
         stock: bool = False,
         cuda: bool = False,
     ) -> Traced:
-        """Trace a model once, for any batch size.
+        """Trace a model once.
 
         Args:
             model: with every adapter live; on the meta device or with weights.
@@ -84,54 +113,78 @@ class Traced:
             length: tokens of a row (so that the traced batch size divides nothing else).
             stock, cuda: as :func:`weightlora.cost.trace`.
         """
-        batch = _prime(model, length)
+        # A batch size that divides no width of the model and no number made of the length alone.
+        sizes = {size for p in model.parameters() for size in p.shape}
+        sizes |= {times * length + i for times in (1, 2) for i in (-1, 0, 1)}
+        batch = next((p for p in _PRIMES if not any(size % p == 0 for size in sizes)), _PRIMES[-1])
         return cls(model=model, trace=trace(model, loss(batch), stock=stock, cuda=cuda), batch=batch)
+
+    def at(self, micro_batch: int) -> ActivationTrace:
+        """The trace of another batch size."""
+        return self.trace.at(micro_batch, self.batch)
 
 
 class Estimate:
-    """Closed form over a trace."""
+    """Answer what phases cost. The model is read once, here; afterwards it may change.
 
-    def __init__(self, traced: Traced, setting: Setting) -> None:
-        model = traced.model
-        self.traced, self.trace, self.setting = traced, traced.trace, setting
-        self.weights = weight_bytes(model, setting.quantization)
-        self.adapter_width = next(p.element_size() for p in trained(model)[0])
-        heads = trained(model)[1]
+    Args:
+        model: with every adapter live; on the meta device or with weights.
+        trace_of: the trace of a micro-batch of a given size; asked once for each.
+        setting: optimizer, checkpointing, quantisation.
+        name: PEFT's adapter name; default: the active one.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        trace_of: Callable[[int], ActivationTrace],
+        setting: Setting | None = None,
+        *,
+        name: str | None = None,
+    ) -> None:
+        self.setting, self._trace_of = setting or Setting(), trace_of
+        pairs = list(parameters(model, adapter_name(model, name)).values())
+        own = {id(p): p for pair in pairs for p in pair}
+        heads = [p for p in model.parameters() if p.requires_grad and id(p) not in own]
+        self._pairs = [shapes_of(pair) for pair in pairs]
+        self._trains = [[p.requires_grad for p in pair] for pair in pairs]
+        frozen = tensor_bytes([p for p in own.values() if not p.requires_grad])  # counted with the adapters
+        self.weights = weight_bytes(model, self.setting.quantization) - frozen
         self.heads, self.head_shapes = tensor_bytes(heads), shapes_of(heads)
-        self.head_params = sum(p.numel() for p in heads)
         # A quantised weight is multiplied in full precision, one at a time.
         full = [m.weight.numel() * m.weight.element_size() for m in model.modules() if isinstance(m, nn.Linear)]
-        self.dequantised = 0 if setting.quantization is None else max(full)
-        self.pieces = [self.trace.pieces(i) for i in self.trace.every]
+        self.dequantised = 0 if self.setting.quantization is None else max(full)
         self._at: dict[int, ActivationTrace] = {}
 
     @property
     def n(self) -> int:
         """The number of adapters."""
-        return len(self.trace.adapters)
+        return len(self._pairs)
+
+    @property
+    def fixed(self) -> int:
+        """Bytes that do not depend on adapters: weights, and heads with gradients and optimizer state."""
+        return self.weights + 2 * self.heads + self._optimizer(self.head_shapes)
 
     def at(self, micro_batch: int) -> ActivationTrace:
         """The trace for a micro-batch."""
         if micro_batch not in self._at:
-            self._at[micro_batch] = self.trace.at(micro_batch, self.traced.batch)
+            self._at[micro_batch] = self._trace_of(micro_batch)
         return self._at[micro_batch]
-
-    def adapter_shapes(self, live: Sequence[int], ranks: Mapping[int, int]) -> list[tuple[tuple[int, ...], int]]:
-        """``(shape, bytes per number)`` of the factors of live adapters."""
-        found: list[tuple[tuple[int, ...], int]] = []
-        for i in live:
-            adapter = self.trace.adapters[i]
-            rank = ranks.get(i, adapter.rank)
-            found += [((rank, adapter.d_in), self.adapter_width), ((adapter.d_out, rank), self.adapter_width)]
-        return found
 
     def trainable_params(self, phase: Phase) -> int:
         """Numbers that train: adapters, heads, gates."""
-        adapters = sum(math.prod(shape) for shape, _ in self.adapter_shapes(phase.live, phase.ranks))
-        return adapters + self.head_params + (len(phase.live) if phase.gated else 0)
+        adapters = sum(
+            math.prod(shape)
+            for i in phase.live
+            for (shape, _), trains in zip(self._shapes([i], phase.ranks), self._trains[i], strict=True)
+            if trains
+        )
+        heads = sum(math.prod(shape) for shape, _ in self.head_shapes)
+        return adapters + heads + (len(phase.live) if phase.gated and phase.trains_gates else 0)
 
     def activations(self, phase: Phase, micro_batch: int) -> int:
-        """Bytes kept between forward and backward, omega among them."""
+        """Bytes kept between forward and backward; of a gated layer its omega, and with it the vector of all n."""
         kept = self.at(micro_batch).kept(
             phase.live,
             ranks=phase.ranks,
@@ -139,86 +192,69 @@ class Estimate:
             every_n_layers=self.setting.every_n_layers,
             inputs=phase.inputs,
         )
-        return kept + (4 * self.n if phase.gated else 0)
+        return kept + self._omega(phase)
 
-    def parts(self, phase: Phase, micro_batch: int) -> Parts:
+    def cost(self, phase: Phase, micro_batch: int) -> PhaseCost:
         """Where the bytes of a phase go."""
-        at, shapes = self.at(micro_batch), self.adapter_shapes(phase.live, phase.ranks)
-        adapters = sum(math.prod(shape) * width for shape, width in shapes)
-        gates = 4 * self.n if phase.gated else 0
-        options: dict[str, Any] = {"ranks": phase.ranks, "every_n_layers": self.setting.every_n_layers}
-        return Parts(
+        at, every = self.at(micro_batch), self.setting.every_n_layers
+        shapes = self._shapes(phase.live, phase.ranks)
+        adapters = _bytes(shapes)
+        again = at.recomputed(phase.live, ranks=phase.ranks, every_n_layers=every) if self.setting.checkpointing else 0
+        return PhaseCost(
             weights=self.weights,
-            adapters=adapters,
+            adapters=adapters + phase.copies * _bytes(self._shapes(range(self.n))),
             heads=self.heads,
-            gates=2 * gates,
+            gates=2 * self._omega(phase),
             gradients=adapters + self.heads,
             optimizer=self._optimizer([*shapes, *self.head_shapes]),
-            activations=self.activations(phase, micro_batch) - gates,
-            recomputed=at.recomputed(phase.live, **options) if self.setting.checkpointing else 0,
+            activations=self.activations(phase, micro_batch) - self._omega(phase),
+            recomputed=again,
             workspace=at.largest(phase.live) + self.dequantised,
             overhead=self.setting.overhead,
         )
 
-    def state(self, rank: int | None = None) -> list[int]:
+    def state(self) -> list[int]:
         """(n,) bytes of each adapter's parameters, gradients and optimizer state."""
-        found = []
-        for i in range(self.n):
-            shapes = self.adapter_shapes([i], {} if rank is None else {i: rank})
-            own = sum(math.prod(shape) * width for shape, width in shapes)
-            found.append(2 * own + self._optimizer(shapes))
-        return found
+        return [2 * _bytes(shapes) + self._optimizer(shapes) for shapes in self._pairs]
 
-    def _optimizer(self, shapes: Sequence[tuple[tuple[int, ...], int]]) -> int:
-        return optimizer_bytes(self.setting.optimizer, shapes, momentum=self.setting.momentum)
+    def placements(self, micro_batch: int, *, grows: bool = False) -> PlacementCosts:
+        """Bytes of any set of survivors, as the sum that an exact search works with.
 
-    def deepest(self, k: int) -> tuple[int, ...]:
-        """The k adapters that are called last: the cheapest set."""
-        return tuple(sorted(sorted(range(self.n), key=self._order)[self.n - k :]))
+        Args:
+            micro_batch: examples of a forward pass.
+            grows: survivors take over the parameters of all n.
+        """
+        setting = self.setting
+        costs = placement_costs(
+            self.at(micro_batch), self.state(), base=self.fixed, checkpointing=setting.checkpointing
+        )
+        counts = [sum(math.prod(shape) for shape, _ in shapes) for shapes in self._pairs]
+        return reserved(costs, counts) if grows else costs
 
-    def dearest(self, k: int, block: int = 0) -> tuple[int, ...]:
-        """A set of k adapters of which the lowest lies in a block, as dear as such sets get."""
-        blocks = self.trace.blocks
-        allowed = [i for i in range(self.n) if blocks[i] >= block]
-        first = max((i for i in allowed if blocks[i] == block), key=lambda i: self.trace.kept([i]))
-        # Inputs first: an adapter that shares one costs little more than its h.
-        by_size = sorted((i for i in allowed if i != first), key=lambda i: -sum(self.pieces[i].values()))
-        held, fresh, late = set(self.pieces[first]), list[int](), list[int]()
-        for i in by_size:
-            (late if self._input(i) in held else fresh).append(i)
-            held |= set(self.pieces[i])
-        return tuple(sorted([first, *fresh, *late][:k]))
-
-    def _input(self, index: int) -> int:
-        """The largest storage that an adapter keeps."""
-        return max(self.pieces[index], key=self.pieces[index].__getitem__)
-
-    def _order(self, index: int) -> int:
-        return min((s for s in self.pieces[index] if self.trace.storages[s].ranked), default=0)
+    def under(self, *, checkpointing: bool) -> Estimate:
+        """The same model with blocks checkpointed or not."""
+        other = copy.copy(self)
+        other.setting = replace(self.setting, checkpointing=checkpointing)
+        return other
 
     def largest_micro_batch(self, phase: Phase, memory: int, batch: int) -> int | None:
         """The largest divisor of the effective batch with which a phase fits; None where not even 1 does."""
-        fitting = [m for m in divisors(batch) if self.parts(phase, m).total <= memory]
-        return max(fitting, default=None)
+        return next((m for m in divisors(batch)[::-1] if self.cost(phase, m).total <= memory), None)
 
-    def micro_batches(self, phases: Sequence[Phase], memory: int, batch: int) -> tuple[int, ...]:
-        """The largest micro-batch of each phase.
+    def _shapes(self, live: Iterable[int], ranks: Mapping[int, int] | None = None) -> list[Shaped]:
+        """``(shape, bytes per number)`` of A and B of some adapters."""
+        found: list[Shaped] = []
+        for i in live:
+            ((r, *d_in), a_width), ((d_out, _, *more), b_width) = self._pairs[i]
+            rank = (ranks or {}).get(i, r)
+            found += [((rank, *d_in), a_width), ((d_out, rank, *more), b_width)]
+        return found
 
-        Raises:
-            PlanError: a phase does not fit with a single example.
-        """
-        found = []
-        for phase in phases:
-            size = self.largest_micro_batch(phase, memory, batch)
-            if size is None:
-                needs = self.parts(phase, 1).total
-                raise PlanError(
-                    f"phase {phase.name!r} needs {format_bytes(needs)} with one example per forward pass and"
-                    f" {len(phase.live)} adapters, more than the {format_bytes(memory)} given;"
-                    " `weightlora plan` names what fits"
-                )
-            found.append(size)
-        return tuple(found)
+    def _optimizer(self, shapes: list[Shaped]) -> int:
+        return optimizer_bytes(self.setting.optimizer, shapes)
+
+    def _omega(self, phase: Phase) -> int:
+        return 4 * self.n if phase.gated else 0
 
 
 def divisors(batch: int) -> list[int]:
@@ -230,8 +266,5 @@ def divisors(batch: int) -> list[int]:
     return [m for m in range(1, batch + 1) if batch % m == 0]
 
 
-def _prime(model: nn.Module, length: int) -> int:
-    """A batch size that divides no width of the model and no number made of the length alone."""
-    sizes = {size for p in model.parameters() for size in p.shape} | {length + i for i in (-1, 0, 1)}
-    sizes |= {2 * length + i for i in (-1, 0, 1)}
-    return next((p for p in _PRIMES if not any(size % p == 0 for size in sizes)), _PRIMES[-1])
+def _bytes(shapes: Iterable[Shaped]) -> int:
+    return sum(math.prod(shape) * width for shape, width in shapes)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import random
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -36,6 +37,25 @@ class PeakMemory:
 
     def bytes(self) -> int | None:
         return int(torch.cuda.max_memory_allocated()) if torch.cuda.is_available() else None
+
+
+def step_peak(model: nn.Module, loss: Callable[[], Tensor]) -> int:
+    """Peak of CUDA's allocator over a whole step with AdamW: the second one, for its state exists only after the first.
+
+    Args:
+        model: that is trained, two steps.
+        loss: runs the forward pass of a batch.
+    """
+    gc.collect()
+    torch.cuda.empty_cache()
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad])
+    for _ in range(2):
+        torch.cuda.reset_peak_memory_stats()
+        torch.autograd.backward(loss())
+        optimizer.step()
+        optimizer.zero_grad()
+    torch.cuda.synchronize()
+    return int(torch.cuda.max_memory_allocated())
 
 
 @contextlib.contextmanager

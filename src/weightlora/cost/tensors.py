@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
 from types import MappingProxyType
 
 from torch import Tensor, nn
@@ -23,32 +22,8 @@ OPTIMIZERS: Mapping[str, str] = MappingProxyType(
 )  # fmt: skip
 
 
-@dataclass(frozen=True, kw_only=True)
-class Parts:
-    """Where the bytes of one phase go, at the moment when forward has ended and backward begins.
-
-    ``weights``: frozen parameters and buffers, quantised where asked. ``adapters``, ``heads``: trained parameters.
-    ``gates``: omega and its gradient. ``gradients``, ``optimizer``: of all that trains. ``activations``: what autograd
-    keeps. ``recomputed``: what the largest checkpointed block keeps while backward goes through it. ``workspace``: an
-    estimate for what is alive for a moment (a gradient as large as the largest activation, a dequantised weight).
-    ``overhead``: what a probe measured beyond the prediction.
-    """
-
-    weights: int
-    adapters: int
-    heads: int
-    gates: int
-    gradients: int
-    optimizer: int
-    activations: int
-    recomputed: int
-    workspace: int
-    overhead: int = 0
-
-    @property
-    def total(self) -> int:
-        """All of it."""
-        return sum(asdict(self).values())
+Shaped = tuple[tuple[int, ...], int]
+"""Of a tensor: its shape, and the bytes of each number."""
 
 
 def tensor_bytes(tensors: Sequence[Tensor]) -> int:
@@ -92,12 +67,12 @@ def _quantised(count: int, rows: int, quantization: str) -> int:
     return math.ceil(count / 2) + blocks + 4 * math.ceil(blocks / 256) + 4 * 256 + 4 + code
 
 
-def optimizer_bytes(name: str, shapes: Sequence[tuple[tuple[int, ...], int]], *, momentum: bool = False) -> int:
+def optimizer_bytes(name: str, shapes: Sequence[Shaped], *, momentum: bool = False) -> int:
     """Bytes of an optimizer's state after its first step.
 
     Args:
         name: as in ``TrainingArguments.optim``.
-        shapes: ``(shape, bytes per number)`` of each trained tensor.
+        shapes: of each trained tensor.
         momentum: of SGD.
 
     "adamw_*": two moments in the tensor's dtype and a float32 step; 8-bit: one byte each where a tensor has 4,096
@@ -123,23 +98,6 @@ def _state(kind: str, shape: tuple[int, ...], width: int, momentum: bool) -> int
     return count * width if kind == "sgd" and momentum else 0
 
 
-def trained(model: nn.Module) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
-    """The trained parameters in adapters, and those outside."""
-    inside: list[nn.Parameter] = []
-    outside: list[nn.Parameter] = []
-    for name, parameter in model.named_parameters():
-        if parameter.requires_grad:
-            (inside if "lora_" in name else outside).append(parameter)
-    return inside, outside
-
-
-def shapes_of(parameters: Sequence[Tensor]) -> list[tuple[tuple[int, ...], int]]:
-    """``(shape, bytes per number)`` of each."""
-    return [(tuple(p.shape), p.element_size()) for p in parameters]
-
-
-def check_names(optimizer: str, quantization: str | None) -> None:
-    """Raise ConfigError for an unknown optimizer or quantisation."""
-    optimizer_bytes(optimizer, [])
-    if quantization not in (None, *QUANTIZATIONS):
-        raise ConfigError(f"the quantisation {quantization!r} is unknown; use one of {', '.join(QUANTIZATIONS)}")
+def shapes_of(tensors: Sequence[Tensor]) -> list[Shaped]:
+    """The shape and the bytes per number of each."""
+    return [(tuple(t.shape), t.element_size()) for t in tensors]

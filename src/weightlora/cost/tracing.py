@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from functools import partial, reduce
+from operator import or_
 from typing import Any
 
 import torch
@@ -168,11 +170,16 @@ class _Recorder:
         handles: list[Any] = []
         try:
             for path, module in base_of(self.model).named_modules():
-                handles += self._watch_module(path, module)
+                handles += _around(module, partial(self.stack.append, path), self.stack.pop)
             for index, layer in enumerate(self.layers):
-                handles += self._watch_adapter(index, layer)
+                # While a layer's base runs, nobody owns what is saved but the base itself.
+                handles += _around(layer, partial(self._own, index), partial(self._own, -1))
+                handles += _around(layer.get_base_layer(), partial(self._own, -1), partial(self._own, index))
+                # PEFT's own forward goes through it.
+                handles.append(layer.lora_A[self.name].register_forward_hook(lambda _m, _i, h: self.note_ranked(h)))
             for index, (_, module) in enumerate(self.units):
-                handles += self._watch_unit(index, module)
+                handles.append(module.register_forward_pre_hook(partial(self._enter, index)))
+                handles.append(module.register_forward_hook(self._leave))
             for table in _embeddings(self.model):
                 handles.append(table.register_forward_hook(self._require_grad))
             with torch.autograd.graph.saved_tensors_hooks(self._pack, self._unpack):
@@ -181,39 +188,16 @@ class _Recorder:
             for handle in handles:
                 handle.remove()
 
-    def _watch_module(self, path: str, module: nn.Module) -> list[Any]:
-        return [
-            module.register_forward_pre_hook(lambda *_: self.stack.append(path)),
-            module.register_forward_hook(lambda *_: self._pop()),
-        ]
-
-    def _pop(self) -> None:
-        self.stack.pop()
-
-    def _set_owner(self, owner: int) -> None:
+    def _own(self, owner: int) -> None:
         self.owner = owner
 
-    def _watch_adapter(self, index: int, layer: Any) -> list[Any]:
-        base = layer.get_base_layer()
-        down: Any = layer.lora_A[self.name]
-        return [
-            layer.register_forward_pre_hook(lambda *_: self._set_owner(index)),
-            base.register_forward_pre_hook(lambda *_: self._set_owner(-1)),
-            base.register_forward_hook(lambda *_: self._set_owner(index)),
-            layer.register_forward_hook(lambda *_: self._set_owner(-1)),
-            down.register_forward_hook(lambda _m, _i, h: self.note_ranked(h)),  # PEFT's own forward goes through it
-        ]
+    def _enter(self, index: int, _module: nn.Module, args: tuple[Any, ...]) -> None:
+        self.unit = index
+        # What a checkpoint saves are the positional arguments.
+        self.unit_inputs[index] = [self._storage(arg) for arg in args if isinstance(arg, Tensor)]
 
-    def _watch_unit(self, index: int, module: nn.Module) -> list[Any]:
-        def enter(_module: nn.Module, args: tuple[Any, ...]) -> None:
-            self.unit = index
-            # What a checkpoint saves are the positional arguments.
-            self.unit_inputs[index] = [self._storage(arg) for arg in args if isinstance(arg, Tensor)]
-
-        def leave(*_: Any) -> None:
-            self.unit = -1
-
-        return [module.register_forward_pre_hook(enter), module.register_forward_hook(leave)]
+    def _leave(self, *_: Any) -> None:
+        self.unit = -1
 
     def _require_grad(self, _module: nn.Module, _args: Any, out: Tensor) -> None:
         if out.grad_fn is None:
@@ -272,11 +256,16 @@ class _Recorder:
         return self.opened
 
 
+def _around(module: nn.Module, before: Callable[[], Any], after: Callable[[], Any]) -> list[Any]:
+    """Hooks that look at nothing. They hand back None, so that they change nothing either."""
+    return [
+        module.register_forward_pre_hook(lambda *_: (before(), None)[1]),
+        module.register_forward_hook(lambda *_: (after(), None)[1]),
+    ]
+
+
 def _union(masks: Iterable[int]) -> int:
-    found = 0
-    for mask in masks:
-        found |= mask
-    return found
+    return reduce(or_, masks, 0)
 
 
 def _bottom_up(root: Any) -> Iterator[Any]:

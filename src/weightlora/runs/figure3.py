@@ -12,12 +12,13 @@ from pathlib import Path
 from typing import Any
 
 from weightlora.core import parse_bytes
+from weightlora.cost import Estimate, Phase
 from weightlora.errors import ConfigError
 from weightlora.files import write_text
 from weightlora.runs.build import build, make_trainer
 from weightlora.runs.config import RunConfig
 from weightlora.runs.record import collect_versions, machine
-from weightlora.training.budget import RunBytes
+from weightlora.training.budget import estimate_of, longest_rows
 
 CURVE = "memory.json"
 PICTURE = "memory.png"
@@ -94,11 +95,11 @@ def memory_curve(
             trainer = make_trainer(parts, run, Path(scratch), [])
             size = trainer.args.per_device_train_batch_size
             for path, stock in (("ours", False), ("stock", True)):
-                found = RunBytes(trainer, stock=stock)
+                found = estimate_of(trainer, stock=stock)
                 records += _points(found, config, {"path": path, "rank": rank}, size)
-                say(f"rank {rank}, {'PEFT' if stock else 'ours'}: {len(found.state)} adapters counted")
-        facts = {"n_adapters": len(found.state), "micro_batch": size, "fixed_bytes": found.fixed}
-        facts["length"] = max(len(row["input_ids"]) for row in found.rows)
+                say(f"rank {rank}, {'PEFT' if stock else 'ours'}: {found.n} adapters counted")
+        facts = {"n_adapters": found.n, "micro_batch": size, "fixed_bytes": found.fixed}
+        facts["length"] = max(len(row["input_ids"]) for row in longest_rows(trainer))
     data = {
         "task": config.run.task, "model": config.run.model, "seed": config.run.seed, **facts,
         "limit_bytes": None if config.limit is None else parse_bytes(config.limit), "records": records,
@@ -109,15 +110,17 @@ def memory_curve(
     return data
 
 
-def _points(found: RunBytes, config: CurveConfig, about: dict[str, Any], size: int) -> list[dict[str, Any]]:
-    n = len(found.state)
+def _points(found: Estimate, config: CurveConfig, about: dict[str, Any], size: int) -> list[dict[str, Any]]:
+    n, state = found.n, found.state()
     orders = {"deepest": list(range(n))[::-1], "random": random.Random(config.run.seed).sample(range(n), n)}
-    return [
-        {
-            **about, "order": order, "k": k, "kept_activation_bytes": found.kept(sequence[:k], size),
-            "adapter_state_bytes": sum(found.state[i] for i in sequence[:k]),
-            "total_bytes": found.total(sequence[:k], size),
-        }
-        for order, sequence in orders.items()
-        for k in counts(n, config.points)
-    ]  # fmt: skip
+    points = []
+    for order, sequence in orders.items():
+        for k in counts(n, config.points):
+            cost = found.cost(Phase(name="final", live=tuple(sequence[:k])), size)
+            points.append(
+                {
+                    **about, "order": order, "k": k, "kept_activation_bytes": cost.activations + cost.recomputed,
+                    "adapter_state_bytes": sum(state[i] for i in sequence[:k]), "total_bytes": cost.held,
+                }
+            )  # fmt: skip
+    return points

@@ -26,7 +26,7 @@ from weightlora.graft import (
 from weightlora.methods import Method, Policy
 from weightlora.training import checkpoint
 from weightlora.training.borrowed import borrowed
-from weightlora.training.budget import plan
+from weightlora.training.budget import allow
 from weightlora.training.callback import SeamCallback
 from weightlora.training.driver import Driver
 from weightlora.training.finite import naming_the_last_good
@@ -163,11 +163,11 @@ class _Fit:
             to_device(trainer)
         tensors, begun = self._begin(resume, overwrite)
         held_out = hold_out(trainer, method.held_out_batches)
-        planned = plan(trainer, method, micro_batches, stock=engine == "stock")
-        self.batches = [split_batch(trainer, size) for size in planned.micro_batches]
+        allowed = allow(trainer, method, micro_batches, stock=engine == "stock")
+        self.batches = [split_batch(trainer, size) for size in allowed.micro_batches]
         self.max_steps = planned_steps(trainer)
         model: Any = trainer.model
-        self.driver = Driver(model, method, self.max_steps, engine=engine, held_out=held_out, budget=planned.budget)
+        self.driver = Driver(model, method, self.max_steps, engine=engine, held_out=held_out, budget=allowed.budget)
         if trainer.optimizer is not None and self.driver.seam is not None:
             check_groups(torch_optimizer(trainer.optimizer))
         self.order = DataOrder(trainer)

@@ -79,11 +79,8 @@ def measure_step(trainer: Trainer) -> StepCost | None:
     Raises:
         AdapterError: something failed on the way.
     """
-    with counting(), undisturbed(trainer):
-        loss = _first_loss(trainer)
-        if loss is None:
-            return None
-        return step_cost(trainer.model, loss)  # type: ignore[arg-type]
+    with first_loss(trainer) as loss:
+        return None if loss is None else step_cost(trainer.model, loss)  # type: ignore[arg-type]
 
 
 def trace_step(trainer: Trainer, *, stock: bool = False) -> ActivationTrace | None:
@@ -95,8 +92,7 @@ def trace_step(trainer: Trainer, *, stock: bool = False) -> ActivationTrace | No
     own = own_code(trainer)
     if own is not None:
         raise AdapterError(f"{own} is called by training alone")
-    with counting(), undisturbed(trainer):
-        loss = _first_loss(trainer)
+    with first_loss(trainer) as loss:
         return None if loss is None else trace(trainer.model, loss, stock=stock)  # type: ignore[arg-type]
 
 
@@ -114,15 +110,21 @@ def first_batch(trainer: Trainer) -> Any:
         return next(iter(loader), None)
 
 
-def _first_loss(trainer: Trainer) -> Callable[[], Any] | None:
-    """The loss of the first micro-batch of training, as training computes it."""
-    batch = first_batch(trainer)
-    if batch is None:
-        return None
-    model: Any = trainer.model
-    model.train()
-    inputs = trainer._prepare_inputs(batch)
-    return lambda: loss_of(trainer, inputs)
+@contextlib.contextmanager
+def first_loss(trainer: Trainer) -> Iterator[Callable[[], Any] | None]:
+    """The loss of the first micro-batch of training, as training computes it, for a count alone. None without a batch.
+
+    Raises:
+        AdapterError: something failed inside; everything is given back then, too.
+    """
+    with counting(), undisturbed(trainer):
+        batch, model = first_batch(trainer), trainer.model
+        if batch is None:
+            yield None
+            return
+        model.train()  # type: ignore[union-attr]
+        inputs = trainer._prepare_inputs(batch)
+        yield lambda: loss_of(trainer, inputs)
 
 
 def loss_of(trainer: Trainer, inputs: Mapping[str, Any]) -> Any:
@@ -135,13 +137,18 @@ def loss_of(trainer: Trainer, inputs: Mapping[str, Any]) -> Any:
 
 def checkpoint_as_in_training(trainer: Trainer) -> None:
     """Switch gradient checkpointing on with the arguments of now, as ``train`` will: what is measured is what runs."""
+    settings, model = checkpointing_settings(trainer), trainer.model
+    if settings is not None:
+        layers = {key: settings.pop(key) for key in ("every_n_layers", "offload") if key in settings}
+        checkpoint_blocks(model, settings or None, **layers)  # type: ignore[arg-type]
+
+
+def checkpointing_settings(trainer: Trainer) -> dict[str, Any] | None:
+    """What the arguments say of gradient checkpointing, by either name that Transformers has for it; None: off."""
     args: Any = trainer.args
-    model: Any = trainer.model
     if not getattr(args, "activation_checkpointing", args.gradient_checkpointing):
-        return
-    settings = dict(getattr(args, "activation_checkpointing_kwargs", None) or args.gradient_checkpointing_kwargs or {})
-    layers = {key: settings.pop(key) for key in ("every_n_layers", "offload") if key in settings}
-    checkpoint_blocks(model, settings or None, **layers)
+        return None
+    return dict(getattr(args, "activation_checkpointing_kwargs", None) or args.gradient_checkpointing_kwargs or {})
 
 
 def use_batch(trainer: Trainer, split: tuple[int, int] | None) -> None:

@@ -2,18 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import peft
 import torch
-from torch import Tensor, nn
 
-from weightlora.cost.tensors import QUANTIZATIONS, check_names
+from weightlora.cost.tensors import QUANTIZATIONS, optimizer_bytes
 from weightlora.errors import ConfigError
-from weightlora.runs.build import TASK_TYPES, match_targets
-from weightlora.tasks.skeletons import HEADS, Skeleton, skeleton
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -23,7 +18,7 @@ class PlanConfig:
     """What is planned.
 
     Args:
-        model: a name that :func:`weightlora.tasks.skeletons.skeleton` knows, a hub name, a folder, a config file.
+        model: a name that whoever builds the model knows, a hub name, a folder, a config file.
         head, num_labels: what is on top; None: what the config says.
         targets: "all-linear", "attention", or endings of module names, comma-separated.
         r: rank of every adapter. k: adapters that survive, a count or a share.
@@ -70,12 +65,15 @@ class PlanConfig:
             raise ConfigError(f"k={self.k} is not allowed; use a count of 1 or more, or a share such as 0.25")
         if not 0 <= self.dropout < 1:
             raise ConfigError(f"dropout={self.dropout} is not allowed; use 0 or more and less than 1")
-        choices = {"dtype": (None, *DTYPES), "head": (None, *HEADS), "device": ("cuda", "cpu")}
+        choices = {"dtype": (None, *DTYPES), "device": ("cuda", "cpu")}
         for name, allowed in choices.items():
             if getattr(self, name) not in allowed:
                 known = ", ".join(value for value in allowed if value)
                 raise ConfigError(f"{name}={getattr(self, name)!r} is unknown; use {known}")
-        check_names(self.optimizer, self.quantization)
+        optimizer_bytes(self.optimizer, [])  # refuses what it does not know
+        if self.quantization not in (None, *QUANTIZATIONS):
+            known = ", ".join(QUANTIZATIONS)
+            raise ConfigError(f"the quantisation {self.quantization!r} is unknown; use one of {known}")
 
 
 def changes_of(config: PlanConfig, dtype: torch.dtype) -> list[dict[str, Any]]:
@@ -99,41 +97,7 @@ def changes_of(config: PlanConfig, dtype: torch.dtype) -> list[dict[str, Any]]:
 
 
 def flag(name: str, value: Any) -> str:
+    """A change as it is written on the command line."""
     if isinstance(value, bool):
         return f"--{name}" if value else f"no --{name}"
     return f"--{name} {value}"
-
-
-def adapted(config: PlanConfig, device: str = "meta") -> tuple[Skeleton, nn.Module]:
-    """The model of a plan with an adapter on each target.
-
-    Raises:
-        ConfigError, AdapterError: the model or its targets are not there.
-    """
-    bones = skeleton(
-        config.model,
-        dtype=DTYPES[config.dtype] if config.dtype else None,
-        head=config.head,  # type: ignore[arg-type]  # checked by the configuration
-        num_labels=config.num_labels,
-        device=device,
-    )
-    lora = peft.LoraConfig(
-        task_type=TASK_TYPES[bones.head],
-        r=config.r,
-        lora_alpha=config.r,
-        lora_dropout=config.dropout,
-        target_modules=match_targets(config.targets, bones.linear_targets, bones.attention_targets),
-        modules_to_save=list(bones.heads) or None,
-    )
-    return bones, peft.get_peft_model(bones.model, lora).train()
-
-
-def loss_of(model: nn.Module, batch: Mapping[str, Tensor], on: bool, device: str = "cpu") -> Callable[[], Tensor]:
-    """The forward pass of a batch, under bfloat16 autocast where `on`."""
-
-    def loss() -> Tensor:
-        with torch.autocast(device, torch.bfloat16, enabled=on):
-            found: Tensor = model(**batch).loss
-            return found
-
-    return loss

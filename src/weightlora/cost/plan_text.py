@@ -5,10 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from weightlora.core import format_bytes
-from weightlora.cost.tensors import Parts
-from weightlora.runs.plan import PhasePlan, Plan
+from weightlora.cost.plan import OUTSIDE, Plan
 
-# Field of `Parts`: how it is called.
+# Field of `PhaseCost`: how it is called.
 _PARTS = {
     "weights": "weights, frozen",
     "adapters": "adapter parameters",
@@ -66,7 +65,7 @@ def _examples(count: int) -> str:
 
 
 def _phase_rows(plan: Plan) -> list[tuple[str, ...]]:
-    phases: tuple[PhasePlan, PhasePlan] = plan.warmup, plan.final
+    phases = plan.warmup, plan.final
     rows: list[tuple[str, ...]] = [
         ("", f"warm-up: all {plan.n}", f"final: {plan.k} of {plan.n}, the dearest"),
         ("lowest adapter in", *(phase.lowest for phase in phases)),
@@ -74,18 +73,14 @@ def _phase_rows(plan: Plan) -> list[tuple[str, ...]]:
         ("trained numbers", *(f"{phase.trainable_params:,}" for phase in phases)),
     ]
     for field, name in _PARTS.items():
-        sizes = [_field(phase.parts, field) for phase in phases]
+        sizes = [int(getattr(phase.parts, field)) for phase in phases]
         if any(sizes):
             rows.append((name, *(format_bytes(size) for size in sizes)))
         if field == "activations":
-            last = [phase.layers.get("logits and loss", 0) for phase in phases]
+            last = [phase.layers.get(OUTSIDE, 0) for phase in phases]
             rows.append(("  of that logits and loss", *(format_bytes(size) for size in last)))
     rows.append(("total", *(format_bytes(phase.total) for phase in phases)))
     return rows
-
-
-def _field(parts: Parts, name: str) -> int:
-    return int(getattr(parts, name))
 
 
 def _k_rows(plan: Plan) -> list[tuple[str, ...]]:
