@@ -18,8 +18,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import EarlyStoppingCallback, PretrainedConfig, PreTrainedModel, Trainer, TrainerCallback
 from transformers.modeling_outputs import SequenceClassifierOutput
 
-from weightlora.cost.measure import isolated_rng
-from weightlora.graft import trace
+from weightlora.cost import isolated_rng, trace
 from weightlora.methods import LoRA, WeightLoRA
 from weightlora.training import fit
 

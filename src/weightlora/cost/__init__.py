@@ -3,7 +3,7 @@
 from weightlora.core import PlacementCosts
 from weightlora.cost.activations import ActivationTrace, Storage
 from weightlora.cost.estimate import Estimate, Phase, PhaseCost, Setting, Traced, divisors
-from weightlora.cost.measure import Kept, PeakMemory, StepCost, counting, isolated_rng, kept_bytes, step_cost
+from weightlora.cost.measure import KeptTensors, PeakMemory, StepCost, counting, isolated_rng, kept_bytes, step_cost
 from weightlora.cost.operations import operations
 from weightlora.cost.placements import placement_costs
 from weightlora.cost.plan import Plan, Planner
@@ -13,7 +13,7 @@ from weightlora.cost.tracing import trace
 __all__ = [
     "ActivationTrace",
     "Estimate",
-    "Kept",
+    "KeptTensors",
     "PeakMemory",
     "Phase",
     "PhaseCost",

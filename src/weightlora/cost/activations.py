@@ -137,10 +137,10 @@ class ActivationTrace:
         """Bytes of the largest single piece that is kept anywhere, recomputed or not."""
         return max(self.sizes(live).values(), default=0)
 
-    def pieces(self, index: int, ranks: Mapping[int, int] | None = None) -> dict[int, int]:
+    def pieces(self, index: int) -> dict[int, int]:
         """Bytes of each storage that one adapter keeps for itself, by the storage's index."""
         return {
-            number: self._size(storage, ranks)
+            number: storage.size
             for number, storage in enumerate(self.storages)
             if storage.size and any(owner == index for owner, _, _ in storage.uses)
         }

@@ -87,7 +87,7 @@ def isolated_rng() -> Iterator[None]:
             np.random.set_state(numpy)
 
 
-class Kept:
+class KeptTensors:
     """Counts what autograd holds, each storage once, the model's parameters and buffers excluded.
 
     Args:
@@ -126,7 +126,7 @@ def kept_bytes(model: nn.Module, loss: Callable[[], Tensor]) -> int:
 @contextlib.contextmanager
 def _forward(model: nn.Module, loss: Callable[[], Tensor]) -> Iterator[tuple[int, Tensor]]:
     """Bytes that autograd holds at the end of a forward pass, and the loss; its graph lives as long as the context."""
-    kept = Kept(model)
+    kept = KeptTensors(model)
     try:
         with kept.hooks():
             value = loss()

@@ -17,40 +17,32 @@ def placement_costs(
     state: Sequence[int] | None = None,
     *,
     base: int = 0,
-    ranks: Mapping[int, int] | None = None,
     checkpointing: bool = False,
-    by_adapter: bool = False,
 ) -> PlacementCosts:
     """What placements cost, so that ``floor[lowest level] + sum of own + sum of group_bytes`` is never too little.
 
-    Levels are in order of execution (an encoder lies below its decoder). The sum is what is kept, but for what the
-    lowest level itself decides: with only the value projection of a block alive, the base keeps less of that block than
-    with its query.
+    Levels are in order of execution (an encoder lies below its decoder); adapters that read one input in one block
+    share theirs. The sum is what is kept, but for what the lowest level itself decides: with only the value projection
+    of a block alive, the base keeps less of that block than with its query.
 
     Args:
         trace: of the model with every adapter live.
         state: (n,) bytes of each adapter's parameters, gradients and optimizer state.
         base: bytes of everything that does not depend on the placement; they go into every floor.
-        ranks: of adapters whose rank is not the traced one.
         checkpointing: what blocks compute anew in backward is in the floor, with all that could live there.
-        by_adapter: every adapter is a level of its own, which is closer and more to search; otherwise those that read
-            one input in one block share theirs.
     """
     n = len(trace.adapters)
     own = list(state or [0] * n)
-    pieces = [trace.pieces(i, ranks) for i in trace.every]
+    pieces = [trace.pieces(i) for i in trace.every]
     main = [max((s for s in mine if not trace.storages[s].ranked), key=mine.__getitem__, default=-1) for mine in pieces]
-    depth = _levels(trace, pieces, main, by_adapter)
+    depth = _levels(trace, pieces, main)
     levels = range(max(depth) + 1)
     above = [[i for i in trace.every if depth[i] >= level] for level in levels]
     inputs = sorted({m for m in main if m >= 0})
     # An adapter without an input of its own to keep is a group by itself, which costs nothing.
     group = tuple(inputs.index(m) if m >= 0 else len(inputs) for m in main)
     if checkpointing:
-        floor = tuple(
-            base + trace.kept(live, ranks=ranks, checkpointing=True) + trace.recomputed(live, ranks=ranks)
-            for live in above
-        )
+        floor = tuple(base + trace.kept(live, checkpointing=True) + trace.recomputed(live) for live in above)
         return _costs(depth, own, group, (0,) * (len(inputs) + 1), floor)
 
     users = Counter(storage for mine in pieces for storage in mine)
@@ -121,14 +113,12 @@ def _costs(
     return PlacementCosts(depth=depth, own=tuple(own), group=group, group_bytes=sizes, floor=falling)
 
 
-def _levels(
-    trace: ActivationTrace, pieces: Sequence[Mapping[int, int]], main: Sequence[int], by_adapter: bool
-) -> tuple[int, ...]:
+def _levels(trace: ActivationTrace, pieces: Sequence[Mapping[int, int]], main: Sequence[int]) -> tuple[int, ...]:
     """The level of each adapter, in order of the first call of each level."""
     called = [min((s for s in mine if trace.storages[s].ranked), default=0) for mine in pieces]
     unit = [trace.storages[storage].uses[0][2] for storage in called]
-    keys = [(i,) if by_adapter else (main[i], unit[i]) for i in trace.every]
-    first: dict[tuple[int, ...], int] = {}
+    keys = [(main[i], unit[i]) for i in trace.every]
+    first: dict[tuple[int, int], int] = {}
     for i in sorted(trace.every, key=called.__getitem__):
         first.setdefault(keys[i], len(first))
     return tuple(first[key] for key in keys)

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import astuple
 
 from weightlora.core import format_bytes
-from weightlora.cost.plan import OUTSIDE, Plan
+from weightlora.cost.plan import OUTSIDE, KCost, Plan, RankCost
 
 # Field of `PhaseCost`: how it is called.
 _PARTS = {
@@ -25,6 +26,7 @@ _PARTS = {
 def plan_text(plan: Plan, layers: bool = False) -> str:
     """What the plan says, in lines of at most about a hundred characters; `layers`: also what each block keeps."""
     config, final = plan.config, plan.final
+    first = plan.by_lowest[0][0] if config.lowest is None else final.lowest
     bits = [plan.dtype, *([config.quantization] if config.quantization else [])]
     bits += ["bf16 autocast"] if config.autocast else []
     bits += ["checkpointing"] if config.checkpointing else []
@@ -38,10 +40,10 @@ def plan_text(plan: Plan, layers: bool = False) -> str:
         "",
         f"What each K costs with {_examples(final.micro_batch)} per forward pass"
         + (", and the largest micro-batch that fits" if plan.memory else ""),
-        *_table(_k_rows(plan)),
+        *_table(_cost_rows(plan, plan.by_k, ("K", "the deepest K", f"down to {first}"), ("deepest", "lowest"))),
         "",
         f"What each rank costs, with all {plan.n} and with {plan.k} of them",
-        *_table(_r_rows(plan)),
+        *_table(_cost_rows(plan, plan.by_r, ("r", "warm-up", "final"), ("warm-up", "final"))),
         "",
         f"What the lowest of {plan.k} survivors costs: nothing below it keeps anything",
         *_table([("lowest in", "total"), *((name, format_bytes(size)) for name, size in plan.by_lowest)]),
@@ -83,34 +85,16 @@ def _phase_rows(plan: Plan) -> list[tuple[str, ...]]:
     return rows
 
 
-def _k_rows(plan: Plan) -> list[tuple[str, ...]]:
-    first = plan.by_lowest[0][0] if plan.config.lowest is None else plan.final.lowest
-    head: tuple[str, ...] = ("K", "the deepest K", f"down to {first}")
-    if plan.memory is None:
-        return [head, *((str(r.k), format_bytes(r.deepest), format_bytes(r.dearest)) for r in plan.by_k)]
-    rows = [
-        (
-            str(r.k),
-            format_bytes(r.deepest),
-            format_bytes(r.dearest),
-            str(r.deepest_micro_batch or "none"),
-            str(r.dearest_micro_batch or "none"),
-        )
-        for r in plan.by_k
-    ]
-    return [(*head, "micro-batch, deepest", "micro-batch, lowest"), *rows]
-
-
-def _r_rows(plan: Plan) -> list[tuple[str, ...]]:
-    head: tuple[str, ...] = ("r", "warm-up", "final")
-    rows = [(str(row.r), format_bytes(row.warmup), format_bytes(row.final)) for row in plan.by_r]
-    if plan.memory is None:
-        return [head, *rows]
-    fits = [(str(row.warmup_micro_batch or "none"), str(row.final_micro_batch or "none")) for row in plan.by_r]
-    return [
-        (*head, "micro-batch, warm-up", "micro-batch, final"),
-        *((*row, *fit) for row, fit in zip(rows, fits, strict=True)),
-    ]
+def _cost_rows(
+    plan: Plan, costs: Sequence[KCost | RankCost], head: tuple[str, ...], fits: tuple[str, ...]
+) -> list[tuple[str, ...]]:
+    """One line per K or rank: two totals, and with a limit of memory the two micro-batches that fit."""
+    rows = [head if plan.memory is None else (*head, *(f"micro-batch, {which}" for which in fits))]
+    for cost in costs:
+        number, low, high, *sizes = astuple(cost)
+        line = (str(number), format_bytes(low), format_bytes(high))
+        rows.append(line if plan.memory is None else (*line, *(str(size or "none") for size in sizes)))
+    return rows
 
 
 def _table(rows: Sequence[Sequence[str]]) -> list[str]:

@@ -43,7 +43,7 @@ class Kept:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Phase:
+class PhaseRecord:
     """What one phase (a stretch of training in which no tensor changes shape) did and cost.
 
     Args:
@@ -127,7 +127,7 @@ class Record:
         scored_on: the rows behind ``metrics``: ``split`` ("validation", or "train" for training rows that were held
             out, by ``split_seed`` and the share ``holdout`` if one was asked for) and ``rows``; ``also_trained_on``:
             how many of them have the texts of training rows, if any; ``checkpoint``: "best" where they chose it.
-        predicted: ``{phase name: {field of Phase: number}}``, from one traced forward before the first step.
+        predicted: ``{phase name: {field of PhaseRecord: number}}``, from one traced forward before the first step.
         placement: where a budget decided what lives: its kind, the budget, what the survivors cost, the lowest level
             they reach, their importance, the micro-batch. Empty where a count decided.
 
@@ -150,7 +150,7 @@ class Record:
     trainable_params: dict[str, int]
     metrics: dict[str, float]
     metric: str
-    phases: tuple[Phase, ...]
+    phases: tuple[PhaseRecord, ...]
     seam_step: int | None
     max_steps: int | None
     why: str
@@ -217,12 +217,12 @@ class Record:
         return self if metric is None else dataclasses.replace(self, metric=metric)
 
     @property
-    def first_phase(self) -> Phase | None:
+    def first_phase(self) -> PhaseRecord | None:
         """The phase before the seam, or the only one."""
         return self.phases[0] if self.phases else None
 
     @property
-    def final_phase(self) -> Phase | None:
+    def final_phase(self) -> PhaseRecord | None:
         """The phase after the last seam, or the only one."""
         return self.phases[-1] if self.phases else None
 

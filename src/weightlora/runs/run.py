@@ -34,7 +34,7 @@ from weightlora.runs.outcome import (
     write_result,
 )
 from weightlora.runs.progress import Progress
-from weightlora.runs.record import AdapterScore, Kept, Phase, Record, collect_versions, machine
+from weightlora.runs.record import AdapterScore, Kept, PhaseRecord, Record, collect_versions, machine
 from weightlora.runs.together import follows
 from weightlora.training import FitResult, fit
 from weightlora.training.checkpoint import begun_steps
@@ -313,7 +313,7 @@ def _first_record(parts: Parts, config: RunConfig, argv: Sequence[str]) -> Recor
 
 def _last_record(record: Record, parts: Parts, result: FitResult, metrics: dict[str, float]) -> Record:
     selection = result.selection
-    phases = tuple(Phase(**vars(phase)) for phase in result.phases)
+    phases = tuple(PhaseRecord(**vars(phase)) for phase in result.phases)
     return replace(
         record,
         status="ok",

@@ -11,7 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 from transformers import Trainer
 
-from weightlora.cost.measure import Kept, StepCost, counting
+from weightlora.cost.measure import KeptTensors, StepCost, counting
 from weightlora.errors import AdapterError
 
 log = logging.getLogger("weightlora")
@@ -45,7 +45,7 @@ def first_step(trainer: Trainer) -> Iterator[Observed]:
 
             def observed_loss(*args: Any, **kwargs: Any) -> Any:
                 own()
-                operations, kept = stack.enter_context(_Operations()), Kept(trainer.model)  # type: ignore[arg-type]
+                operations, kept = stack.enter_context(_Operations()), KeptTensors(trainer.model)  # type: ignore[arg-type]
                 stack.callback(kept.let_go)
                 with kept.hooks():
                     value = loss(*args, **kwargs)

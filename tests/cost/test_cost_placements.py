@@ -20,8 +20,8 @@ def traced(family: str) -> ActivationTrace:
 
 
 @cache
-def priced(family: str, checkpointing: bool, by_adapter: bool) -> PlacementCosts:
-    return placement_costs(traced(family), checkpointing=checkpointing, by_adapter=by_adapter)
+def priced(family: str, checkpointing: bool) -> PlacementCosts:
+    return placement_costs(traced(family), checkpointing=checkpointing)
 
 
 def cost(costs: PlacementCosts, live: set[int]) -> int:
@@ -33,13 +33,12 @@ def true(found: ActivationTrace, live: set[int], checkpointing: bool) -> int:
     return found.kept(live, checkpointing=checkpointing) + (found.recomputed(live) if checkpointing else 0)
 
 
-@pytest.mark.parametrize("by_adapter", [False, True])
 @pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.parametrize("family", FAMILIES)
 @settings(max_examples=60, deadline=None, derandomize=True)
 @given(data=st.data())
-def test_never_too_little(family: str, checkpointing: bool, by_adapter: bool, data: st.DataObject) -> None:
-    found, costs = traced(family), priced(family, checkpointing, by_adapter)
+def test_never_too_little(family: str, checkpointing: bool, data: st.DataObject) -> None:
+    found, costs = traced(family), priced(family, checkpointing)
     n = len(found.adapters)
     live = data.draw(st.sets(st.integers(0, n - 1), min_size=1, max_size=n))
     assert cost(costs, live) >= true(found, live, checkpointing)
@@ -48,7 +47,7 @@ def test_never_too_little(family: str, checkpointing: bool, by_adapter: bool, da
 @pytest.mark.parametrize("family", FAMILIES)
 def test_exact_for_whole_levels(family: str) -> None:
     """With every adapter from some level upwards alive, nothing is left to estimate."""
-    found, costs = traced(family), priced(family, False, False)
+    found, costs = traced(family), priced(family, False)
     for level in range(len(costs.floor)):
         live = {i for i, depth in enumerate(costs.depth) if depth >= level}
         excess = cost(costs, live) / found.kept(live) - 1
@@ -58,7 +57,7 @@ def test_exact_for_whole_levels(family: str) -> None:
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_shapes_and_order(family: str) -> None:
-    found, costs = traced(family), priced(family, False, False)
+    found, costs = traced(family), priced(family, False)
     n = len(found.adapters)
     assert len(costs.depth) == len(costs.own) == len(costs.group) == n
     assert set(costs.depth) == set(range(len(costs.floor)))
@@ -71,7 +70,7 @@ def test_shapes_and_order(family: str) -> None:
 
 
 def test_state_and_base_are_added() -> None:
-    found, plain = traced("bert"), priced("bert", False, False)
+    found, plain = traced("bert"), priced("bert", False)
     state = list(range(100, 100 + len(found.adapters)))
     more = placement_costs(found, state, base=1000)
     assert [b - a for a, b in zip(plain.own, more.own, strict=True)] == state
@@ -79,7 +78,7 @@ def test_state_and_base_are_added() -> None:
 
 
 def test_an_encoder_lies_below_its_decoder() -> None:
-    found, costs = traced("bart"), priced("bart", False, False)
+    found, costs = traced("bart"), priced("bart", False)
     encoder = [costs.depth[i] for i, a in enumerate(found.adapters) if ".encoder." in a.name]
     decoder = [costs.depth[i] for i, a in enumerate(found.adapters) if ".decoder." in a.name]
     assert max(encoder) < min(decoder)
