@@ -27,10 +27,11 @@ import matplotlib
 from scipy import stats
 
 from adapter_path import write
-from weightlora.runs.config import RunConfig
-from weightlora.runs.jobs import Job, execute, on_training_rows, run_name
 from weightlora.runs.record import Record
 from weightlora.runs.run import RECORD, finished
+from weightlora.runs.spec import RunSpec
+from weightlora.study.grid import on_training_rows
+from weightlora.study.jobs import Job, execute, run_name
 
 matplotlib.use("agg")
 from matplotlib import pyplot
@@ -39,7 +40,6 @@ RESULTS = Path(__file__).parent / "results" / "evidence.json"
 CHOSEN_ON = ("sst2", "stsb", "mrpc")
 CONFIRMED_ON = ("qqp", "mnli")  # looked at once, after the rules were settled
 RATES = (3e-3, 1e-3, 3e-4)
-HOLDOUT = 0.1
 SEEDS = (0, 1, 2, 3, 4)
 TRAINING = {
     "max_steps": 300,
@@ -82,17 +82,16 @@ def label(row: Row) -> str:
     return name + (f" {variant}" if variant else "") + (f", K={k}" if k else "") + f", r={rank}"
 
 
-def config(task: str, data_dir: str, row: Row, rate: float, seed: int) -> RunConfig:
+def config(task: str, data_dir: str, row: Row, rate: float, seed: int) -> RunSpec:
     """One run of a row."""
     name, k, rank, variant = row
     method, _, preset = name.partition(":")
     change = VARIANTS[variant] if variant else {}
     settings = ({} if k is None else {"k": k}) | change.get("settings", {})
-    return RunConfig(
-        task=task, data_dir=data_dir, model="minilm", max_train_samples=6000, r=rank, alpha=4.0 * rank, method=method,
-        preset=preset or "recommended", settings=settings, seed=seed,
-        training={**TRAINING, "learning_rate": rate, **change.get("training", {})},
-    )  # fmt: skip
+    run = {"task": task, "data_dir": data_dir, "model": "minilm", "max_train_samples": 6000, "seed": seed}
+    adapters = {"r": rank, "alpha": 4.0 * rank, "method": method, "preset": preset or "recommended"}
+    training = {**TRAINING, "learning_rate": rate, **change.get("training", {})}
+    return RunSpec.of(run, adapters, settings, training)
 
 
 def tuned(row: Row) -> Row:
@@ -101,14 +100,15 @@ def tuned(row: Row) -> Row:
     return name, k and 10, 8, None
 
 
-def job(one: RunConfig, folder: Path) -> Job:
+def job(one: RunSpec, folder: Path) -> Job:
     """A run of the study; its folder follows from its settings."""
-    return Job(config=one, folder=folder / run_name(one), title=f"{one.task}, {one.method}, seed {one.seed}")
+    title = f"{one.task.name}, {one.method.name}, seed {one.training.seed}"
+    return Job(spec=one, folder=folder / run_name(one), title=title)
 
 
 def trial(args: argparse.Namespace, task: str, row: Row, rate: float) -> Job:
     """The run that judges a learning rate on held-out training rows."""
-    return job(on_training_rows(config(task, args.data_dir, tuned(row), rate, seed=0), HOLDOUT), args.out / "tune")
+    return job(on_training_rows(config(task, args.data_dir, tuned(row), rate, seed=0)), args.out / "tune")
 
 
 def rate_of(tried: Callable[[float], float | None]) -> float | None:

@@ -205,9 +205,11 @@ class Fuzz:
 
     def words(self) -> list[str]:
         """A command line around a dry run: no weights, no data, and nothing to train."""
-        from weightlora.cli.arguments import METHOD_FLAGS, MODEL_FLAGS, TASK_FLAGS
+        from weightlora.cli.flags import METHOD_HELP
+        from weightlora.runs.spec import RunSpec
 
-        flags = [flag for flag, _ in (*TASK_FLAGS, *MODEL_FLAGS, *METHOD_FLAGS)]
+        names = [name for name in (*RunSpec().values(), *METHOD_HELP) if name not in ("settings", "training")]
+        flags = ["--" + name.replace("_", "-") for name in names]
         flags += ["--max-steps", "--learning-rate", "--method", "--preset", "--nonsense", "--out", "--json", "--bf16"]
         words = self.random.choice(DRY)[:]
         for _ in range(self.random.randint(0, 5)):
@@ -225,7 +227,7 @@ class Fuzz:
             raise SystemExit(code)
 
     def recipe(self) -> None:
-        from weightlora.cli.arguments import read_recipe
+        from weightlora.runs.recipe import read_recipe
 
         good = {
             "task": "sst2",
@@ -237,7 +239,7 @@ class Fuzz:
         }
         path = self.work / "recipe.yaml"
         path.write_bytes(self.text(good))
-        read_recipe(str(path))
+        read_recipe(path)
 
     def manifest(self) -> None:
         from weightlora.graft import MANIFEST, Manifest
@@ -270,11 +272,11 @@ class Fuzz:
         assert found.groups is not None
 
     def config(self) -> None:
-        from weightlora.runs.config import RunConfig
+        from weightlora.runs.spec import RunSpec
 
-        good = RunConfig(task="sst2", settings={"k": 3}, training={"max_steps": 3}).to_dict()
+        good = RunSpec.of({"task": "sst2", "k": 3, "max_steps": 3}).to_dict()
         (self.work / "config.json").write_bytes(self.text(good))
-        RunConfig.load(self.work)
+        RunSpec.load(self.work)
 
     def data(self) -> None:
         from weightlora.tasks import load_task

@@ -45,10 +45,11 @@ PER_SEED = ("score", "kept", "budget", "kept_activation_bytes", "training")
 def ran(folder: Path) -> Runs:
     """Finished runs below a folder; tuning runs left out."""
     found: Runs = {}
-    for path in sorted(folder.glob("*/seed-*/record.json")):
+    for path in sorted(folder.glob("runs/*/record.json")):
         record = Record.read(path)
         if record.status == "ok" and record.score is not None:
-            found.setdefault(path.parent.parent.name, {})[record.seed] = {
+            row = f"{record.method}-{record.config['preset']}"
+            found.setdefault(row, {})[record.seed] = {
                 "score": record.score,
                 "kept": len(record.kept),
                 "budget": record.budget,

@@ -137,6 +137,9 @@ CASES: dict[str, Case] = {
     "json is a folder": (lambda d: d.train("--json", d.folder), ("is a folder", "--json")),
     "no recipe": (lambda d: ["train", d.path("nowhere.yaml"), "--out", d.path("out")], ("nowhere.yaml", "No such")),
     "recipe is no YAML": (lambda d: ["train", d.path("no.yaml"), "--out", d.path("out")], ("no.yaml", "not YAML")),
+    "typo in a recipe": (
+        lambda d: ["train", d.path("typo.yaml"), "--out", d.path("out")], ("'tsak'", "did you mean task?"),
+    ),
     "recipe is a list": (lambda d: ["train", d.path("list.yaml"), "--out", d.path("out")], ("list.yaml", "map flags")),
     "resume nothing": (lambda d: ["resume", d.path("nowhere")], ("nowhere", "not a run directory")),
     "resume a folder without a run": (lambda d: ["resume", d.path("holiday")], ("holiday", "not a run directory")),
@@ -185,7 +188,6 @@ def test_a_mistake_gets_one_line_and_writes_nothing(desk: Desk, capsys: pytest.C
 
 USAGE: dict[str, Case] = {
     "unknown flag": (lambda d: d.train("--kk", "3"), ("--kk",)),
-    "flag from a recipe": (lambda d: ["train", d.path("typo.yaml"), "--out", d.path("out")], ("--tsak",)),
     "stray word": (lambda d: d.train("and", "more"), ("and more",)),
     "trainer flag": (lambda d: d.train("--learning-rate", "fast"), ("'fast'",)),
     "scheduler": (lambda d: d.train("--lr_scheduler_type", "liner"), ("'liner'", "linear")),

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 from pathlib import Path
 
 import pytest
 from tests.runs.commands import TINY, read, weightlora
 
-from weightlora.cli import arguments, grids
-from weightlora.cli.main import build_parser
-from weightlora.cli.sweeping import TABLES, figure_words
-from weightlora.runs.paper import compared, recipe
+from weightlora.runs.recipe import read_recipe
+from weightlora.study.grid import make_grid
+from weightlora.study.paper import TABLES, Reproduction, compared, figure, recipe_file
 
 QUICK = ("--model", "bert-tiny-shape", "--max-length", "16", "--max-steps", "4", "--max-eval-samples", "20")
 
@@ -64,18 +62,18 @@ def test_a_small_table_leaves_out_tasks_without_data(small_data: Path, capsys: p
 
 @pytest.mark.parametrize("table", TABLES)
 def test_the_papers_protocol_differs_from_itself_in_nothing_but_what_always_does(table: str) -> None:
-    sub: argparse.ArgumentParser = build_parser()[1]["reproduce"][0]
-    words, section = arguments.read_recipe(str(recipe(table))), arguments.read_section(str(recipe(table)))
-    made = grids.make_grid(sub, [table], words, [])
-    faster = grids.make_grid(sub, [table], words, ["--save-steps", "7", "--data-dir", "here"])
-    longer = grids.make_grid(sub, [table], words, ["--weight-decay", "0.5", "--seeds", "3"])
+    recipe, section = read_recipe(recipe_file(table))
+    made = make_grid(recipe, {})
+    faster = make_grid(recipe, {"save_steps": 7, "data_dir": "here"})
+    longer = make_grid(recipe, {"weight_decay": 0.5, "seeds": "3"})
     data = {"cells": [{} for _ in made.cells]}
     for other, reasons in (
         (made, []),
         (faster, []),
         (longer, ["weight_decay 0.5, not 0.01", "1 seed, not 5"]),
     ):
-        for cell in compared(data, table, other, made, section["departures"])["cells"]:
+        with_paper = Reproduction(table=table, ours=other, papers=made, departures=section["departures"])
+        for cell in compared(data, with_paper)["cells"]:
             assert cell["differs"] == [*reasons, *section["departures"]]
             assert cell["paper"]["scores"]
 
@@ -111,29 +109,20 @@ def test_what_is_not_in_the_paper_is_one_line(
 
 
 def test_figure_2_is_the_probe_with_the_papers_settings() -> None:
-    words = figure_words("figure2", False, ["--data-dir", "here", "--scale", "full", "--seeds", "1"], None)
-    assert words[0] == "probe"
-    for flag, value in (
-        ("--mode", "paper"),
-        ("--targets", "attention"),
-        ("--data-dir", "here"),
-        ("--out", "runs/figure2"),
-    ):
-        assert words[words.index(flag) + 1] == value
-    assert "--scale" not in words
-    assert [words[at + 1] for at, word in enumerate(words) if word == "--seeds"] == ["18,52,1917,0,1", "1"]
-    small = figure_words("figure2", True, [], "there")
-    assert [small[at + 1] for at, word in enumerate(small) if word == "--model"][-1] == "minilm"
-    assert small[-2:] == ["--out", "there"]
+    command, settings = figure("figure2", {"data_dir": "here", "seeds": "1"}, small=False)
+    assert command == "probe"
+    expected = {"mode": "paper", "targets": "attention", "data_dir": "here", "seeds": "1", "max_steps": 512}
+    assert expected.items() <= settings.items()
+    assert figure("figure2", {}, small=False)[1]["seeds"] == [18, 52, 1917, 0, 1]
+    assert figure("figure2", {}, small=True)[1]["model"] == "minilm"
 
 
 def test_figure_3_is_counted_for_the_papers_ranks(
     small_data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    words = figure_words("figure3", False, [], None)
-    assert words[0] == "memory"
-    assert words[words.index("--ranks") + 1] == "1,8,16,32,64,128,256"
-    assert words[words.index("--limit") + 1] == "16GiB"
+    command, settings = figure("figure3", {}, small=False)
+    assert command == "memory"
+    assert (settings["ranks"], settings["limit"]) == ("1,8,16,32,64,128,256", "16GiB")
     small = ("--scale", "small", "--data-dir", small_data, "--task", "sst2", *TINY, "--ranks", "2", "--points", "2")
     assert weightlora("reproduce", "figure3", *small, "--out", tmp_path / "f3") == 0
     assert (tmp_path / "f3" / "memory.png").stat().st_size > 0
@@ -204,9 +193,9 @@ def test_a_figure_runs_dry(figure: str, command: str, tmp_path: Path, capsys: py
     out, plan = tmp_path / "out", tmp_path / "plan.json"
     words = ("reproduce", figure, "--dry-run", "--scale", "small", "--out", out, "--json", plan)
     assert weightlora(*words) == 0
-    assert capsys.readouterr().out.startswith(f"would run: weightlora {command} --model microsoft/deberta-v3-base ")
+    assert capsys.readouterr().out.startswith(f"would run: weightlora {command}, ")
     assert not out.exists()
     assert read(plan)["config"]["model"] == "minilm"  # of the small scale, which has the last word
     if figure == "figure3":
-        assert "1,8,16,32,64,128,256" in read(plan)["command"]
+        assert read(plan)["settings"]["ranks"] == "8,64"
     assert weightlora("reproduce", figure, "--dry-run", "--model", "./nowhere") == 2

@@ -134,7 +134,7 @@ def test_json_on_standard_output_is_all_there_is(
     capsys.readouterr()
     assert weightlora(*words) == 0
     data = json.loads(capsys.readouterr().out)
-    files = {"train": "record.json", "select": "selection.json", "compare": "compare.json"}
+    files = {"train": "record.json", "select": "selection.json", "compare": "sweep.json"}
     if command == "export":
         assert data["path"] == str(out)
         assert data["max_difference"] <= data["tolerance"]

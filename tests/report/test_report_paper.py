@@ -11,9 +11,8 @@ from typing import Any
 
 import pytest
 
-from weightlora.cli.sweeping import TABLES
 from weightlora.report import paper_table, sweep_table
-from weightlora.runs.paper import printed
+from weightlora.study.paper import TABLES, printed
 
 ROOT = Path(__file__).resolve().parents[2]
 each_table = pytest.mark.parametrize("table", TABLES)

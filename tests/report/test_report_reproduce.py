@@ -16,22 +16,21 @@ from hypothesis import strategies as st
 from peft import LoraConfig
 from tests.report.conftest import make_record
 
-from weightlora.cli import arguments
-from weightlora.cli.main import build_parser
+from weightlora.cli.flags import dashed, given_settings
+from weightlora.cli.main import command_parser
 from weightlora.graft.selection import Choice, Selection
 from weightlora.report.reproduce import alone, lora_config, started_with
-from weightlora.runs.config import RunConfig
 from weightlora.runs.record import Record
+from weightlora.runs.spec import RunSpec
 
 Make = Callable[..., Record]
 
 
-def config_of(words: list[str]) -> RunConfig:
+def config_of(words: list[str]) -> RunSpec:
     """What the command line makes of a `train` command."""
-    parser, table = build_parser()
-    parsed, rest = parser.parse_known_args(arguments.dashed(words[1:]))
-    config: RunConfig = arguments.run_config(parsed, rest, table["train"][0], getattr(parsed, "method", "weightlora"))
-    return config
+    parser = command_parser("train")
+    parsed, rest = parser.parse_known_args(dashed(words[2:]))
+    return RunSpec.of(given_settings(parsed, rest, parser))
 
 
 @pytest.mark.parametrize(

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from weightlora.cli.main import main
+from weightlora.runs.spec import RunSpec
 
 TRAIN_ROWS, EVAL_ROWS = 120, 40
 TASKS = ("sst2", "mrpc", "stsb")
@@ -21,6 +22,19 @@ def weightlora(*words: object) -> int:
         return main([str(word) for word in words])
     except SystemExit as stop:
         return int(stop.code or 0)
+
+
+def spec(**settings: Any) -> RunSpec:
+    """The run of some settings, under the names that flags have."""
+    return RunSpec.of(settings)
+
+
+def run_folders(folder: Path, kind: str = "runs", **values: Any) -> list[Path]:
+    """The folders of a study's runs (or "tune") whose configurations have these values, by seed and learning rate."""
+    found = [(read(path), path.parent) for path in (folder / kind).glob("*/config.json")]
+    kept = [(config, path) for config, path in found if values.items() <= config.items()]
+    order = sorted(kept, key=lambda one: (one[0]["seed"], one[0]["training"].get("learning_rate", 0)))
+    return [path for _, path in order]
 
 
 def copy_data(source: Path, folder: Path, tasks: Sequence[str] = TASKS) -> Path:

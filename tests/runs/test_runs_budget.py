@@ -6,11 +6,12 @@ from pathlib import Path
 
 import pytest
 from peft import PeftModel
-from tests.runs.commands import TINY, read, weightlora
+from tests.runs.commands import TINY, read, run_folders, weightlora
 
 from weightlora.methods import METHODS
-from weightlora.runs.build import base_model, read_task
-from weightlora.runs.config import RunConfig
+from weightlora.runs.build import base_model
+from weightlora.runs.spec import RunSpec
+from weightlora.tasks import read_task
 
 ASKED = 8000
 FLAGS = ("--params", "8k", "--max-steps", "24", "--select-after", "6", "--save-strategy", "no")
@@ -27,11 +28,11 @@ def test_every_method_runs_within_one_budget(task: str, first: int, small_data: 
         "compare", "--methods", ",".join(there), "--seeds", "0", "--task", task, "--data-dir", small_data, *TINY,
         *FLAGS, "--out", out,
     )  # fmt: skip
-    table = read(out / "compare.json")
+    table = read(out / "table.json")
     assert code == 0, table["notes"]
     assert [row["method"] for row in table["rows"]] == list(there)
     for name, kind in there.items():
-        folder = out / f"{name}-recommended" / "seed-0"
+        (folder,) = run_folders(out, method=name)
         record = read(folder / "record.json")
         assert record["status"] == "ok", name
         assert (record["k"] is None) == (kind.chooses_k or kind.trains in ("full", "head")), name
@@ -46,8 +47,10 @@ def test_every_method_runs_within_one_budget(task: str, first: int, small_data: 
         spent = budget["effective"] >= 0.95 * ASKED and budget["peak"] <= 1.05 * ASKED
         assert spent == (record["unmet"] == ""), name
         assert budget["stored_bytes"] == (folder / "adapter" / "adapter_model.safetensors").stat().st_size
-        config = RunConfig.load(folder)
-        stock = PeftModel.from_pretrained(base_model(config, read_task(config)).model, folder / "adapter")
+        run = RunSpec.load(folder)
+        stock = PeftModel.from_pretrained(
+            base_model(run, read_task(run.task, run.model.name)).model, folder / "adapter"
+        )
         assert stock.peft_config["default"].peft_type == {"VERA": "VERA", "VBLORA": "VBLORA"}.get(kind.kind, "LORA")
 
 

@@ -10,12 +10,11 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from tests.runs.commands import TINY, read, tree, weightlora
+from tests.runs.commands import TINY, read, spec, tree, weightlora
 
 from weightlora.errors import BusyError
-from weightlora.runs.config import RunConfig
-from weightlora.runs.jobs import attempt
 from weightlora.runs.lock import alone, lock_file, refuse_busy
+from weightlora.study.jobs import attempt
 
 HOLD = """
 import sys
@@ -101,7 +100,7 @@ def test_a_dead_process_holds_nothing(tmp_path: Path) -> None:
 
 def test_a_cell_of_a_sweep_enters_the_run_that_it_holds(flags: list[str], small_data: Path, tmp_path: Path) -> None:
 
-    config = RunConfig(
+    config = spec(
         task="sst2",
         data_dir=str(small_data),
         model="bert-tiny-shape",

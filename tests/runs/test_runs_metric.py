@@ -5,25 +5,21 @@ from __future__ import annotations
 import json
 import math
 from pathlib import Path
-from typing import Any
 
 import pytest
-from tests.runs.commands import TINY, read, read_rows, weightlora, write_rows
+from tests.runs.commands import TINY, read, read_rows, run_folders, spec, weightlora, write_rows
 
 from weightlora.errors import ConfigError
-from weightlora.runs.compare import all_methods
-from weightlora.runs.config import RunConfig
 from weightlora.runs.record import EVAL_LOSS, Record
-from weightlora.runs.sweep import Cell, Grid
+from weightlora.study.grid import Cell, Grid, all_methods
 from weightlora.tasks import tell_once
 
 STEPS = ("--max-steps", "3", "--logging-steps", "1", "--max-train-samples", "24", "--max-eval-samples", "16")
 ANSWERS = ("--model", "llama-small-shape", "--classify-by", "answer", "--max-length", "32")
 
 
-def losses(folder: Path) -> dict[str, float]:
-    """By the name of the run's folder, of every run below one."""
-    return {path.parent.name: Record.read(path).metrics[EVAL_LOSS] for path in sorted(folder.rglob("record.json"))}
+def losses(run: Path) -> float:
+    return Record.read(run / "record.json").metrics[EVAL_LOSS]
 
 
 def test_the_rate_with_the_lowest_loss_wins(small_data: Path, tmp_path: Path) -> None:
@@ -31,27 +27,28 @@ def test_the_rate_with_the_lowest_loss_wins(small_data: Path, tmp_path: Path) ->
     flags = ("--task", "sst2", "--data-dir", small_data, *TINY, *STEPS, "--methods", "lora", "--seeds", "0")
     out = tmp_path / "out"
     assert weightlora("compare", *flags, "--tune", "0.1,1,3000", "--metric", EVAL_LOSS, "--out", out) == 0
-    tried = losses(out / "tune" / "lora-recommended")
-    best = min(tried, key=lambda name: tried[name])
-    assert tried["lr-3"] > 2 * tried[best]
-    config = read(out / "lora-recommended" / "seed-0" / "config.json")
-    assert f"lr-{config['training']['learning_rate']:g}" == best
-    table = read(out / "compare.json")
+    tried = {rate_of(run): losses(run) for run in run_folders(out, "tune")}
+    best = min(tried, key=lambda rate: tried[rate])
+    assert tried[3] > 2 * tried[best]
+    (run,) = run_folders(out)
+    assert rate_of(run) == best
+    table = read(out / "table.json")
     (row,) = table["rows"]
-    assert row["score_mean"] == losses(out / "lora-recommended")["seed-0"]
-    assert "eval_loss (lower is better)" in (out / "compare.md").read_text(encoding="utf-8")
+    assert row["score_mean"] == losses(run)
+    assert "eval_loss (lower is better)" in (out / "table.md").read_text(encoding="utf-8")
     # The runs are the same whatever they are compared by: nothing runs again, and the table is the task's own.
-    before = (out / "lora-recommended" / "seed-0" / "record.json").stat().st_mtime_ns
-    assert weightlora("compare", *flags, "--learning-rate", config["training"]["learning_rate"], "--out", out) == 0
-    assert (out / "lora-recommended" / "seed-0" / "record.json").stat().st_mtime_ns == before
-    assert read(out / "compare.json")["rows"][0]["score_mean"] == read_record(out)["metrics"]["accuracy"]
+    before = (run / "record.json").stat().st_mtime_ns
+    assert weightlora("compare", *flags, "--learning-rate", best, "--out", out) == 0
+    assert (run / "record.json").stat().st_mtime_ns == before
+    assert read(out / "table.json")["rows"][0]["score_mean"] == read(run / "record.json")["metrics"]["accuracy"]
     page = tmp_path / "page.html"
     assert weightlora("report", out, "--metric", EVAL_LOSS, "--out", page, "--json", tmp_path / "page.json") == 0
     assert read(tmp_path / "page.json")["runs"][0]["metric"] == EVAL_LOSS
 
 
-def read_record(out: Path) -> Any:
-    return read(out / "lora-recommended" / "seed-0" / "record.json")
+def rate_of(run: Path) -> float:
+    rate: float = read(run / "config.json")["training"]["learning_rate"]
+    return rate
 
 
 def test_a_sweep_chooses_by_it(small_data: Path, tmp_path: Path) -> None:
@@ -64,7 +61,7 @@ def test_a_sweep_chooses_by_it(small_data: Path, tmp_path: Path) -> None:
     assert {entry["metric"] for entry in (*cell["trials"], *cell["runs"])} == {EVAL_LOSS}
     assert cell["chosen"]["learning_rate"] == min(scores, key=lambda rate: scores[rate]) < 3
     with pytest.raises(ConfigError, match="metric='accuracy' is not in every record; use eval_loss, or leave it out"):
-        Grid(cells=(Cell(row="lora", config=RunConfig()),), metric="accuracy")
+        Grid(cells=(Cell(row="lora", spec=spec()),), metric="accuracy")
 
 
 def test_a_model_that_answers_in_words(small_data: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -76,17 +73,17 @@ def test_a_model_that_answers_in_words(small_data: Path, tmp_path: Path, caplog:
     with caplog.at_level("INFO", logger="weightlora"):
         assert weightlora("compare", *flags, "--metric", EVAL_LOSS, "--out", out) == 0
     assert "answers: negative: 'negative' (1 token); positive: 'positive' (1 token)" in caplog.text
-    rows = {row["method"]: row for row in read(out / "compare.json")["rows"]}
+    rows = {row["method"]: row for row in read(out / "table.json")["rows"]}
     assert all(rows["zero-shot"]["score_mean"] > rows[name]["score_mean"] + 0.1 for name in ("lora", "weightlora"))
     assert rows["zero-shot"]["score_mean"] == pytest.approx(math.log(30522), rel=0.1), "it knows nothing"
     assert (rows["zero-shot"]["trainable_params"], rows["zero-shot"]["adapters_max"]) == (0, 0)
-    run = out / "zero-shot-recommended" / "seed-0"
+    (run,) = run_folders(out, method="zero-shot")
     assert not {"adapter", "model"} & {path.name for path in run.iterdir()}
     record = Record.read(run / "record.json")
     assert (record.phases[0].steps, record.max_steps, record.kept) == (0, 0, ())
-    config = read(out / "weightlora-recommended" / "seed-0" / "adapter" / "adapter_config.json")
+    (trained,) = run_folders(out, method="weightlora")
+    config = read(trained / "adapter" / "adapter_config.json")
     assert (config["task_type"], config["modules_to_save"]) == ("CAUSAL_LM", None)
-    trained = out / "weightlora-recommended" / "seed-0"
     assert weightlora("export", trained, "--profile", "merged", "--out", tmp_path / "merged") == 0
     assert weightlora("report", out, "--out", tmp_path / "page.html") == 0
 
@@ -98,8 +95,8 @@ def test_no_words_no_zero_shot(small_data: Path, tmp_path: Path, capsys: pytest.
     assert "gets a new head (classifier) that knows nothing; use a model that answers in words" in told
     assert not (tmp_path / "run").exists()
     settings = {"task": "sst2", "data_dir": str(small_data)}
-    assert "zero-shot" not in all_methods(RunConfig(model="bert-tiny-shape", **settings))
-    assert "zero-shot" in all_methods(RunConfig(model="llama-small-shape", classify_by="answer", **settings))
+    assert "zero-shot" not in all_methods(spec(model="bert-tiny-shape", **settings))
+    assert "zero-shot" in all_methods(spec(model="llama-small-shape", classify_by="answer", **settings))
 
 
 @pytest.mark.slow

@@ -9,12 +9,11 @@ from typing import Any
 import pytest
 import torch
 from peft import PeftModel
-from tests.runs.commands import TINY, read, read_rows, tree, weightlora
+from tests.runs.commands import TINY, read, read_rows, spec, tree, weightlora
 from torch import Tensor
 
 from weightlora.errors import ConfigError
-from weightlora.runs.config import RunConfig
-from weightlora.runs.probe import ProbeConfig
+from weightlora.runs.figure_specs import ProbeSpec
 from weightlora.tasks import load_model
 
 T = 4
@@ -136,7 +135,7 @@ def test_what_cannot_be_probed_is_refused(
 
 def test_only_what_selects_with_weightlora_can_be_probed() -> None:
     with pytest.raises(ConfigError, match="method 'random' cannot be probed"):
-        ProbeConfig(run=RunConfig(method="random"))
+        ProbeSpec(run=spec(method="random"))
 
 
 def test_a_pretrained_model_is_probed(small_data: Path, tmp_path: Path) -> None:

@@ -13,10 +13,9 @@ import time
 from pathlib import Path
 
 import pytest
-from tests.runs.commands import read, weightlora
+from tests.runs.commands import read, spec, weightlora
 
-from weightlora.runs.config import RunConfig
-from weightlora.runs.jobs import attempt
+from weightlora.study.jobs import attempt
 
 pytest.importorskip("ray", reason="NO RAY: pip install weightlora[ray]")
 
@@ -118,13 +117,13 @@ def test_a_worker_is_killed_and_nothing_is_lost_or_run_twice(
     assert {path: os.stat(path).st_mtime_ns for path in killer.finished} == killer.finished
     assert {path: os.stat(path).st_mtime_ns for path in killer.checkpoints} == killer.checkpoints
 
-    compared = read(tmp_path / "compared" / "compare.json")["rows"]
+    compared = read(tmp_path / "compared" / "table.json")["rows"]
     assert [(row["method"], row["seeds"], row["failed"]) for row in compared] == [("top", [0, 1], 0)]
 
     # The same run without Ray and without a death ends in the same adapter.
     values = json.loads((killer.killed / "config.json").read_text(encoding="utf-8"))
     values.pop("schema_version")
-    alone = attempt(RunConfig(**values), tmp_path / "alone", quiet=True)
+    alone = attempt(spec(**values), tmp_path / "alone", quiet=True)
     assert alone.metrics == read(killer.killed / "record.json")["metrics"]
     adapters = [folder / "adapter" / "adapter_model.safetensors" for folder in (tmp_path / "alone", killer.killed)]
     assert adapters[0].read_bytes() == adapters[1].read_bytes()

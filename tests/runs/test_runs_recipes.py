@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 from pathlib import Path
 from typing import Any
 
@@ -10,12 +9,10 @@ import pytest
 import yaml
 from tests.runs.commands import read, weightlora
 
-from weightlora.cli import arguments, grids
-from weightlora.cli.main import build_parser
-from weightlora.cli.sweeping import TABLES
 from weightlora.core import total_params
-from weightlora.runs.paper import FOLDER, printed, recipe
-from weightlora.runs.sweep import Grid
+from weightlora.runs.recipe import read_recipe
+from weightlora.study.grid import Grid, make_grid
+from weightlora.study.paper import FOLDER, TABLES, printed, recipe_file
 from weightlora.tasks import TASKS
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -24,11 +21,9 @@ each_recipe = pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.ste
 each_table = pytest.mark.parametrize("table", TABLES)
 
 
-def grid(path: Path, *given: str) -> Grid:
+def grid(path: Path, **given: Any) -> Grid:
     """The grid of a recipe, as `sweep` reads it."""
-    sub: argparse.ArgumentParser = build_parser()[1]["sweep"][0]
-    made: Grid = grids.make_grid(sub, [], arguments.read_recipe(str(path)), given)
-    return made
+    return make_grid(read_recipe(path)[0], given)
 
 
 def test_there_is_a_recipe_for_every_experiment_and_the_root_shows_them() -> None:
@@ -54,14 +49,14 @@ def test_a_recipe_is_a_grid(path: Path) -> None:
     assert made.cells
     assert len(set(made.seeds)) == (1 if path.stem == "figure3" else 5)
     for cell in made.cells:
-        assert cell.config.alpha / cell.config.r in {32 / r for r in (1, 2, 4, 8)}
-        assert cell.config.dropout == 0.05
+        assert cell.spec.model.alpha / cell.spec.model.r in {32 / r for r in (1, 2, 4, 8)}
+        assert cell.spec.model.dropout == 0.05
 
 
 @each_recipe
 def test_a_recipe_runs_dry(path: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     made = grid(path)
-    missing = sorted({cell.config.task for cell in made.cells} - set(TASKS))
+    missing = sorted({cell.spec.task.name for cell in made.cells} - set(TASKS))
     code = weightlora("sweep", path, "--dry-run", "--json", tmp_path / "plan.json")
     if missing:
         assert code == 2
@@ -70,16 +65,16 @@ def test_a_recipe_runs_dry(path: Path, tmp_path: Path, capsys: pytest.CaptureFix
     plan = read(tmp_path / "plan.json")
     assert len(plan["cells"]) == len(made.cells)
     assert plan["runs"] == len(made.cells) * len(made.seeds)
-    assert plan["trials"] == len(made.cells) * len(made.settings) * made.chooses
+    assert plan["trials"] == len(made.cells) * made.combinations * made.chooses
     assert capsys.readouterr().out.count("\n") == len(made.cells) + 1
 
 
 @each_table
 def test_the_cells_of_a_recipe_are_those_of_the_paper(table: str) -> None:
     there = printed(table)
-    made = grid(recipe(table))
+    made = grid(recipe_file(table))
     expected = {(row["row"], task) for row in there["rows"] for task in there["metrics"]}
-    assert {(cell.row, cell.config.task) for cell in made.cells} == expected
+    assert {(cell.row, cell.spec.task.name) for cell in made.cells} == expected
 
 
 # Training rows of each task on the hub; SQuAD's and the summaries' runs are counted in epochs.
@@ -91,30 +86,30 @@ ROWS = {"mnli": 392_702, "sst2": 67_349, "cola": 8_551, "qqp": 363_846, "qnli": 
 def test_t_is_at_most_one_epoch(table: str) -> None:
     """Paper, 3.3: T "does not exceed the duration of a single epoch"."""
     seen = 0
-    for cell in grid(recipe(table)).cells:
-        if not cell.config.method.startswith("weightlora"):
+    for cell in grid(recipe_file(table)).cells:
+        if not cell.spec.method.name.startswith("weightlora"):
             continue
         seen += 1
-        made: Any = cell.config.make_method()
-        training = cell.config.training
+        made: Any = cell.spec.make_method()
+        training = cell.spec.training.arguments
         length = training.get("num_train_epochs")
         if length is not None:
-            assert made.select_after * length <= 1, (cell.row, cell.config.task)
+            assert made.select_after * length <= 1, (cell.row, cell.spec.task.name)
             continue
         batch = training["per_device_train_batch_size"] * training["gradient_accumulation_steps"]
         steps = made.select_after if made.select_after >= 1 else made.select_after * training["max_steps"]
-        assert steps * batch <= ROWS[cell.config.task], (cell.row, cell.config.task)
+        assert steps * batch <= ROWS[cell.spec.task.name], (cell.row, cell.spec.task.name)
     assert seen
 
 
 @pytest.mark.parametrize("table", ["table1", "table6"])
 def test_what_departs_is_listed(table: str) -> None:
-    listed = " ".join(arguments.read_section(str(recipe(table)))["departures"])
+    listed = " ".join(read_recipe(recipe_file(table))[1]["departures"])
     assert "the paper's B.1 says one epoch" in listed
-    for cell in grid(recipe(table)).cells:
-        made: Any = cell.config.make_method()
-        if cell.config.method == "weightlora" and made.select_after <= cell.config.training["warmup_steps"]:
-            assert f"{cell.config.task.upper()} {made.select_after}".replace("COLA", "CoLA") in listed
+    for cell in grid(recipe_file(table)).cells:
+        made: Any = cell.spec.make_method()
+        if cell.spec.method.name == "weightlora" and made.select_after <= cell.spec.training.arguments["warmup_steps"]:
+            assert f"{cell.spec.task.name.upper()} {made.select_after}".replace("COLA", "CoLA") in listed
 
 
 # methods.md's reading of the printed counts: shapes (d_in, d_out) of the adapted layers of each model, in one block.
@@ -131,7 +126,7 @@ BLOCKS: dict[str, tuple[list[tuple[int, int]], int]] = {
 def test_the_number_of_adapters_gives_the_printed_parameters(table: str, blocks: list[tuple[int, int]]) -> None:
     """n as the shares have it: 36 in Table 1; 60, not the text's 72, in Tables 2 and 4."""
     shapes = blocks * BLOCKS[table][1]
-    section = arguments.read_section(str(recipe(table)))
+    section = read_recipe(recipe_file(table))[1]
     assert section["adapters"] == len(shapes)
     rows = {row["row"]: row["params"] for row in printed(table)["rows"]}
     lora = total_params([8] * len(shapes), shapes)

@@ -12,20 +12,27 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tests.runs.commands import read_rows, write_rows
+from tests.runs.commands import read_rows, spec, write_rows
 
 from weightlora.errors import ConfigError, DataError
-from weightlora.runs import compare as comparing
-from weightlora.runs.build import read_task, scored_on, tell_scored_on
-from weightlora.runs.config import RunConfig
+from weightlora.runs.build import scored_on, tell_scored_on
 from weightlora.runs.dry import check
-from weightlora.runs.jobs import Job, check_apart, on_training_rows
 from weightlora.runs.record import Record
 from weightlora.runs.run import refused
-from weightlora.runs.sweep import Cell, Grid, sweep
+from weightlora.runs.spec import RunSpec
+from weightlora.study.grid import Cell, Grid, on_training_rows
+from weightlora.study.jobs import Job, check_apart
+from weightlora.study.sweep import sweep
+from weightlora.tasks.load import read_task as read
 from weightlora.tasks.task import Task
 
 PAIRS = [{"prompt": f"the color {n} is", "completion": f" blue {n}"} for n in range(40)]
+
+
+def read_task(described: RunSpec) -> Task:
+    return read(described.task, described.model.name)
+
+
 LABELLED = [{"text": f"row {n}", "label": "yes" if n % 2 else "no"} for n in range(40)]
 
 
@@ -37,15 +44,15 @@ def identities(rows: Any, columns: Sequence[str]) -> set[str]:
 @pytest.mark.parametrize("name", ["a.jsonl", "a.JSONL", "a.json", "a.ndjson", "a.NDJSON"])
 def test_a_file_without_validation_rows_is_known_whatever_its_suffix(tmp_path: Path, name: str) -> None:
     path = write_rows(tmp_path / name, PAIRS)
-    config = RunConfig(task=str(path))
+    config = spec(task=str(path))
     check(config)
     task = read_task(config)
     held_out = {"split": "train", "split_seed": 0, "rows": 4}
     assert scored_on(config, task) == held_out
     with pytest.raises(ConfigError, match="without --validation-file, settings would be chosen on the rows that are"):
-        on_training_rows(config, 0.1)
+        on_training_rows(config)
     with pytest.raises(ConfigError, match="without --validation-file"):
-        Grid(cells=(Cell(row="lora", config=config),), learning_rates=(1e-3, 1e-2))
+        Grid(cells=(Cell(row="lora", spec=config),), learning_rates=(1e-3, 1e-2))
     judged = replace(config, validation_file=str(write_rows(tmp_path / f"v_{name}", PAIRS[:3])))
     assert scored_on(judged, read_task(judged)) == {"split": "validation", "rows": 3, "also_trained_on": 3}
 
@@ -53,13 +60,13 @@ def test_a_file_without_validation_rows_is_known_whatever_its_suffix(tmp_path: P
 def test_a_table_is_no_task_by_its_path(tmp_path: Path) -> None:
     for name in ("a.csv", "b.TSV"):
         with pytest.raises(DataError, match="a table of texts and labels is the train_file of task 'files'"):
-            check(RunConfig(task=str(tmp_path / name)))
+            check(spec(task=str(tmp_path / name)))
         with pytest.raises(DataError, match="a table of texts and labels"):
-            read_task(RunConfig(task=str(tmp_path / name)))
+            read_task(spec(task=str(tmp_path / name)))
 
 
 @pytest.fixture
-def configs(small_data: Path, data_dir: Path, tmp_path: Path) -> dict[str, RunConfig]:
+def configs(small_data: Path, data_dir: Path, tmp_path: Path) -> dict[str, RunSpec]:
     """One configuration of every kind of task that can be tuned."""
     cut = tmp_path / "cut"
     for task in ("squad", "xsum", "gsm8k"):
@@ -74,19 +81,19 @@ def configs(small_data: Path, data_dir: Path, tmp_path: Path) -> dict[str, RunCo
         write_rows(tmp_path / name, PAIRS[part]) for name, part in (("a.JSON", slice(30)), ("b.json", slice(30, 40)))
     ]
     return {
-        **{task: RunConfig(task=task, data_dir=str(small_data)) for task in ("sst2", "mrpc", "stsb")},
-        **{task: RunConfig(task=task, data_dir=str(cut)) for task in ("squad", "xsum", "gsm8k")},
-        "files": RunConfig(task="files", train_file=str(tables[0]), validation_file=str(tables[1])),
-        "own": RunConfig(task=str(chats[0]), validation_file=str(chats[1])),
+        **{task: spec(task=task, data_dir=str(small_data)) for task in ("sst2", "mrpc", "stsb")},
+        **{task: spec(task=task, data_dir=str(cut)) for task in ("squad", "xsum", "gsm8k")},
+        "files": spec(task="files", train_file=str(tables[0]), validation_file=str(tables[1])),
+        "own": spec(task=str(chats[0]), validation_file=str(chats[1])),
     }
 
 
 def test_rows_that_choose_are_never_rows_that_are_reported(
-    configs: dict[str, RunConfig], caplog: pytest.LogCaptureFixture
+    configs: dict[str, RunSpec], caplog: pytest.LogCaptureFixture
 ) -> None:
     """Not but for pairs that the data set itself has in both splits, as STS-B does: those are counted."""
     for name, config in configs.items():
-        reported, tuned = read_task(config), read_task(on_training_rows(config, 0.2))
+        reported, tuned = read_task(config), read_task(on_training_rows(config.but(holdout=0.2)))
         known = reported.inputs if name != "own" else ("prompt",)
         trained, chosen = (identities(rows, known) for rows in (reported.train, tuned.validation))
         both = [row for row in reported.validation if identities([row], known) & trained]
@@ -99,11 +106,11 @@ def test_rows_that_choose_are_never_rows_that_are_reported(
         assert (told in caplog.text) is bool(both), name
 
 
-def test_choosing_does_not_open_the_reported_file(configs: dict[str, RunConfig]) -> None:
+def test_choosing_does_not_open_the_reported_file(configs: dict[str, RunSpec]) -> None:
     for name in ("files", "own"):
-        before = read_task(on_training_rows(configs[name], 0.2))
-        Path(str(configs[name].validation_file)).unlink()
-        after = read_task(on_training_rows(configs[name], 0.2))
+        before = read_task(on_training_rows(configs[name].but(holdout=0.2)))
+        Path(str(configs[name].task.validation_file)).unlink()
+        after = read_task(on_training_rows(configs[name].but(holdout=0.2)))
         assert list(before.validation) == list(after.validation)
 
 
@@ -124,12 +131,12 @@ def test_reported_rows_that_are_training_rows_are_found_by_what_they_say(
     (tmp_path / "sst2").mkdir()
     path = write_rows(tmp_path / "sst2" / "train.jsonl", rows)
 
-    def config(judge: Path) -> RunConfig:
+    def config(judge: Path) -> RunSpec:
         if kind == "folder":
             judge.rename(tmp_path / "sst2" / "validation.jsonl")
-            return RunConfig(task="sst2", data_dir=str(tmp_path))
+            return spec(task="sst2", data_dir=str(tmp_path))
         own = {"task": "files", "train_file": str(path)} if kind == "files" else {"task": str(path)}
-        return RunConfig(**own, validation_file=str(judge))  # type: ignore[arg-type]
+        return spec(**own, validation_file=str(judge))  # type: ignore[arg-type]
 
     for judge in other_names(path)[1 if kind == "folder" else 0 :]:
         same = config(judge)
@@ -139,18 +146,18 @@ def test_reported_rows_that_are_training_rows_are_found_by_what_they_say(
     new = [{key: f"{value}?" if isinstance(value, str) and key != "label" else value for key, value in row.items()}
            for row in rows]  # fmt: skip
     some = config(write_rows(tmp_path / "some.jsonl", new[:9] + rows[:3]))
-    check_apart([some, replace(some, method="lora", seed=3)])
+    check_apart([some, some.but(method="lora", seed=3)])
     assert caplog.text.count("3 of 12 reported rows are training rows too, and settings may be chosen on them") == 1
     tell_scored_on(some, where := scored_on(some, read_task(some)))
     assert where == {"split": "validation", "rows": 12, "also_trained_on": 3}
     assert "3 of 12 rows that judge the run have the texts of training rows" in caplog.text
     with pytest.raises(ConfigError, match="40 of 40"):  # also where a run would draw few of them to train on
-        check_apart([replace(config(other_names(write_rows(tmp_path / "again.jsonl", rows))[2]), max_train_samples=2)])
+        check_apart([config(other_names(write_rows(tmp_path / "again.jsonl", rows))[2]).but(max_train_samples=2)])
 
 
 def test_rows_that_occur_twice_may_be_held_out_once_and_are_counted(tmp_path: Path) -> None:
     path = write_rows(tmp_path / "t.jsonl", LABELLED * 2)
-    config = RunConfig(task="files", train_file=str(path))
+    config = spec(task="files", train_file=str(path))
     task = read_task(config)
     inside = sum(row["text"] in set(task.train["text"]) for row in task.validation)
     assert inside > 0
@@ -160,7 +167,7 @@ def test_rows_that_occur_twice_may_be_held_out_once_and_are_counted(tmp_path: Pa
 def test_the_best_checkpoint_is_said_to_be_chosen_there(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     path = str(write_rows(tmp_path / "t.json", LABELLED))
     training = {"load_best_model_at_end": True}
-    config = RunConfig(task="files", train_file=path, training=training)
+    config = spec(task="files", train_file=path, training=training)
     tell_scored_on(config, where := scored_on(config, read_task(config)))
     assert where == {"split": "train", "split_seed": 0, "rows": 4, "checkpoint": "best"}
     assert "the best checkpoint is chosen on the rows that judge the run" in caplog.text
@@ -174,14 +181,14 @@ class Pretended:
 
     def __call__(self, jobs: Sequence[Job], **_: Any) -> list[Record]:
         self.jobs += jobs
-        scores = [1 - abs(job.config.training["learning_rate"] - 1e-3) for job in jobs]
-        blanks = [refused(job.config, "", "accuracy") for job in jobs]
+        scores = [1 - abs(job.spec.training.arguments["learning_rate"] - 1e-3) for job in jobs]
+        blanks = [refused(job.spec, "", "accuracy") for job in jobs]
         return [replace(blank, status="ok", error=None, metrics={"accuracy": score},
                         trainable_params={"warmup": 1, "final": 1})
                 for blank, score in zip(blanks, scores, strict=True)]  # fmt: skip
 
     def rows(self, *, tuning: bool) -> list[Task]:
-        return [read_task(job.config) for job in self.jobs if ("tune" in job.folder.parts) is tuning]
+        return [read_task(job.spec) for job in self.jobs if ("tune" in job.folder.parts) is tuning]
 
 
 @pytest.mark.parametrize("holdout", [None, 0.3])
@@ -193,18 +200,15 @@ def test_commands_that_choose_report_other_rows(
     train, judge = (
         write_rows(tmp_path / name, LABELLED[part]) for name, part in (("t.json", slice(30)), ("v.json", slice(30, 40)))
     )
-    config = RunConfig(task="files", train_file=str(train), validation_file=str(judge), model="bert-tiny-shape",
+    config = spec(task="files", train_file=str(train), validation_file=str(judge), model="bert-tiny-shape",
                        method="lora", holdout=holdout, training={"max_steps": 2})  # fmt: skip
     pretended = Pretended()
-    monkeypatch.setattr(comparing, "execute", pretended)
-    monkeypatch.setattr("weightlora.runs.sweep.execute", pretended)
+    monkeypatch.setattr("weightlora.study.sweep.execute", pretended)
 
     def run(name: str) -> None:
-        if command == "compare":
-            comparing.compare(config, ["lora"], [0], tmp_path / name, tune=[0.3, 1])
-        else:
-            cells = (Cell(row="lora", config=config),)
-            sweep(Grid(cells=cells, learning_rates=(3e-4, 1e-3), seeds=(0,)), tmp_path / name)
+        rates: dict[str, Any] = {"tune": (0.3, 1)} if command == "compare" else {"learning_rates": (3e-4, 1e-3)}
+        (tmp_path / name).mkdir()
+        sweep(Grid(cells=(Cell(row="lora", spec=config),), seeds=(0,), **rates), tmp_path / name)
 
     run("one")
     tuned, reported = pretended.rows(tuning=True), pretended.rows(tuning=False)

@@ -6,7 +6,7 @@ import json
 import shutil
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, fields
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +14,12 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from tests.runs.commands import TINY, read, read_rows, weightlora, write_rows
+from tests.runs.commands import TINY, read, read_rows, spec, weightlora, write_rows
 
 from weightlora.errors import ConfigError
-from weightlora.runs.config import RunConfig
-from weightlora.runs.jobs import Job, attempt, execute, run_name
-from weightlora.runs.sweep import Cell, Grid
+from weightlora.runs.spec import RunSpec
+from weightlora.study.grid import Cell, Grid, make_grid
+from weightlora.study.jobs import Job, attempt, execute, run_name
 
 SHORT = ("--max-steps", "6", "--save-steps", "3", "--k", "3", "--select-after", "2")
 
@@ -84,7 +84,7 @@ def test_a_grid_is_tuned_on_training_rows_and_reported_on_validation_rows(
         reported = [record for record in finals if record["method"] == cell["row"]]
         assert {setting(record) for record in reported} == {best}
         scores = [record["metrics"]["accuracy"] for record in reported]
-        assert f"{np.mean(scores):.4f} ± {np.std(scores, ddof=1):.4f}" in (out / "sweep.md").read_text(encoding="utf-8")
+        assert f"{np.mean(scores):.4f} ± {np.std(scores, ddof=1):.4f}" in (out / "table.md").read_text(encoding="utf-8")
         assert f"{np.mean(scores):.4f} ± {np.std(scores, ddof=1):.4f}" in shown.out
     assert "[16/16] sst2, tuning lora, lr 0.03, warm-up 3, seed 8: accuracy" in shown.err
 
@@ -197,14 +197,12 @@ reproduce: {what: is not for this command}
     ("words", "message"),
     [
         (("--learning-rates", "1e-3,0"), "learning_rates has 0; use rates above 0"),
-        (("--learning-rates", "fast"), "learning_rates='fast' is no number"),
+        (("--learning-rates", "fast"), "learning_rates='fast' is no list of numbers"),
         (("--lr-warmups", "-1"), "lr_warmups has -1"),
         (("--seeds", "1,1"), "seeds lists 1 twice"),
         (("--seeds", ""), "nothing to run"),
         (("--methods", "lora,lora"), "cells lists ('lora', 'docstrings') twice"),
         (("--methods", "lore"), "method 'lore' is unknown"),
-        (("--methods", '[{"name": "x"}]'), "methods must list names, map each to settings"),
-        (("--methods", '[{"method": "lora", "speed": 3}]'), "unrecognized arguments: --speed 3"),
         (("--ray-cpus", "2"), "--ray-cpus needs --ray ADDRESS"),
         (("--ray", ""), "the address of the Ray cluster is empty"),
     ],
@@ -217,15 +215,22 @@ def test_a_wrong_grid_is_one_line_and_leaves_no_trace(
     assert list(tmp_path.iterdir()) == []
 
 
+def test_wrong_lines_of_a_recipe_are_named() -> None:
+    with pytest.raises(ConfigError, match="methods must list names, map each to settings"):
+        make_grid({"methods": [{"name": "x"}]}, {})
+    with pytest.raises(ConfigError, match="there is no setting 'speed' of task, model, method or training"):
+        make_grid({"methods": [{"method": "lora", "speed": 3}]}, {})
+
+
 def test_reported_rows_cannot_choose(tmp_path: Path) -> None:
     """Without a validation file the reported rows are training rows held out: the very rows that would choose."""
     rows = write_rows(tmp_path / "rows.jsonl", [{"text": f"word {i}", "label": i % 2} for i in range(40)])
-    config = RunConfig(task="files", train_file=str(rows), method="lora")
+    config = spec(task="files", train_file=str(rows), method="lora")
     with pytest.raises(ConfigError, match="chosen on the rows that are reported; give a validation file"):
-        Grid(cells=(Cell(row="lora", config=config),), learning_rates=(1e-3, 1e-2))
-    judged = config.with_settings(validation_file=str(rows))
-    assert Grid(cells=(Cell(row="lora", config=judged),), learning_rates=(1e-3, 1e-2)).chooses
-    assert not Grid(cells=(Cell(row="lora", config=config),), learning_rates=(1e-3,)).chooses
+        Grid(cells=(Cell(row="lora", spec=config),), learning_rates=(1e-3, 1e-2))
+    judged = config.but(validation_file=str(rows))
+    assert Grid(cells=(Cell(row="lora", spec=judged),), learning_rates=(1e-3, 1e-2)).chooses
+    assert not Grid(cells=(Cell(row="lora", spec=config),), learning_rates=(1e-3,)).chooses
 
 
 CHANGES: dict[str, st.SearchStrategy[Any]] = {
@@ -244,23 +249,23 @@ CHANGES: dict[str, st.SearchStrategy[Any]] = {
 
 @given(st.fixed_dictionaries({}, optional=CHANGES), st.fixed_dictionaries({}, optional=CHANGES))
 def test_runs_have_one_name_exactly_if_they_are_one_run(one: dict[str, Any], other: dict[str, Any]) -> None:
-    a, b = RunConfig(**one), RunConfig(**other)
+    a, b = spec(**one), spec(**other)
     assert (run_name(a) == run_name(b)) == (asdict(a) == asdict(b))
-    assert run_name(a) == run_name(RunConfig(**json.loads(json.dumps(asdict(a)))))
+    assert run_name(a) == run_name(RunSpec.from_dict(json.loads(json.dumps(a.to_dict()))))
     assert "/" not in run_name(a)
 
 
 def test_a_name_does_not_depend_on_fields_that_have_their_default() -> None:
     """What a later release adds must not rename the runs of this one: only values that were set are in the name."""
-    spelled = RunConfig(**{f.name: getattr(RunConfig(r=3), f.name) for f in fields(RunConfig)})
-    assert run_name(spelled) == run_name(RunConfig(r=3))
-    assert run_name(RunConfig(r=3)) != run_name(RunConfig())
+    spelled = RunSpec.of(spec(r=3).values())
+    assert run_name(spelled) == run_name(spec(r=3))
+    assert run_name(spec(r=3)) != run_name(spec())
 
 
 def test_two_that_want_one_run_do_it_once(tmp_path: Path) -> None:
     """The second waits at the lock and reads the first one's record: even the wall times in it are the same."""
     training = {"max_steps": 8, "per_device_train_batch_size": 4}
-    config = RunConfig(
+    config = spec(
         model="bert-tiny-shape",
         method="top",
         max_length=16,
@@ -276,7 +281,7 @@ def test_two_that_want_one_run_do_it_once(tmp_path: Path) -> None:
 
 
 def test_one_folder_cannot_hold_two_runs(tmp_path: Path) -> None:
-    jobs = [Job(config=RunConfig(seed=seed), folder=tmp_path / "run", title="run") for seed in (0, 1)]
+    jobs = [Job(spec=spec(seed=seed), folder=tmp_path / "run", title="run") for seed in (0, 1)]
     with pytest.raises(ConfigError, match="asked to hold two different runs"):
         execute(jobs)
     assert list(tmp_path.iterdir()) == []

@@ -10,11 +10,12 @@ from typing import Any
 
 import numpy as np
 import pytest
+from tests.runs.commands import spec
 
 from weightlora.errors import CheckpointError, ConfigError, WeightLoRAError
-from weightlora.runs.config import RunConfig
 from weightlora.runs.run import finished, refused, resume
 from weightlora.runs.serve import export_run
+from weightlora.runs.spec import PARTS, RunSpec
 from weightlora.tasks import load_task
 
 WRONG: dict[str, list[Any]] = {  # by what a field declares
@@ -26,17 +27,17 @@ WRONG: dict[str, list[Any]] = {  # by what a field declares
 }
 
 
-@pytest.mark.parametrize("name", [f.name for f in fields(RunConfig)])
-def test_every_setting_of_a_run_refuses_other_types(name: str) -> None:
-    declared = str(next(f.type for f in fields(RunConfig) if f.name == name))
+@pytest.mark.parametrize(("kind", "name"), [(kind, f.name) for kind in PARTS.values() for f in fields(kind)])
+def test_every_setting_of_a_run_refuses_other_types(kind: Any, name: str) -> None:
+    declared = str(next(f.type for f in fields(kind) if f.name == name))
     values = WRONG[declared.removesuffix(" | None")] + ([] if "None" in declared else [None])
     for value in values:
         with pytest.raises(ConfigError, match=f"{name}=.* is not allowed; use"):
-            RunConfig(**{name: value})
+            kind(**{name: value})
 
 
 def test_numbers_of_numpy_and_paths_become_plain(tmp_path: Path) -> None:
-    given = RunConfig(
+    given = spec(
         r=np.int64(4),  # type: ignore[arg-type]
         alpha=np.float32(8),  # type: ignore[arg-type]
         seed=np.uint8(3),  # type: ignore[arg-type]
@@ -44,7 +45,7 @@ def test_numbers_of_numpy_and_paths_become_plain(tmp_path: Path) -> None:
         settings={"k": np.int64(3)},
         training={"max_steps": np.int32(5), "learning_rate": np.float64(0.5)},
     )
-    plain = RunConfig(
+    plain = spec(
         r=4,
         alpha=8.0,
         seed=3,
@@ -55,14 +56,14 @@ def test_numbers_of_numpy_and_paths_become_plain(tmp_path: Path) -> None:
     assert given == plain
     for folder in (tmp_path, str(tmp_path)):
         given.save(folder)
-        assert RunConfig.load(folder) == plain
+        assert RunSpec.load(folder) == plain
 
 
 @pytest.mark.parametrize("kind", [str, Path])
 def test_run_folders_as_text_or_paths(kind: Any, tmp_path: Path) -> None:
     folder = kind(tmp_path)
-    RunConfig().save(folder)
-    assert RunConfig.is_one(kind(tmp_path / "config.json"))
+    spec().save(folder)
+    assert RunSpec.is_one(kind(tmp_path / "config.json"))
     assert not finished(folder)
     with pytest.raises(CheckpointError, match="holds no finished run"):
         export_run(folder, kind(tmp_path / "out"), "native")
@@ -71,11 +72,11 @@ def test_run_folders_as_text_or_paths(kind: Any, tmp_path: Path) -> None:
 
 
 def test_a_damaged_type_in_a_file_is_named(tmp_path: Path) -> None:
-    RunConfig().save(tmp_path)
+    spec().save(tmp_path)
     path = tmp_path / "config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"r": "8"}))
     with pytest.raises(CheckpointError, match=r"config\.json is damaged: r='8' is not allowed; use a whole number"):
-        RunConfig.load(tmp_path)
+        RunSpec.load(tmp_path)
 
 
 @pytest.mark.parametrize("kind", [str, Path])
@@ -98,12 +99,12 @@ def test_data_as_text_or_paths(kind: Any, tmp_path: Path) -> None:
     ],
 )
 def test_data_that_is_no_path(call: Callable[[], Any]) -> None:
-    with pytest.raises(WeightLoRAError, match="is not allowed; use a path, or None"):
+    with pytest.raises(WeightLoRAError, match="is not allowed; use text or None"):
         call()
 
 
 def test_a_record_says_what_differs_from_its_preset() -> None:
     for settings, label in (({}, "paper"), ({"k": 3}, "paper"), ({"score": "credit"}, "paper, changed: score")):
-        config = RunConfig(preset="paper", settings=settings)
-        assert config.preset == "paper"
+        config = spec(preset="paper", settings=settings)
+        assert config.method.preset == "paper"
         assert refused(config, "why").preset == label

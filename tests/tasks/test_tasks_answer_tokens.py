@@ -10,11 +10,10 @@ from typing import Any
 
 import pytest
 import torch
+from tests.runs.commands import spec
 from transformers import Seq2SeqTrainingArguments
 
 from weightlora.errors import ConfigError, WeightLoRAError
-from weightlora.runs.build import read_task
-from weightlora.runs.config import RunConfig
 from weightlora.tasks import (
     AnswerTokens,
     LoadedModel,
@@ -23,6 +22,7 @@ from weightlora.tasks import (
     completes_text,
     load_model,
     load_task,
+    read_task,
     tell_once,
 )
 from weightlora.tasks.answer_tokens import PROMPTS
@@ -181,7 +181,8 @@ def test_who_tells_the_classes(loaded: LoadedModel, data_dir: Path, tmp_path: Pa
 
     def asks(task: str = "sst2", **settings: Any) -> bool:
         folder = str(data_dir) if task == "gsm8k" else str(tmp_path)
-        return isinstance(read_task(RunConfig(data_dir=folder, task=task, **settings)), AnswerTokens)
+        run = spec(data_dir=folder, task=task, **settings)
+        return isinstance(read_task(run.task, run.model.name), AnswerTokens)
 
     assert asks(model="smollm2")
     assert asks(model=decoder)

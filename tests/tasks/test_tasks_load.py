@@ -128,11 +128,12 @@ def test_an_unknown_task(name: str, hint: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "setting", [{"max_train_samples": 0}, {"max_eval_samples": -1}, {"holdout": 0.0}, {"holdout": 1.0}, {"seed": -1}]
+    "setting",
+    [{"max_train_samples": 0}, {"max_eval_samples": -1}, {"holdout": 0.0}, {"holdout": 1.0}, {"split_seed": -1}],
 )
 def test_settings_out_of_range(setting: dict[str, float]) -> None:
     name, value = next(iter(setting.items()))
-    with pytest.raises(ConfigError, match=f"{name}={value:g} "):
+    with pytest.raises(ConfigError, match=f"{name}={value} is not allowed; use "):
         load_task("docstrings", **setting)  # type: ignore[arg-type]
 
 
@@ -142,7 +143,9 @@ def content(task: Task) -> tuple[list[str], list[str]]:
 
 def test_subsets_depend_on_the_seed_alone(data_dir: Path) -> None:
     def draw(seed: int, train: int = 50) -> tuple[list[str], list[str]]:
-        return content(load_task("cola", data_dir=data_dir, max_train_samples=train, max_eval_samples=30, seed=seed))
+        return content(
+            load_task("cola", data_dir=data_dir, max_train_samples=train, max_eval_samples=30, split_seed=seed)
+        )
 
     states = random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist()
     first = draw(0)
@@ -161,16 +164,16 @@ def test_subsets_depend_on_the_seed_alone(data_dir: Path) -> None:
 def test_holdout_cuts_train_by_class_and_never_reads_validation(data_dir: Path, tmp_path: Path) -> None:
     (tmp_path / "cola").mkdir()
     (tmp_path / "cola" / "train.jsonl").write_bytes((data_dir / "cola" / "train.jsonl").read_bytes())
-    task = load_task("cola", data_dir=tmp_path, holdout=0.1, seed=3)
+    task = load_task("cola", data_dir=tmp_path, holdout=0.1, split_seed=3)
     assert (len(task.train), len(task.validation)) == (7696, 855)
     assert Counter(task.validation["label"]) == {1: 602, 0: 253}  # 10 % of 6023 and of 2528
     whole = [(row["sentence"], row["label"]) for row in rows(data_dir / "cola" / "train.jsonl")]
     parts = [(row["sentence"], row["label"]) for part in (task.train, task.validation) for row in part]
     assert Counter(parts) == Counter(whole)
-    again = load_task("cola", data_dir=tmp_path, holdout=0.1, seed=3)
+    again = load_task("cola", data_dir=tmp_path, holdout=0.1, split_seed=3)
     assert content(again) == content(task)
-    assert content(load_task("cola", data_dir=tmp_path, holdout=0.1, seed=4)) != content(task)
-    small = load_task("cola", data_dir=tmp_path, holdout=0.1, seed=3, max_train_samples=9, max_eval_samples=7)
+    assert content(load_task("cola", data_dir=tmp_path, holdout=0.1, split_seed=4)) != content(task)
+    small = load_task("cola", data_dir=tmp_path, holdout=0.1, split_seed=3, max_train_samples=9, max_eval_samples=7)
     assert set(small.validation["sentence"]) <= set(task.validation["sentence"])
     assert (len(small.train), len(small.validation)) == (9, 7)
 

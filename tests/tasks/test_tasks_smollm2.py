@@ -44,7 +44,9 @@ def test_it_is_a_plain_pretrained_llama(smollm2: Path, loaded: LoadedModel) -> N
 
 def test_it_knows_sentiment_before_any_training(loaded: LoadedModel, data_dir: Path, tmp_path: Path) -> None:
     """.747 and 2.73 nats on all 872 rows; on the first few within what so few can say."""
-    task = by_answer_tokens(load_task("sst2", data_dir=data_dir, max_train_samples=4, max_eval_samples=24, seed=1))
+    task = by_answer_tokens(
+        load_task("sst2", data_dir=data_dir, max_train_samples=4, max_eval_samples=24, split_seed=1)
+    )
     parts = task.prepare(loaded, 128)
     args = TrainingArguments(output_dir=str(tmp_path), use_cpu=True, report_to="none", per_device_eval_batch_size=8)
     found = parts.trainer(

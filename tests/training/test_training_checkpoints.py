@@ -28,7 +28,7 @@ from weightlora.methods import (
 )
 from weightlora.training import FitResult, fit
 from weightlora.training.checkpoint import SEAL, latest, resolve, whole
-from weightlora.training.identity import RUN
+from weightlora.training.identity import IN_USE
 
 METHODS: dict[str, Method] = {
     "weightlora": WeightLoRA(k=2, select_after=5),
@@ -50,7 +50,7 @@ def run(out: Path, method: Method, resume: Any = False, **arguments: Any) -> tup
 
 
 def checkpoints(out: Path) -> list[str]:
-    return sorted(p.name for p in out.iterdir() if p.name != RUN)
+    return sorted(p.name for p in out.iterdir() if p.name != IN_USE)
 
 
 def same(a: tuple[Trainer, FitResult], b: tuple[Trainer, FitResult]) -> None:

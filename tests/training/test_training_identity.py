@@ -16,7 +16,7 @@ from weightlora.errors import CheckpointError, ConfigError
 from weightlora.methods import DoRA, FullFineTuning, LoRA, Method, WeightLoRA
 from weightlora.training import fit
 from weightlora.training.checkpoint import folders, seal
-from weightlora.training.identity import RUN
+from weightlora.training.identity import IN_USE, RUN
 
 METHODS: dict[str, Method] = {"weightlora": WeightLoRA(k=2, select_after=3), "dora": DoRA(), "full": FullFineTuning()}
 
@@ -42,7 +42,8 @@ def weights(made: Any) -> dict[str, torch.Tensor]:
 
 
 def ids(out: Path) -> set[str]:
-    return {json.loads((folder / RUN).read_text())["id"] for folder in (out, *folders(out))}
+    files = (out / IN_USE, *(folder / RUN for folder in folders(out)))
+    return {json.loads(file.read_text())["id"] for file in files}
 
 
 def contents(out: Path) -> dict[Path, int]:

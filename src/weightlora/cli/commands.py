@@ -1,4 +1,4 @@
-"""What each command does: flags to a configuration, a call, and a few lines about what came of it."""
+"""The commands about one run: settings to a spec, a call, and a few lines about what came of it."""
 
 from __future__ import annotations
 
@@ -9,39 +9,39 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from weightlora.cli import arguments, grids
+from weightlora.cli.command import (
+    Command,
+    Given,
+    argv,
+    option_dry_run,
+    option_method,
+    option_out,
+    option_overwrite,
+    option_run,
+    say,
+)
 from weightlora.errors import ConfigError
+from weightlora.settings import typed
 
 
-def _write_json(target: str | None, text: str) -> None:
-    if target == "-":
-        print(text)
-    elif target is not None:
-        from weightlora.files import write_text
-
-        write_text(Path(target), text if text.endswith("\n") else text + "\n")
-
-
-def _report(record: Any, folder: Path, target: str | None) -> int:
+def _report(given: Given, record: Any, folder: Path) -> int:
     """Print what a run came to; 1 if it failed."""
     from weightlora.runs.run import ADAPTER, ERROR, MODEL
     from weightlora.runs.together import follows
 
     if follows():
         return 0  # the main process tells
-    _write_json(target, record.to_json())
     if record.status != "ok":
+        given.show(record.to_json())
         print(f"weightlora: the run failed: {record.error} (see {folder / ERROR})", file=sys.stderr)
         return 1
     from weightlora.report import run_summary
 
     if record.adapters:
         _draw(record, folder)
-    if target != "-":
-        print(run_summary(record))
-        what, where = ("adapter", ADAPTER) if record.n_adapters else ("model", MODEL)
-        if (folder / where).exists():
-            print(f"{what}: {folder / where}")
+    what, where = ("adapter", ADAPTER) if record.n_adapters else ("model", MODEL)
+    place = [f"{what}: {folder / where}"] if (folder / where).exists() else []
+    given.show(record.to_json(), run_summary(record), *place)
     return 0
 
 
@@ -56,144 +56,76 @@ def _draw(record: Any, folder: Path) -> None:
         logging.getLogger("weightlora").warning("no picture: %s", error)
 
 
-def train(parsed: argparse.Namespace, rest: list[str], parser: argparse.ArgumentParser) -> int:
+def train(given: Given) -> int:
     from weightlora.runs import run
-
-    config = arguments.run_config(parsed, rest, parser, getattr(parsed, "method", "weightlora"))
-    if parsed.dry_run:
-        return _dry_run(config, parsed.json)
-    record = run.train(config, Path(parsed.out), overwrite=parsed.overwrite, argv=_argv())
-    return _report(record, Path(parsed.out), parsed.json)
-
-
-def _dry_run(config: Any, target: str | None) -> int:
     from weightlora.runs.dry import check, describe
+    from weightlora.runs.spec import RunSpec
 
-    check(config)
-    _write_json(target, json.dumps({"dry_run": True, "config": config.to_dict()}, indent=1))
-    if target != "-":
-        print(f"would run {describe(config)}")
-    return 0
+    spec, options = RunSpec.of(given.settings), given.options
+    if options.dry_run:
+        check(spec)
+        given.show_json({"dry_run": True, "config": spec.to_dict()}, f"would run {describe(spec)}")
+        return 0
+    return _report(given, run.train(spec, options.out, overwrite=options.overwrite, argv=argv()), Path(options.out))
 
 
-def resume(parsed: argparse.Namespace, rest: list[str], parser: argparse.ArgumentParser) -> int:
+def resume(given: Given) -> int:
     from weightlora.runs import run
 
-    return _report(run.resume(Path(parsed.run), argv=_argv()), Path(parsed.run), parsed.json)
+    folder = Path(given.options.run)
+    return _report(given, run.resume(folder, argv=argv()), folder)
 
 
-def select(parsed: argparse.Namespace, rest: list[str], parser: argparse.ArgumentParser) -> int:
+def select(given: Given) -> int:
     from weightlora.runs import run
+    from weightlora.runs.spec import RunSpec
 
-    config = arguments.run_config(parsed, rest, parser, getattr(parsed, "method", "weightlora"))
-    selection = run.select(config, Path(parsed.out), overwrite=parsed.overwrite)
-    _write_json(parsed.json, selection.to_json())
-    if parsed.json != "-":
-        print(f"kept {selection.k} of {selection.n} adapters: {selection.why}")
-        print(*(f"  {choice.name}" for choice in selection.kept), sep="\n")
-        print(f"selection: {Path(parsed.out) / run.SELECTION}\nLoraConfig: {Path(parsed.out) / 'adapter_config.json'}")
-    return 0
-
-
-def compare(parsed: argparse.Namespace, rest: list[str], parser: argparse.ArgumentParser) -> int:
-    from weightlora.files import write_text
-    from weightlora.report import comparison_table
-    from weightlora.runs import compare as comparing
-
-    asked = getattr(parsed, "methods", "all")
-    seeds = [arguments.whole(text, "seeds") for text in getattr(parsed, "seeds", "0,1,2").split(",")]
-    rates = [float(arguments.number(text, "tune")) for text in getattr(parsed, "tune", "").split(",") if text]
-    folder = Path(parsed.out)
-    # The method with the most settings: each method takes those it has.
-    config = arguments.run_config(parsed, rest, parser, "weightlora+")
-    methods = comparing.all_methods(config) if asked == "all" else [name.strip() for name in asked.split(",")]
-    records = comparing.compare(
-        config,
-        methods,
-        seeds,
-        folder,
-        tune=rates,
-        metric=getattr(parsed, "metric", None),
-        cluster=grids.cluster(parsed),
-        say=_say,
+    out = Path(given.options.out)
+    selection = run.select(RunSpec.of(given.settings), out, overwrite=given.options.overwrite)
+    given.show(
+        selection.to_json(),
+        f"kept {selection.k} of {selection.n} adapters: {selection.why}",
+        *(f"  {choice.name}" for choice in selection.kept),
+        f"selection: {out / run.SELECTION}\nLoraConfig: {out / 'adapter_config.json'}",
     )
-    table = comparison_table(records)
-    write_text(folder / "compare.md", table.to_markdown())
-    write_text(folder / "compare.json", table.to_json())
-    _write_json(parsed.json, table.to_json())
-    if parsed.json != "-":
-        print(table.to_text())
-    return 0 if all(record.status == "ok" for record in records) else 1
-
-
-def probe(parsed: argparse.Namespace, rest: list[str], parser: argparse.ArgumentParser) -> int:
-    from weightlora.report.probe_plot import Probe, probe_plot
-    from weightlora.runs import probe as probing
-
-    run = arguments.run_config(parsed, rest, parser, getattr(parsed, "method", "weightlora"))
-    own = {name: getattr(parsed, name) for name in ("mode", "gradient_rows") if name in parsed}
-    seeds = tuple(arguments.whole(text, "seeds") for text in getattr(parsed, "seeds", "0,1,2").split(","))
-    folder = Path(parsed.out)
-    config = probing.ProbeConfig(run=run, seeds=seeds, **own)
-    data = probing.probe(config, folder, overwrite=parsed.overwrite, argv=_argv(), say=_say)
-    _write_json(parsed.json, json.dumps(data, indent=1))
-    probe_plot(Probe.from_dict(data), folder / probing.PICTURE)
-    if parsed.json != "-":
-        print(f"products: {folder / probing.PROBE}\npicture: {folder / probing.PICTURE}")
     return 0
 
 
-def memory(parsed: argparse.Namespace, rest: list[str], parser: argparse.ArgumentParser) -> int:
-    from weightlora.report.memory_plot import memory_plot
-    from weightlora.runs import figure3
-
-    own: dict[str, Any] = {name: getattr(parsed, name) for name in ("points", "limit") if name in parsed}
-    if "ranks" in parsed:
-        own["ranks"] = tuple(arguments.whole(text, "ranks") for text in parsed.ranks.split(","))
-    run = arguments.run_config(parsed, rest, parser, "weightlora")
-    folder = Path(parsed.out)
-    data = figure3.memory_curve(figure3.CurveConfig(run=run, **own), folder, argv=_argv(), say=_say)
-    _write_json(parsed.json, json.dumps(data, indent=1))
-    memory_plot(data, folder / figure3.PICTURE)
-    if parsed.json != "-":
-        print(f"bytes: {folder / figure3.CURVE}\npicture: {folder / figure3.PICTURE}")
-    return 0
-
-
-def plan(parsed: argparse.Namespace, rest: list[str], parser: argparse.ArgumentParser) -> int:
+def plan(given: Given) -> int:
     from weightlora.core import format_bytes, parse_bytes
+    from weightlora.cost.plan_spec import PlanConfig
     from weightlora.cost.plan_text import plan_text
     from weightlora.runs.plan import planner_for
 
-    memory = None if parsed.memory is None else parse_bytes(parsed.memory)
-    config = arguments.plan_config(parsed)
+    options = given.options
+    memory = None if options.memory is None else parse_bytes(options.memory)
+    config = PlanConfig(**typed(PlanConfig, given.flags))
     planner = planner_for(config)
-    if parsed.probe:
+    if options.probe:
         from weightlora.runs.plan import calibrate
 
         found = calibrate(config, planner, config.device)
         what = "peak of a step" if found.kind == "peak" else "kept for backward"
-        _say(
+        say(
             f"probe, micro-batch {found.micro_batch}: {what} predicted {format_bytes(found.predicted)},"
             f" measured {format_bytes(found.measured)}"
         )
         planner = planner_for(config, found.overhead, planner.traces)
     made = planner.plan(memory)
-    _write_json(parsed.json, made.to_json())
-    if parsed.json != "-":
-        print(plan_text(made, parsed.layers), end="")
+    given.show(made.to_json(), plan_text(made, options.layers).removesuffix("\n"))
     return 0
 
 
-def export(parsed: argparse.Namespace, rest: list[str], parser: argparse.ArgumentParser) -> int:
+def export(given: Given) -> int:
     from weightlora.report import card_section
     from weightlora.runs.record import Record
     from weightlora.runs.run import RECORD, finished
     from weightlora.runs.serve import export_run
 
-    run, out = Path(parsed.run), Path(parsed.out) if parsed.out else Path(parsed.run) / parsed.profile
+    options = given.options
+    run, out = Path(options.run), Path(options.out) if options.out else Path(options.run) / options.profile
     about = card_section(Record.read(run / RECORD)) if finished(run) else ""
-    done = export_run(run, out, parsed.profile, overwrite=parsed.overwrite, about=about)
+    done = export_run(run, out, options.profile, overwrite=options.overwrite, about=about)
     facts = {
         "path": str(done.path),
         "profile": done.profile,
@@ -202,33 +134,192 @@ def export(parsed: argparse.Namespace, rest: list[str], parser: argparse.Argumen
         "rank": done.rank,
         "notes": list(done.notes),
     }
-    _write_json(parsed.json, json.dumps(facts, indent=1))
-    if parsed.json != "-":
-        print(f"{done.profile} export: {done.path}")
-        print(
-            f"reloaded and compared: largest logit difference {done.max_difference:.2g} (allowed {done.tolerance:.2g})"
-        )
-        for note in done.notes:
-            print(note)
+    given.show_json(
+        facts,
+        f"{done.profile} export: {done.path}",
+        f"reloaded and compared: largest logit difference {done.max_difference:.2g} (allowed {done.tolerance:.2g})",
+        *done.notes,
+    )
     return 0
 
 
-def report(parsed: argparse.Namespace, rest: list[str], parser: argparse.ArgumentParser) -> int:
+def report(given: Given) -> int:
     from weightlora.report import report as make
 
-    made = make(parsed.runs, metric=getattr(parsed, "metric", None))
+    made = make(given.options.runs, metric=given.options.metric)
     for line in made.left_out:
-        _say(f"left out: {line}")
-    out = made.write(parsed.out)
-    _write_json(parsed.json, made.json)
-    if parsed.json != "-":
-        print(f"report of {made.runs} run{'s' if made.runs > 1 else ''}: {out}")
+        say(f"left out: {line}")
+    out = made.write(given.options.out)
+    given.show(made.json, f"report of {made.runs} run{'s' if made.runs > 1 else ''}: {out}")
     return 0
 
 
-def _say(line: str) -> None:
-    print(line, file=sys.stderr, flush=True)
+def probe(given: Given) -> int:
+    from weightlora.report.probe_plot import Probe, probe_plot
+    from weightlora.runs import probe as probing
+    from weightlora.runs.figure_specs import ProbeSpec
+
+    folder = Path(given.options.out)
+    config = ProbeSpec.of(given.settings)
+    data = probing.probe(config, folder, overwrite=given.options.overwrite, argv=argv(), say=say)
+    probe_plot(Probe.from_dict(data), folder / probing.PICTURE)
+    given.show(json.dumps(data, indent=1), f"products: {folder / probing.PROBE}\npicture: {folder / probing.PICTURE}")
+    return 0
 
 
-def _argv() -> tuple[str, ...]:
-    return ("weightlora", *sys.argv[1:])
+def memory(given: Given) -> int:
+    from weightlora.report.memory_plot import memory_plot
+    from weightlora.runs import figure3
+    from weightlora.runs.figure_specs import CurveSpec
+
+    folder = Path(given.options.out)
+    data = figure3.memory_curve(CurveSpec.of(given.settings), folder, argv=argv(), say=say)
+    memory_plot(data, folder / figure3.PICTURE)
+    given.show(json.dumps(data, indent=1), f"bytes: {folder / figure3.CURVE}\npicture: {folder / figure3.PICTURE}")
+    return 0
+
+
+def _add_train(parser: argparse.ArgumentParser) -> None:
+    option_method(parser)
+    option_out(parser, "runs/train")
+    option_overwrite(parser)
+    option_dry_run(parser)
+
+
+def _add_select(parser: argparse.ArgumentParser) -> None:
+    option_method(parser)
+    option_out(parser, "runs/select")
+    option_overwrite(parser)
+
+
+def _add_plan(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--memory", metavar="SIZE", help="what there is, such as 16GiB: find what fits, or refuse")
+    parser.add_argument("--layers", action="store_true", help="show what each block keeps, too")
+    parser.add_argument(
+        "--probe", action="store_true", help="run one step on random weights, and correct the plan by it"
+    )
+
+
+def _plan_specs() -> tuple[type, ...]:
+    from weightlora.cost.plan_spec import PlanConfig
+
+    return (PlanConfig,)
+
+
+def _probe_specs() -> tuple[type, ...]:
+    from weightlora.runs.figure_specs import ProbeSpec
+
+    return (ProbeSpec,)
+
+
+def _memory_specs() -> tuple[type, ...]:
+    from weightlora.runs.figure_specs import CurveSpec
+
+    return (CurveSpec,)
+
+
+def _add_export(parser: argparse.ArgumentParser) -> None:
+    option_run(parser)
+    option_out(parser, None, shown="RUN/PROFILE")
+    option_overwrite(parser)
+    parser.add_argument(
+        "--profile",
+        default="native",
+        choices=("native", "portable", "dense", "merged"),
+        help="native: stock PEFT; portable: vLLM, SGLang, llama.cpp; dense: the same, every layer; merged: no adapter",
+    )
+
+
+def _add_report(parser: argparse.ArgumentParser) -> None:
+    from weightlora.runs.record import EVAL_LOSS
+
+    parser.add_argument("runs", metavar="RUN", nargs="+", help="a run directory, a record.json, or a folder of runs")
+    option_out(parser, "report.html", metavar="FILE")
+    parser.add_argument(
+        "--metric",
+        choices=(EVAL_LOSS,),
+        help="compare by the loss on the validation rows (lower is better); default: the task's metric",
+    )
+
+
+def _add_probe(parser: argparse.ArgumentParser) -> None:
+    option_method(parser)
+    option_out(parser, "runs/probe")
+    option_overwrite(parser)
+
+
+def _add_memory(parser: argparse.ArgumentParser) -> None:
+    option_out(parser, "runs/memory")
+
+
+COMMANDS = {
+    "train": Command(
+        help="train one model with one method",
+        usage="[RECIPE.yaml] [FLAGS]",
+        example="weightlora train --task sst2 --data-dir DATA --method weightlora --k 9 --max-steps 200 --out sst2",
+        add=_add_train,
+        run=train,
+        takes_run=True,
+        shared=True,
+    ),
+    "resume": Command(
+        help="go on with an interrupted run",
+        usage="RUN [--json FILE]",
+        example="weightlora resume runs/sst2",
+        add=option_run,
+        run=resume,
+        shared=True,
+    ),
+    "select": Command(
+        help="choose adapters only: selection.json and a LoraConfig for any trainer",
+        usage="[RECIPE.yaml] [FLAGS]",
+        example="weightlora select --task sst2 --data-dir DATA --k 9 --max-steps 400 --out chosen",
+        add=_add_select,
+        run=select,
+        takes_run=True,
+    ),
+    "probe": Command(
+        help="the paper's Figure 2: how much each adapter would still change the loss, by layer",
+        usage="[RECIPE.yaml] [FLAGS]",
+        example="weightlora probe --task sst2 --data-dir DATA --seeds 0,1,2 --k 9 --max-steps 400 --out probe",
+        add=_add_probe,
+        run=probe,
+        specs=_probe_specs,
+        title="probe",
+        takes_run=True,
+    ),
+    "memory": Command(
+        help="the paper's Figure 3: a run's memory against the number of connected adapters",
+        usage="[RECIPE.yaml] [FLAGS]",
+        example="weightlora memory --task sst2 --data-dir DATA --model deberta-v3-base-shape --limit 16GiB",
+        add=_add_memory,
+        run=memory,
+        specs=_memory_specs,
+        title="curves",
+        takes_run=True,
+    ),
+    "plan": Command(
+        help="say what a run would take, and what fits into a memory",
+        usage="[--memory SIZE] [FLAGS]",
+        example="weightlora plan --model llama-3-8b --length 2048 --memory 40GiB --checkpointing\n"
+        "  weightlora plan --model deberta-v3-base --targets attention --r 8 --k 9 --batch 32 --memory 8GiB",
+        add=_add_plan,
+        run=plan,
+        specs=_plan_specs,
+        title="plan",
+    ),
+    "export": Command(
+        help="write a run's adapter for a server, or merged into its base",
+        usage="RUN [--profile PROFILE] [--out DIR]",
+        example="weightlora export runs/sst2 --profile portable --out served",
+        add=_add_export,
+        run=export,
+    ),
+    "report": Command(
+        help="show runs in one HTML file: what was kept, why, and what it saved",
+        usage="RUN... [--out FILE]",
+        example="weightlora report runs/sst2 runs/compare --out report.html",
+        add=_add_report,
+        run=report,
+    ),
+}

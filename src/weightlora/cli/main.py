@@ -4,76 +4,30 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import functools
 import gc
 import logging
 import os
 import sys
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import fields
 from pathlib import Path
 from typing import NoReturn
 
 from weightlora import __version__
-from weightlora.cli import arguments, commands, grids, sweeping
+from weightlora.cli import commands, studies
+from weightlora.cli.command import Command, Given
+from weightlora.cli.flags import add_run, add_spec, dashed, given_settings
 from weightlora.errors import ConfigError, WeightLoRAError
 from weightlora.files import disk_is_full
-from weightlora.runs.record import EVAL_LOSS
+from weightlora.settings import flat_name
 
-Command = Callable[[argparse.Namespace, list[str], argparse.ArgumentParser], int]
-
-# name: (function, takes the flags of a run, what it does, usage, example)
-COMMANDS: dict[str, tuple[Command, bool, str, str, str]] = {
-    "train": (
-        commands.train, True, "train one model with one method", "[RECIPE.yaml] [FLAGS]",
-        "weightlora train --task sst2 --data-dir DATA --method weightlora --k 9 --max-steps 200 --out runs/sst2",
-    ),
-    "resume": (
-        commands.resume, False, "go on with an interrupted run", "RUN [--json FILE]", "weightlora resume runs/sst2",
-    ),
-    "select": (
-        commands.select, True, "choose adapters only: selection.json and a LoraConfig for any trainer",
-        "[RECIPE.yaml] [FLAGS]",
-        "weightlora select --task sst2 --data-dir DATA --k 9 --max-steps 400 --out chosen",
-    ),
-    "compare": (
-        commands.compare, True, "run methods against each other, over seeds, in one table", "[RECIPE.yaml] [FLAGS]",
-        "weightlora compare --methods weightlora,random,lora --seeds 0,1,2 --task sst2 --data-dir DATA --k 9",
-    ),
-    "sweep": (
-        sweeping.sweep, True, "tune and run a grid of tasks and methods over seeds, here or on a Ray cluster",
-        "[RECIPE.yaml] [FLAGS]",
-        "weightlora sweep --tasks cola,sst2 --methods lora,weightlora --learning-rates 3e-4,1e-3,3e-3 --data-dir DATA",
-    ),
-    "reproduce": (
-        sweeping.reproduce, True, "run an experiment of the paper, and set its numbers beside ours",
-        "EXPERIMENT [--scale small] [FLAGS]",
-        "weightlora reproduce table1 --task cola --methods lora,weightlora --scale small --data-dir DATA",
-    ),
-    "probe": (
-        commands.probe, True, "the paper's Figure 2: how much each adapter would still change the loss, by layer",
-        "[RECIPE.yaml] [FLAGS]",
-        "weightlora probe --task sst2 --data-dir DATA --seeds 0,1,2 --k 9 --max-steps 400 --out probe",
-    ),
-    "memory": (
-        commands.memory, True, "the paper's Figure 3: a run's memory against the number of connected adapters",
-        "[RECIPE.yaml] [FLAGS]",
-        "weightlora memory --task sst2 --data-dir DATA --model deberta-v3-base-shape --limit 16GiB --out memory",
-    ),
-    "plan": (
-        commands.plan, False, "say what a run would take, and what fits into a memory", "[--memory SIZE] [FLAGS]",
-        "weightlora plan --model llama-3-8b --length 2048 --memory 40GiB --checkpointing\n"
-        "  weightlora plan --model deberta-v3-base --targets attention --r 8 --k 9 --batch 32 --memory 8GiB",
-    ),
-    "export": (
-        commands.export, False, "write a run's adapter for a server, or merged into its base",
-        "RUN [--profile PROFILE] [--out DIR]", "weightlora export runs/sst2 --profile portable --out served",
-    ),
-    "report": (
-        commands.report, False, "show runs in one HTML file: what was kept, why, and what it saved",
-        "RUN... [--out FILE]", "weightlora report runs/sst2 runs/compare --out report.html",
-    ),
-}  # fmt: skip
+COMMANDS: dict[str, Command] = {
+    name: (commands.COMMANDS | studies.COMMANDS)[name]
+    for name in (
+        *("train", "resume", "select", "compare", "sweep", "reproduce", "probe", "memory", "plan", "export", "report"),
+    )
+}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -85,57 +39,76 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     # PEFT 0.20 says so of a base that has no name, whenever it is saved.
     warnings.filterwarnings("ignore", "Could not find a config file in", UserWarning)
-    words = arguments.dashed(sys.argv[1:] if argv is None else argv)
-    parser, table = build_parser()
-    if not words:
-        parser.print_help()
+    words = dashed(sys.argv[1:] if argv is None else argv)
+    if not words or words[0] not in COMMANDS:
+        parser = build_parser()
+        if not words:
+            parser.print_help()
+            return 2
+        parser.parse_args(words)
         return 2
-    command = words[0]
+    name = words[0]
+    options = argparse.Namespace()
     try:
-        takes_rest = command in table and table[command][2]
-        recipe, given = [], words[1:]
-        if command == "reproduce":  # whose first word is an experiment
-            given = words[2:]
-        elif takes_rest and given and not given[0].startswith("-"):
-            recipe, given = arguments.read_recipe(given[0]), given[1:]
-            words = [command, *recipe, *given]
-        parsed, rest = parser.parse_known_args(words, argparse.Namespace(recipe=recipe, given=given))
-        if parsed.command is None:
-            parser.error(f"unrecognized arguments: {' '.join(rest)}")
-        sub, run, _ = table[parsed.command]
-        if rest and not takes_rest:
-            sub.error(f"unrecognized arguments: {' '.join(rest)}")
-        _check_processes(parsed)
-        if parsed.json is not None and Path(parsed.json).is_dir():
-            raise ConfigError(f"{parsed.json} is a folder; give --json a file, or - for standard output")
-        if parsed.command == "report":  # which loads none of them
-            return run(parsed, rest, sub)
         # The time of a plan is imports and one trace, where little dies that collecting could find.
-        with _collection_paused() if parsed.command == "plan" else contextlib.nullcontext():
-            _quiet_libraries()
-            return run(parsed, rest, sub)
+        with _collection_paused() if name == "plan" else contextlib.nullcontext():
+            given = _read(name, words[1:], options)
+            _check_processes(name, given)
+            return COMMANDS[name].run(given)
     except WeightLoRAError as error:
         which = f" (process {_number()})" if _number() else ""
-        print(f"weightlora {command}: error: {error}{which}", file=sys.stderr)
+        print(f"weightlora {name}: error: {error}{which}", file=sys.stderr)
         return 2
     except OSError as error:
         if error.filename is None and not disk_is_full(error):
             raise  # no file of the user's: ours to mend
-        print(f"weightlora {command}: error: {_about_file(error)}", file=sys.stderr)
+        print(f"weightlora {name}: error: {_about_file(error)}", file=sys.stderr)
         return 1 if disk_is_full(error) else 2
     except KeyboardInterrupt:
-        print("\ninterrupted" + _how_to_go_on(command, parsed), file=sys.stderr)
+        print("\ninterrupted" + _how_to_go_on(name, options), file=sys.stderr)
         return 130
 
 
-def _check_processes(parsed: argparse.Namespace) -> None:
+def _read(name: str, words: Sequence[str], options: argparse.Namespace) -> Given:
+    """What a user gave: words to options and settings, and a recipe's settings beneath.
+
+    Raises:
+        ConfigError: the recipe cannot be read, or --json names a folder.
+    """
+    command = COMMANDS[name]
+    recipe = None
+    if command.takes_run and name != "reproduce" and words and not words[0].startswith("-"):
+        recipe, words = words[0], words[1:]
+    from weightlora.runs.recipe import read_recipe
+
+    parser = command_parser(name)
+    beneath = {} if recipe is None else read_recipe(recipe)[0]
+    for action in parser._actions:  # a recipe may hold options, too: --overwrite, --out
+        if action.default is not argparse.SUPPRESS and action.dest in beneath:
+            parser.set_defaults(**{action.dest: beneath.pop(action.dest)})
+    _, rest = parser.parse_known_args(words, options)
+    if rest and not command.takes_run:
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    if options.json is not None and Path(options.json).is_dir():
+        raise ConfigError(f"{options.json} is a folder; give --json a file, or - for standard output")
+    if name == "report":  # which loads none of the libraries
+        return Given(options=options)
+    _quiet_libraries()
+    named = {flat_name(each) for kind in command.specs() for each in fields(kind)}
+    own = {key: value for key, value in vars(options).items() if key in named}
+    if not command.takes_run:
+        return Given(options=options, flags=own)
+    return Given(options=options, recipe=beneath, flags={**own, **given_settings(options, rest, parser)})
+
+
+def _check_processes(name: str, given: Given) -> None:
     """Most commands have nothing to share out among the processes of a launcher, and would all write the same files."""
     from weightlora.runs.together import launched
 
-    if launched() > 1 and (parsed.command not in ("train", "resume") or getattr(parsed, "dry_run", False)):
+    if launched() > 1 and (not COMMANDS[name].shared or getattr(given.options, "dry_run", False)):
         raise ConfigError(
             f"{launched()} processes were started, and only train and resume share their work; start"
-            f" `weightlora {parsed.command}` in one process, without torchrun or accelerate launch"
+            f" `weightlora {name}` in one process, without torchrun or accelerate launch"
         )
 
 
@@ -155,31 +128,19 @@ def _about_file(error: OSError) -> str:
 
 def entry() -> NoReturn:
     """What the program `weightlora` runs: :func:`main`, and the end of the process."""
-    status = main()
-    if sys.argv[1:2] == ["plan"]:  # which holds nothing open, and whose traced model takes seconds to tear down
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(status)
-    sys.exit(status)
+    sys.exit(main())
 
 
-def _how_to_go_on(command: str, parsed: argparse.Namespace) -> str:
+def _how_to_go_on(command: str, options: argparse.Namespace) -> str:
     if command in ("train", "resume"):
-        run = parsed.out if command == "train" else parsed.run
+        run = options.out if command == "train" else options.run
         return f"; `weightlora resume {run}` goes on from the last checkpoint"
     again = command in ("compare", "sweep", "reproduce", "probe")
     return "; the same command again goes on where it was" if again else ""
 
 
-METHOD_HELP = (
-    "a method: weightlora, weightlora+, lora, full, head, zero-shot, random, top, gradient, adalora, increlora,"
-    " dynamic_lora, lora_drop, alora, flexora, flexlora, melora, tied_lora, nora, milora, dora, vera, vb_lora (default:"
-    " weightlora)"
-)
-
-
-def build_parser() -> tuple[argparse.ArgumentParser, dict[str, tuple[argparse.ArgumentParser, Command, bool]]]:
-    """The parser, and for each command its own parser, its function, and whether it takes the flags of a run."""
+def build_parser() -> argparse.ArgumentParser:
+    """The parser of the program itself, which knows the commands' names."""
     parser = argparse.ArgumentParser(
         prog="weightlora",
         allow_abbrev=False,
@@ -188,110 +149,29 @@ def build_parser() -> tuple[argparse.ArgumentParser, dict[str, tuple[argparse.Ar
     )
     parser.add_argument("--version", action="version", version=f"weightlora {__version__}")
     subs = parser.add_subparsers(dest="command", metavar="COMMAND")
-    table: dict[str, tuple[argparse.ArgumentParser, Command, bool]] = {}
-    for name, (run, takes_rest, text, usage, example) in COMMANDS.items():
-        sub = subs.add_parser(
-            name,
-            help=text,
-            description=text[0].upper() + text[1:] + ".",
-            usage=f"weightlora {name} {usage}",
-            epilog=f"example:\n  {example}\n",
-            formatter_class=argparse.RawDescriptionHelpFormatter,
-            allow_abbrev=False,
-        )
-        table[name] = sub, run, takes_rest
-        if takes_rest:
-            if name == "reproduce":
-                sub.add_argument("experiment", metavar="EXPERIMENT", help="table1 to table6, figure2, figure3")
-            arguments.add_run_flags(sub)
-        elif name == "plan":
-            arguments.add_plan_flags(sub)
-        elif name == "report":
-            sub.add_argument(
-                "runs", metavar="RUN", nargs="+", help="a run directory, a record.json, or a folder of runs"
-            )
-        else:
-            sub.add_argument("run", metavar="RUN", help="a run directory")
-        sub.add_argument("--json", metavar="FILE", help="write the result for a machine, too (- for standard output)")
-    for name in ("train", "select", "probe"):
-        table[name][0].add_argument("--method", default=argparse.SUPPRESS, help=METHOD_HELP)
-    for name in ("train", "select", "compare", "sweep", "probe", "memory"):
-        table[name][0].add_argument("--out", metavar="DIR", default=f"runs/{name}", help=f"default: runs/{name}")
-    table["report"][0].add_argument("--out", metavar="FILE", default="report.html", help="default: report.html")
-    for name in ("train", "select", "export", "probe"):
-        table[name][0].add_argument("--overwrite", action="store_true", help="replace what is in --out")
-    _add_metric_flag(*(table[name][0] for name in ("compare", "sweep", "reproduce", "report")))
-    _add_compare_flags(table["compare"][0])
-    for name in ("sweep", "reproduce"):
-        grids.add_grid_flags(table[name][0])
-    for name in ("compare", "sweep", "reproduce"):
-        grids.add_cluster_flags(table[name][0])
-    for name in ("train", "sweep", "reproduce"):
-        table[name][0].add_argument(
-            "--dry-run", action="store_true", help="check all that needs no weights or data, and print what would run"
-        )
-    _add_reproduce_flags(table["reproduce"][0])
-    _add_probe_flags(table["probe"][0])
-    _add_memory_flags(table["memory"][0])
-    _add_export_flags(table["export"][0])
-    return parser, table
+    for name, command in COMMANDS.items():
+        subs.add_parser(name, help=command.help, add_help=False)
+    return parser
 
 
-def _add_metric_flag(*subs: argparse.ArgumentParser) -> None:
-    for sub in subs:
-        sub.add_argument(
-            "--metric",
-            choices=(EVAL_LOSS,),
-            default=argparse.SUPPRESS,
-            help="compare and choose by the loss on the validation rows (lower is better); default: the task's metric",
-        )
-
-
-def _add_export_flags(sub: argparse.ArgumentParser) -> None:
-    sub.add_argument("--out", metavar="DIR", help="default: RUN/PROFILE")
-    sub.add_argument(
-        "--profile",
-        default="native",
-        choices=("native", "portable", "dense", "merged"),
-        help="native: stock PEFT; portable: vLLM, SGLang, llama.cpp; dense: the same, every layer; merged: no adapter",
+def command_parser(name: str) -> argparse.ArgumentParser:
+    """The parser of one command, with a flag for each field of its specs."""
+    command = COMMANDS[name]
+    parser = argparse.ArgumentParser(
+        prog=f"weightlora {name}",
+        description=command.help[0].upper() + command.help[1:] + ".",
+        usage=f"weightlora {name} {command.usage}",
+        epilog=f"example:\n  {command.example}\n",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
     )
-
-
-def _add_compare_flags(sub: argparse.ArgumentParser) -> None:
-    flag = functools.partial(sub.add_argument, default=argparse.SUPPRESS)
-    flag("--methods", help="comma-separated, each NAME or NAME:PRESET; or all (default)")
-    flag("--seeds", help="comma-separated (default: 0,1,2)")
-    flag(
-        "--tune",
-        metavar="X,X,...",
-        help="choose each method's learning rate on a held-out tenth of the training rows, from these multiples of its"
-        " default (such as 0.3,1,3)",
-    )
-
-
-def _add_probe_flags(sub: argparse.ArgumentParser) -> None:
-    flag = functools.partial(sub.add_argument, default=argparse.SUPPRESS)
-    flag(
-        "--mode",
-        choices=("cheap", "paper"),
-        help="cheap (default): all adapters in one run; paper: one adapter at a time, n runs of T steps for each seed",
-    )
-    flag("--seeds", help="comma-separated (default: 0,1,2)")
-    flag("--gradient-rows", type=int, metavar="N", help="training rows that the gradient is taken over (default: 512)")
-
-
-def _add_memory_flags(sub: argparse.ArgumentParser) -> None:
-    flag = functools.partial(sub.add_argument, default=argparse.SUPPRESS)
-    flag("--ranks", help="comma-separated, a pair of curves each (default: 1,8,64)")
-    flag("--points", type=int, metavar="N", help="numbers of adapters from none to all (default: 10)")
-    flag("--limit", metavar="SIZE", help="the device's memory, such as 16GiB: a line in the picture")
-
-
-def _add_reproduce_flags(sub: argparse.ArgumentParser) -> None:
-    sub.add_argument("--out", metavar="DIR", help="default: runs/EXPERIMENT")
-    sub.add_argument(
-        "--scale", default="full", choices=("full", "small"), help="small: a small model, few steps and rows"
-    )
+    command.add(parser)
+    for kind in command.specs():
+        add_spec(parser, kind, command.title)
+    if command.takes_run:
+        add_run(parser)
+    parser.add_argument("--json", metavar="FILE", help="write the result for a machine, too (- for standard output)")
+    return parser
 
 
 @contextlib.contextmanager

@@ -15,7 +15,6 @@ from weightlora.core.budget import (
     total_params,
 )
 from weightlora.core.components import component_shares, rising_cuts, unevenness
-from weightlora.core.declared import declared, plain
 from weightlora.core.factorise import major_pair, minor_pair
 from weightlora.core.gates import Shape, gate_step, gradual_k
 from weightlora.core.growth import Grown, Growth, Noise, grow
@@ -51,7 +50,6 @@ __all__ = [
     "coverage",
     "credit",
     "cubic_budget",
-    "declared",
     "format_bytes",
     "gate_gradient",
     "gate_step",
@@ -69,7 +67,6 @@ __all__ = [
     "parse_params",
     "parse_share",
     "place",
-    "plain",
     "rank_for_params",
     "resolve_k",
     "rising_cuts",

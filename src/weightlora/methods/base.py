@@ -11,10 +11,11 @@ from typing import Any, ClassVar, Literal, Protocol, TypeVar
 import torch
 from torch import Tensor
 
-from weightlora.core import PlacementCosts, declared, rank_for_params, total_params
+from weightlora.core import PlacementCosts, rank_for_params, total_params
 from weightlora.errors import ConfigError
 from weightlora.graft import Adapter, Form, Gates, RankGates, Selection, is_adapter, select
 from weightlora.methods.checks import check_choice, check_steps
+from weightlora.settings import declared
 
 PRESETS = ("recommended", "paper", "official")
 Trains = Literal["lora", "peft", "full", "head", "none"]

@@ -4,7 +4,7 @@ from weightlora.report.card import card_section
 from weightlora.report.page import Report, report
 from weightlora.report.paper import paper_table
 from weightlora.report.selection_map import selection_map
-from weightlora.report.sweeps import sweep_table
+from weightlora.report.sweeps import study_table, sweep_table
 from weightlora.report.tables import Table, comparison_table, run_summary
 
 __all__ = [
@@ -16,5 +16,6 @@ __all__ = [
     "report",
     "run_summary",
     "selection_map",
+    "study_table",
     "sweep_table",
 ]

@@ -9,11 +9,21 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from weightlora.errors import ConfigError
-from weightlora.report.tables import Table
+from weightlora.report.tables import Table, comparison_table
 from weightlora.report.units import COUNT, MISSING, human
-from weightlora.runs.record import metric_words
+from weightlora.runs.record import Record, metric_words
 
 _TITLES = ("row", "task", "metric", "score", "seeds", "learn~ing rate", "warm- up", "trials", "adap~ters", "params")
+
+
+def study_table(data: Mapping[str, Any], records: Sequence[Record]) -> Table:
+    """The table of a study: of one task, all that its records tell; of several, one column of scores for each.
+
+    Args:
+        data: what ``sweep.json`` holds.
+        records: of the reported runs.
+    """
+    return comparison_table(records) if len({cell["task"] for cell in data["cells"]}) == 1 else sweep_table(data)
 
 
 def sweep_table(data: Mapping[str, Any]) -> Table:

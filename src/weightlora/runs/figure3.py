@@ -7,49 +7,19 @@ import random
 import sys
 import tempfile
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from weightlora.core import parse_bytes
 from weightlora.cost import Estimate, Phase
-from weightlora.errors import ConfigError
 from weightlora.files import write_text
 from weightlora.runs.build import build, make_trainer
-from weightlora.runs.config import RunConfig
+from weightlora.runs.figure_specs import CurveSpec
 from weightlora.runs.record import collect_versions, machine
 from weightlora.training.budget import estimate_of, longest_rows
 
 CURVE = "memory.json"
 PICTURE = "memory.png"
-
-
-@dataclass(frozen=True, kw_only=True)
-class CurveConfig:
-    """What is counted.
-
-    Args:
-        run: task, model, adapters and micro-batch. The seed draws the random order of connecting.
-        ranks: one pair of curves each.
-        points: about so many numbers of connected adapters, from 0 to all n.
-        limit: the device's memory, a line in the picture; None: no line.
-
-    Raises:
-        ConfigError: a value that is not allowed.
-    """
-
-    run: RunConfig
-    ranks: tuple[int, ...] = (1, 8, 64)
-    points: int = 10
-    limit: str | None = None
-
-    def __post_init__(self) -> None:
-        if not self.ranks or min(self.ranks) < 1 or len(set(self.ranks)) < len(self.ranks):
-            raise ConfigError(f"ranks={','.join(map(str, self.ranks))} must be different ranks of 1 or more, as 1,8,64")
-        if self.points < 2:
-            raise ConfigError(f"points={self.points} is not allowed; use 2 or more")
-        if self.limit is not None:
-            parse_bytes(self.limit)
 
 
 def counts(n: int, points: int) -> list[int]:
@@ -62,7 +32,7 @@ def counts(n: int, points: int) -> list[int]:
 
 
 def memory_curve(
-    config: CurveConfig, folder: Path, *, argv: Sequence[str] = (), say: Callable[[str], None] = lambda line: None
+    config: CurveSpec, folder: Path, *, argv: Sequence[str] = (), say: Callable[[str], None] = lambda line: None
 ) -> dict[str, Any]:
     """Count the bytes of a training run with the deepest K, and with K adapters at random, for many K.
 
@@ -89,7 +59,8 @@ def memory_curve(
     records: list[dict[str, Any]] = []
     facts: dict[str, Any] = {}
     for rank in config.ranks:
-        run = config.run.with_settings(r=rank, alpha=config.run.alpha * rank / config.run.r, method="lora", settings={})
+        alpha = config.run.model.alpha * rank / config.run.model.r
+        run = config.run.but(r=rank, alpha=alpha, method="lora", settings={})
         parts = build(run)
         with tempfile.TemporaryDirectory(prefix="weightlora-memory-") as scratch:
             trainer = make_trainer(parts, run, Path(scratch), [])
@@ -101,7 +72,7 @@ def memory_curve(
         facts = {"n_adapters": found.n, "micro_batch": size, "fixed_bytes": found.fixed}
         facts["length"] = max(len(row["input_ids"]) for row in longest_rows(trainer))
     data = {
-        "task": config.run.task, "model": config.run.model, "seed": config.run.seed, **facts,
+        "task": config.run.task.name, "model": config.run.model.name, "seed": config.run.training.seed, **facts,
         "limit_bytes": None if config.limit is None else parse_bytes(config.limit), "records": records,
         "config": config.run.to_dict(), "versions": collect_versions(), "machine": machine(),
         "argv": list(argv) or sys.argv,
@@ -110,9 +81,9 @@ def memory_curve(
     return data
 
 
-def _points(found: Estimate, config: CurveConfig, about: dict[str, Any], size: int) -> list[dict[str, Any]]:
+def _points(found: Estimate, config: CurveSpec, about: dict[str, Any], size: int) -> list[dict[str, Any]]:
     n, state = found.n, found.state()
-    orders = {"deepest": list(range(n))[::-1], "random": random.Random(config.run.seed).sample(range(n), n)}
+    orders = {"deepest": list(range(n))[::-1], "random": random.Random(config.run.training.seed).sample(range(n), n)}
     points = []
     for order, sequence in orders.items():
         for k in counts(n, config.points):

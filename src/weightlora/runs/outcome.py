@@ -22,8 +22,8 @@ from weightlora.graft import (
 )
 from weightlora.graft.export import export
 from weightlora.runs.build import Parts, build
-from weightlora.runs.config import RunConfig
 from weightlora.runs.record import EVAL_LOSS
+from weightlora.runs.spec import RunSpec
 from weightlora.training import FitResult
 
 ADAPTER = "adapter"
@@ -99,10 +99,10 @@ def _omega_log(result: FitResult) -> list[dict[str, Any]]:
     ]
 
 
-def on_whole_base(result: FitResult, config: RunConfig) -> FitResult:
+def on_whole_base(result: FitResult, spec: RunSpec) -> FitResult:
     """The result on a base that is not sharded: built anew, because the base never changed."""
     if not is_sharded(result.model) or result.selection is None:
         return result
-    model = build(config).model
+    model = build(spec).model
     take_over(model, result.model, result.selection)
     return replace(result, model=model)

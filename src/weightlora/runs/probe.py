@@ -8,24 +8,25 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 import torch
 from datasets import Dataset
 from torch.utils.data import DataLoader
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments, set_seed
 
-from weightlora.errors import CheckpointError, ConfigError
+from weightlora.errors import CheckpointError
 from weightlora.files import write_text
 from weightlora.graft import Choice, adapters, scalar_products
 from weightlora.methods import LoRA
 from weightlora.runs.build import Parts, base_model, build, make_trainer, with_adapters
-from weightlora.runs.config import RunConfig
+from weightlora.runs.figure_specs import ProbeSpec
 from weightlora.runs.lock import alone, refuse_busy
 from weightlora.runs.progress import Progress
 from weightlora.runs.record import collect_versions, machine
+from weightlora.runs.spec import RunSpec
 from weightlora.training import FitResult, fit
 
 Mode = Literal["cheap", "paper"]
@@ -33,39 +34,8 @@ PROBE = "probe.json"
 PICTURE = "probe.png"
 
 
-@dataclass(frozen=True, kw_only=True)
-class ProbeConfig:
-    """What is probed.
-
-    Args:
-        run: task, model, adapters, and the WeightLoRA run whose selection is starred. Its seed is not used.
-        mode: "cheap": all adapters train in one run, that of WeightLoRA itself, and the products are read at its step
-            T. "paper": the same T steps with one adapter connected at a time, for each of the n.
-        seeds: one measurement each.
-        gradient_rows: training rows (the same for all) over which the gradient of the mean loss is taken.
-
-    Raises:
-        ConfigError: a value that is not allowed.
-    """
-
-    run: RunConfig
-    mode: Mode = "cheap"
-    seeds: tuple[int, ...] = (0, 1, 2)
-    gradient_rows: int = 512
-
-    def __post_init__(self) -> None:
-        if self.mode not in get_args(Mode):
-            raise ConfigError(f"mode={self.mode!r} is unknown; use cheap or paper")
-        if not self.seeds or len(set(self.seeds)) < len(self.seeds):
-            raise ConfigError(f"seeds={','.join(map(str, self.seeds))} must be different numbers, such as 0,1,2")
-        if self.gradient_rows < 1:
-            raise ConfigError(f"gradient_rows={self.gradient_rows} is not allowed; use 1 or more")
-        if self.run.method not in ("weightlora", "weightlora+"):
-            raise ConfigError(f"a probe stars what weightlora selects; method {self.run.method!r} cannot be probed")
-
-
 def probe(
-    config: ProbeConfig,
+    config: ProbeSpec,
     folder: Path,
     *,
     overwrite: bool = False,
@@ -93,13 +63,13 @@ def probe(
     epochs"), `gradient_rows` rows for the full gradient, dropout off while it is taken. The mode "cheap" is ours.
     """
     refuse_busy(folder)
-    first = build(config.run.with_settings(seed=config.seeds[0]))
+    first = build(config.run.but(seed=config.seeds[0]))
     with alone(folder):
         return _measure(config, first, folder, overwrite, argv, say)
 
 
 def _measure(
-    config: ProbeConfig, first: Parts, folder: Path, overwrite: bool, argv: Sequence[str], say: Callable[[str], None]
+    config: ProbeSpec, first: Parts, folder: Path, overwrite: bool, argv: Sequence[str], say: Callable[[str], None]
 ) -> dict[str, Any]:
     """The seeds that are not there yet, one after the other."""
     data = _begin(config, first, folder, overwrite)
@@ -115,18 +85,18 @@ def _measure(
     return data
 
 
-def _begin(config: ProbeConfig, parts: Parts, folder: Path, overwrite: bool) -> dict[str, Any]:
+def _begin(config: ProbeSpec, parts: Parts, folder: Path, overwrite: bool) -> dict[str, Any]:
     """The probe without seeds; with those of an earlier call that asked for the same."""
     policy = parts.method.begin(adapters(parts.model), parts.max_steps)
     data = {
         "mode": config.mode,
-        "task": config.run.task,
-        "model": config.run.model,
+        "task": config.run.task.name,
+        "model": config.run.model.name,
         "steps": parts.max_steps if policy.seam is None else policy.seam,
         "adapters": [{"name": a.name, "block": a.block, "kind": a.kind} for a in adapters(parts.model)],
         "seeds": [],
         "gradient_rows": min(config.gradient_rows, len(parts.train)),
-        "config": config.run.with_settings(seed=0).to_dict(),
+        "config": config.run.but(seed=0).to_dict(),
         "versions": collect_versions(),
         "machine": machine(),
     }
@@ -145,10 +115,9 @@ def _begin(config: ProbeConfig, parts: Parts, folder: Path, overwrite: bool) -> 
 class _Seed:
     """One seed's measurement."""
 
-    def __init__(self, config: ProbeConfig, seed: int, steps: int, say: Callable[[str], None]) -> None:
-        training = {**config.run.training, "save_strategy": "no"}
+    def __init__(self, config: ProbeSpec, seed: int, steps: int, say: Callable[[str], None]) -> None:
         self.config, self.steps, self.say = config, steps, say
-        self.run = config.run.with_settings(seed=seed, training=training)
+        self.run = config.run.with_training(save_strategy="no").but(seed=seed)
         self.parts = build(self.run)
         count = len(self.parts.train)
         # The same rows for every seed and adapter: what differs is what was trained.
@@ -156,12 +125,12 @@ class _Seed:
         self.rows: Dataset = self.parts.train.select(sorted(order[: config.gradient_rows]))
 
     def measure(self) -> dict[str, Any]:
-        products, result = self._train(self.parts, self.run, f"seed {self.run.seed}", select_only=True)
+        products, result = self._train(self.parts, self.run, f"seed {self.run.training.seed}", select_only=True)
         assert result.selection is not None
         if self.config.mode == "paper":
             products = self._one_at_a_time(result.selection.choices)
         return {
-            "seed": self.run.seed,
+            "seed": self.run.training.seed,
             "products": [p if abs(p) < float("inf") else None for p in products],
             "selected": list(result.selection.names),
         }
@@ -171,7 +140,7 @@ class _Seed:
         found: list[float] = []
         began, log = time.monotonic(), logging.getLogger("weightlora")
         for number, choice in enumerate(choices):
-            run = self.run.with_settings(method="lora", settings={}, targets=choice.name)
+            run = self.run.but(method="lora", settings={}, targets=choice.name)
             loaded = base_model(run, self.parts.task)
             parts = replace(self.parts, loaded=loaded, method=LoRA())
             parts = replace(parts, model=with_adapters(run, self.parts.task, loaded, parts.method, parts.rank))
@@ -181,28 +150,31 @@ class _Seed:
             finally:
                 log.disabled = False
             left = (time.monotonic() - began) / (number + 1) * (len(choices) - number - 1)
-            self.say(f"  seed {run.seed}: adapter {number + 1}/{len(choices)} {choice.name}  about {left:.0f} s left")
+            self.say(
+                f"  seed {run.training.seed}: adapter {number + 1}/{len(choices)} {choice.name}"
+                f"  about {left:.0f} s left"
+            )
         return found
 
     def _train(
-        self, parts: Parts, run: RunConfig, title: str | None, *, select_only: bool = False
+        self, parts: Parts, run: RunSpec, title: str | None, *, select_only: bool = False
     ) -> tuple[list[float], FitResult]:
         """Products after T steps, and what the run came to there."""
         watch = _Watch(self.steps, lambda trainer: self._products(trainer, parts), stop=not select_only)
         with tempfile.TemporaryDirectory(prefix="weightlora-probe-") as scratch:
-            bar = None if title is None else Progress(f"probe of {run.task}, {title}")
+            bar = None if title is None else Progress(f"probe of {run.task.name}, {title}")
             trainer = make_trainer(parts, run, Path(scratch), [watch] if bar is None else [watch, bar])
             watch.trainer = trainer
-            set_seed(run.seed)
+            set_seed(run.training.seed)
             try:
                 result = fit(
                     trainer,
                     parts.method,
                     measure=False,
                     select_only=select_only,
-                    micro_batch=run.micro_batch,
-                    final_micro_batch=run.final_micro_batch,
-                    engine=run.engine,  # type: ignore[arg-type]  # checked by the configuration
+                    micro_batch=run.training.micro_batch,
+                    final_micro_batch=run.training.final_micro_batch,
+                    engine=run.training.engine,  # type: ignore[arg-type]  # checked by the configuration
                 )
             finally:
                 if bar is not None:

@@ -21,7 +21,6 @@ from weightlora.files import disk_is_full, leftovers, new_folder, sweep, write_t
 from weightlora.graft import MANIFEST, Manifest, Selection, adapters, block_of, tuned_layers
 from weightlora.methods import Method
 from weightlora.runs.build import Parts, build, make_trainer, scored_on, tell_scored_on
-from weightlora.runs.config import CONFIG, RunConfig
 from weightlora.runs.lock import INSIDE, alone, refuse_busy
 from weightlora.runs.outcome import (
     ADAPTER,
@@ -35,6 +34,7 @@ from weightlora.runs.outcome import (
 )
 from weightlora.runs.progress import Progress
 from weightlora.runs.record import AdapterScore, Kept, PhaseRecord, Record, collect_versions, machine
+from weightlora.runs.spec import CONFIG, RunSpec
 from weightlora.runs.together import follows
 from weightlora.training import FitResult, fit
 from weightlora.training.checkpoint import begun_steps
@@ -49,7 +49,7 @@ WRITTEN = (CONFIG, RECORD, ADAPTER, MODEL, SELECTION, MANIFEST, ERROR, PICTURE)
 
 
 def train(
-    config: RunConfig, folder: str | Path, *, overwrite: bool = False, argv: Sequence[str] = (), quiet: bool = False
+    spec: RunSpec, folder: str | Path, *, overwrite: bool = False, argv: Sequence[str] = (), quiet: bool = False
 ) -> Record:
     """Start a run in `folder`.
 
@@ -61,19 +61,19 @@ def train(
     """
     folder = Path(folder)
     if follows():
-        return _follow(config, folder, resume=False, argv=argv)
+        return _follow(spec, folder, resume=False, argv=argv)
     refuse_busy(folder)
     _check_folder(folder, overwrite)
-    parts = build(config)
+    parts = build(spec)
     with alone(folder):
         _check_folder(folder, overwrite)  # loading took a while
         if overwrite and folder.exists():
             shutil.rmtree(folder)
         folder.mkdir(parents=True, exist_ok=True)
         sweep(folder, *WRITTEN)
-        config.save(folder)
+        spec.save(folder)
         try:
-            return _live(parts, config, folder, resume=False, argv=argv, quiet=quiet)
+            return _live(parts, spec, folder, resume=False, argv=argv, quiet=quiet)
         except WeightLoRAError:
             shutil.rmtree(folder)  # it could not start
             raise
@@ -86,18 +86,18 @@ def resume(folder: str | Path, *, argv: Sequence[str] = (), quiet: bool = False)
         CheckpointError: no run directory, or the run is finished (then its record is there to read).
     """
     folder = Path(folder)
-    config = RunConfig.load(folder)
+    spec = RunSpec.load(folder)
     if follows():
-        return _follow(config, folder, resume=True, argv=argv)
+        return _follow(spec, folder, resume=True, argv=argv)
     refuse_busy(folder)
     if finished(folder):
         sweep(folder, *WRITTEN)  # of a process that was killed after its last word
         raise CheckpointError(f"{folder} holds a finished run; there is nothing to resume (see {folder / RECORD})")
     with alone(folder):
-        parts = build(config, begun_steps(folder / "checkpoints"))
+        parts = build(spec, begun_steps(folder / "checkpoints"))
         sweep(folder, *WRITTEN)
         sweep(folder / "checkpoints", "seam-*")
-        return _live(parts, config, folder, resume=True, argv=argv, quiet=quiet)
+        return _live(parts, spec, folder, resume=True, argv=argv, quiet=quiet)
 
 
 def finished(folder: str | Path) -> bool:
@@ -106,7 +106,7 @@ def finished(folder: str | Path) -> bool:
     return record.is_file() and Record.read(record).status == "ok"
 
 
-def select(config: RunConfig, folder: str | Path, *, overwrite: bool = False, quiet: bool = False) -> Selection:
+def select(spec: RunSpec, folder: str | Path, *, overwrite: bool = False, quiet: bool = False) -> Selection:
     """Run only until the selection is made; write ``selection.json`` and a ``LoraConfig`` for any other trainer.
 
     Raises:
@@ -115,28 +115,28 @@ def select(config: RunConfig, folder: str | Path, *, overwrite: bool = False, qu
     folder = Path(folder)
     refuse_busy(folder)
     _check_folder(folder, overwrite)
-    parts = build(config)
+    parts = build(spec)
     if not parts.method.uses_adapters:
-        raise WeightLoRAError(f"method {config.method!r} selects nothing; use weightlora, random, top or gradient")
-    with alone(folder), new_folder(folder) as temporary, _progress(config, quiet) as progress:
+        raise WeightLoRAError(f"method {spec.method.name!r} selects nothing; use weightlora, random, top or gradient")
+    with alone(folder), new_folder(folder) as temporary, _progress(spec, quiet) as progress:
         _check_folder(folder, overwrite)
-        trainer = make_trainer(parts, config, temporary, progress)
-        set_seed(config.seed)
+        trainer = make_trainer(parts, spec, temporary, progress)
+        set_seed(spec.training.seed)
         result = fit(
             trainer,
             parts.method,
-            micro_batch=config.micro_batch,
-            final_micro_batch=config.final_micro_batch,
+            micro_batch=spec.training.micro_batch,
+            final_micro_batch=spec.training.final_micro_batch,
             measure=False,
             select_only=True,
-            engine=config.engine,  # type: ignore[arg-type]  # checked by the configuration
+            engine=spec.training.engine,  # type: ignore[arg-type]  # checked by the configuration
         )
         assert result.selection is not None
         result.selection.save(temporary / SELECTION)
         result.selection.lora_config(
-            task_type=parts.task_type, lora_dropout=config.dropout, modules_to_save=list(parts.loaded.heads)
+            task_type=parts.task_type, lora_dropout=spec.model.dropout, modules_to_save=list(parts.loaded.heads)
         ).save_pretrained(str(temporary))
-        config.save(temporary, SELECT)  # not as a run's own file: there is no run to resume
+        spec.save(temporary, SELECT)  # not as a run's own file: there is no run to resume
         shutil.rmtree(temporary / "checkpoints", ignore_errors=True)
     return result.selection
 
@@ -149,7 +149,7 @@ def _check_folder(folder: Path, overwrite: bool) -> None:
     if not set(folder.iterdir()) - {*leftovers(folder, *WRITTEN), folder / INSIDE}:
         return
     # A config.json alone proves nothing: every saved model has one. What is not ours is never removed.
-    ours = {name: RunConfig.is_one(folder / name) for name in (CONFIG, SELECT)}
+    ours = {name: RunSpec.is_one(folder / name) for name in (CONFIG, SELECT)}
     if overwrite and any(ours.values()):
         return
     if ours[SELECT]:
@@ -164,9 +164,9 @@ def _check_folder(folder: Path, overwrite: bool) -> None:
 
 
 @contextlib.contextmanager
-def _progress(config: RunConfig, quiet: bool) -> Iterator[list[TrainerCallback]]:
+def _progress(spec: RunSpec, quiet: bool) -> Iterator[list[TrainerCallback]]:
     """The callback that shows progress, in a list for the trainer; the terminal is left tidy."""
-    bar = Progress(f"{config.method} on {config.task}")
+    bar = Progress(f"{spec.method.name} on {spec.task.name}")
     try:
         yield [] if quiet else [bar]
     finally:
@@ -218,16 +218,16 @@ class _Recording:
         return True
 
 
-def _live(parts: Parts, config: RunConfig, folder: Path, *, resume: bool, argv: Sequence[str], quiet: bool) -> Record:
+def _live(parts: Parts, spec: RunSpec, folder: Path, *, resume: bool, argv: Sequence[str], quiet: bool) -> Record:
     wait()  # until the folder is ready
-    record = _first_record(parts, config, argv)
-    tell_scored_on(config, record.scored_on)
-    with _progress(config, quiet) as progress, _Recording(record, folder) as recording:
-        trainer = recording.trainer = make_trainer(parts, config, folder, progress)
+    record = _first_record(parts, spec, argv)
+    tell_scored_on(spec, record.scored_on)
+    with _progress(spec, quiet) as progress, _Recording(record, folder) as recording:
+        trainer = recording.trainer = make_trainer(parts, spec, folder, progress)
         described = Manifest.describe(adapters(parts.model)) if parts.method.uses_adapters else ()
-        result, metrics, sample = _fitted(trainer, parts, config, resume)
-        write_result(on_whole_base(result, config), trainer.state.global_step, folder, described, sample)
-        budget = _budget(config, result, folder)
+        result, metrics, sample = _fitted(trainer, parts, spec, resume)
+        write_result(on_whole_base(result, spec), trainer.state.global_step, folder, described, sample)
+        budget = _budget(spec, result, folder)
         recording.record = replace(
             _last_record(recording.record, parts, result, metrics), budget=budget, unmet=_unmet(budget, parts.method)
         )
@@ -235,48 +235,48 @@ def _live(parts: Parts, config: RunConfig, folder: Path, *, resume: bool, argv: 
 
 
 def _fitted(
-    trainer: Trainer, parts: Parts, config: RunConfig, resume: bool
+    trainer: Trainer, parts: Parts, spec: RunSpec, resume: bool
 ) -> tuple[FitResult, dict[str, float], dict[str, Any]]:
     """What all processes of a run do together: the result, its metrics, and a batch to compare its export on."""
     # From here on every random number follows from the seed, whatever was drawn while loading.
-    set_seed(config.seed)
+    set_seed(spec.training.seed)
     result = fit(
         trainer,
         parts.method,
         resume=resume,
-        micro_batch=config.micro_batch,
-        final_micro_batch=config.final_micro_batch,
+        micro_batch=spec.training.micro_batch,
+        final_micro_batch=spec.training.final_micro_batch,
         log_omegas="all",
-        engine=config.engine,  # type: ignore[arg-type]  # checked by the configuration
+        engine=spec.training.engine,  # type: ignore[arg-type]  # checked by the configuration
     )
     metrics = evaluate(trainer)
     answer_in_own_units(result, parts)
     return result, metrics, batch_to_compare(trainer, parts)
 
 
-def _follow(config: RunConfig, folder: Path, *, resume: bool, argv: Sequence[str]) -> Record:
+def _follow(spec: RunSpec, folder: Path, *, resume: bool, argv: Sequence[str]) -> Record:
     """A process beside the main one: it does its share of the training, and writes nothing."""
-    parts = build(config, begun_steps(folder / "checkpoints") if resume else None)
-    record = _first_record(parts, config, argv)
+    parts = build(spec, begun_steps(folder / "checkpoints") if resume else None)
+    record = _first_record(parts, spec, argv)
     wait()  # until the main process has the folder ready
-    result, metrics, _ = _fitted(make_trainer(parts, config, folder, []), parts, config, resume)
+    result, metrics, _ = _fitted(make_trainer(parts, spec, folder, []), parts, spec, resume)
     return _last_record(record, parts, result, metrics)
 
 
-def refused(config: RunConfig, error: str, metric: str = "") -> Record:
+def refused(spec: RunSpec, error: str, metric: str = "") -> Record:
     """The record of a run that could not start."""
-    return replace(_blank(config, metric), status="failed", error=error)
+    return replace(_blank(spec, metric), status="failed", error=error)
 
 
-def _blank(config: RunConfig, metric: str) -> Record:
+def _blank(spec: RunSpec, metric: str) -> Record:
     """The record of a run that has built nothing yet."""
     return Record(
         status="running",
-        method=config.method,
-        preset=config.make_method().label,
-        task=config.task,
-        model=config.model,
-        seed=config.seed,
+        method=spec.method.name,
+        preset=spec.make_method().label,
+        task=spec.task.name,
+        model=spec.model.name,
+        seed=spec.training.seed,
         k=None,
         r=None,
         n_adapters=0,
@@ -291,22 +291,22 @@ def _blank(config: RunConfig, metric: str) -> Record:
         why="",
         versions=collect_versions(),
         argv=tuple(sys.argv),
-        config=config.to_dict(),
+        config=spec.to_dict(),
         error=None,
         machine={**machine(), "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"},
     )
 
 
-def _first_record(parts: Parts, config: RunConfig, argv: Sequence[str]) -> Record:
+def _first_record(parts: Parts, spec: RunSpec, argv: Sequence[str]) -> Record:
     live = adapters(parts.model) if parts.method.uses_adapters else ()
     tuned = tuned_layers(parts.model) if parts.method.trains == "peft" else ()
     return replace(
-        _blank(config, parts.task.metric),
+        _blank(spec, parts.task.metric),
         preset=parts.method.label,
         r=parts.rank if live else None,
         n_adapters=len(live) + len(tuned),
         max_steps=parts.max_steps,
-        scored_on=scored_on(config, parts.task),
+        scored_on=scored_on(spec, parts.task),
         argv=tuple(argv) or tuple(sys.argv),
     )
 
@@ -357,12 +357,12 @@ def _why_all(parts: Parts) -> str:
     return f"{parts.method.name} sits on every target; it is no plain LoRA, so its adapter has PEFT's own format"
 
 
-def _budget(config: RunConfig, result: FitResult, folder: Path) -> dict[str, int]:
+def _budget(spec: RunSpec, result: FitResult, folder: Path) -> dict[str, int]:
     """Adapter parameters asked for and spent; nothing for a method without adapters."""
     if not (folder / ADAPTER).is_dir():
         return {}
     files = [file for file in (folder / ADAPTER).iterdir() if file.suffix == ".safetensors"]
-    asked = {} if config.params is None else {"asked": parse_params(config.params)}
+    asked = {} if spec.model.params is None else {"asked": parse_params(spec.model.params)}
     return {**asked, **result.adapter_params, "stored_bytes": sum(file.stat().st_size for file in files)}
 
 

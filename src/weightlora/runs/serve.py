@@ -10,10 +10,11 @@ from weightlora.errors import CheckpointError
 from weightlora.graft import Selection
 from weightlora.graft.export import Export, export
 from weightlora.methods import METHODS
-from weightlora.runs.build import base_model, read_task
-from weightlora.runs.config import RunConfig
+from weightlora.runs.build import base_model
 from weightlora.runs.lock import alone
 from weightlora.runs.run import ADAPTER, SELECTION, finished
+from weightlora.runs.spec import RunSpec
+from weightlora.tasks import read_task
 
 
 def export_run(
@@ -32,24 +33,24 @@ def export_run(
         CheckpointError: no finished run there, or one without an adapter.
     """
     folder, out = Path(folder), Path(out)
-    config = RunConfig.load(folder)
+    spec = RunSpec.load(folder)
     if not finished(folder):
         raise CheckpointError(f"{folder} holds no finished run; `weightlora resume {folder}` finishes it")
     inside = folder.resolve() in out.resolve().parents
     with alone(folder if inside else out):
-        return _export(config, folder, out, profile, overwrite, about)
+        return _export(spec, folder, out, profile, overwrite, about)
 
 
-def _export(config: RunConfig, folder: Path, out: Path, profile: str, overwrite: bool, about: str) -> Export:
+def _export(spec: RunSpec, folder: Path, out: Path, profile: str, overwrite: bool, about: str) -> Export:
     if not (folder / ADAPTER).is_dir():
-        raise CheckpointError(f"{folder} has no adapter to export: method {config.method!r} trains the model itself")
-    if METHODS[config.method].trains == "peft":
+        raise CheckpointError(f"{folder} has no adapter to export: method {spec.method.name!r} trains the model itself")
+    if METHODS[spec.method.name].trains == "peft":
         raise CheckpointError(
-            f"{folder / ADAPTER} is an adapter in PEFT's own format: {config.method} is no plain LoRA, so no profile"
+            f"{folder / ADAPTER} is an adapter in PEFT's own format: {spec.method.name} is no plain LoRA, so no profile"
             " can hold it; open it with peft.PeftModel.from_pretrained"
         )
-    task = read_task(config)
-    loaded = base_model(config, task)
+    task = read_task(spec.task, spec.model.name)
+    loaded = base_model(spec, task)
     targets = task.targets(loaded)
     if targets is not None:
         targets.announce(loaded.model.config, folded=True)  # the run folded it into the head that it saved

@@ -16,7 +16,8 @@ from weightlora.tasks.examples import Examples, hold_out, subset
 from weightlora.tasks.glue import GLUE, load_glue
 from weightlora.tasks.labelled import load_files
 from weightlora.tasks.models import LoadedModel
-from weightlora.tasks.sources import DEFAULT_HOLDOUT, OWN_TABLE
+from weightlora.tasks.sources import DEFAULT_HOLDOUT
+from weightlora.tasks.spec import OWN_TABLE, TaskSpec
 from weightlora.tasks.targets import Targets
 from weightlora.tasks.task import Head, Prepared, Task
 
@@ -98,34 +99,16 @@ class Classification(Task):
         return self.labels is None
 
 
-def load_classification(  # noqa: PLR0913 - one argument per user setting
-    name: str,
-    *,
-    data_dir: Path | None = None,
-    train_file: Path | None = None,
-    validation_file: Path | None = None,
-    text_column: str | None = None,
-    pair_column: str | None = None,
-    label_column: str = "label",
-    regression: bool = False,
-    max_train_samples: int | None = None,
-    max_eval_samples: int | None = None,
-    holdout: float | None = None,
-    seed: int = 0,
-) -> Classification:
-    """Load a GLUE task, ``docstrings`` or ``files``; arguments and errors as :func:`weightlora.tasks.load_task`."""
-    if name == OWN_TABLE:
-        judge = validation_file if holdout is None else None
-        source = _files(train_file, judge, text_column, pair_column, label_column, regression)
-    else:
-        source = _docstrings() if name == "docstrings" else _glue(name, data_dir, validation=holdout is None)
-    train, validation = source.train, source.validation
-    if holdout is not None or validation is None:
-        train, validation = _hold_out(name, train, holdout, seed=seed, stratify=source.labels is not None)
+def read_classification(spec: TaskSpec) -> Classification:
+    """Read a GLUE task, ``docstrings`` or ``files``; errors as :func:`weightlora.tasks.load_task`."""
+    source = _READERS.get(spec.name, _glue)(spec)
+    train, validation, seed = source.train, source.validation, spec.split_seed
+    if spec.holdout is not None or validation is None:
+        train, validation = _hold_out(spec.name, train, spec.holdout, seed=seed, stratify=source.labels is not None)
     return Classification(
-        name=name,
-        train=source.dataset(subset(train, max_train_samples, seed=seed, stream="train")),
-        validation=source.dataset(subset(validation, max_eval_samples, seed=seed, stream="eval")),
+        name=spec.name,
+        train=source.dataset(subset(train, spec.max_train_samples, seed=seed, stream="train")),
+        validation=source.dataset(subset(validation, spec.max_eval_samples, seed=seed, stream="eval")),
         text_columns=source.text_columns,
         label_column=source.label_column,
         labels=source.labels,
@@ -152,35 +135,30 @@ class _Source:
         return Dataset.from_dict({**examples.texts, self.label_column: examples.labels}, features=features)
 
 
-def _files(
-    train_file: Path | None,
-    validation_file: Path | None,
-    text_column: str | None,
-    pair_column: str | None,
-    label_column: str,
-    regression: bool,
-) -> _Source:
-    if train_file is None:
+def _files(spec: TaskSpec) -> _Source:
+    if spec.train_file is None:
         raise ConfigError("task 'files' needs train_file, the path of a JSONL or CSV file; pass it")
-    columns = ("text" if text_column is None else text_column,) + (() if pair_column is None else (pair_column,))
-    every = (*columns, label_column)
+    text, label = spec.text_column or "text", spec.label_column
+    columns = (text,) if spec.pair_column is None else (text, spec.pair_column)
+    every = (*columns, label)
     if len(set(every)) < len(every):
         raise ConfigError(f"the columns {', '.join(map(repr, every))} are not all different; name each column once")
+    judge = Path(spec.validation_file) if spec.validation_file and spec.holdout is None else None
     train, validation, labels = load_files(
-        train_file, validation_file, text_columns=columns, label_column=label_column, regression=regression
+        Path(spec.train_file), judge, text_columns=columns, label_column=label, regression=spec.regression
     )
     return _Source(
         train=train,
         validation=validation,
         text_columns=columns,
-        label_column=label_column,
+        label_column=label,
         labels=labels,
-        metric="pearson" if regression else "accuracy",
-        compute=metrics.regression if regression else metrics.accuracy_and_macro_f1,
+        metric="pearson" if spec.regression else "accuracy",
+        compute=metrics.regression if spec.regression else metrics.accuracy_and_macro_f1,
     )
 
 
-def _docstrings() -> _Source:
+def _docstrings(spec: TaskSpec) -> _Source:
     train, validation, labels = load_docstrings()
     return _Source(
         train=train,
@@ -192,17 +170,20 @@ def _docstrings() -> _Source:
     )
 
 
-def _glue(name: str, data_dir: Path | None, *, validation: bool) -> _Source:
-    spec = GLUE[name]
-    train, judge = load_glue(name, data_dir, validation=validation)
+def _glue(spec: TaskSpec) -> _Source:
+    glue = GLUE[spec.name]
+    train, judge = load_glue(spec.name, spec.folder, validation=spec.holdout is None)
     return _Source(
         train=train,
         validation=judge,
-        text_columns=spec.columns,
-        labels=spec.labels,
-        metric=spec.metric,
-        compute=spec.compute,
+        text_columns=glue.columns,
+        labels=glue.labels,
+        metric=glue.metric,
+        compute=glue.compute,
     )
+
+
+_READERS = {OWN_TABLE: _files, "docstrings": _docstrings}
 
 
 def _hold_out(

@@ -11,8 +11,7 @@ from pathlib import Path
 
 from weightlora.errors import DataError
 from weightlora.tasks.delimited import DELIMITERS, delimited_rows
-
-JSONL = (".jsonl", ".json", ".ndjson")
+from weightlora.tasks.spec import JSONL
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,49 +1,26 @@
-"""Tasks by name: what there is, what each may be told, and how it is read."""
+"""Tasks by name: what there is, and how it is read."""
 
 from __future__ import annotations
 
 import difflib
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from weightlora.errors import ConfigError, DataError
+from weightlora.tasks.answer_tokens import by_answer_tokens
 from weightlora.tasks.answers import QuestionAnswering, read_squad
-from weightlora.tasks.classification import CLASSIFICATIONS, load_classification
+from weightlora.tasks.classification import CLASSIFICATIONS, Classification, read_classification
 from weightlora.tasks.completions import Completion, read_completions, read_gsm8k
 from weightlora.tasks.delimited import DELIMITERS
 from weightlora.tasks.files import Table
-from weightlora.tasks.sources import OWN_TABLE, SOURCES, choose, is_file_task, read_splits
+from weightlora.tasks.models import completes_text
+from weightlora.tasks.sources import SOURCES, choose, read_splits
+from weightlora.tasks.spec import OWN_TABLE, SQUAD, TaskSpec, is_file_task
 from weightlora.tasks.summaries import SUMMARIES, Summarization, read_summaries
 from weightlora.tasks.task import Task
 
-SQUAD = ("squad", "squad_v2")
 TASKS = (*CLASSIFICATIONS, *SOURCES)
 """Names that `load_task` knows; every path of a JSONL file (``.jsonl``, ``.json``, ``.ndjson``) is a task too."""
-
-# Of whom a setting is, where it is not everybody's. "JSONL" stands for a task that is a file.
-_OWNERS: dict[str, tuple[str, ...]] = {
-    "train_file": ("files",),
-    "validation_file": ("files", "JSONL"),
-    "text_column": ("files",),
-    "pair_column": ("files",),
-    "regression": ("files",),
-    "doc_stride": SQUAD,
-    "max_answer_length": SQUAD,
-    "null_score_diff_threshold": ("squad_v2",),
-    "max_target_length": (*SUMMARIES, "gsm8k"),
-}
-_LENGTHS = {"squad": 384, "squad_v2": 384, "xsum": 256, "cnn_dailymail": 256, "gsm8k": 512}
-_CLASSIFICATION_LENGTH, _FILE_LENGTH = 128, 512
-
-
-def default_max_length(name: str) -> int:
-    """Tokens per input where nobody says otherwise.
-
-    >>> default_max_length("sst2"), default_max_length("squad")
-    (128, 384)
-    """
-    return _FILE_LENGTH if is_file_task(name) else _LENGTHS.get(name, _CLASSIFICATION_LENGTH)
 
 
 def check_name(name: str) -> None:
@@ -61,47 +38,13 @@ def check_name(name: str) -> None:
     raise DataError(f"unknown task {name!r}; {hint}the tasks are {', '.join(TASKS)}, or the path of a .jsonl file")
 
 
-def load_task(  # noqa: PLR0913 - one argument per user setting
-    name: str,
-    *,
-    data_dir: str | Path | None = None,
-    train_file: str | Path | None = None,
-    validation_file: str | Path | None = None,
-    text_column: str | None = None,
-    pair_column: str | None = None,
-    label_column: str = "label",
-    regression: bool = False,
-    max_train_samples: int | None = None,
-    max_eval_samples: int | None = None,
-    holdout: float | None = None,
-    doc_stride: int | None = None,
-    max_answer_length: int | None = None,
-    null_score_diff_threshold: float | None = None,
-    max_target_length: int | None = None,
-    seed: int = 0,
-) -> Task:
+def load_task(name: str, **options: Any) -> Task:
     """Load a task by name.
 
     Args:
-        name: ``cola``, ``sst2``, ``mrpc``, ``qqp``, ``stsb``, ``mnli`` (matched), ``qnli``, ``rte``; the embedded
-            ``docstrings``; your own labelled ``files``; ``squad``, ``squad_v2``; ``xsum``, ``cnn_dailymail``;
-            ``gsm8k``; or the path of a ``.jsonl`` (``.json``, ``.ndjson``) file with prompts and completions, or chats.
-        data_dir: folder with ``<task>/train.jsonl`` and ``<task>/validation.jsonl`` (MNLI:
-            ``validation_matched.jsonl``; GSM8K: ``test.jsonl``); None for the hub.
-        train_file: the training rows of ``files``, JSONL or CSV.
-        validation_file: the validation rows of ``files`` or of a ``.jsonl`` task; without one, a tenth of the training
-            rows is held out, stratified by class.
-        text_column: text column of ``files``, by default ``text``.
-        pair_column: its second text column, if any.
-        label_column: its label column.
-        regression: whether that label is a number to predict.
-        max_train_samples: keep so many random training rows, in random order.
-        max_eval_samples: keep so many random validation rows, in random order.
-        holdout: leave the validation rows unread and hold out this part of the training rows instead, stratified by
-            class, questions on one text together: the honest place to tune a learning rate.
-        doc_stride, max_answer_length, null_score_diff_threshold: as :class:`QuestionAnswering` has them.
-        max_target_length: the most tokens of a summary, or, for ``gsm8k``, of a generated answer.
-        seed: of every random choice here; the global random states are neither read nor changed.
+        name: as :class:`weightlora.tasks.TaskSpec`.
+        options: of its other fields those that differ from their defaults. The global random states are neither read
+            nor changed.
 
     Returns:
         The task, in memory.
@@ -114,119 +57,86 @@ def load_task(  # noqa: PLR0913 - one argument per user setting
     >>> len(task.train), len(task.validation), task.num_labels, task.metric
     (100, 20, 7, 'accuracy')
     """
-    check_name(name)
-    rows: dict[str, Any] = {
-        "max_train_samples": max_train_samples,
-        "max_eval_samples": max_eval_samples,
-        "holdout": holdout,
-        "seed": seed,
-    }
-    _check_numbers(**rows)
-    own: dict[str, Any] = {
-        "train_file": _path("train_file", train_file),
-        "validation_file": _path("validation_file", validation_file),
-        "text_column": text_column,
-        "pair_column": pair_column,
-        "regression": regression or None,
-        "doc_stride": doc_stride,
-        "max_answer_length": max_answer_length,
-        "null_score_diff_threshold": null_score_diff_threshold,
-        "max_target_length": max_target_length,
-    }
-    given = {option: value for option, value in own.items() if value is not None}
-    _check_owners(name, given)
-    folder = _path("data_dir", data_dir)
-    if name in CLASSIFICATIONS:
-        return load_classification(name, data_dir=folder, label_column=label_column, **given, **rows)
-    tables = read_splits(name, folder, given.pop("validation_file", None), validation=holdout is None)
-    if name in SQUAD:
-        return _squad(name, tables, rows, given)
-    if name in SUMMARIES:
-        return _summaries(name, tables, rows, given)
-    return _completions(name, tables, rows, given)
+    try:
+        spec = TaskSpec(name=name, **options)
+    except TypeError as error:
+        option = str(error).rpartition("argument ")[2]
+        raise ConfigError(f"a task has no option {option}; see weightlora.tasks.TaskSpec") from None
+    return read_task(spec)
 
 
-def _path(option: str, value: str | Path | None) -> Path | None:
-    if not isinstance(value, str | Path | None):
-        raise ConfigError(f"{option}={value!r} is not allowed; use a path, or None")
-    return None if value is None else Path(value)
+def read_task(spec: TaskSpec, model: str | None = None) -> Task:
+    """Read the task of a description.
+
+    Args:
+        spec: which task and rows.
+        model: the model's name, where classes may be told by its answer tokens; None: by a new head, unless the
+            description says otherwise.
+
+    Raises:
+        DataError, ConfigError: as :func:`load_task`.
+    """
+    check_name(spec.name)
+    if spec.name in CLASSIFICATIONS:
+        return _told(spec, read_classification(spec), model)
+    if asked := spec.options("classify_by", "prompt", "label_words"):
+        raise ConfigError(f"{next(iter(asked))} belongs to classification, not to task {spec.name!r}; drop it")
+    tables = read_splits(spec)
+    if spec.name in SQUAD:
+        return _squad(spec, tables)
+    return _summaries(spec, tables) if spec.name in SUMMARIES else _completions(spec, tables)
 
 
-def _squad(name: str, tables: list[Table], rows: dict[str, Any], given: dict[str, Any]) -> Task:
-    second = name == "squad_v2"
+def _told(spec: TaskSpec, task: Classification, model: str | None) -> Task:
+    """The task as its classes are told: by a new head, or by the answer tokens of a model that has words."""
+    chosen = spec.classify_by
+    if chosen is None:
+        chosen = "answer" if model is not None and not task.is_regression and completes_text(model) else "head"
+    if chosen == "answer":
+        return by_answer_tokens(task, spec.prompt, spec.label_words)
+    if asked := spec.options("prompt", "label_words"):
+        raise ConfigError(
+            f"{next(iter(asked))} is for classes told by answer tokens, and here a head tells them; drop it"
+        )
+    return task
+
+
+def _squad(spec: TaskSpec, tables: list[Table]) -> Task:
+    second = spec.name == "squad_v2"
 
     def read(table: Table) -> Any:
-        return read_squad(table, name, may_be_unanswerable=second)
+        return read_squad(table, spec.name, may_be_unanswerable=second)
 
-    train, validation = _splits(tables, read, rows, group=lambda row: row["context"])
+    train, validation = map(read, choose(spec, tables, group=lambda row: row["context"]))
+    options = spec.options("doc_stride", "max_answer_length", "null_score_diff_threshold")
     return QuestionAnswering(
-        name=name, train=train, validation=validation, metric="f1", may_be_unanswerable=second, **given
+        name=spec.name, train=train, validation=validation, metric="f1", may_be_unanswerable=second, **options
     )
 
 
-def _summaries(name: str, tables: list[Table], rows: dict[str, Any], given: dict[str, Any]) -> Task:
-    train, validation = _splits(tables, lambda table: read_summaries(table, name), rows)
-    text, summary = SUMMARIES[name]
+def _summaries(spec: TaskSpec, tables: list[Table]) -> Task:
+    train, validation = (read_summaries(table, spec.name) for table in choose(spec, tables))
+    text, summary = SUMMARIES[spec.name]
     return Summarization(
-        name=name,
+        name=spec.name,
         train=train,
         validation=validation,
         metric="rouge1",
         text_column=text,
         summary_column=summary,
-        **given,
+        **spec.options("max_target_length"),
     )
 
 
-def _completions(name: str, tables: list[Table], rows: dict[str, Any], given: dict[str, Any]) -> Task:
-    if name == "gsm8k":
-        train, validation = _splits(tables, read_gsm8k, rows)
-        tokens = {"max_new_tokens": given["max_target_length"]} if given else {}
+def _completions(spec: TaskSpec, tables: list[Table]) -> Task:
+    if spec.name == "gsm8k":
+        train, validation = map(read_gsm8k, choose(spec, tables))
+        tokens: dict[str, Any] = {} if spec.max_target_length is None else {"max_new_tokens": spec.max_target_length}
         return Completion(
-            name=name, train=train, validation=validation, metric="exact_match", exact_match=True, **tokens
+            name=spec.name, train=train, validation=validation, metric="exact_match", exact_match=True, **tokens
         )
-    kinds = []
-
-    def read(table: Table) -> Any:
-        dataset, chat = read_completions(table)
-        kinds.append((table, chat))
-        return dataset
-
-    train, validation = _splits(tables, read, rows)
-    if len({chat for _, chat in kinds}) > 1:
-        table, chat = kinds[1]
-        raise table.error(0, f"{'a chat' if chat else 'plain text'}, unlike the training rows; make both of one kind")
-    return Completion(name=name, train=train, validation=validation, metric="mean_token_accuracy", chat=kinds[0][1])
-
-
-def _splits(
-    tables: list[Table],
-    read: Callable[[Table], Any],
-    rows: dict[str, Any],
-    group: Callable[[dict[str, object]], object] | None = None,
-) -> tuple[Any, Any]:
-    """Both splits, cut to the rows asked for, then checked."""
-    train, validation = choose(tables, group=group, **rows)
-    return read(train), read(validation)
-
-
-def _check_owners(name: str, given: dict[str, Any]) -> None:
-    """Raise ConfigError for a setting that the task does not have."""
-    kind = "JSONL" if is_file_task(name) else name
-    for option in given:
-        owners = _OWNERS[option]
-        if kind not in owners:
-            several = ", ".join("a .jsonl file" if owner == "JSONL" else repr(owner) for owner in owners)
-            raise ConfigError(f"{option} belongs to task {several}, not to {name!r}; drop it, or use that task")
-
-
-def _check_numbers(
-    *, max_train_samples: int | None, max_eval_samples: int | None, holdout: float | None, seed: int
-) -> None:
-    for option, limit in (("max_train_samples", max_train_samples), ("max_eval_samples", max_eval_samples)):
-        if limit is not None and limit < 1:
-            raise ConfigError(f"{option}={limit} is below 1; give a positive count, or leave it out for all rows")
-    if holdout is not None and not 0.0 < holdout < 1.0:
-        raise ConfigError(f"holdout={holdout:g} is not between 0 and 1; give a part of the training rows such as 0.1")
-    if seed < 0:
-        raise ConfigError(f"seed={seed} is negative; give 0 or more")
+    (train, chat), (validation, other) = map(read_completions, rows := choose(spec, tables))
+    if chat != other:
+        what = "a chat" if other else "plain text"
+        raise rows[1].error(0, f"{what}, unlike the training rows; make both of one kind")
+    return Completion(name=spec.name, train=train, validation=validation, metric="mean_token_accuracy", chat=chat)

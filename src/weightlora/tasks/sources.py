@@ -10,10 +10,10 @@ import datasets
 
 from weightlora.errors import DataError
 from weightlora.tasks.examples import Examples, hold_out, shuffled
-from weightlora.tasks.files import JSONL, Table, read_table
+from weightlora.tasks.files import Table, read_table
+from weightlora.tasks.spec import TaskSpec, is_file_task
 
 DEFAULT_HOLDOUT = 0.1
-OWN_TABLE = "files"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,52 +34,28 @@ SOURCES: dict[str, Source] = {
 }
 
 
-def is_file_task(name: str) -> bool:
-    """Whether a task's name is the path of a JSONL file.
-
-    >>> is_file_task("my/chats.jsonl"), is_file_task("gsm8k")
-    (True, False)
-    """
-    return Path(name).suffix.lower() in JSONL
-
-
-def lacks_validation(name: str, validation_file: object) -> bool:
-    """Whether a task is the user's own file without one of validation rows, so that training rows are held out.
-
-    >>> lacks_validation("my/chats.JSON", None), lacks_validation("files", "v.csv"), lacks_validation("gsm8k", None)
-    (True, False, False)
-    """
-    return validation_file is None and (name == OWN_TABLE or is_file_task(name))
-
-
-def read_splits(name: str, data_dir: Path | None, validation_file: Path | None, *, validation: bool) -> list[Table]:
-    """Read the training rows and, where they are wanted and there are any, the validation rows.
-
-    Args:
-        name: one of `SOURCES`, or the path of a JSONL file.
-        data_dir: folder that holds ``<name>/train.jsonl`` and ``<name>/validation.jsonl`` (GSM8K: ``test.jsonl``);
-            None for the hub.
-        validation_file: the validation rows of a file.
-        validation: whether they are wanted at all.
+def read_splits(spec: TaskSpec) -> list[Table]:
+    """Read the training rows and, where they judge and there are any, the validation rows.
 
     Raises:
         DataError: a file is missing or broken, or the hub cannot be reached.
     """
+    name, folder = spec.name, spec.folder
     if is_file_task(name):
-        paths = [Path(name), *([validation_file] if validation and validation_file else [])]
-        return [read_table(path) for path in paths]
+        files = [name, *([spec.validation_file] if spec.validation_file and spec.holdout is None else [])]
+        return [read_table(Path(file)) for file in files]
     source = SOURCES[name]
-    splits = ("train", source.validation) if validation else ("train",)
-    if data_dir is None:
+    splits = ("train", source.validation) if spec.holdout is None else ("train",)
+    if folder is None:
         hub = Path(source.hub)
         read = [(hub / split, from_hub(name, source, split).to_list()) for split in splits]
         return [Table(path=path, rows=rows, lines=list(range(1, len(rows) + 1))) for path, rows in read]
-    if not (data_dir / name).is_dir():
+    if not (folder / name).is_dir():
         raise DataError(
-            f"{data_dir / name}: no such folder for task {name!r} in data_dir; add {name}/train.jsonl and"
+            f"{folder / name}: no such folder for task {name!r} in data_dir; add {name}/train.jsonl and"
             f" {name}/{source.validation}.jsonl, or leave data_dir out to use the hub"
         )
-    return [read_table(data_dir / name / f"{split}.jsonl") for split in splits]
+    return [read_table(folder / name / f"{split}.jsonl") for split in splits]
 
 
 def from_hub(name: str, source: Source, split: str) -> datasets.Dataset:
@@ -99,33 +75,30 @@ def from_hub(name: str, source: Source, split: str) -> datasets.Dataset:
 
 
 def choose(
-    tables: list[Table],
-    *,
-    group: Callable[[dict[str, object]], object] | None,
-    holdout: float | None,
-    max_train_samples: int | None,
-    max_eval_samples: int | None,
-    seed: int,
+    spec: TaskSpec, tables: list[Table], group: Callable[[dict[str, object]], object] | None = None
 ) -> tuple[Table, Table]:
-    """Cut the tables to the rows that are asked for.
+    """Cut training rows and, perhaps, validation rows to those that are asked for.
+
+    A smaller number of rows is a prefix of a larger one. Without validation rows a share of the training rows judges,
+    by default a tenth.
 
     Args:
-        tables: training rows and, perhaps, validation rows.
+        spec: which rows.
+        tables: as :func:`read_splits`.
         group: rows for which it gives the same value are held out together (questions on one paragraph); None: every
             row stands alone.
-        holdout: the share of training rows to judge by where there are no validation rows; by default a tenth.
-        max_train_samples, max_eval_samples: so many random rows, in random order; None: all, in their order.
-        seed: chooses the rows; a smaller number of rows is a prefix of a larger one.
 
     Raises:
         DataError: holding out leaves one side empty.
     """
     train, *rest = tables
+    seed = spec.split_seed
     if rest:
         validation = rest[0]
     else:
-        train, validation = _hold_out(train, DEFAULT_HOLDOUT if holdout is None else holdout, group, seed)
-    return _subset(train, max_train_samples, seed, "train"), _subset(validation, max_eval_samples, seed, "eval")
+        train, validation = _hold_out(train, spec.holdout or DEFAULT_HOLDOUT, group, seed)
+    train = _subset(train, spec.max_train_samples, seed, "train")
+    return train, _subset(validation, spec.max_eval_samples, seed, "eval")
 
 
 def _hold_out(

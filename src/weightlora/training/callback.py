@@ -13,7 +13,7 @@ from transformers.trainer_utils import SaveStrategy
 from weightlora.graft import Manifest, check_groups, group_names
 from weightlora.training import checkpoint
 from weightlora.training.driver import Driver
-from weightlora.training.identity import Run
+from weightlora.training.identity import RUN, Run
 from weightlora.training.preflight import check_optimizer, torch_optimizer
 from weightlora.training.resuming import made_optimizer
 from weightlora.training.whole_run import InnerCallback, Losses
@@ -160,7 +160,7 @@ class SeamCallback(InnerCallback):
         if state.is_world_process_zero:
             tensors = self.driver.state() if self.stage == "warmup" else {}
             self.manifest(state.global_step).write(self._folder(args, state), tensors)
-            self.run.write(self._folder(args, state))
+            self.run.write(self._folder(args, state) / RUN)
 
     def _log_omegas(self) -> None:
         omegas = self.driver.omegas()

@@ -361,7 +361,7 @@ def write_seam(
         model.save_pretrained(folder)
         torch.save(optimizer.state_dict(), folder / "optimizer.pt")
         manifest.write(folder, {})
-        run.write(folder)
+        run.write(folder / RUN)
         write_text(folder / TRAINER_STATE, json.dumps(state, indent=2, sort_keys=True) + "\n")
         seal(folder)
     return target

@@ -16,7 +16,7 @@ from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState,
 from weightlora.errors import DivergedError, ScheduleError
 from weightlora.graft import Selection
 from weightlora.training import checkpoint
-from weightlora.training.identity import Run
+from weightlora.training.identity import RUN, Run
 
 REMEDY = (
     "try a lower learning rate, a longer warm-up of it, max_grad_norm=1.0, bf16 or fp32 in place of fp16, and look for"
@@ -142,5 +142,5 @@ class FiniteCallback(TrainerCallback):
     def _name(self, args: TrainingArguments, state: TrainerState) -> Path:
         folder = Path(str(args.output_dir)) / f"checkpoint-{state.global_step}"
         if state.is_world_process_zero:
-            self.run.write(folder)
+            self.run.write(folder / RUN)
         return folder

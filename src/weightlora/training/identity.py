@@ -20,6 +20,9 @@ from weightlora.methods import Method
 from weightlora.training.processes import check_same_everywhere, main_alone
 
 RUN = "weightlora_run.json"
+"""In a checkpoint: whose it is."""
+IN_USE = ".weightlora_run.json"
+"""In a folder of checkpoints: for which run it is in use. Scripts that list the folder see checkpoints alone."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,13 +39,12 @@ class Run:
         return cls(id=secrets.token_hex(8), method=method.to_dict(), base=fingerprint(model))
 
     @classmethod
-    def read(cls, folder: Path) -> Run | None:
-        """What a folder says; None where it says nothing.
+    def read(cls, path: Path) -> Run | None:
+        """What a file says; None without it.
 
         Raises:
             CheckpointError: the file is damaged.
         """
-        path = folder / RUN
         try:
             found = cls(**json.loads(path.read_text(encoding="utf-8")))
         except FileNotFoundError:
@@ -53,9 +55,9 @@ class Run:
             raise CheckpointError(f"{path} is damaged: it names no run")
         return found
 
-    def write(self, folder: Path) -> None:
-        """Let a folder say whose it is."""
-        write_text(folder / RUN, json.dumps(asdict(self), indent=1) + "\n")
+    def write(self, path: Path) -> None:
+        """Say whose a checkpoint or a folder is."""
+        write_text(path, json.dumps(asdict(self), indent=1) + "\n")
 
     def check_same(self, method: Method, model: nn.Module, where: Path) -> None:
         """Raise CheckpointError unless method and base are the run's."""
@@ -92,7 +94,7 @@ def check_folder(
         raise ConfigError("resume=True goes on with the run that overwrite=True removes; give one of them")
     own = _id(start)
     if resume is True:
-        marker = Run.read(output_dir)
+        marker = Run.read(output_dir / IN_USE)
         if start is not None and marker is not None and own != marker.id:
             raise CheckpointError(
                 f"{start} is not of the run that {output_dir} is in use for; remove it, or go on from it with"
@@ -111,7 +113,7 @@ def check_folder(
 def _id(folder: Path | None) -> str | None:
     """The id of a checkpoint's run; None where it has none, or none that can be read."""
     try:
-        run = None if folder is None else Run.read(folder)
+        run = None if folder is None else Run.read(folder / RUN)
     except CheckpointError:
         return None
     return None if run is None else run.id
@@ -119,14 +121,14 @@ def _id(folder: Path | None) -> str | None:
 
 def enter_folder(output_dir: Path, start: Path | None, others: Sequence[Path], new: Run, device: torch.device) -> Run:
     """Take the folder: remove what is not this run's, and let it say whose it is, for all processes."""
-    run = new if start is None else Run.read(start)
+    run = new if start is None else Run.read(start / RUN)
     assert run is not None  # a whole checkpoint says whose it is
     with main_alone() as mine:
         if mine:
             for folder in others:
                 shutil.rmtree(folder)
-            run.write(output_dir)
-    run = Run.read(output_dir)
+            run.write(output_dir / IN_USE)
+    run = Run.read(output_dir / IN_USE)
     assert run is not None
     check_same_everywhere("run", run.id, device)
     return run

@@ -14,7 +14,7 @@ from weightlora.graft import check_tuner, has_adapters, keep_unpacked, train_hea
 from weightlora.methods import Method
 from weightlora.training import checkpoint
 from weightlora.training.finite import FiniteCallback, naming_the_last_good
-from weightlora.training.identity import Run, check_folder, enter_folder
+from weightlora.training.identity import RUN, Run, check_folder, enter_folder
 from weightlora.training.order import DataOrder
 from weightlora.training.processes import main_alone, processes
 from weightlora.training.results import FitResult, phase_result
@@ -108,7 +108,7 @@ def _untrained(trainer: Trainer, method: Method) -> FitResult:
 
 def _check_same_run(start: Path, method: Method, model: Any) -> None:
     """The checkpoint must belong to this method and model, and to as many processes."""
-    run = Run.read(start)
+    run = Run.read(start / RUN)
     assert run is not None  # it is whole
     run.check_same(method, model, start)
     made_by = max(1, len(list(start.glob("rng_state_*.pth"))))

@@ -73,13 +73,11 @@ def spread(jobs: Sequence[tuple[str, str]], cluster: Cluster) -> Generator[tuple
 
 def run_one(config: str, folder: str, directory: str) -> str:
     """What a worker does. Relative paths in the configuration are those of the `directory` it was asked from."""
-    from weightlora.runs.config import RunConfig
-    from weightlora.runs.jobs import attempt
+    from weightlora.runs.spec import RunSpec
+    from weightlora.study.jobs import attempt
 
     os.chdir(directory)
-    values = json.loads(config)
-    values.pop("schema_version")
-    return attempt(RunConfig(**values), Path(folder), quiet=True).to_json()
+    return attempt(RunSpec.from_dict(json.loads(config)), Path(folder), quiet=True).to_json()
 
 
 def _import_ray() -> Any:

@@ -10,49 +10,45 @@ import re
 import time
 import traceback
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import TracebackType
 
 from weightlora.errors import ConfigError, WeightLoRAError
 from weightlora.files import write_text
-from weightlora.runs.build import data_name, read_task
-from weightlora.runs.cluster import Cluster, spread
-from weightlora.runs.config import CONFIG, RunConfig
 from weightlora.runs.lock import alone
 from weightlora.runs.record import Record
 from weightlora.runs.run import ERROR, RECORD, finished, refused, resume, train
-from weightlora.tasks import lacks_validation, tell_once
-
-_ROWS = ("task", "data_dir", "train_file", "validation_file", "text_column", "pair_column", "label_column",
-         "regression", "max_eval_samples", "split_seed")  # fmt: skip
+from weightlora.runs.spec import CONFIG, RunSpec
+from weightlora.study.cluster import Cluster, spread
+from weightlora.tasks import read_task, tell_once
 
 log = logging.getLogger("weightlora")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Job:
-    """One run that is to be there in the end: its configuration, its directory, and what to call it in a line."""
+    """One run that is to be there in the end: its description, its directory, and what to call it in a line."""
 
-    config: RunConfig
+    spec: RunSpec
     folder: Path
     title: str
 
 
-def run_name(config: RunConfig) -> str:
+def run_name(spec: RunSpec) -> str:
     """A directory name that follows from everything that defines a run, and from nothing else.
 
     Task, method and seed for people, then a hash of all values that are not the default: a field that a later
     release adds leaves the names of old runs alone.
 
-    >>> run_name(RunConfig(method="lora"))
+    >>> run_name(RunSpec.of({"method": "lora"}))
     'docstrings-lora-seed0-e9881fb148d2'
     """
-    default, values = asdict(RunConfig()), asdict(config)
-    own = {f.name: values[f.name] for f in fields(config) if values[f.name] != default[f.name]}
+    default, values = RunSpec().values(), spec.values()
+    own = {name: value for name, value in values.items() if value != default[name]}
     digest = hashlib.sha256(json.dumps(own, sort_keys=True).encode()).hexdigest()
-    task = re.sub(r"[^\w.+-]", "_", Path(config.task).name)  # a task may be a path
-    return f"{task}-{config.method}-seed{config.seed}-{digest[:12]}"
+    task = re.sub(r"[^\w.+-]", "_", Path(spec.task.name).name)  # a task may be a path
+    return f"{task}-{spec.method.name}-seed{spec.training.seed}-{digest[:12]}"
 
 
 def execute(
@@ -80,8 +76,8 @@ def execute(
     """
     unique = {job.folder: job for job in jobs}
     for job in jobs:
-        same_run(job.folder, job.config)
-        if unique[job.folder].config != job.config:
+        same_run(job.folder, job.spec)
+        if unique[job.folder].spec != job.spec:
             raise ConfigError(f"{job.folder} is asked to hold two different runs; give each its own folder")
     records = {folder: Record.read(folder / RECORD) for folder in unique if finished(folder)}
     waiting = [job for folder, job in unique.items() if folder not in records]
@@ -105,26 +101,13 @@ def outcome(record: Record) -> str:
     return f"{record.metric} {record.score:.4f}" if record.score is not None else f"no {record.metric}"
 
 
-def same_run(folder: Path, config: RunConfig) -> None:
+def same_run(folder: Path, spec: RunSpec) -> None:
     """Raise ConfigError if `folder` holds a run with other settings."""
-    if (folder / CONFIG).is_file() and RunConfig.load(folder).to_dict() != config.to_dict():
+    if (folder / CONFIG).is_file() and RunSpec.load(folder).to_dict() != spec.to_dict():
         raise ConfigError(f"{folder} holds a run with other settings; choose another --out, or remove it")
 
 
-def on_training_rows(config: RunConfig, share: float) -> RunConfig:
-    """The run of `config` that chooses settings: judged on a held-out `share` of the training rows.
-
-    Raises:
-        ConfigError: the reported rows would be among them.
-    """
-    if lacks_validation(config.task, config.validation_file):
-        raise ConfigError(
-            "without --validation-file, settings would be chosen on the rows that are reported; give a validation file"
-        )
-    return replace(config, holdout=share)
-
-
-def check_apart(configs: Iterable[RunConfig]) -> None:
+def check_apart(specs: Iterable[RunSpec]) -> None:
     """Check that settings are not chosen on the rows that are reported, by the rows' texts.
 
     A run that chooses is judged on training rows, so the two meet where training and validation rows do. Some common
@@ -133,33 +116,33 @@ def check_apart(configs: Iterable[RunConfig]) -> None:
     Raises:
         ConfigError: half of the reported rows or more are training rows: one file was given twice, or split in vain.
     """
-    different = {tuple(getattr(config, name) for name in _ROWS): config for config in configs}
-    for config in different.values():
+    different = {replace(spec.task, holdout=None, max_train_samples=None): spec.model.name for spec in specs}
+    for described, model in different.items():
         try:
-            task = read_task(replace(config, holdout=None, max_train_samples=None))
+            task = read_task(described, model)
         except WeightLoRAError:
             continue
         seen, rows = task.seen_rows, len(task.validation)
         if 2 * seen >= rows:
             raise ConfigError(
-                f"{data_name(config)}: {seen} of {rows} reported rows are training rows, on which settings would be"
+                f"{described.data_name}: {seen} of {rows} reported rows are training rows, on which settings would be"
                 " chosen; give validation rows that are not in the training data"
             )
         if seen:
             what = f"{seen} of {rows} reported rows are training rows too, and settings may be chosen on them"
-            tell_once(logging.WARNING, f"{data_name(config)}: {what}")
+            tell_once(logging.WARNING, f"{described.data_name}: {what}")
 
 
-def attempt(config: RunConfig, folder: Path, *, quiet: bool = False) -> Record:
+def attempt(spec: RunSpec, folder: Path, *, quiet: bool = False) -> Record:
     """Run, resume or read one run, its failure recorded. Two processes that try the same run do it once."""
     if finished(folder):
         return Record.read(folder / RECORD)
     with alone(folder, wait=True):
         if finished(folder):
             return Record.read(folder / RECORD)
-        with _Attempt(config, folder) as attempted:
+        with _Attempt(spec, folder) as attempted:
             started = (folder / CONFIG).is_file()
-            attempted.record = resume(folder, quiet=quiet) if started else train(config, folder, quiet=quiet)
+            attempted.record = resume(folder, quiet=quiet) if started else train(spec, folder, quiet=quiet)
     assert attempted.record is not None
     return attempted.record
 
@@ -167,8 +150,8 @@ def attempt(config: RunConfig, folder: Path, *, quiet: bool = False) -> Record:
 class _Attempt:
     """Records what stops a run before it has a record of its own: data that are not there, a model that is too big."""
 
-    def __init__(self, config: RunConfig, folder: Path) -> None:
-        self.config, self.folder = config, folder
+    def __init__(self, spec: RunSpec, folder: Path) -> None:
+        self.spec, self.folder = spec, folder
         self.record: Record | None = None
 
     def __enter__(self) -> _Attempt:
@@ -181,17 +164,17 @@ class _Attempt:
             return False
         line = (str(error).strip() or type(error).__name__).splitlines()[0]
         story = "".join(traceback.format_exception(kind, error, trace))
-        self.record = write_failure(self.config, self.folder, f"{type(error).__name__}: {line}", story)
+        self.record = write_failure(self.spec, self.folder, f"{type(error).__name__}: {line}", story)
         return True
 
 
-def write_failure(config: RunConfig, folder: Path, error: str, story: str) -> Record:
+def write_failure(spec: RunSpec, folder: Path, error: str, story: str) -> Record:
     """Write a run that could not even start as one that failed, so that it is counted and tried again."""
     if (folder / RECORD).is_file():
         record = replace(Record.read(folder / RECORD), status="failed", error=error)
     else:
-        record = refused(config, error)
-    config.save(folder)
+        record = refused(spec, error)
+    spec.save(folder)
     write_text(folder / ERROR, story)
     record.write(folder / RECORD)
     return record
@@ -199,11 +182,11 @@ def write_failure(config: RunConfig, folder: Path, error: str, story: str) -> Re
 
 def _here(jobs: Sequence[Job], quiet: bool) -> Iterator[tuple[int, Record]]:
     for index, job in enumerate(jobs):
-        yield index, attempt(job.config, job.folder, quiet=quiet)
+        yield index, attempt(job.spec, job.folder, quiet=quiet)
 
 
 def _there(jobs: Sequence[Job], cluster: Cluster) -> Iterator[tuple[int, Record]]:
-    asked = [(json.dumps(job.config.to_dict()), str(job.folder.absolute())) for job in jobs]
+    asked = [(json.dumps(job.spec.to_dict()), str(job.folder.absolute())) for job in jobs]
     # Closed on an exception here, too: a Ray that was started for this must not stay.
     with contextlib.closing(spread(asked, cluster)) as answers:
         for index, text, error in answers:
@@ -211,7 +194,7 @@ def _there(jobs: Sequence[Job], cluster: Cluster) -> Iterator[tuple[int, Record]
             if text is not None:
                 yield index, Record.from_json(text)
             else:
-                yield index, write_failure(job.config, job.folder, error, f"{error}\n")
+                yield index, write_failure(job.spec, job.folder, error, f"{error}\n")
 
 
 def _duration(seconds: float) -> str:

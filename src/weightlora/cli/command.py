@@ -1,0 +1,122 @@
+"""What a command is: its words of help, the specs whose fields are its flags, and the function that carries it out."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+# Known here without loading a method.
+METHOD_NAMES = (
+    *("weightlora", "weightlora+", "lora", "full", "head", "zero-shot", "random", "top", "gradient", "adalora"),
+    *(
+        "increlora",
+        "dynamic_lora",
+        "lora_drop",
+        "alora",
+        "flexora",
+        "flexlora",
+        "melora",
+        "tied_lora",
+        "nora",
+        "milora",
+    ),
+    *("dora", "vera", "vb_lora"),
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Given:
+    """What a user gave to a command.
+
+    ``options``: the command's own. ``recipe``: settings of the recipe file; ``flags``: those of the command line, which
+    has the last word.
+    """
+
+    options: argparse.Namespace
+    recipe: Mapping[str, Any] = field(default_factory=dict)
+    flags: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """Recipe and flags together."""
+        return {**self.recipe, **self.flags}
+
+    def show(self, result: str, *lines: str) -> None:
+        """Write the result for machines where --json asks for it; print lines for people, unless that is the place."""
+        target = self.options.json
+        if target == "-":
+            print(result)
+            return
+        if target is not None:
+            from weightlora.files import write_text
+
+            write_text(Path(target), result if result.endswith("\n") else result + "\n")
+        for line in lines:
+            print(line)
+
+    def show_json(self, result: Any, *lines: str) -> None:
+        """:meth:`show` plain data."""
+        self.show(json.dumps(result, indent=1, allow_nan=False), *lines)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Command:
+    """One command of the program.
+
+    ``add`` gives its parser the options of its own; ``specs`` are classes whose fields are flags under ``title``;
+    ``takes_run`` says whether all settings of a run are flags as well, and ``shared`` whether the processes of a
+    launcher share its work.
+    """
+
+    help: str
+    usage: str
+    example: str
+    add: Callable[[argparse.ArgumentParser], None]
+    run: Callable[[Given], int]
+    specs: Callable[[], tuple[type, ...]] = tuple
+    title: str = "options"
+    takes_run: bool = False
+    shared: bool = False
+
+
+def say(line: str) -> None:
+    """Print a line of progress."""
+    print(line, file=sys.stderr, flush=True)
+
+
+def argv() -> tuple[str, ...]:
+    """The command as it was given, for the record."""
+    return ("weightlora", *sys.argv[1:])
+
+
+def option_out(parser: argparse.ArgumentParser, default: str | None, metavar: str = "DIR", shown: str = "") -> None:
+    """Add --out."""
+    parser.add_argument("--out", metavar=metavar, default=default, help=f"default: {shown or default}")
+
+
+def option_overwrite(parser: argparse.ArgumentParser) -> None:
+    """Add --overwrite."""
+    parser.add_argument("--overwrite", action="store_true", help="replace what is in --out")
+
+
+def option_dry_run(parser: argparse.ArgumentParser) -> None:
+    """Add --dry-run."""
+    parser.add_argument(
+        "--dry-run", action="store_true", help="check all that needs no weights or data, and print what would run"
+    )
+
+
+def option_method(parser: argparse.ArgumentParser) -> None:
+    """Add --method."""
+    text = f"a method: {', '.join(METHOD_NAMES)} (default: weightlora)"
+    parser.add_argument("--method", default=argparse.SUPPRESS, help=text)
+
+
+def option_run(parser: argparse.ArgumentParser) -> None:
+    """Add the run directory."""
+    parser.add_argument("run", metavar="RUN", help="a run directory")

@@ -1,0 +1,99 @@
+"""Flags from the specs: every field that has a help text is a flag of its name, and what was given is a mapping."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from dataclasses import fields
+from typing import Any
+
+from weightlora.errors import ConfigError
+from weightlora.settings import flat_name
+
+# The settings that most methods share. Every other setting of a method is a flag, too.
+METHOD_HELP = {
+    "k": ("K", "adapters to keep: a count, or a share such as 0.25 (default: 0.25)"),
+    "memory": ("SIZE", "instead of K: bytes that the whole run may take, such as 12GiB (weightlora)"),
+    "step_time": ("SHARE", "instead of K: operations of a step after T, such as 0.6x of one before"),
+    "select_after": ("T", "steps before the rest is disconnected, or a share of the run (default: 0.15)"),
+    "adapter_rate": ("X", "the adapters' learning rate over the head's (default: the method's)"),
+    "b_rate": ("X", "the learning rate of B over A's, as LoRA+ has it (default: 1)"),
+    "score": (None, "what is ranked: omega, credit or coverage"),
+    "gate_lr": ("X", "learning rate of omega"),
+    "growth": (None, "gaussian or qr (weightlora+)"),
+    "max_rank": ("N", "cap on grown ranks (weightlora+)"),
+}
+
+
+def dashed(words: Sequence[str]) -> list[str]:
+    """Make ``--max_steps`` and ``--max-steps`` one flag.
+
+    >>> dashed(["--data_dir", "my_data", "--k=3"])
+    ['--data-dir', 'my_data', '--k=3']
+    """
+    flags = [word.partition("=") if word.startswith("--") else ("", "", word) for word in words]
+    return [name.replace("_", "-") + equals + value for name, equals, value in flags]
+
+
+def add_spec(parser: argparse.ArgumentParser, kind: type, title: str) -> None:
+    """Add a flag for each field of a spec. Absent flags leave no trace, so that defaults live in one place only."""
+    group = parser.add_argument_group(title)
+    for each in fields(kind):
+        name = flat_name(each)
+        if not each.metadata.get("help") or _flag(name) in parser._option_string_actions:
+            continue  # no flag, or one that an earlier spec has
+        if each.default is False:
+            group.add_argument(_flag(name), action="store_true", default=argparse.SUPPRESS, help=each.metadata["help"])
+            continue
+        group.add_argument(
+            _flag(name),
+            dest=name,
+            default=argparse.SUPPRESS,
+            metavar=each.metadata["metavar"],
+            choices=each.metadata["choices"] or None,
+            help=each.metadata["help"],
+        )
+
+
+def add_run(parser: argparse.ArgumentParser) -> None:
+    """Add everything that defines a run."""
+    from weightlora.runs.spec import MethodSpec, ModelSpec, TrainingSpec
+    from weightlora.tasks.spec import TaskSpec
+
+    add_spec(parser, TaskSpec, "task")
+    add_spec(parser, ModelSpec, "model and adapters")
+    add_spec(parser, TrainingSpec, "training")
+    add_spec(parser, MethodSpec, "method")
+    group = parser.add_argument_group("settings of the method")
+    for name, (metavar, text) in METHOD_HELP.items():
+        group.add_argument(_flag(name), default=argparse.SUPPRESS, metavar=metavar, help=text)
+    parser.epilog = (
+        (parser.epilog or "") + "\nRECIPE.yaml holds flags as YAML (task: sst2); the command line has the last word."
+        "\nevery other setting of the method is a flag, too (docs/methods.md): --threshold 0.9, --batches 16;"
+        "\nand every flag of transformers.TrainingArguments, under its own name: --learning_rate 3e-4,"
+        "\n--max-steps 200, --per_device_train_batch_size 8, --bf16, --gradient_checkpointing, --report_to ..."
+    )
+
+
+def given_settings(parsed: argparse.Namespace, rest: Sequence[str], parser: argparse.ArgumentParser) -> dict[str, Any]:
+    """The settings of a run that the command line names, as a mapping; what nobody knows is a usage error."""
+    from weightlora.methods import METHODS
+    from weightlora.runs.spec import PARTS, training_values
+
+    names = {flat_name(each) for kind in PARTS.values() for each in fields(kind)} | set(METHOD_HELP)
+    found = {name: value for name, value in vars(parsed).items() if name in names}
+    others = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    for name in sorted({own for kind in METHODS.values() for own in kind.settings()} - names):
+        others.add_argument(_flag(name), default=argparse.SUPPRESS)
+    settings, words = others.parse_known_args(list(rest))
+    try:
+        training, unknown = training_values(words)
+    except ConfigError as error:
+        parser.error(str(error))  # one usage line: ours
+    if unknown:
+        parser.error(f"unrecognized arguments: {' '.join(unknown)}")
+    return {**found, **vars(settings), **training}
+
+
+def _flag(name: str) -> str:
+    return "--" + name.replace("_", "-")
