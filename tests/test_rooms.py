@@ -55,7 +55,8 @@ ROOMS: dict[str, Room] = {
     "core": Room(packages=names("torch")),
     "ops": Room(packages=names("torch triton")),
     "graft": Room(rooms=names("core ops files"), packages=names("torch peft transformers safetensors")),
-    "cost": Room(rooms=names("core graft"), packages=names("torch numpy transformers")),
+    "cost": Room(rooms=names("core graft settings"), packages=names("lazy_loader torch numpy transformers")),
+    "cost.plan_spec": Room(rooms=names("settings cost.tensors"), eager=names("settings")),
     "methods": Room(rooms=names("core graft settings"), packages=names("torch")),
     "training": Room(rooms=names("methods cost graft files"), packages=names("torch numpy transformers accelerate")),
     "tasks": Room(

@@ -108,7 +108,7 @@ def check(settings: Any) -> None:
 def _check_bounds(each: Field[Any], value: Any) -> None:
     about = each.metadata
     if about["choices"] and value not in about["choices"]:
-        raise ConfigError(f"{each.name}={value!r} is unknown; use {' or '.join(about['choices'])}")
+        raise ConfigError(f"{each.name}={value!r} is unknown; use {', '.join(about['choices'])}")
     if isinstance(value, bool) or not isinstance(value, int | float):
         return
     fits = (

@@ -266,7 +266,7 @@ def test_llama_3_8b_without_weights_in_ten_seconds() -> None:
         ({"k": 99}, "use 1..12"),
         ({"dropout": 1.0}, "dropout=1.0"),
         ({"dtype": "int8"}, "use float32, bfloat16, float16"),
-        ({"head": "lm"}, "use sequence-classification, question-answering, seq2seq-lm, causal-lm"),
+        ({"head": "lm"}, "use sequence-classification, question-answering, causal-lm, seq2seq-lm"),
         ({"optimizer": "lion"}, "use one of adamw_torch"),
         ({"quantization": "2bit"}, "use one of 8bit, 4bit"),
         ({"model": "nothing-like-it"}, "pass minilm"),

@@ -53,7 +53,7 @@ def test_a_file_without_validation_rows_is_known_whatever_its_suffix(tmp_path: P
         on_training_rows(config)
     with pytest.raises(ConfigError, match="without --validation-file"):
         Grid(cells=(Cell(row="lora", spec=config),), learning_rates=(1e-3, 1e-2))
-    judged = replace(config, validation_file=str(write_rows(tmp_path / f"v_{name}", PAIRS[:3])))
+    judged = config.but(validation_file=str(write_rows(tmp_path / f"v_{name}", PAIRS[:3])))
     assert scored_on(judged, read_task(judged)) == {"split": "validation", "rows": 3, "also_trained_on": 3}
 
 

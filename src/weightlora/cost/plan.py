@@ -9,7 +9,8 @@ from typing import Any
 
 from weightlora.core import format_bytes, resolve_k
 from weightlora.cost.estimate import Estimate, Phase, PhaseCost, Setting, Traced
-from weightlora.cost.plan_config import PlanConfig, changes_of, flag
+from weightlora.cost.plan_config import changes_of, flag
+from weightlora.cost.plan_spec import PlanConfig
 from weightlora.errors import ConfigError, PlanError
 from weightlora.graft import base_of
 

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from weightlora.cost import Planner, Traced, isolated_rng, kept_bytes
 from weightlora.cost.measure import step_peak
 from weightlora.cost.plan import Traces
-from weightlora.cost.plan_config import DTYPES, PlanConfig
+from weightlora.cost.plan_config import DTYPES
+from weightlora.cost.plan_spec import PlanConfig
 from weightlora.errors import ConfigError
 from weightlora.graft import checkpoint_blocks, fast_path
 from weightlora.runs.build import TASK_TYPES, match_targets
