@@ -13,11 +13,7 @@ from weightlora.graft.adapters import Adapter
 
 
 def placement_costs(
-    trace: ActivationTrace,
-    state: Sequence[int] | None = None,
-    *,
-    base: int = 0,
-    checkpointing: bool = False,
+    trace: ActivationTrace, state: Sequence[int] | None = None, *, base: int = 0, checkpointing: bool = False
 ) -> PlacementCosts:
     """What placements cost, so that ``floor[lowest level] + sum of own + sum of group_bytes`` is never too little.
 
@@ -101,11 +97,7 @@ def reserved(costs: PlacementCosts, params: Sequence[int]) -> PlacementCosts:
 
 
 def _costs(
-    depth: tuple[int, ...],
-    own: Sequence[int],
-    group: tuple[int, ...],
-    sizes: tuple[int, ...],
-    floor: Sequence[int],
+    depth: tuple[int, ...], own: Sequence[int], group: tuple[int, ...], sizes: tuple[int, ...], floor: Sequence[int]
 ) -> PlacementCosts:
     # Where levels run side by side (an encoder's and a decoder's) a higher one may keep more: then each below it counts
     # as if it kept as much, which is never too little.

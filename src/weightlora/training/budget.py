@@ -10,17 +10,7 @@ from typing import Any
 
 from transformers import Trainer
 
-from weightlora.cost import (
-    ActivationTrace,
-    Estimate,
-    Phase,
-    Setting,
-    counting,
-    divisors,
-    operations,
-    step_cost,
-    trace,
-)
+from weightlora.cost import ActivationTrace, Estimate, Phase, Setting, counting, divisors, operations, step_cost, trace
 from weightlora.errors import BudgetError, ConfigError
 from weightlora.methods import Budget, Method, Room
 from weightlora.training.predict import checkpointing_of
