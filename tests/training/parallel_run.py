@@ -13,6 +13,7 @@ import os
 import signal
 import socket
 import sys
+import tempfile
 import time
 import traceback
 from pathlib import Path
@@ -22,6 +23,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 from tests.builders import QKV, adapter_state, base, batch, lora, trainer
 from tests.methods.test_methods_battery import LORA, build
+from tests.once import remember
 from tests.training.test_training_quantised import quantised
 from tests.training.test_training_trl import GROWN, bare, dpo
 from tests.training.test_training_trl import lora as dpo_lora
@@ -236,8 +238,16 @@ def answer(job: dict[str, Any]) -> list[int]:
     return codes
 
 
+def rehearse() -> None:
+    """One fit in this process: its children then have what libraries load and work out in passing."""
+    remember()
+    with tempfile.TemporaryDirectory() as folder:
+        run({"out": folder, "method": "weightlora+"})
+
+
 if __name__ == "__main__":
     torch.set_num_threads(1)
+    rehearse()
     gc.collect()
     gc.freeze()
     answers = os.fdopen(os.dup(1), "w")
