@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import gc
 import json
+import logging
 import os
 import signal
 import socket
@@ -24,6 +25,7 @@ from peft import LoraConfig, get_peft_model
 from tests.builders import QKV, adapter_state, base, batch, lora, trainer
 from tests.methods.test_methods_battery import LORA, build
 from tests.once import remember
+from tests.runs.killed_run import REHEARSAL
 from tests.training.test_training_quantised import quantised
 from tests.training.test_training_trl import GROWN, bare, dpo
 from tests.training.test_training_trl import lora as dpo_lora
@@ -239,19 +241,21 @@ def answer(job: dict[str, Any]) -> list[int]:
 
 
 def rehearse() -> None:
-    """One fit in this process: its children then have what libraries load and work out in passing."""
+    """A fit and a command in this process: its children then have what libraries load and work out in passing."""
     remember()
     with tempfile.TemporaryDirectory() as folder:
         run({"out": folder, "method": "weightlora+"})
+        assert main(["train", *REHEARSAL, "--out", str(Path(folder) / "command")]) == 0
+    logging.getLogger().handlers.clear()  # each child says what it has to say where its own standard error is
 
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
+    answers = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)  # what libraries print is no answer
     rehearse()
     gc.collect()
     gc.freeze()
-    answers = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)  # what libraries print is no answer
     for line in sys.stdin:
         answers.write(json.dumps(answer(json.loads(line))) + "\n")
         answers.flush()
