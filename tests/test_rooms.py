@@ -18,8 +18,9 @@ SRC = Path(__file__).resolve().parents[1] / "src"
 MAX_FILE_LINES = 400
 MAX_FUNCTION_LINES = 60
 PICKLES = {"pickle", "cloudpickle", "dill", "joblib", "marshal", "shelve"}
-# The one module that may catch every Exception: what is only counted runs the user's code, and never ends a run.
-BROAD = "cost.measure"
+# Modules that may catch every Exception: what is only counted runs the user's code, and never ends a run; what ends a
+# run goes into its record; what stops one run of many must not stop the others.
+BROAD = ("cost.measure", "runs.run", "study.jobs")
 HEAVY = {"torch", "transformers", "peft", "datasets", "accelerate"}
 
 
@@ -207,7 +208,7 @@ def habit_faults(tree: ast.Module, module: str) -> Iterator[str]:
                 for k in node.keywords
             ):
                 yield f"{line}: torch.load without weights_only=True runs code from files"
-        allowed = {"Exception"} if module == BROAD else set()
+        allowed = {"Exception"} if module in BROAD else set()
         for broad in {ast.unparse(kind).split(".")[-1] for kind in caught} & {"Exception", "BaseException"} - allowed:
             yield f"{line}: catches {broad}; name the exceptions you expect"
 

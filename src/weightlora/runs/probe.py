@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
@@ -144,11 +145,8 @@ class _Seed:
             loaded = base_model(run, self.parts.task)
             parts = replace(self.parts, loaded=loaded, method=LoRA())
             parts = replace(parts, model=with_adapters(run, self.parts.task, loaded, parts.method, parts.rank))
-            log.disabled = True  # that the one adapter is kept
-            try:
+            with _silent(log):  # about the one adapter that is kept
                 found += self._train(parts, run, None)[0]
-            finally:
-                log.disabled = False
             left = (time.monotonic() - began) / (number + 1) * (len(choices) - number - 1)
             self.say(
                 f"  seed {run.training.seed}: adapter {number + 1}/{len(choices)} {choice.name}"
@@ -196,6 +194,18 @@ class _Seed:
         products = scalar_products(model)
         model.zero_grad()
         return products.tolist()
+
+
+@contextlib.contextmanager
+def _silent(log: logging.Logger) -> Iterator[None]:
+    def nothing(record: logging.LogRecord) -> bool:
+        return False
+
+    log.addFilter(nothing)
+    try:
+        yield
+    finally:
+        log.removeFilter(nothing)
 
 
 class _Watch(TrainerCallback):

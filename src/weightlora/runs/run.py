@@ -7,9 +7,8 @@ import shutil
 import sys
 import traceback
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 import torch
@@ -173,56 +172,59 @@ def _progress(spec: RunSpec, quiet: bool) -> Iterator[list[TrainerCallback]]:
         bar.close()
 
 
-class _Recording:
-    """Keeps ``record.json`` true while a run lives: "running" on entry; on an exception "failed", traceback beside it.
+@contextlib.contextmanager
+def _recorded(recording: _Recording) -> Iterator[None]:
+    """Keep ``record.json`` true while a run lives: "running" on entry; on an exception "failed", traceback beside it.
 
-    A mistake of the user's that shows before the first step leaves the folder as it was.
+    A mistake of the user's that shows before the first step leaves the folder as it was; it alone is raised. What
+    interrupts the process leaves the run "running", to be resumed.
     """
-
-    def __init__(self, record: Record, folder: Path) -> None:
-        self.record, self.folder = record, folder
-        self.trainer: Trainer | None = None
-        self.before: dict[Path, str] = {}
-
-    def __enter__(self) -> _Recording:
-        paths = (self.folder / RECORD, self.folder / ERROR)
-        self.before = {path: path.read_text(encoding="utf-8") for path in paths if path.is_file()}
-        (self.folder / ERROR).unlink(missing_ok=True)
-        self.record.write(self.folder / RECORD)
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> bool:
-        if error is None:
-            self.record.write(self.folder / RECORD)
-            return False
-        if not isinstance(error, Exception):
-            return False  # interrupted: the run stays "running" and can be resumed
-        if isinstance(error, WeightLoRAError) and (self.trainer is None or not self.trainer.state.global_step):
-            (self.folder / RECORD).unlink()
-            for path, text in self.before.items():
+    folder = recording.folder
+    before = {path: path.read_text(encoding="utf-8") for path in (folder / RECORD, folder / ERROR) if path.is_file()}
+    (folder / ERROR).unlink(missing_ok=True)
+    recording.record.write(folder / RECORD)
+    try:
+        yield
+    except Exception as error:  # whatever ends a run is in its record
+        if isinstance(error, WeightLoRAError) and not recording.began:
+            (folder / RECORD).unlink()
+            for path, text in before.items():
                 write_text(path, text)
-            return False
-        line = (str(error).strip() or kind.__name__ if kind else "").splitlines()[0]
-        line = f"{type(error).__name__}: {line}"
+            raise
+        line = f"{type(error).__name__}: {(str(error).strip() or type(error).__name__).splitlines()[0]}"
         if disk_is_full(error):
-            line = f"no space to write into {self.folder}; free some, then `weightlora resume {self.folder}` goes on"
-        self.record = replace(self.record, status="failed", error=line)
+            line = f"no space to write into {folder}; free some, then `weightlora resume {folder}` goes on"
+        recording.record = replace(recording.record, status="failed", error=line)
         try:
-            self.record.write(self.folder / RECORD)
-            write_text(self.folder / ERROR, "".join(traceback.format_exception(kind, error, trace)))
+            recording.record.write(folder / RECORD)
+            write_text(folder / ERROR, traceback.format_exc())
         except OSError as full:
             # The record stays "running", as a killed process leaves it; what is said is said by the caller.
             raise full from error
-        return True
+    else:
+        recording.record.write(folder / RECORD)
+
+
+@dataclass
+class _Recording:
+    """A run's record as far as it is known, its folder, and its trainer once there is one."""
+
+    record: Record
+    folder: Path
+    trainer: Trainer | None = None
+
+    @property
+    def began(self) -> bool:
+        """Whether a step has been done."""
+        return self.trainer is not None and self.trainer.state.global_step > 0
 
 
 def _live(parts: Parts, spec: RunSpec, folder: Path, *, resume: bool, argv: Sequence[str], quiet: bool) -> Record:
     wait()  # until the folder is ready
     record = _first_record(parts, spec, argv)
     tell_scored_on(spec, record.scored_on)
-    with _progress(spec, quiet) as progress, _Recording(record, folder) as recording:
+    recording = _Recording(record, folder)
+    with _progress(spec, quiet) as progress, _recorded(recording):
         trainer = recording.trainer = make_trainer(parts, spec, folder, progress)
         described = Manifest.describe(adapters(parts.model)) if parts.method.uses_adapters else ()
         result, metrics, sample = _fitted(trainer, parts, spec, resume)

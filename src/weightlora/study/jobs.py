@@ -12,7 +12,6 @@ import traceback
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from types import TracebackType
 
 from weightlora.errors import ConfigError, WeightLoRAError
 from weightlora.files import write_text
@@ -140,32 +139,12 @@ def attempt(spec: RunSpec, folder: Path, *, quiet: bool = False) -> Record:
     with alone(folder, wait=True):
         if finished(folder):
             return Record.read(folder / RECORD)
-        with _Attempt(spec, folder) as attempted:
+        try:
             started = (folder / CONFIG).is_file()
-            attempted.record = resume(folder, quiet=quiet) if started else train(spec, folder, quiet=quiet)
-    assert attempted.record is not None
-    return attempted.record
-
-
-class _Attempt:
-    """Records what stops a run before it has a record of its own: data that are not there, a model that is too big."""
-
-    def __init__(self, spec: RunSpec, folder: Path) -> None:
-        self.spec, self.folder = spec, folder
-        self.record: Record | None = None
-
-    def __enter__(self) -> _Attempt:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> bool:
-        if not isinstance(error, Exception):
-            return False
-        line = (str(error).strip() or type(error).__name__).splitlines()[0]
-        story = "".join(traceback.format_exception(kind, error, trace))
-        self.record = write_failure(self.spec, self.folder, f"{type(error).__name__}: {line}", story)
-        return True
+            return resume(folder, quiet=quiet) if started else train(spec, folder, quiet=quiet)
+        except Exception as error:  # whatever stops one run before it has a record of its own must not stop the others
+            line = (str(error).strip() or type(error).__name__).splitlines()[0]
+            return write_failure(spec, folder, f"{type(error).__name__}: {line}", traceback.format_exc())
 
 
 def write_failure(spec: RunSpec, folder: Path, error: str, story: str) -> Record:
