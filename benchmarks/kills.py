@@ -32,6 +32,7 @@ from tests.runs.test_runs_killed import LONGER, STEPS, differences, outcome  # n
 
 from weightlora.methods import METHODS  # noqa: E402
 from weightlora.runs.record import collect_versions, machine  # noqa: E402
+from weightlora.training.identity import IN_USE  # noqa: E402
 
 SIGNALS = ("SIGKILL", "SIGTERM", "SIGALRM")
 
@@ -59,7 +60,7 @@ def compared(method: str, run: Path, whole: dict[str, Any]) -> list[str]:
     if method == "dora":  # PEFT's own DoRA keeps parts of a graph, not always the same ones; see docs/log.md
         for phase in (*mine["phases"], *whole["phases"]):
             phase["kept_activation_bytes"] = None
-    left = [str(path.relative_to(run)) for path in run.rglob(".*") if path.suffix != ".lock"]
+    left = [str(path.relative_to(run)) for path in run.rglob(".*") if path.suffix != ".lock" and path.name != IN_USE]
     return differences(mine, whole) + [f"left {name}" for name in left]
 
 
