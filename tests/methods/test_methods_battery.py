@@ -17,6 +17,7 @@ from weightlora.errors import ConfigError, ScheduleError
 from weightlora.graft import Selection, adapters
 from weightlora.methods import (
     METHODS,
+    AdapterMethod,
     DeepestAdapters,
     LoRA,
     Method,
@@ -38,7 +39,7 @@ SHORT = {name: {"select_after": 4} for name in ("weightlora", "weightlora+", "lo
     "alora": {"select_after": 2, "round_steps": 1, "rounds": 3, "moves": 3},
 }
 RANKED = {"adalora", "dynamic_lora", "increlora", "alora"}  # they spend ranks, not adapters
-LORA = [name for name, kind in METHODS.items() if kind.trains == "lora"]
+LORA = [name for name, kind in METHODS.items() if issubclass(kind, AdapterMethod)]
 CASES = [(name, preset) for name in LORA for preset in ("recommended", "paper", "official")]
 every_case = pytest.mark.parametrize(("name", "preset"), CASES, ids=["-".join(c) for c in CASES])
 
@@ -278,7 +279,7 @@ def test_schedules_that_cannot_run() -> None:
         ScheduleError, "score='omega' ranks gates that learn; set gate_lr", lambda: start(WeightLoRA(score="omega"))
     )
     refused(ScheduleError, r"weightlora\+ grows at the seam", lambda: start(WeightLoRAPlus(select_after=None)))
-    refused(ScheduleError, "full fine-tuning has no adapters to decide on", lambda: start(method("full")))
+    refused(ScheduleError, "full has no adapters to decide on", lambda: start(method("full")))
     start(WeightLoRA(k=N, score="omega", select_after=2))  # nothing to rank: gates held at 1 are allowed
 
 

@@ -25,7 +25,7 @@ from torch import nn
 import weightlora as wl
 from weightlora.errors import AdapterError
 from weightlora.graft import adapters, save_own_format
-from weightlora.methods import METHODS, Method, method
+from weightlora.methods import METHODS, AdapterMethod, Method, PeftMethod, method
 from weightlora.training import fit
 
 WIDTH = 16
@@ -42,9 +42,9 @@ def test_no_method_is_left_out() -> None:
 
 def model_for(made: Method) -> nn.Module:
     """As the command line builds it: the tuner's own configuration where the method is one of PEFT's."""
-    if not made.has_adapters:
+    if not isinstance(made, PeftMethod):
         return base("bert")
-    if made.uses_adapters:
+    if isinstance(made, AdapterMethod):
         return lora()
     config = LoraConfig(task_type="SEQ_CLS", r=RANK, lora_alpha=8, lora_dropout=0.1, target_modules=list(QKV["bert"]))
     with torch.random.fork_rng(devices=[]):
@@ -77,7 +77,7 @@ def test_a_trainer_killed_in_mid_schedule_ends_where_the_uninterrupted_one_does(
     for cut in (3, 6):
         again, result = run(tmp_path / f"checkpoint-{cut}")
         assert result.selection == done.selection
-        if made.uses_adapters:
+        if isinstance(made, AdapterMethod):
             assert adapters(again) == adapters(whole)
         assert max_difference(dict(again.state_dict()), dict(whole.state_dict())) == 0.0
 

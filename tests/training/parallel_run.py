@@ -42,12 +42,14 @@ from weightlora.cli.main import main
 from weightlora.errors import WeightLoRAError
 from weightlora.graft import Selection, is_sharded
 from weightlora.methods import (
+    AdapterMethod,
     DoRA,
     Flexora,
     FullFineTuning,
     HeadOnly,
     Method,
     MiLoRA,
+    PeftMethod,
     VBLoRA,
     VeRA,
     WeightLoRA,
@@ -85,9 +87,13 @@ def die_in_step(number: int) -> None:
 def built(method: Method) -> nn.Module:
     """What a method trains, without dropout."""
     plain, config = base("bert", dropout=0.0), LoraConfig(r=4, target_modules=list(QKV["bert"]), task_type="SEQ_CLS")
-    if not method.has_adapters:
+    if not isinstance(method, PeftMethod):
         return plain
-    return lora(dropout=0.0) if method.trains == "lora" else get_peft_model(plain, method.peft_config(config, SHAPES))
+    return (
+        lora(dropout=0.0)
+        if isinstance(method, AdapterMethod)
+        else get_peft_model(plain, method.peft_config(config, SHAPES))
+    )
 
 
 def on_quantised(kind: str, out: Path) -> nn.Module:

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from weightlora.errors import ConfigError
 from weightlora.graft import Selection
-from weightlora.methods import METHODS, LoRA
+from weightlora.methods import METHODS, AdapterMethod, LoRA
 from weightlora.runs.record import Record
 from weightlora.training import fit
 
@@ -112,10 +112,10 @@ def test_two_processes_decide_and_train_as_one(one: Path, two: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", [name for name, kind in METHODS.items() if kind.trains != "none"])
+@pytest.mark.parametrize("name", [name for name, kind in METHODS.items() if kind.learns])
 def test_every_method(together: Together, tmp_path: Path, name: str) -> None:
     """One process is two: with the base in parts where the method can, whole otherwise."""
-    whole_base = METHODS[name].trains != "lora" or name in ("nora", "milora")
+    whole_base = not issubclass(METHODS[name], AdapterMethod) or name in ("nora", "milora")
     arguments = {} if whole_base else SHARDED
     alone = together.do(tmp_path / "one", 1, method=f"any {name}", arguments=WHOLE)
     two = together.do(tmp_path / "two", method=f"any {name}", arguments=arguments)
@@ -123,11 +123,11 @@ def test_every_method(together: Together, tmp_path: Path, name: str) -> None:
     ends = [{key: t for key, t in adapter(out).items() if "key.bias" not in key} for out in (alone, two)]
     # Softmax does not see a key's bias: its gradient is rounding, which Adam scales.
     assert max_difference(*ends) <= FP32
-    if METHODS[name].trains == "lora":
+    if issubclass(METHODS[name], AdapterMethod):
         assert selection(alone).names == selection(two).names
     if whole_base:
         told = together.refused(tmp_path / "no", method=f"any {name}", arguments=SHARDED)
-        assert ("run it without FSDP" if METHODS[name].trains == "lora" else "or by torchrun (DDP)") in told
+        assert ("run it without FSDP" if issubclass(METHODS[name], AdapterMethod) else "or by torchrun (DDP)") in told
 
 
 @pytest.mark.parametrize("kind", ["4bit", "8bit"])

@@ -78,7 +78,6 @@ def test_a_preset_of_a_papers_has_one_rate() -> None:
     assert wl.VeRA().rate_of("x.vera_lambda_b.default") == 100.0
     assert wl.VBLoRA(adapter_rate=1.0).rate_of("x.vblora_logits_A.default") == 10.0
     assert wl.AdaLoRA().rate_of("transform_layer.weight") == 1.0
-    assert "adapter_rate" not in wl.AdaLoRA().to_dict()  # as in the manifests of 0.1.0
     with pytest.raises(ConfigError, match=r"adapter_rate=0 is not usable; use a multiple above 0"):
         wl.LoRA(adapter_rate=0)
     with pytest.raises(ConfigError, match="full has no setting 'adapter_rate'"):

@@ -8,15 +8,12 @@ from typing import Any
 from weightlora.errors import ConfigError
 from weightlora.methods.adalora import AdaLoRA
 from weightlora.methods.alora import ALoRA
-from weightlora.methods.base import Budget, Fresh, GrowthPlan, HeldOut, Method, Policy, Room, StepView
+from weightlora.methods.base import AdapterMethod, Limit, Method, Needs, PeftMethod, PlainMethod, TunerMethod
 from weightlora.methods.baselines import (
     DeepestAdapters,
-    FullFineTuning,
-    HeadOnly,
     LoRA,
     OneShotGradient,
     RandomAdapters,
-    ZeroShot,
 )
 from weightlora.methods.dynamic_lora import DynamicLoRA
 from weightlora.methods.flexlora import FlexLoRA
@@ -26,6 +23,8 @@ from weightlora.methods.lora_drop import LoRADrop
 from weightlora.methods.melora import MELoRA
 from weightlora.methods.milora import MiLoRA
 from weightlora.methods.nora import NoRA
+from weightlora.methods.plain import FullFineTuning, HeadOnly, ZeroShot
+from weightlora.methods.policy import Budget, Fresh, GrowthPlan, HeldOut, Policy, Room, StepView
 from weightlora.methods.tied_lora import TiedLoRA
 from weightlora.methods.tuners import DoRA, VBLoRA, VeRA
 from weightlora.methods.weightlora import WeightLoRA
@@ -74,14 +73,14 @@ def method(name: str, preset: str = "recommended", **settings: Any) -> Method:
         near = difflib.get_close_matches(str(name), METHODS, n=1)
         hint = f"did you mean {near[0]!r}? " if near else ""
         raise ConfigError(f"method {name!r} is unknown; {hint}the methods are {', '.join(METHODS)}")
-    made: Method = METHODS[name].from_preset(preset, **settings)
-    return made
+    return METHODS[name].from_preset(preset, **settings)
 
 
 __all__ = [
     "METHODS",
     "ALoRA",
     "AdaLoRA",
+    "AdapterMethod",
     "Budget",
     "DeepestAdapters",
     "DoRA",
@@ -94,18 +93,23 @@ __all__ = [
     "HeadOnly",
     "HeldOut",
     "IncreLoRA",
+    "Limit",
     "LoRA",
     "LoRADrop",
     "MELoRA",
     "Method",
     "MiLoRA",
+    "Needs",
     "NoRA",
     "OneShotGradient",
+    "PeftMethod",
+    "PlainMethod",
     "Policy",
     "RandomAdapters",
     "Room",
     "StepView",
     "TiedLoRA",
+    "TunerMethod",
     "VBLoRA",
     "VeRA",
     "WeightLoRA",

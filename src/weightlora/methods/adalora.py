@@ -11,7 +11,7 @@ from torch import Tensor
 
 from weightlora.core import above_smallest, cubic_budget, orthogonality, smooth_sensitivity, triplet_scores
 from weightlora.graft import Adapter
-from weightlora.methods.base import Factors, StepView
+from weightlora.methods.policy import Factors, StepView
 from weightlora.methods.ranks import RankMethod, RankPolicy, check_smoothing
 
 

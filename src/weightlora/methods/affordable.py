@@ -9,7 +9,7 @@ from typing import Any
 from weightlora.core import format_bytes, place
 from weightlora.errors import BudgetError
 from weightlora.graft import Adapter
-from weightlora.methods.base import Budget, Room
+from weightlora.methods.policy import Budget, Room
 
 
 @dataclass(frozen=True, kw_only=True)

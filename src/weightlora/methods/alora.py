@@ -3,22 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, ClassVar, get_args
 
 import torch
 from torch import Tensor
 
-from weightlora.core import one_round, rank_for_params, total_params
-from weightlora.errors import ConfigError, ScheduleError
+from weightlora.core import one_round, total_params
+from weightlora.errors import ScheduleError
 from weightlora.graft import Adapter, Form, RankGates, Selection
 from weightlora.methods.alora_scores import Scoring, exact_scores, gradient_scores
-from weightlora.methods.base import Factors, Fresh, Method, Policy, Shapes, StepView
-from weightlora.methods.checks import check_choice, check_warmup
+from weightlora.methods.base import Needs
+from weightlora.methods.budgets import SpendingMethod
+from weightlora.methods.checks import check_choice, check_least, check_warmup
+from weightlora.methods.policy import Factors, Fresh, Policy, StepView
 
 
 @dataclass(frozen=True, kw_only=True)
-class ALoRA(Method):
+class ALoRA(SpendingMethod):
     """``dW = s B diag(c) A`` with frozen gates c in {0, 1}; a score per rank decides, no gate is ever learnt.
 
     With S minus the loss on a held-out batch, ``IS(r) = S(M) - S(M without r) + S(M with r alone)``. In each round the
@@ -62,24 +64,17 @@ class ALoRA(Method):
     moves: int | None = None
     scoring: Scoring = "gradient"
     max_rank: int | None = None
-    spend: int | None = None
     batches: int = 1
     seed: int = 0
 
     def __post_init__(self) -> None:
         super().__post_init__()
         check_choice("scoring", self.scoring, get_args(Scoring))
-        for name in ("rounds", "moves", "max_rank", "spend", "batches"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ConfigError(f"{name}={value} is not allowed; use 1 or more")
+        check_least(self, 1, "rounds", "moves", "max_rank", "batches")
 
     @property
-    def held_out_batches(self) -> int:
-        return self.batches
-
-    def within(self, params: int, shapes: Shapes, rank: int, kinds: Sequence[str] = ()) -> tuple[Any, int]:
-        return replace(self, spend=params), rank_for_params(params, shapes)
+    def needs(self) -> Needs:
+        return Needs(held_out=self.batches)
 
     def begin(self, adapters: tuple[Adapter, ...], max_steps: int) -> ALoRAPolicy:
         return ALoRAPolicy(self, adapters, max_steps)

@@ -7,7 +7,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from weightlora.methods.base import StepView, slope
+from weightlora.methods.policy import StepView, slope
 
 Scoring = Literal["exact", "gradient"]
 

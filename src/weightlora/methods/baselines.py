@@ -1,20 +1,20 @@
-"""What WeightLoRA is measured against: all adapters, none, random ones, the deepest, and one-shot gradients."""
+"""What WeightLoRA is measured against: all adapters, random ones, the deepest, and one-shot gradients."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from weightlora.core import one_shot, support
-from weightlora.errors import ConfigError, ScheduleError
 from weightlora.graft import Adapter, Selection
-from weightlora.methods.base import Method, Policy, Shapes, StepView, Trains
-from weightlora.methods.budgets import ANY_K, with_k
-from weightlora.methods.checks import check_k, check_k_value, check_warmup
+from weightlora.methods.base import AdapterMethod
+from weightlora.methods.budgets import CountMethod
+from weightlora.methods.checks import check_k, check_least, check_warmup
+from weightlora.methods.policy import Policy, StepView
 
 
 class Fixed(Policy):
@@ -29,7 +29,7 @@ class Fixed(Policy):
 
 
 @dataclass(frozen=True, kw_only=True)
-class LoRA(Method):
+class LoRA(AdapterMethod):
     """Plain LoRA on every adapter: the reference row. ``y = W x + s B A x``. Source: Hu et al. 2021."""
 
     name: ClassVar[str] = "lora"
@@ -40,49 +40,7 @@ class LoRA(Method):
 
 
 @dataclass(frozen=True, kw_only=True)
-class FullFineTuning(Method):
-    """Full fine-tuning: no adapters, every weight trains."""
-
-    name: ClassVar[str] = "full"
-    trains: ClassVar[Trains] = "full"
-
-    def within(self, params: int, shapes: Shapes, rank: int, kinds: Sequence[str] = ()) -> tuple[Any, int]:
-        return self, rank  # no adapters, no budget: the table's upper reference
-
-    def begin(self, adapters: tuple[Adapter, ...], max_steps: int) -> Policy:
-        raise ScheduleError("full fine-tuning has no adapters to decide on; train the plain model")
-
-
-@dataclass(frozen=True, kw_only=True)
-class HeadOnly(Method):
-    """No adapters: the head alone trains, on the features of the frozen base. What adapters have to be better than."""
-
-    name: ClassVar[str] = "head"
-    trains: ClassVar[Trains] = "head"
-
-    def within(self, params: int, shapes: Shapes, rank: int, kinds: Sequence[str] = ()) -> tuple[Any, int]:
-        return self, rank  # no adapters, no budget: the table's lower reference
-
-    def begin(self, adapters: tuple[Adapter, ...], max_steps: int) -> Policy:
-        raise ScheduleError("a head alone has no adapters to decide on; train the plain model")
-
-
-@dataclass(frozen=True, kw_only=True)
-class ZeroShot(Method):
-    """No training at all: the model is judged as it is, where it answers in words. A control of ours."""
-
-    name: ClassVar[str] = "zero-shot"
-    trains: ClassVar[Trains] = "none"
-
-    def within(self, params: int, shapes: Shapes, rank: int, kinds: Sequence[str] = ()) -> tuple[Any, int]:
-        return self, rank
-
-    def begin(self, adapters: tuple[Adapter, ...], max_steps: int) -> Policy:
-        raise ScheduleError("zero-shot trains nothing, so there is nothing to decide on; evaluate the plain model")
-
-
-@dataclass(frozen=True, kw_only=True)
-class RandomAdapters(Method):
+class RandomAdapters(CountMethod):
     """RLoRA, the paper's ablation: K adapters drawn uniformly before training, the rest disconnected.
 
     Args:
@@ -93,17 +51,8 @@ class RandomAdapters(Method):
     """
 
     name: ClassVar[str] = "random"
-    spending: ClassVar[str] = ANY_K
 
-    k: int | float = 0.25
     seed: int = 0
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_k_value(self.k)
-
-    def within(self, params: int, shapes: Shapes, rank: int, kinds: Sequence[str] = ()) -> tuple[Any, int]:
-        return with_k(self, params, shapes, rank)
 
     def begin(self, adapters: tuple[Adapter, ...], max_steps: int) -> Policy:
         k = check_k(self.k, adapters)
@@ -113,20 +62,10 @@ class RandomAdapters(Method):
 
 
 @dataclass(frozen=True, kw_only=True)
-class DeepestAdapters(Method):
+class DeepestAdapters(CountMethod):
     """The K deepest adapters: cheapest in the backward pass, chosen without looking at the task. A control of ours."""
 
     name: ClassVar[str] = "top"
-    spending: ClassVar[str] = ANY_K
-
-    k: int | float = 0.25
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_k_value(self.k)
-
-    def within(self, params: int, shapes: Shapes, rank: int, kinds: Sequence[str] = ()) -> tuple[Any, int]:
-        return with_k(self, params, shapes, rank)
 
     def begin(self, adapters: tuple[Adapter, ...], max_steps: int) -> Policy:
         k, n = check_k(self.k, adapters), len(adapters)
@@ -134,7 +73,7 @@ class DeepestAdapters(Method):
 
 
 @dataclass(frozen=True, kw_only=True)
-class OneShotGradient(Method):
+class OneShotGradient(CountMethod):
     """K by one-shot gradient dot product: no gate, no training of adapters before the choice. A control of ours.
 
     For a few steps adapters are held at B = 0 while their gradients add up; then
@@ -149,19 +88,12 @@ class OneShotGradient(Method):
     """
 
     name: ClassVar[str] = "gradient"
-    spending: ClassVar[str] = ANY_K
 
-    k: int | float = 0.25
     batches: int = 8
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_k_value(self.k)
-        if self.batches < 1:
-            raise ConfigError(f"batches={self.batches} is not allowed; use 1 or more")
-
-    def within(self, params: int, shapes: Shapes, rank: int, kinds: Sequence[str] = ()) -> tuple[Any, int]:
-        return with_k(self, params, shapes, rank)
+        check_least(self, 1, "batches")
 
     def begin(self, adapters: tuple[Adapter, ...], max_steps: int) -> GradientPolicy:
         return GradientPolicy(self, adapters, max_steps)

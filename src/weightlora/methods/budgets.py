@@ -1,23 +1,57 @@
-"""From a budget of parameters to adapters and ranks."""
+"""Methods that spend a budget of parameters on adapters or on ranks."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import ClassVar, TypeVar
 
 import torch
 
-from weightlora.core import grown_ranks, k_for_params
+from weightlora.core import grown_ranks, k_for_params, rank_for_params
 from weightlora.graft import Adapter
-from weightlora.methods.base import GrowthPlan
+from weightlora.methods.base import AdapterMethod, Needs, Shapes
+from weightlora.methods.checks import check_k_value, check_least
+from weightlora.methods.policy import GrowthPlan
 
 ANY_K = "K is such that any K adapters fit, the largest too"  # of methods that choose K adapters of one rank
+K = TypeVar("K", bound="CountMethod")
+S = TypeVar("S", bound="SpendingMethod")
 
 
-def with_k(method: Any, params: int, shapes: Sequence[tuple[int, int]], rank: int) -> tuple[Any, int]:
-    """`method` with the largest K such that any K adapters of `rank` stay within `params`; the rank is kept."""
-    return replace(method, k=k_for_params(params, rank, shapes)), rank
+@dataclass(frozen=True, kw_only=True)
+class CountMethod(AdapterMethod):
+    """Settings of a method that keeps `k` adapters as they are: a count, or as a float a share of all n."""
+
+    spending: ClassVar[str] = ANY_K
+
+    k: int | float = 0.25
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_k_value(self.k)
+
+    @property
+    def needs(self) -> Needs:
+        return Needs(k=self.k)
+
+    def within(self: K, params: int, shapes: Shapes, rank: int, kinds: Sequence[str] = ()) -> tuple[K, int]:
+        # The largest K such that any K adapters stay within the budget; the rank is kept.
+        return replace(self, k=k_for_params(params, rank, shapes)), rank
+
+
+@dataclass(frozen=True, kw_only=True)
+class SpendingMethod(AdapterMethod):
+    """Settings of a method that hands ranks out: all together may cost `spend` parameters; None: no matter what."""
+
+    spend: int | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_least(self, 1, "spend")
+
+    def within(self: S, params: int, shapes: Shapes, rank: int, kinds: Sequence[str] = ()) -> tuple[S, int]:
+        return replace(self, spend=params), rank_for_params(params, shapes)
 
 
 def spread(params: int, pairs: Sequence[Sequence[Adapter]], order: Sequence[int]) -> GrowthPlan:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 from weightlora.core import resolve_k
 from weightlora.errors import ConfigError, ScheduleError
@@ -20,6 +21,15 @@ def check_choice(name: str, value: str, allowed: tuple[str, ...]) -> None:
     """
     if value not in allowed:
         raise ConfigError(f"{name} {value!r} is unknown; use one of {', '.join(allowed)}")
+
+
+def check_least(method: Any, least: int, *names: str) -> None:
+    """Refuse a number below `least` in one of a method's settings."""
+    for name in names:
+        value, usual = getattr(method, name), getattr(type(method), name)
+        if value is not None and value < least:
+            instead = ", or None" if usual is None else ""
+            raise ConfigError(f"{name}={value!r} is not allowed; use {least} or more{instead}")
 
 
 def check_k_value(k: int | float, name: str = "k") -> None:

@@ -12,7 +12,7 @@ from torch import Tensor
 from weightlora.core import above_smallest, component_shares, rising_cuts, unevenness
 from weightlora.errors import ConfigError
 from weightlora.graft import Adapter
-from weightlora.methods.base import Factors, StepView
+from weightlora.methods.policy import Factors, StepView
 from weightlora.methods.ranks import RankMethod, RankPolicy
 
 

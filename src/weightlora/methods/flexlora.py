@@ -12,11 +12,13 @@ from torch import Tensor
 from weightlora.core import svd_merge
 from weightlora.errors import ConfigError, ScheduleError
 from weightlora.graft import Adapter, Form, RankGates, Selection
-from weightlora.methods.base import Factors, Fresh, Method, Policy, StepView
+from weightlora.methods.base import AdapterMethod
+from weightlora.methods.checks import check_least
+from weightlora.methods.policy import Factors, Fresh, Policy, StepView
 
 
 @dataclass(frozen=True, kw_only=True)
-class FlexLoRA(Method):
+class FlexLoRA(AdapterMethod):
     """Federated LoRA with a rank per client, all clients simulated in this one process, one after the other.
 
     ``dW = sum_i w_i s B_i A_i``; its SVD gives client i ``B = U_r S_r / s``, ``A = V_r^T`` in its own rank r_i.
@@ -34,7 +36,6 @@ class FlexLoRA(Method):
 
     name: ClassVar[str] = "flexlora"
     rate: ClassVar[float] = 3.0  # measured; see docs/methods.md
-    in_shares: ClassVar[tuple[str, ...]] = ()
 
     clients: int = 4
     rounds: int = 4
@@ -42,9 +43,7 @@ class FlexLoRA(Method):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name in ("clients", "rounds"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"{name}={getattr(self, name)} is not allowed; use 1 or more")
+        check_least(self, 1, "clients", "rounds")
         if self.ranks is not None and (len(self.ranks) != self.clients or min(self.ranks) < 1):
             raise ConfigError(f"ranks={list(self.ranks)} must be {self.clients} numbers of 1 or more, one per client")
 

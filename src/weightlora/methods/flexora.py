@@ -4,22 +4,23 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
-from weightlora.core import block_gates, rank_for_params
+from weightlora.core import block_gates
 from weightlora.errors import ConfigError, ScheduleError
 from weightlora.graft import Adapter, Selection, block_numbers
-from weightlora.methods.base import GrowthPlan, Method, Policy, Shapes, StepView, slope
-from weightlora.methods.budgets import spread
-from weightlora.methods.checks import check_warmup
+from weightlora.methods.base import Needs
+from weightlora.methods.budgets import SpendingMethod, spread
+from weightlora.methods.checks import check_least, check_warmup
+from weightlora.methods.policy import GrowthPlan, Policy, StepView, slope
 
 
 @dataclass(frozen=True, kw_only=True)
-class Flexora(Method):
+class Flexora(SpendingMethod):
     """One number alpha per block, from 0; every adapter of block l computes under the gate ``L softmax(alpha)_l``.
 
     After each step of A and B (gates fixed), Adam moves alpha downhill on held-out batches (A and B fixed). Blocks with
@@ -56,23 +57,17 @@ class Flexora(Method):
     alpha_lr: float = 0.01
     outer_batches: int = 1
     batches: int = 8
-    spend: int | None = None
     seed: int = 0
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if not 0 < self.alpha_lr < math.inf:
             raise ConfigError(f"alpha_lr={self.alpha_lr} is not usable; use a positive rate such as 0.01")
-        for name, value in (("outer_batches", self.outer_batches), ("batches", self.batches)):
-            if value < 1:
-                raise ConfigError(f"{name}={value} is not allowed; use 1 or more")
+        check_least(self, 1, "outer_batches", "batches")
 
     @property
-    def held_out_batches(self) -> int:
-        return self.batches
-
-    def within(self, params: int, shapes: Shapes, rank: int, kinds: Sequence[str] = ()) -> tuple[Any, int]:
-        return replace(self, spend=params), rank_for_params(params, shapes)
+    def needs(self) -> Needs:
+        return Needs(held_out=self.batches, grows=self.spend is not None)
 
     def begin(self, adapters: tuple[Adapter, ...], max_steps: int) -> FlexoraPolicy:
         return FlexoraPolicy(self, adapters, max_steps)

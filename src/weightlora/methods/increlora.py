@@ -4,23 +4,24 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
-from weightlora.core import orthogonality, rank_for_params, smooth_sensitivity
-from weightlora.errors import ConfigError, ScheduleError
+from weightlora.core import orthogonality, smooth_sensitivity
+from weightlora.errors import ScheduleError
 from weightlora.graft import Adapter, Form, Selection
-from weightlora.methods.base import Factors, Fresh, Method, Policy, Shapes, StepView
-from weightlora.methods.checks import check_k, check_k_value, check_warmup
+from weightlora.methods.budgets import SpendingMethod
+from weightlora.methods.checks import check_k, check_k_value, check_least, check_warmup
 from weightlora.methods.increlora_pool import GrowingGates, RankPool
+from weightlora.methods.policy import Factors, Fresh, Policy, StepView
 from weightlora.methods.ranks import check_interval, check_smoothing
 
 
 @dataclass(frozen=True, kw_only=True)
-class IncreLoRA(Method):
+class IncreLoRA(SpendingMethod):
     """``dW = alpha / (ranknum + 1e-5) * P diag(E) Q`` with a ranknum that grows where the loss asks for it.
 
     Each adapter has one live rank (E = 0, learning) and a reserve of `incre_rank_num` (P and Q learn, E fixed at
@@ -59,17 +60,13 @@ class IncreLoRA(Method):
     beta1: float = 0.85
     beta2: float = 0.85
     orth_reg_weight: float = 0.1
-    spend: int | None = None
     shrink: bool = True
     seed: int = 0
 
     def __post_init__(self) -> None:
         super().__post_init__()
         check_k_value(self.top_h, "top_h")
-        if self.incre_rank_num is not None and self.incre_rank_num < 1:
-            raise ConfigError(f"incre_rank_num={self.incre_rank_num!r} is not allowed; use 1 or more, or None")
-        if self.spend is not None and self.spend < 1:
-            raise ConfigError(f"spend={self.spend!r} is not allowed; use 1 or more, or None")
+        check_least(self, 1, "incre_rank_num")
         check_smoothing(self.beta1, self.beta2, self.orth_reg_weight)
 
     def step_of(self, rank: float) -> int:
@@ -80,9 +77,6 @@ class IncreLoRA(Method):
         """The most ranks that one adapter can reach."""
         add = self.step_of(target / n)
         return min(1 + math.ceil((target - n) / (top_h * add)) * add, target - n + 1)
-
-    def within(self, params: int, shapes: Shapes, rank: int, kinds: Sequence[str] = ()) -> tuple[Any, int]:
-        return replace(self, spend=params), rank_for_params(params, shapes)
 
     def begin(self, adapters: tuple[Adapter, ...], max_steps: int) -> IncreLoRAPolicy:
         return IncreLoRAPolicy(self, adapters, max_steps)

@@ -4,22 +4,23 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
-from weightlora.core import rank_for_params, smallest_prefix
+from weightlora.core import smallest_prefix
 from weightlora.errors import ConfigError, ScheduleError
 from weightlora.graft import Adapter, Selection
-from weightlora.methods.base import GrowthPlan, Method, Policy, Shapes, StepView
-from weightlora.methods.budgets import spread
-from weightlora.methods.checks import check_warmup
+from weightlora.methods.base import Needs
+from weightlora.methods.budgets import SpendingMethod, spread
+from weightlora.methods.checks import check_least, check_warmup
+from weightlora.methods.policy import GrowthPlan, Policy, StepView
 
 
 @dataclass(frozen=True, kw_only=True)
-class LoRADrop(Method):
+class LoRADrop(SpendingMethod):
     """Plain LoRA for a while; then, in each kind of module, those adapters whose output carries the most keep factors
     of their own and all others share a single pair. Everything starts again from LoRA's initial values.
 
@@ -53,22 +54,17 @@ class LoRADrop(Method):
     select_after: int | float = 0.1
     threshold: float = 0.9
     batches: int = 8
-    spend: int | None = None
     seed: int = 0
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if not 0 < self.threshold <= 1:
             raise ConfigError(f"threshold={self.threshold!r} is not allowed; use a share above 0 and at most 1")
-        if self.batches < 1:
-            raise ConfigError(f"batches={self.batches} is not allowed; use 1 or more")
+        check_least(self, 1, "batches")
 
     @property
-    def held_out_batches(self) -> int:
-        return self.batches
-
-    def within(self, params: int, shapes: Shapes, rank: int, kinds: Sequence[str] = ()) -> tuple[Any, int]:
-        return replace(self, spend=params), rank_for_params(params, shapes)
+    def needs(self) -> Needs:
+        return Needs(held_out=self.batches, grows=self.spend is not None)
 
     def begin(self, adapters: tuple[Adapter, ...], max_steps: int) -> LoRADropPolicy:
         return LoRADropPolicy(self, adapters, max_steps)

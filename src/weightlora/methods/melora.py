@@ -10,14 +10,16 @@ import torch
 from torch import Tensor
 
 from weightlora.core import total_params
-from weightlora.errors import AdapterError, ConfigError
+from weightlora.errors import AdapterError
 from weightlora.graft import Adapter, Blocks, Form, Selection
-from weightlora.methods.base import Factors, Method, Policy
+from weightlora.methods.base import AdapterMethod
 from weightlora.methods.baselines import Fixed
+from weightlora.methods.checks import check_least
+from weightlora.methods.policy import Factors, Policy
 
 
 @dataclass(frozen=True, kw_only=True)
-class MELoRA(Method):
+class MELoRA(AdapterMethod):
     """``dW = s blockdiag(B_1 A_1, ..., B_n A_n)``: slice i of x goes through mini i to slice i of y.
 
     The model's LoRA rank is r of each mini, its ``alpha / r`` the scale; dropout on x is each mini's own. The result
@@ -45,8 +47,7 @@ class MELoRA(Method):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.minis < 1:
-            raise ConfigError(f"minis={self.minis!r} is not allowed; use a whole number, 1 or more")
+        check_least(self, 1, "minis")
 
     def begin(self, adapters: tuple[Adapter, ...], max_steps: int) -> Policy:
         for adapter in adapters:

@@ -12,12 +12,13 @@ from torch import Tensor
 from weightlora.core import minor_pair, total_params
 from weightlora.errors import AdapterError
 from weightlora.graft import Adapter, Form, Offset
-from weightlora.methods.base import Factors, Method, Policy
+from weightlora.methods.base import AdapterMethod
 from weightlora.methods.baselines import Fixed
+from weightlora.methods.policy import Factors, Policy
 
 
 @dataclass(frozen=True, kw_only=True)
-class MiLoRA(Method):
+class MiLoRA(AdapterMethod):
     """``y = (W - s B0 A0) x + s B A x``, ``s B0 A0`` the part of W along its r smallest singular values, where A and
     B start.
 

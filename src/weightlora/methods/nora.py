@@ -13,13 +13,15 @@ from torch import Tensor
 from weightlora.core import major_pair
 from weightlora.errors import AdapterError, ConfigError
 from weightlora.graft import Adapter, Form, Nest, Selection
-from weightlora.methods.base import Factors, Method, Policy, Shapes
+from weightlora.methods.base import AdapterMethod, Needs, Shapes
 from weightlora.methods.baselines import Fixed
+from weightlora.methods.checks import check_least
 from weightlora.methods.milora import check_dense, check_ranks
+from weightlora.methods.policy import Factors, Policy
 
 
 @dataclass(frozen=True, kw_only=True)
-class NoRA(Method):
+class NoRA(AdapterMethod):
     """``dW = s B B_in A_in A``; ``A (r, d_in)``, ``B (d_out, r)`` fixed, ``A_in (r', r)``, ``B_in (r, r')`` trained.
 
     ``B A`` is the best approximation of W of rank r under ``||(W - B A) S||``, ``S = diag((mean |x_j|)^exponent)`` over
@@ -39,7 +41,7 @@ class NoRA(Method):
 
     Source: Lin et al. 2024, "NoRA". Departs from its released code, as the paper does, in ``B_in = 0``.
 
-    >>> NoRA(calibration_batches=2).held_out_batches
+    >>> NoRA(calibration_batches=2).needs.held_out
     2
     """
 
@@ -56,18 +58,16 @@ class NoRA(Method):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name, low in (("outer_rank", 1), ("calibration_batches", 0)):
-            value = getattr(self, name)
-            if value is not None and value < low:
-                raise ConfigError(f"{name}={value!r} is not allowed; use a whole number, {low} or more")
+        check_least(self, 1, "outer_rank")
+        check_least(self, 0, "calibration_batches")
         if not 0 <= self.exponent < float("inf"):
             raise ConfigError(f"exponent={self.exponent} is not usable; use 1.0, or 0.5 where inputs have outliers")
 
     @property
-    def held_out_batches(self) -> int:
-        return self.calibration_batches
+    def needs(self) -> Needs:
+        return Needs(held_out=self.calibration_batches)
 
-    def within(self, params: int, shapes: Shapes, rank: int, kinds: Sequence[str] = ()) -> tuple[Any, int]:
+    def within(self, params: int, shapes: Shapes, rank: int, kinds: Sequence[str] = ()) -> tuple[NoRA, int]:
         """The inner rank is kept where it can be: ``r = params / (2 n r')``, and ``r' <= r <= min(d_in, d_out)``."""
         each = params // (2 * max(1, len(shapes)))  # r r' of one layer
         if each < 1:

@@ -6,7 +6,7 @@ import math
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar
+from typing import ClassVar, TypeVar
 
 import torch
 from torch import Tensor
@@ -14,14 +14,17 @@ from torch import Tensor
 from weightlora.core import above_smallest, affordable, rank_for_params
 from weightlora.errors import ConfigError, ScheduleError
 from weightlora.graft import Adapter, Form, RankGates, Selection
-from weightlora.methods.base import Factors, Method, Policy, Shapes, StepView
-from weightlora.methods.checks import check_warmup
+from weightlora.methods.base import Shapes
+from weightlora.methods.budgets import SpendingMethod
+from weightlora.methods.checks import check_least, check_warmup
+from weightlora.methods.policy import Factors, Policy, StepView
 
 UNKNOWN = 2**31  # what a loop that does not say how long it is passes for its optimizer steps
+R = TypeVar("R", bound="RankMethod")
 
 
 @dataclass(frozen=True, kw_only=True)
-class RankMethod(Method):
+class RankMethod(SpendingMethod):
     """Settings of a method that trains ``init_r`` ranks per adapter and ends with ``target_r`` on average.
 
     Args:
@@ -45,15 +48,12 @@ class RankMethod(Method):
     tinit: int | float = 0.15
     tfinal: int | float = 0.5
     deltaT: int | float = 0.002
-    spend: int | None = None
     shrink: bool = True
     seed: int = 0
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name, value in (("target_r", self.target_r), ("init_r", self.init_r), ("spend", self.spend)):
-            if value is not None and value < 1:
-                raise ConfigError(f"{name}={value!r} is not allowed; use 1 or more, or None")
+        check_least(self, 1, "target_r", "init_r")
         if self.target_r is not None and self.init_r is not None and self.init_r < self.target_r:
             raise ConfigError(f"init_r={self.init_r} is below target_r={self.target_r}; ranks are only taken away")
 
@@ -61,7 +61,7 @@ class RankMethod(Method):
         """The rank that an adapter starts with."""
         return math.ceil(1.5 * target) if self.init_r is None else self.init_r
 
-    def within(self, params: int, shapes: Shapes, rank: int, kinds: Sequence[str] = ()) -> tuple[Any, int]:
+    def within(self: R, params: int, shapes: Shapes, rank: int, kinds: Sequence[str] = ()) -> tuple[R, int]:
         fitting = rank_for_params(params, shapes)
         return replace(self, target_r=None, spend=params), fitting if self.init_r is None else min(fitting, self.init_r)
 

@@ -9,15 +9,16 @@ from typing import Any, ClassVar
 from weightlora.core import total_params
 from weightlora.errors import ConfigError
 from weightlora.graft import Adapter, Form, Selection, Vectors
-from weightlora.methods.base import Factors, Method, Policy, Shapes
+from weightlora.methods.base import AdapterMethod, Shapes
 from weightlora.methods.baselines import Fixed
 from weightlora.methods.checks import check_choice
+from weightlora.methods.policy import Factors, Policy
 
 VARIANTS = ("tl6", "tl5")
 
 
 @dataclass(frozen=True, kw_only=True)
-class TiedLoRA(Method):
+class TiedLoRA(AdapterMethod):
     """``dW_l = s diag(v_l) B diag(u_l) A``: A and B shared by all layers of one module kind, u (r) and v (d_out) per
     layer.
 
@@ -44,7 +45,7 @@ class TiedLoRA(Method):
         super().__post_init__()
         check_choice("variant", self.variant, VARIANTS)
 
-    def within(self, params: int, shapes: Shapes, rank: int, kinds: Sequence[str] = ()) -> tuple[Any, int]:
+    def within(self, params: int, shapes: Shapes, rank: int, kinds: Sequence[str] = ()) -> tuple[TiedLoRA, int]:
         names = kinds or [str(place) for place in range(len(shapes))]  # kinds unknown: as if no two layers shared
         shared = sum(sum(shape) for _, shape in dict.fromkeys(zip(names, shapes, strict=True)))
         vectors = sum(d_out for _, d_out in shapes) if self.variant == "tl6" else 0

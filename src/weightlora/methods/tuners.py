@@ -7,24 +7,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
-from weightlora.errors import ConfigError, ScheduleError
-from weightlora.graft import Adapter, dora_config, tuner_config
-from weightlora.methods.base import Method, Policy, Shapes, Trains
+from weightlora.errors import ConfigError
+from weightlora.graft import dora_config, tuner_config
+from weightlora.methods.base import M, Shapes, TunerMethod
+from weightlora.methods.checks import check_least
 
 
 @dataclass(frozen=True, kw_only=True)
-class Tuner(Method):
-    """A tuner of PEFT's own: nothing is decided while it trains, and its adapter keeps PEFT's own format."""
-
-    trains: ClassVar[Trains] = "peft"
-    kind: ClassVar[str]
-
-    def begin(self, adapters: tuple[Adapter, ...], max_steps: int) -> Policy:
-        raise ScheduleError(f"{self.name} decides nothing while it trains; build the model with its peft_config")
-
-
-@dataclass(frozen=True, kw_only=True)
-class DoRA(Tuner):
+class DoRA(TunerMethod):
     """Weight-decomposed adapters: ``W' = m (W + s B A) / ||W + s B A||``, norms by output row.
 
     Parameters: ``sum r (d_in + d_out) + d_out``. Source: Liu et al. 2024; PEFT's ``use_dora``, whose backward pass
@@ -34,17 +24,20 @@ class DoRA(Tuner):
     name: ClassVar[str] = "dora"
     kind: ClassVar[str] = "DORA"
 
+    def rank(self, built: int) -> int:
+        return built
+
     def peft_config(self, lora: Any, shapes: Shapes) -> Any:
         return dora_config(lora)
 
-    def within(self, params: int, shapes: Shapes, rank: int, kinds: Sequence[str] = ()) -> tuple[Any, int]:
+    def within(self: M, params: int, shapes: Shapes, rank: int, kinds: Sequence[str] = ()) -> tuple[M, int]:
         each, rows = sum(i + o for i, o in shapes), sum(o for _, o in shapes)
         _check_fits(self.name, params, each + rows, "rank 1")
         return self, (params - rows) // each
 
 
 @dataclass(frozen=True, kw_only=True)
-class VeRA(Tuner):
+class VeRA(TunerMethod):
     """One frozen random pair for all layers, two trained vectors each: ``dW = diag(lambda_b) B diag(lambda_d) A``.
 
     Args:
@@ -70,8 +63,10 @@ class VeRA(Tuner):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.r < 1:
-            raise ConfigError(f"r={self.r} is not allowed; use 1 or more")
+        check_least(self, 1, "r")
+
+    def rank(self, built: int) -> int:
+        return self.r
 
     def peft_config(self, lora: Any, shapes: Shapes) -> Any:
         return tuner_config(
@@ -79,14 +74,14 @@ class VeRA(Tuner):
             vera_dropout=lora.lora_dropout, save_projection=True,
         )  # fmt: skip
 
-    def within(self, params: int, shapes: Shapes, rank: int, kinds: Sequence[str] = ()) -> tuple[Any, int]:
+    def within(self, params: int, shapes: Shapes, rank: int, kinds: Sequence[str] = ()) -> tuple[VeRA, int]:
         rows = sum(o for _, o in shapes)
         _check_fits(self.name, params, rows + len(shapes), "rank 1")
         return replace(self, r=min((params - rows) // len(shapes), self.MAX_RANK)), rank
 
 
 @dataclass(frozen=True, kw_only=True)
-class VBLoRA(Tuner):
+class VBLoRA(TunerMethod):
     """Every piece of A and B is a mix of `topk` vectors of one global bank; bank and logits are trained.
 
     Args:
@@ -111,11 +106,12 @@ class VBLoRA(Tuner):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name in ("r", "topk"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"{name}={getattr(self, name)} is not allowed; use 1 or more")
+        check_least(self, 1, "r", "topk")
         if self.num_vectors < self.topk:
             raise ConfigError(f"num_vectors={self.num_vectors} is less than topk={self.topk}; use at least that")
+
+    def rank(self, built: int) -> int:
+        return self.r
 
     def length(self, shapes: Shapes) -> int:
         """b for these shapes.
@@ -138,7 +134,7 @@ class VBLoRA(Tuner):
             topk=self.topk, vblora_dropout=lora.lora_dropout,
         )  # fmt: skip
 
-    def within(self, params: int, shapes: Shapes, rank: int, kinds: Sequence[str] = ()) -> tuple[Any, int]:
+    def within(self, params: int, shapes: Shapes, rank: int, kinds: Sequence[str] = ()) -> tuple[VBLoRA, int]:
         b = self.length(shapes)
         each = b + self.r * sum(i + o for i, o in shapes) // b
         _check_fits(self.name, params, self.topk * each, f"a bank of {self.topk} vectors")

@@ -4,21 +4,23 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, ClassVar, Literal, get_args
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar, Literal, TypeVar, get_args
 
-from weightlora.core import Rule, Shape, parse_bytes, parse_share
+from weightlora.core import Rule, Shape, k_for_params, parse_bytes, parse_share
 from weightlora.errors import ConfigError
 from weightlora.graft import Adapter
-from weightlora.methods.base import Method, Shapes
-from weightlora.methods.budgets import ANY_K, with_k
+from weightlora.methods.base import AdapterMethod, Limit, Needs, Shapes
+from weightlora.methods.budgets import ANY_K
 from weightlora.methods.checks import check_choice, check_k_value
 from weightlora.methods.presets import WEIGHTLORA
 from weightlora.methods.weightlora_policy import Score, WeightLoRAPolicy
 
+W = TypeVar("W", bound="WeightLoRA")
+
 
 @dataclass(frozen=True, kw_only=True)
-class WeightLoRA(Method):
+class WeightLoRA(AdapterMethod):
     """Train all n adapters for T steps, keep K, disconnect the rest, train on.
 
     ``min over omega, A, B of L(W_i + s omega_i B_i A_i)  subject to  ||omega||_0 <= K``
@@ -104,20 +106,23 @@ class WeightLoRA(Method):
             raise ConfigError(f"{given[0]} limits what runs after the seam, which needs select_after; give some")
 
     @property
-    def limit(self) -> tuple[Literal["memory", "step_time"], float, str] | None:
+    def limit(self) -> Limit | None:
+        """What survivors must stay within, where no count decides."""
         if self.memory is not None:
-            return "memory", parse_bytes(self.memory), str(self.memory)
-        return None if self.step_time is None else ("step_time", parse_share(self.step_time), self.step_time)
+            return Limit(kind="memory", amount=parse_bytes(self.memory), said=str(self.memory))
+        if self.step_time is not None:
+            return Limit(kind="step_time", amount=parse_share(self.step_time), said=self.step_time)
+        return None
 
     @property
-    def copies(self) -> int:
-        """Copies of all adapters that a step of warm-up holds: credit compares them before and after it."""
-        return 0 if self.score == "omega" else 1
+    def needs(self) -> Needs:
+        # Credit compares all adapters before and after a step.
+        return Needs(limit=self.limit, k=self.k, copies=0 if self.score == "omega" else 1)
 
-    def within(self, params: int, shapes: Shapes, rank: int, kinds: Sequence[str] = ()) -> tuple[Any, int]:
+    def within(self: W, params: int, shapes: Shapes, rank: int, kinds: Sequence[str] = ()) -> tuple[W, int]:
         if self.limit is not None:
-            raise ConfigError(f"params and {self.limit[0]} both say how many adapters live; give one of them")
-        return with_k(self, params, shapes, rank)
+            raise ConfigError(f"params and {self.limit.kind} both say how many adapters live; give one of them")
+        return replace(self, k=k_for_params(params, rank, shapes)), rank
 
     def begin(self, adapters: tuple[Adapter, ...], max_steps: int) -> WeightLoRAPolicy:
         return WeightLoRAPolicy(self, adapters, max_steps)

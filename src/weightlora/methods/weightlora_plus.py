@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, ClassVar, get_args
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar, TypeVar, get_args
 
 import torch
 
 from weightlora.core import Growth, Noise, Remainder, grown_ranks, rank_for_params, total_params
-from weightlora.errors import ConfigError, ScheduleError
+from weightlora.errors import ScheduleError
 from weightlora.graft import Adapter, Selection
-from weightlora.methods.base import GrowthPlan, Shapes
-from weightlora.methods.checks import check_choice
+from weightlora.methods.base import Needs, Shapes
+from weightlora.methods.checks import check_choice, check_least
+from weightlora.methods.policy import GrowthPlan
 from weightlora.methods.presets import WEIGHTLORA_PLUS
 from weightlora.methods.weightlora import WeightLoRA
 from weightlora.methods.weightlora_policy import WeightLoRAPolicy
+
+P = TypeVar("P", bound="WeightLoRAPlus")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,7 +43,6 @@ class WeightLoRAPlus(WeightLoRA):
     name: ClassVar[str] = "weightlora+"
     spending: ClassVar[str] = "ranks are whole numbers, and no rank is above a layer's width"
     presets: ClassVar[Mapping[str, Mapping[str, Any]]] = WEIGHTLORA_PLUS
-    grows: ClassVar[bool] = True
 
     growth: Growth = "gaussian"
     noise: Noise = "normal"
@@ -55,10 +57,13 @@ class WeightLoRAPlus(WeightLoRA):
         check_choice("growth", self.growth, get_args(Growth))
         check_choice("noise", self.noise, get_args(Noise))
         check_choice("remainder", self.remainder, get_args(Remainder))
-        if self.max_rank is not None and self.max_rank < 1:
-            raise ConfigError(f"max_rank={self.max_rank} is not allowed; use 1 or more, or None for no cap")
+        check_least(self, 1, "max_rank")
 
-    def within(self, params: int, shapes: Shapes, rank: int, kinds: Sequence[str] = ()) -> tuple[Any, int]:
+    @property
+    def needs(self) -> Needs:
+        return replace(super().needs, grows=True, max_rank=self.max_rank)
+
+    def within(self: P, params: int, shapes: Shapes, rank: int, kinds: Sequence[str] = ()) -> tuple[P, int]:
         # It ends with the parameters of all n, so the budget is theirs; K stays.
         return self, rank_for_params(params, shapes)
 

@@ -13,8 +13,8 @@ from weightlora.core import coverage, credit, gate_step, gradual_k, support
 from weightlora.errors import ScheduleError
 from weightlora.graft import Adapter, Selection, block_numbers
 from weightlora.methods.affordable import most_important
-from weightlora.methods.base import Budget, Factors, Policy, StepView
 from weightlora.methods.checks import check_k, check_warmup
+from weightlora.methods.policy import Budget, Factors, Policy, StepView
 
 if TYPE_CHECKING:
     from weightlora.methods.weightlora import WeightLoRA
@@ -34,7 +34,7 @@ class WeightLoRAPolicy(Policy):
         self.seam = None if method.select_after is None else self.horizon
         self.trains_gates = method.gate_lr > 0
         self.gated = self.trains_gates or method.score == "omega"
-        if method.score == "omega" and not self.trains_gates and (method.limit or self.k < len(adapters)):
+        if method.score == "omega" and not self.trains_gates and (method.limit is not None or self.k < len(adapters)):
             raise ScheduleError(
                 "score='omega' ranks gates that learn; set gate_lr (the paper's code uses 5.0), or keep k=n"
             )

@@ -17,8 +17,8 @@ from transformers import PreTrainedModel, Seq2SeqTrainingArguments, Trainer, Tra
 
 from weightlora.core import parse_params
 from weightlora.errors import AdapterError, ConfigError
-from weightlora.graft import adapters, train_heads
-from weightlora.methods import Method
+from weightlora.graft import adapters
+from weightlora.methods import AdapterMethod, Method, PeftMethod, PlainMethod
 from weightlora.runs.spec import RunSpec
 from weightlora.runs.together import launched
 from weightlora.tasks import (
@@ -157,7 +157,7 @@ def target_shapes(spec: RunSpec, loaded: LoadedModel) -> list[tuple[int, int]]:
     return [(int(module.in_features), int(module.out_features)) for module in modules]
 
 
-def with_adapters(spec: RunSpec, task: Task, loaded: LoadedModel, method: Method, rank: int) -> peft.PeftModel:
+def with_adapters(spec: RunSpec, task: Task, loaded: LoadedModel, method: PeftMethod, rank: int) -> peft.PeftModel:
     """A PEFT model with one adapter on each target; heads train and are saved. Drawn from the run's seed.
 
     Raises:
@@ -205,11 +205,11 @@ def check_method(spec: RunSpec) -> None:
         WeightLoRAError: whatever is wrong with method or schedule, or what :func:`build` finds.
     """
     steps = training_arguments(spec, Path("unused")).max_steps
-    if steps <= 0 or spec.make_method().held_out_batches:
+    if steps <= 0 or spec.make_method().needs.held_out:
         build(spec)
         return
     _, _, chosen, _, model = _with_method(spec)
-    if chosen.uses_adapters:
+    if isinstance(chosen, AdapterMethod):
         chosen.begin(adapters(model), steps)
 
 
@@ -227,10 +227,10 @@ def build(spec: RunSpec, steps: int | None = None) -> Parts:
     prepared = task.prepare(loaded, spec.task.max_length)
     args = training_arguments(spec, Path("unused"), prepared)
     rows = len(prepared.train)
-    held = rows_to_hold_out(rows, chosen.held_out_batches, args.per_device_eval_batch_size)
+    held = rows_to_hold_out(rows, chosen.needs.held_out, args.per_device_eval_batch_size)
     counted = _steps(args, rows - held)  # also where it is known: the processes of a run meet here
     steps = steps or counted
-    if chosen.uses_adapters:
+    if isinstance(chosen, AdapterMethod):
         chosen.begin(adapters(model), steps)
     return Parts(
         task=task,
@@ -248,15 +248,15 @@ def _with_method(spec: RunSpec) -> tuple[Task, LoadedModel, Method, int, PreTrai
     task = read_task(spec.task, spec.model.name)
     loaded = base_model(spec, task)
     chosen, rank = within_budget(spec, spec.make_method(), loaded)
-    if chosen.trains == "none" and loaded.heads:
+    if not chosen.learns and loaded.heads:
         raise ConfigError(
             f"method {chosen.name!r} asks the model as it is, and for {spec.task.data_name} model {spec.model.name!r}"
             f" gets a new head ({', '.join(loaded.heads)}) that knows nothing; use a model that answers in words"
         )
-    if not chosen.has_adapters:
-        if chosen.trains == "head":
-            train_heads(loaded.model, loaded.heads)
+    if isinstance(chosen, PlainMethod):
+        chosen.freeze(loaded.model, loaded.heads)
         return task, loaded, chosen, rank, loaded.model
+    assert isinstance(chosen, PeftMethod)
     return task, loaded, chosen, rank, with_adapters(spec, task, loaded, chosen, rank)
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from weightlora.errors import ConfigError
+from weightlora.methods import PeftMethod
 from weightlora.runs.build import training_arguments
 from weightlora.runs.spec import RunSpec
 from weightlora.tasks import MODELS, check_name
@@ -35,7 +36,7 @@ def describe(spec: RunSpec, tuned: Collection[str] = ()) -> str:
     length = f"{args.max_steps} steps" if args.max_steps > 0 else f"{args.num_train_epochs:g} epochs"
     batch = args.per_device_train_batch_size * args.gradient_accumulation_steps
     settings = "".join(f", {name} {value}" for name, value in spec.method.settings.items())
-    rank = f" r {spec.model.r} on {spec.model.targets}" if spec.make_method().has_adapters else ""
+    rank = f" r {spec.model.r} on {spec.model.targets}" if isinstance(spec.make_method(), PeftMethod) else ""
     chosen = {
         name: "tuned" if name in tuned else f"{getattr(args, name):g}" for name in ("learning_rate", "warmup_steps")
     }

@@ -21,6 +21,7 @@ from weightlora.graft import (
     trained_module,
 )
 from weightlora.graft.export import export
+from weightlora.methods import TunerMethod
 from weightlora.runs.build import Parts, build
 from weightlora.runs.record import EVAL_LOSS
 from weightlora.runs.spec import RunSpec
@@ -51,10 +52,10 @@ def write_result(
     sample: dict[str, Any],
 ) -> None:
     """Write the result, reloaded and compared, beside its selection and manifest."""
-    if result.method.trains == "peft":
+    if isinstance(result.method, TunerMethod):
         save_own_format(result.model, folder / ADAPTER, sample)
         return
-    if result.method.trains == "none":
+    if not result.method.learns:
         return  # the model is what it was
     if result.selection is None:
         with new_folder(folder / MODEL) as temporary:

@@ -21,7 +21,7 @@ from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState,
 from weightlora.errors import CheckpointError
 from weightlora.files import write_text
 from weightlora.graft import Choice, adapters, scalar_products
-from weightlora.methods import LoRA
+from weightlora.methods import AdapterMethod, LoRA
 from weightlora.runs.build import Parts, base_model, build, make_trainer, with_adapters
 from weightlora.runs.figure_specs import ProbeSpec
 from weightlora.runs.lock import alone, refuse_busy
@@ -88,6 +88,7 @@ def _measure(
 
 def _begin(config: ProbeSpec, parts: Parts, folder: Path, overwrite: bool) -> dict[str, Any]:
     """The probe without seeds; with those of an earlier call that asked for the same."""
+    assert isinstance(parts.method, AdapterMethod)
     policy = parts.method.begin(adapters(parts.model), parts.max_steps)
     data = {
         "mode": config.mode,
@@ -143,8 +144,9 @@ class _Seed:
         for number, choice in enumerate(choices):
             run = self.run.but(method="lora", settings={}, targets=choice.name)
             loaded = base_model(run, self.parts.task)
-            parts = replace(self.parts, loaded=loaded, method=LoRA())
-            parts = replace(parts, model=with_adapters(run, self.parts.task, loaded, parts.method, parts.rank))
+            plain = LoRA()
+            parts = replace(self.parts, loaded=loaded, method=plain)
+            parts = replace(parts, model=with_adapters(run, self.parts.task, loaded, plain, parts.rank))
             with _silent(log):  # about the one adapter that is kept
                 found += self._train(parts, run, None)[0]
             left = (time.monotonic() - began) / (number + 1) * (len(choices) - number - 1)

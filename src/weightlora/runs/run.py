@@ -18,7 +18,7 @@ from weightlora.core import parse_params
 from weightlora.errors import CheckpointError, WeightLoRAError
 from weightlora.files import disk_is_full, leftovers, new_folder, sweep, write_text
 from weightlora.graft import MANIFEST, Manifest, Selection, adapters, block_of, tuned_layers
-from weightlora.methods import Method
+from weightlora.methods import AdapterMethod, Method, PlainMethod, TunerMethod
 from weightlora.runs.build import Parts, build, make_trainer, scored_on, tell_scored_on
 from weightlora.runs.lock import INSIDE, alone, refuse_busy
 from weightlora.runs.outcome import (
@@ -115,7 +115,7 @@ def select(spec: RunSpec, folder: str | Path, *, overwrite: bool = False, quiet:
     refuse_busy(folder)
     _check_folder(folder, overwrite)
     parts = build(spec)
-    if not parts.method.uses_adapters:
+    if not isinstance(parts.method, AdapterMethod):
         raise WeightLoRAError(f"method {spec.method.name!r} selects nothing; use weightlora, random, top or gradient")
     with alone(folder), new_folder(folder) as temporary, _progress(spec, quiet) as progress:
         _check_folder(folder, overwrite)
@@ -226,7 +226,7 @@ def _live(parts: Parts, spec: RunSpec, folder: Path, *, resume: bool, argv: Sequ
     recording = _Recording(record, folder)
     with _progress(spec, quiet) as progress, _recorded(recording):
         trainer = recording.trainer = make_trainer(parts, spec, folder, progress)
-        described = Manifest.describe(adapters(parts.model)) if parts.method.uses_adapters else ()
+        described = Manifest.describe(adapters(parts.model)) if isinstance(parts.method, AdapterMethod) else ()
         result, metrics, sample = _fitted(trainer, parts, spec, resume)
         write_result(on_whole_base(result, spec), trainer.state.global_step, folder, described, sample)
         budget = _budget(spec, result, folder)
@@ -300,8 +300,8 @@ def _blank(spec: RunSpec, metric: str) -> Record:
 
 
 def _first_record(parts: Parts, spec: RunSpec, argv: Sequence[str]) -> Record:
-    live = adapters(parts.model) if parts.method.uses_adapters else ()
-    tuned = tuned_layers(parts.model) if parts.method.trains == "peft" else ()
+    live = adapters(parts.model) if isinstance(parts.method, AdapterMethod) else ()
+    tuned = tuned_layers(parts.model) if isinstance(parts.method, TunerMethod) else ()
     return replace(
         _blank(spec, parts.task.metric),
         preset=parts.method.label,
@@ -327,7 +327,7 @@ def _last_record(record: Record, parts: Parts, result: FitResult, metrics: dict[
         metrics=metrics,
         phases=phases,
         seam_step=result.seam_step,
-        why=selection.why if selection else _why_all(parts),
+        why=selection.why if selection else _why_all(parts.method),
         placement={} if selection is None else dict(selection.placement or {}),
         predicted={phase: dict(numbers) for phase, numbers in result.predicted.items()},
     )
@@ -335,7 +335,7 @@ def _last_record(record: Record, parts: Parts, result: FitResult, metrics: dict[
 
 def _fixed_k(parts: Parts, selection: Selection | None, n: int) -> int | None:
     """How many adapters the settings say, or None where that is an outcome or there are none."""
-    if parts.method.chooses_k or parts.method.limit is not None:
+    if parts.method.chooses_k or parts.method.needs.limit is not None:
         return None
     return (n or None) if selection is None else selection.k
 
@@ -343,20 +343,16 @@ def _fixed_k(parts: Parts, selection: Selection | None, n: int) -> int | None:
 def _kept(parts: Parts, selection: Selection | None) -> tuple[Kept, ...]:
     if selection is not None:
         return tuple(Kept(name=c.name, omega=c.omega, rank=c.rank) for c in selection.kept)
-    if not parts.method.has_adapters:
+    if not isinstance(parts.method, TunerMethod):
         return ()
-    rank = int(getattr(parts.method, "r", parts.rank))
+    rank = parts.method.rank(parts.rank)
     return tuple(Kept(name=name, omega=1.0, rank=rank) for name in tuned_layers(parts.model))
 
 
-def _why_all(parts: Parts) -> str:
-    if parts.method.trains == "full":
-        return "every weight trains"
-    if parts.method.trains == "head":
-        return "no adapters: the head alone trains"
-    if parts.method.trains == "none":
-        return "nothing trains: the model is judged as it is"
-    return f"{parts.method.name} sits on every target; it is no plain LoRA, so its adapter has PEFT's own format"
+def _why_all(method: Method) -> str:
+    if isinstance(method, PlainMethod):
+        return method.trains
+    return f"{method.name} sits on every target; it is no plain LoRA, so its adapter has PEFT's own format"
 
 
 def _budget(spec: RunSpec, result: FitResult, folder: Path) -> dict[str, int]:

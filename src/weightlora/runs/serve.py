@@ -9,7 +9,7 @@ from peft import PeftModel
 from weightlora.errors import CheckpointError
 from weightlora.graft import Selection
 from weightlora.graft.export import Export, export
-from weightlora.methods import METHODS
+from weightlora.methods import METHODS, TunerMethod
 from weightlora.runs.build import base_model
 from weightlora.runs.lock import alone
 from weightlora.runs.run import ADAPTER, SELECTION, finished
@@ -44,7 +44,7 @@ def export_run(
 def _export(spec: RunSpec, folder: Path, out: Path, profile: str, overwrite: bool, about: str) -> Export:
     if not (folder / ADAPTER).is_dir():
         raise CheckpointError(f"{folder} has no adapter to export: method {spec.method.name!r} trains the model itself")
-    if METHODS[spec.method.name].trains == "peft":
+    if issubclass(METHODS[spec.method.name], TunerMethod):
         raise CheckpointError(
             f"{folder / ADAPTER} is an adapter in PEFT's own format: {spec.method.name} is no plain LoRA, so no profile"
             " can hold it; open it with peft.PeftModel.from_pretrained"

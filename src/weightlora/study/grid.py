@@ -181,7 +181,7 @@ def _cell(around: Sequence[Overlay], row: tuple[str, Overlay], task: tuple[str, 
 def all_methods(spec: RunSpec | None) -> list[str]:
     """Name every method; asking the model as it is needs a task that is answered in words, and so one task alone."""
     in_words = spec is not None and read_task(spec.task).head in LANGUAGE
-    return [name for name, kind in METHODS.items() if in_words or kind.trains != "none"]
+    return [name for name, kind in METHODS.items() if in_words or kind.learns]
 
 
 def parse_method(text: str, preset: str = "recommended") -> tuple[str, str]:

@@ -127,7 +127,7 @@ def jobs_of(grid: Grid, folder: Path) -> tuple[list[Job], list[Job]]:
 
 def _trials(grid: Grid, cell: Cell, folder: Path) -> list[Job]:
     """The runs that choose a cell's setting: settings by selection seeds; none where there is nothing to choose."""
-    if not grid.chooses or METHODS[cell.spec.method.name].trains == "none":
+    if not grid.chooses or not METHODS[cell.spec.method.name].learns:
         return []
     base = on_training_rows(cell.spec)
     return [

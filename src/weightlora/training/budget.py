@@ -48,17 +48,18 @@ def allow(trainer: Trainer, method: Method, micro_batches: MicroBatches, *, stoc
         BudgetError: it cannot be met; the message names the smallest that can.
         ConfigError: the trainer makes its batches as it trains.
     """
-    if method.limit is None:
+    limit = method.needs.limit
+    if limit is None:
         return Allowed(micro_batches=micro_batches)
-    kind, amount, _ = method.limit
+    kind = limit.kind
     if (own_code(trainer) or "").endswith("._prepare_inputs"):
         raise ConfigError(
             f"{kind}= is counted on the run's batches before training, and {type(trainer).__name__} makes them as it"
             " trains; use k"
         )
     if kind == "step_time":
-        return Allowed(micro_batches=micro_batches, budget=_within_operations(trainer, method, amount))
-    return _within_memory(trainer, method, int(amount), micro_batches, stock)
+        return Allowed(micro_batches=micro_batches, budget=_within_operations(trainer, method, limit.amount))
+    return _within_memory(trainer, method, int(limit.amount), micro_batches, stock)
 
 
 def estimate_of(trainer: Trainer, *, stock: bool = False) -> Estimate:
@@ -105,7 +106,7 @@ def _effective(trainer: Trainer) -> int:
 
 def _within_memory(trainer: Trainer, method: Method, limit: int, wanted: MicroBatches, stock: bool) -> Allowed:
     estimate, per_device = estimate_of(trainer, stock=stock), trainer.args.per_device_train_batch_size
-    every, copies = tuple(range(estimate.n)), getattr(method, "copies", 0)
+    every, copies = tuple(range(estimate.n)), method.needs.copies
     warmup = Phase(name="warmup", live=every, gated=True, inputs=estimate.setting.checkpointing, copies=copies)
     for size in wanted:
         split_batch(trainer, size)
@@ -122,7 +123,7 @@ def _within_memory(trainer: Trainer, method: Method, limit: int, wanted: MicroBa
         log.info("warm-up fits with a micro-batch of %d in place of %d", begin, first)
     rooms: list[Room] = []
     for size in sizes(wanted[1] or max(first, per_device)):
-        costs = estimate.placements(size, grows=method.grows)
+        costs = estimate.placements(size, grows=method.needs.grows)
         rooms.append(Room(costs=costs, budget=limit, micro_batch=size))
         if max(costs.total([i]) for i in every) <= limit:
             break  # something will fit here, whatever its importance
@@ -134,15 +135,16 @@ def _within_memory(trainer: Trainer, method: Method, limit: int, wanted: MicroBa
 
 
 def _too_little(estimate: Estimate, warmup: Phase, method: Method) -> BudgetError:
-    costs = estimate.placements(1, grows=method.grows)
+    costs = estimate.placements(1, grows=method.needs.grows)
     smallest = max(estimate.cost(warmup, 1).held, min(costs.total([i]) for i in warmup.live))
     instead = ""
     if not estimate.setting.checkpointing:
         leaner = estimate.under(checkpointing=True).cost(replace(warmup, inputs=True), 1).held
         if leaner < smallest:
             instead = f", or {leaner} ({leaner / 2**20:.1f} MiB) with gradient_checkpointing"
+    said = "" if method.needs.limit is None else method.needs.limit.said
     return BudgetError(
-        f"memory={method.limit and method.limit[2]} is too little: warm-up holds all {estimate.n} adapters and takes"
+        f"memory={said} is too little: warm-up holds all {estimate.n} adapters and takes"
         f" {smallest} bytes ({smallest / 2**20:.1f} MiB) at a micro-batch of 1{instead}; allow as much, or use fewer"
         " targets or a lower r",
         smallest=smallest,
@@ -154,7 +156,7 @@ def _within_operations(trainer: Trainer, method: Method, share: float) -> Budget
     model: Any = trainer.model
     with first_loss(trainer) as loss:
         assert loss is not None
-        costs, whole = operations(model, loss, grows=method.grows), step_cost(model, loss).flops
+        costs, whole = operations(model, loss, grows=method.needs.grows), step_cost(model, loss).flops
     n = len(costs.own)
     limit = int(share * min(whole, costs.total(range(n))))
     smallest = min(costs.total([i]) for i in range(n))

@@ -40,7 +40,7 @@ from weightlora.graft import (
     stock_path,
     tie,
 )
-from weightlora.methods import Budget, HeldOut, Method, StepView
+from weightlora.methods import AdapterMethod, Budget, HeldOut, StepView
 from weightlora.training.finite import FiniteWatch, check_learned, check_numbers
 from weightlora.training.initial import look_before
 from weightlora.training.processes import mean_over_processes
@@ -68,7 +68,7 @@ class Driver:
     def __init__(
         self,
         model: nn.Module,
-        method: Method,
+        method: AdapterMethod,
         max_steps: int,
         name: str | None = None,
         engine: PathName = "auto",
@@ -80,11 +80,12 @@ class Driver:
         self.name = adapter_name(model, name)
         self.adapters = adapters(model, self.name)
         refuse_tied(self.adapters)
-        if method.held_out_batches and held_out is None:
+        needs = method.needs
+        if needs.held_out and held_out is None:
             raise ScheduleError(f"{method.name} looks at rows that it does not train on; give them as held_out=")
-        if method.limit is not None and budget is None:
+        if needs.limit is not None and budget is None:
             raise ScheduleError(
-                f"{method.limit[0]} has to be counted on the run's batches; use fit with a trainer, or k"
+                f"{needs.limit.kind} has to be counted on the run's batches; use fit with a trainer, or k"
             )
         self.policy = method.begin(self.adapters, max_steps)
         self.policy.check(layer_weights(model, self.name))

@@ -23,7 +23,7 @@ from weightlora.graft import (
     reshape,
     tie,
 )
-from weightlora.methods import Method, Policy
+from weightlora.methods import AdapterMethod, Method, PlainMethod, Policy, TunerMethod
 from weightlora.training import checkpoint
 from weightlora.training.borrowed import borrowed
 from weightlora.training.budget import allow
@@ -123,13 +123,14 @@ def fit(  # noqa: PLR0913 - one argument per user setting
     check_trainer(trainer)
     check_sharding(trainer)
     check_best(trainer)
-    if not method.uses_adapters:
+    if isinstance(method, PlainMethod | TunerMethod):
         if asked_for(trainer) is not None:
             raise ConfigError(
                 f"FSDP shards the frozen base under adapters; {method.name} runs on one process, or by torchrun (DDP)"
             )
         with borrowed(trainer):
             return train_plain(trainer, method, resume, overwrite, measure)
+    assert isinstance(method, AdapterMethod)  # there are three kinds
     check_trainers_model(trainer)
     with borrowed(trainer):
         made = _Fit(trainer, method, resume, overwrite, micro_batches, measure, log_omegas, engine)
@@ -146,7 +147,7 @@ class _Fit:
     def __init__(
         self,
         trainer: Trainer,
-        method: Method,
+        method: AdapterMethod,
         resume: bool | str | Path,
         overwrite: bool,
         micro_batches: tuple[int | None, int | None],
@@ -162,7 +163,7 @@ class _Fit:
         if self.sharded:
             to_device(trainer)
         tensors, begun = self._begin(resume, overwrite)
-        held_out = hold_out(trainer, method.held_out_batches)
+        held_out = hold_out(trainer, method.needs.held_out)
         allowed = allow(trainer, method, micro_batches, stock=engine == "stock")
         self.batches = [split_batch(trainer, size) for size in allowed.micro_batches]
         self.max_steps = planned_steps(trainer)

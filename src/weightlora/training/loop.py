@@ -11,7 +11,7 @@ from torch import nn
 
 from weightlora.errors import ConfigError, ScheduleError
 from weightlora.graft import BackwardDepth, PathName, Selection, check_groups
-from weightlora.methods import Method
+from weightlora.methods import AdapterMethod, Method
 from weightlora.training.driver import Driver
 from weightlora.training.held_out import HeldOutBatches
 from weightlora.training.preflight import check_method, check_model, count, torch_optimizer
@@ -164,11 +164,14 @@ def attach(
     1
     """
     check_method(method)
+    if not isinstance(method, AdapterMethod):
+        raise ScheduleError(f"{method.name} has no adapters to decide on; train the model as it is")
     given, optimizer = optimizer, torch_optimizer(optimizer)
     check_model(model, optimizer)
-    share = next((s for s in method.in_shares if isinstance(getattr(method, s, None), float)), None)
-    if share is not None and max_steps is None:
-        raise ScheduleError(f"{share} is a share of the run; give attach(..., max_steps=N), or a number of steps")
+    if method.shares and max_steps is None:
+        raise ScheduleError(
+            f"{method.shares[0]} is a share of the run; give attach(..., max_steps=N), or a number of steps"
+        )
     if isinstance(given, AcceleratedOptimizer) and given.scaler is not None:
         raise ConfigError("fp16 training scales gradients, and gates and credits would read them scaled; use bf16")
     steps = 2**31 if max_steps is None else count("max_steps", max_steps)

@@ -10,8 +10,8 @@ from transformers import Trainer
 
 from weightlora.cost.measure import PeakMemory
 from weightlora.errors import AdapterError, CheckpointError
-from weightlora.graft import check_tuner, has_adapters, keep_unpacked, train_heads, tuner_params
-from weightlora.methods import Method
+from weightlora.graft import check_tuner, has_adapters, keep_unpacked, tuner_params
+from weightlora.methods import PlainMethod, TunerMethod
 from weightlora.training import checkpoint
 from weightlora.training.finite import FiniteCallback, naming_the_last_good
 from weightlora.training.identity import RUN, Run, check_folder, enter_folder
@@ -28,10 +28,10 @@ from weightlora.training.trainer import (
 
 
 def train_plain(
-    trainer: Trainer, method: Method, resume: bool | str | Path, overwrite: bool, measure: bool
+    trainer: Trainer, method: PlainMethod | TunerMethod, resume: bool | str | Path, overwrite: bool, measure: bool
 ) -> FitResult:
     """A method that decides nothing (full fine-tuning, PEFT's own tuners): the trainer as it is, measured."""
-    if method.trains == "none":
+    if not method.learns:
         return _untrained(trainer, method)
     model: Any = trainer.model
     _arrange(trainer, model, method)
@@ -79,23 +79,24 @@ def train_plain(
         metrics=metrics,
         max_steps=steps,
         seam_step=None,
-        adapter_params=tuner_params(model) if method.trains == "peft" else {},
+        adapter_params=tuner_params(model) if isinstance(method, TunerMethod) else {},
         log_history=tuple(trainer.state.log_history),
     )
 
 
-def _arrange(trainer: Trainer, model: Any, method: Method) -> None:
+def _arrange(trainer: Trainer, model: Any, method: PlainMethod | TunerMethod) -> None:
     """Refuse a model that was not built for the method; let what it trains train, at its rates."""
-    if method.trains == "peft":
+    if isinstance(method, TunerMethod):
         check_tuner(model, method.kind)
         set_rates(trainer, method)
-    elif has_adapters(model):
+        return
+    if has_adapters(model):
         raise AdapterError(f"method {method.name!r} trains the plain model; give the trainer a model without adapters")
-    elif method.trains == "head" and all(p.requires_grad for p in model.parameters()):
-        train_heads(model)
+    if all(p.requires_grad for p in model.parameters()):
+        method.freeze(model)
 
 
-def _untrained(trainer: Trainer, method: Method) -> FitResult:
+def _untrained(trainer: Trainer, method: PlainMethod | TunerMethod) -> FitResult:
     """A method that trains nothing: the model as it is, with a phase without steps."""
     model: Any = trainer.model
     if has_adapters(model):
@@ -106,7 +107,7 @@ def _untrained(trainer: Trainer, method: Method) -> FitResult:
     )
 
 
-def _check_same_run(start: Path, method: Method, model: Any) -> None:
+def _check_same_run(start: Path, method: PlainMethod | TunerMethod, model: Any) -> None:
     """The checkpoint must belong to this method and model, and to as many processes."""
     run = Run.read(start / RUN)
     assert run is not None  # it is whole

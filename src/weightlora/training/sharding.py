@@ -104,8 +104,9 @@ def check_method(method: Method, policy: Policy, init: str | None = None) -> Non
         )
     if type(policy).check is not Policy.check:
         raise ConfigError(f"{method.name} reads the base's weights, which FSDP shards; run it without FSDP")
-    if method.limit is not None:
-        raise ConfigError(f"{method.limit[0]} is counted on a whole base, which FSDP shards; use k, or no FSDP")
+    limit = method.needs.limit
+    if limit is not None:
+        raise ConfigError(f"{limit.kind} is counted on a whole base, which FSDP shards; use k, or no FSDP")
 
 
 def shard_base(trainer: Trainer) -> None:
