@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import ast
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -213,6 +214,20 @@ def habit_faults(tree: ast.Module, module: str) -> Iterator[str]:
             yield f"{line}: catches {broad}; name the exceptions you expect"
 
 
+SNIFFS = {
+    r"type\((\w+\.)*(method|policy)\)\.|\bPolicy\.\w": "asks what a method overrides; let its policy declare it",
+    r"getattr\((type\()?(\w+\.)*(method|policy)\b(?!=)": "getattr on a method or policy; let it declare what it has",
+}
+
+
+def sniff_faults(text: str, module: str) -> Iterator[str]:
+    """Guesses about methods, outside their room: those declare what they need and what they do."""
+    for number, row in enumerate(text.splitlines(), 1):
+        for pattern, fault in SNIFFS.items():
+            if room_of(module) != "methods" and re.search(pattern, row):
+                yield f"line {number}: {fault}"
+
+
 def modules(src: Path) -> dict[str, Path]:
     """Dotted name -> file, for every module of the package under ``src``."""
     files = sorted((src / "weightlora").rglob("*.py"))
@@ -237,6 +252,7 @@ def faults(name: str, found: dict[str, Path]) -> list[str]:
         *import_faults(tree, module, package, frozenset(found)),
         *size_faults(tree, text),
         *habit_faults(tree, module),
+        *sniff_faults(text, module),
     ]
 
 
@@ -292,6 +308,11 @@ def long_function(lines: int) -> str:
         ("core/a.py", "with contextlib.suppress(BaseException):\n    pass", "catches BaseException"),
         ("core/a.py", "hasattr(1, 'x')", "hasattr"),
         ("core/a.py", "def f():\n    import pickle", "pickle runs code"),
+        ("training/a.py", "type(policy).form is None", "asks what a method overrides"),
+        ("training/a.py", "type(self.driver.policy).form", "asks what a method overrides"),
+        ("runs/a.py", "x.form is Policy.form", "asks what a method overrides"),
+        ("runs/a.py", "getattr(parts.method, 'r', 4)", "getattr on a method or policy"),
+        ("training/a.py", "getattr(type(policy), name)", "getattr on a method or policy"),
         ("core/a.py", "torch.load('x')", "torch.load without"),
         ("core/a.py", "torch.load('x', weights_only=False)", "torch.load without"),
     ],
@@ -314,6 +335,8 @@ def test_a_broken_rule_is_seen(tmp_path: Path, file: str, source: str, message: 
         ("__init__.py", "def __getattr__(name):\n    return importlib.import_module(name)"),
         ("core/a.py", long_function(MAX_FUNCTION_LINES)),
         ("core/a.py", "try:\n    pass\nexcept (OSError, ValueError):\n    pass"),
+        ("methods/a.py", "type(policy).form is Policy.form\ngetattr(method, name)"),
+        ("cli/a.py", "getattr(parsed, 'method', 'lora')\npolicy.seam"),
         ("cost/measure.py", "try:\n    pass\nexcept Exception:\n    pass"),
     ],
 )

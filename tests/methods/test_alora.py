@@ -19,7 +19,7 @@ import weightlora as wl
 from weightlora.core import hand_out, one_round
 from weightlora.errors import ConfigError, ScheduleError
 from weightlora.graft import Formed, RankGates, adapters, parameters
-from weightlora.methods import ALoRA, StepView
+from weightlora.methods import ALoRA, StepView, trained_params
 from weightlora.methods.alora import ALoRAPolicy
 from weightlora.methods.alora_scores import exact_scores, gradient_scores
 from weightlora.training.held_out import HeldOutBatches
@@ -176,9 +176,9 @@ def test_every_round(scoring: str, moves: int) -> None:
     budget, seen = 6 * 4, []
     move = policy._move
 
-    def checked(factors: Any, scores: torch.Tensor) -> None:
+    def checked(factors: Any, scores: torch.Tensor) -> Any:
         before = policy.gates.values.detach().clone()
-        move(factors, scores)
+        fresh = move(factors, scores)
         after = policy.gates.values.detach().clone()
         owner = policy.gates.owner
         went, came = (before == 1) & (after == 0), (before == 0) & (after == 1)
@@ -192,17 +192,17 @@ def test_every_round(scoring: str, moves: int) -> None:
         policy.gates.set(torch.where(came, 0.0, after))
         assert torch.equal(logits(loop.model, batch()), answer)  # growth preserves the function
         policy.gates.set(after)
-        for fresh in policy.fresh():
-            assert fresh.ranks
+        assert all(each.ranks for each in fresh)
         seen.append(after)
+        return fresh
 
     policy._move = checked  # type: ignore[method-assign]  # looks, and goes on
     loop.run(4)
     assert len(seen) == 3
     live = adapters(loop.model)
     assert sum(a.rank for a in live) == int(seen[-1].sum())
-    assert policy.count(live) == sum(a.rank * sum(a.shape) for a in live)
-    assert sum(p.numel() for n, p in loop.model.named_parameters() if "lora_" in n) == policy.count(live)
+    assert trained_params(policy, live) == sum(a.rank * sum(a.shape) for a in live)
+    assert sum(p.numel() for n, p in loop.model.named_parameters() if "lora_" in n) == trained_params(policy, live)
     assert len({a.scale for a in live}) == 1
 
 
@@ -239,8 +239,8 @@ def test_a_module_that_lost_everything_is_gone() -> None:
     assert isinstance(policy, ALoRAPolicy)
     move = policy._move
 
-    def biased(factors: Any, scores: torch.Tensor) -> None:
-        move(factors, torch.where(policy.gates.owner == 4, -1e9, scores))
+    def biased(factors: Any, scores: torch.Tensor) -> Any:
+        return move(factors, torch.where(policy.gates.owner == 4, -1e9, scores))
 
     policy._move = biased  # type: ignore[method-assign]  # a hand on the scale
     name = adapters(loop.model)[4].name

@@ -17,7 +17,7 @@ import weightlora as wl
 from weightlora.core import block_gates
 from weightlora.errors import ConfigError, ScheduleError
 from weightlora.graft import Gates, adapters, block_numbers
-from weightlora.methods import Flexora, StepView
+from weightlora.methods import Flexora, StepView, trained_params
 from weightlora.methods.flexora import FlexoraPolicy
 from weightlora.training.held_out import HeldOutBatches
 
@@ -123,14 +123,14 @@ def test_keeps_blocks_strictly_above_zero_and_starts_again() -> None:
     with pytest.raises(ScheduleError, match="no block's alpha is above 0"):
         policy.decide([1.0] * 9)
     policy.alpha.data = torch.tensor([0.5, 0.0, 1e-9], dtype=torch.float64)
-    assert [c.kept for c in policy.decide([1.0] * 9).choices] == [True] * 3 + [False] * 3 + [True] * 3
+    assert [c.kept for c in policy.decide([1.0] * 9).selection.choices] == [True] * 3 + [False] * 3 + [True] * 3
     policy.alpha.data = torch.tensor([-1.0, -1.0, 1.0], dtype=torch.float64)
     loop.run(4)
     live = adapters(model)
     assert [a.block for a in live] == [2, 2, 2]
-    assert policy.count(live) == 3 * 4 * (16 + 16)
+    assert trained_params(policy, live) == 3 * 4 * (16 + 16)
     factors = {n: p for n, p in model.named_parameters() if "lora_" in n}
-    assert sum(p.numel() for p in factors.values()) == policy.count(live)
+    assert sum(p.numel() for p in factors.values()) == trained_params(policy, live)
     assert all("layer.2." in n for n in factors)
     assert all(bool((p == 0).all()) for n, p in factors.items() if "lora_B" in n)
     assert not any(p in loop.optimizer.state for p in factors.values())

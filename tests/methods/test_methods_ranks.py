@@ -154,18 +154,19 @@ GATED = [(name, preset) for name in sorted(RANKED) for preset in ("recommended",
 def empty(tuner: Tuner, index: int) -> None:
     """A hand on the scale: from now on every event takes all ranks of one adapter away."""
     policy: Any = tuner._driver.policy
-    decided = policy.after_step
+    decided = policy.observe
 
-    def after_step(view: Any) -> None:
-        decided(view)
+    def observe(view: Any) -> Any:
+        fresh = decided(view)
         gates = view.ranks
         gates.set(torch.where(gates.owner == index, 0.0, gates.values.detach()))
         holder = vars(policy).get("pool", policy)
         for name in ("mask", "alive"):
             if name in vars(holder):
                 setattr(holder, name, getattr(holder, name) & (gates.owner != index))
+        return fresh
 
-    policy.after_step = after_step
+    policy.observe = observe
 
 
 @pytest.mark.parametrize(("name", "preset"), GATED, ids=["-".join(case) for case in GATED])

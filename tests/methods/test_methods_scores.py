@@ -63,7 +63,7 @@ def run(model: nn.Module, made: Method, steps: int) -> tuple[Selection, Factors]
 
 def drawn(seed: int, n: int = 8, k: int = 3) -> tuple[str, ...]:
     made = RandomAdapters(k=k, seed=seed)
-    return made.begin(HANDLES[:n], 10).decide([1.0] * n).names
+    return made.begin(HANDLES[:n], 10).decide([1.0] * n).selection.names
 
 
 HANDLES = adapters(lora(layers=4))
@@ -97,7 +97,7 @@ def test_random_depends_on_its_seed_alone() -> None:
 def test_top_is_the_last_ones(k: int) -> None:
     policy = DeepestAdapters(k=k).begin(HANDLES, 10)
     assert policy.seam == 0
-    assert policy.decide([1.0] * 12).names == tuple(a.name for a in HANDLES[12 - k :])
+    assert policy.decide([1.0] * 12).selection.names == tuple(a.name for a in HANDLES[12 - k :])
 
 
 # gradient
@@ -297,7 +297,7 @@ def moved_gates(made: WeightLoRA, start: Sequence[float], grad: Sequence[float],
     gates = Gates(lora())
     gates.set(torch.tensor(start))
     gates.omega.grad = torch.tensor(grad)
-    made.begin(gates.adapters, 20).after_step(view(gates, 3, lr_factor))
+    made.begin(gates.adapters, 20).observe(view(gates, 3, lr_factor))
     return gates.omega.detach()
 
 
@@ -320,7 +320,7 @@ def test_nothing_left_to_keep_is_said_plainly() -> None:
 
 def test_the_selection_by_omega() -> None:
     policy = paper(k=3).begin(HANDLES[:N], 20)
-    selection = policy.decide([0.5, 0.0, 2.0, 0.0, 1.0, -3.0])
+    selection = policy.decide([0.5, 0.0, 2.0, 0.0, 1.0, -3.0]).selection
     assert [c.kept for c in selection.choices] == [True, False, True, False, True, False]
     assert [c.omega for c in selection.choices] == [0.5, 0.0, 2.0, 0.0, 1.0, -3.0]
     assert {c.score for c in selection.choices} == {None}
@@ -330,8 +330,8 @@ def test_the_selection_by_omega() -> None:
 def test_a_closed_gate_is_no_candidate_for_any_score(score: str) -> None:
     policy = paper(k=3, score=score).begin(HANDLES[:N], 20)
     policy.credits = torch.tensor([6.0, 5.0, 4.0, 3.0, 2.0, 1.0], dtype=torch.float64)
-    assert policy.decide([0.0, 1.0, 0.0, 2.0, 0.5, 0.1]).names == tuple(HANDLES[i].name for i in (1, 3, 4))
-    assert policy.decide([0.0, 0.0, 0.0, 2.0, 0.0, 0.1]).names == tuple(HANDLES[i].name for i in (3, 5))
+    assert policy.decide([0.0, 1.0, 0.0, 2.0, 0.5, 0.1]).selection.names == tuple(HANDLES[i].name for i in (1, 3, 4))
+    assert policy.decide([0.0, 0.0, 0.0, 2.0, 0.0, 0.1]).selection.names == tuple(HANDLES[i].name for i in (3, 5))
 
 
 def test_credit_decides_where_gates_learn_without_projections() -> None:
@@ -346,10 +346,10 @@ def test_policy_state_holds_what_a_resume_needs() -> None:
     made = paper()
     policy = made.begin(HANDLES[:N], 20)
     policy.credits = torch.arange(6.0, dtype=torch.float64)
-    policy._off = [1, 4]
+    policy.held = [1, 4]
     other: WeightLoRAPolicy = made.begin(HANDLES[:N], 20)
     other.load_state(policy.state())
-    assert list(other.held()) == [1, 4]
+    assert list(other.held) == [1, 4]
     assert torch.equal(other.credits, policy.credits)
 
 

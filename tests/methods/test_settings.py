@@ -177,7 +177,7 @@ def test_coverage_counts_the_blocks_of_each_stack() -> None:
         return sum(math.sqrt(sum(worth[i] for i in kept if where[i] == block)) for block in set(where))
 
     best = max(itertools.combinations(range(len(live)), 4), key=value)
-    chosen = policy.decide([1.0] * len(live))
+    chosen = policy.decide([1.0] * len(live)).selection
     assert tuple(i for i, c in enumerate(chosen.choices) if c.kept) == best
     assert len({where[i] for i in best}) == 4
 

@@ -24,7 +24,28 @@ from weightlora.methods.melora import MELoRA
 from weightlora.methods.milora import MiLoRA
 from weightlora.methods.nora import NoRA
 from weightlora.methods.plain import FullFineTuning, HeadOnly, ZeroShot
-from weightlora.methods.policy import Budget, Fresh, GrowthPlan, HeldOut, Policy, Room, StepView
+from weightlora.methods.policy import (
+    Allocates,
+    Budget,
+    Budgeted,
+    Counts,
+    Decision,
+    Fixed,
+    Forms,
+    Fresh,
+    GrowthPlan,
+    HeldOut,
+    Penalises,
+    Policy,
+    ReadsWeights,
+    Restarts,
+    Room,
+    Starts,
+    StepView,
+    Ties,
+    starting_ranks,
+    trained_params,
+)
 from weightlora.methods.tied_lora import TiedLoRA
 from weightlora.methods.tuners import DoRA, VBLoRA, VeRA
 from weightlora.methods.weightlora import WeightLoRA
@@ -81,12 +102,18 @@ __all__ = [
     "ALoRA",
     "AdaLoRA",
     "AdapterMethod",
+    "Allocates",
     "Budget",
+    "Budgeted",
+    "Counts",
+    "Decision",
     "DeepestAdapters",
     "DoRA",
     "DynamicLoRA",
+    "Fixed",
     "FlexLoRA",
     "Flexora",
+    "Forms",
     "Fresh",
     "FullFineTuning",
     "GrowthPlan",
@@ -103,12 +130,17 @@ __all__ = [
     "NoRA",
     "OneShotGradient",
     "PeftMethod",
+    "Penalises",
     "PlainMethod",
     "Policy",
     "RandomAdapters",
+    "ReadsWeights",
+    "Restarts",
     "Room",
+    "Starts",
     "StepView",
     "TiedLoRA",
+    "Ties",
     "TunerMethod",
     "VBLoRA",
     "VeRA",
@@ -116,4 +148,6 @@ __all__ = [
     "WeightLoRAPlus",
     "ZeroShot",
     "method",
+    "starting_ranks",
+    "trained_params",
 ]

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from weightlora.core import above_smallest, cubic_budget, orthogonality, smooth_sensitivity, triplet_scores
 from weightlora.graft import Adapter
-from weightlora.methods.policy import Factors, StepView
+from weightlora.methods.policy import Factors, HeldOut, Penalises, StepView
 from weightlora.methods.ranks import RankMethod, RankPolicy, check_smoothing
 
 
@@ -55,12 +55,12 @@ class AdaLoRA(RankMethod):
         return AdaLoRAPolicy(self, adapters, max_steps)
 
 
-class AdaLoRAPolicy(RankPolicy):
+class AdaLoRAPolicy(RankPolicy, Penalises):
     """Statistics of every entry of E, Q and P; see :class:`AdaLoRA`."""
 
     # The regulariser's gradient does not shrink with E as the loss's does: it is most of what Adam remembers of P and
     # Q, and would hold the survivors back for as long as second moments last.
-    anew = True
+    anew: ClassVar[bool] = True
 
     def __init__(self, method: AdaLoRA, adapters: tuple[Adapter, ...], max_steps: int) -> None:
         super().__init__(method, adapters, max_steps)
@@ -73,7 +73,7 @@ class AdaLoRAPolicy(RankPolicy):
     def scale(self, adapter: Adapter, rank: int) -> float:
         return adapter.scale * adapter.rank / (rank + 1e-5)
 
-    def prepare(self, factors: Factors, weights: Sequence[Tensor]) -> None:
+    def prepare(self, factors: Factors, weights: Sequence[Tensor], held_out: HeldOut | None) -> None:
         generator = torch.Generator().manual_seed(self.method.seed)
         with torch.no_grad():
             for factor in (f for pair in factors for f in pair):

@@ -11,12 +11,12 @@ from torch import Tensor
 
 from weightlora.core import one_round, total_params
 from weightlora.errors import ScheduleError
-from weightlora.graft import Adapter, Form, RankGates, Selection
+from weightlora.graft import Adapter, Form, RankGates
 from weightlora.methods.alora_scores import Scoring, exact_scores, gradient_scores
 from weightlora.methods.base import Needs
 from weightlora.methods.budgets import SpendingMethod
 from weightlora.methods.checks import check_choice, check_least, check_warmup
-from weightlora.methods.policy import Factors, Fresh, Policy, StepView
+from weightlora.methods.policy import Allocates, Decision, Factors, Forms, Fresh, Policy, StepView
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,7 +80,7 @@ class ALoRA(SpendingMethod):
         return ALoRAPolicy(self, adapters, max_steps)
 
 
-class ALoRAPolicy(Policy):
+class ALoRAPolicy(Policy, Allocates, Forms):
     """Moves ranks in rounds; see :class:`ALoRA`."""
 
     gates: RankGates
@@ -107,7 +107,6 @@ class ALoRAPolicy(Policy):
         self.generator = torch.Generator().manual_seed(method.seed)
         self.means = torch.zeros(len(adapters), dtype=torch.float64)
         self.trained = total_params([a.rank for a in adapters], [a.shape for a in adapters])  # at the most
-        self._fresh: list[Fresh] = []
 
     def allocate(self) -> Sequence[tuple[int, float]]:
         return [(room, a.scale) for room, a in zip(self.room, self.adapters, strict=True)]
@@ -118,19 +117,18 @@ class ALoRAPolicy(Policy):
         self.gates.set(torch.tensor(on, dtype=torch.float32))
         return self.gates
 
-    def after_step(self, view: StepView) -> None:
-        self._fresh = []
+    def observe(self, view: StepView) -> Sequence[Fresh]:
         past = view.step - self.first
         if past < 0 or past % self.every:
-            return
+            return ()
         assert view.held_out is not None
         batch = past // self.every % len(view.held_out)
         scores = (exact_scores if self.method.scoring == "exact" else gradient_scores)(view, batch)
         if not bool(scores.isfinite().all()):
             raise ScheduleError(f"importances at step {view.step} are not finite: training diverged; lower the rate")
-        self._move(view.factors, scores)
+        return self._move(view.factors, scores)
 
-    def _move(self, factors: Factors, scores: Tensor) -> None:
+    def _move(self, factors: Factors, scores: Tensor) -> list[Fresh]:
         """One round, given the score of every rank."""
         live, values = self.gates.live(), self.gates.values.detach().clone()
         parts = [part[ranks].tolist() for part, ranks in zip(scores.split_with_sizes(self.room), live, strict=True)]
@@ -147,7 +145,7 @@ class ALoRAPolicy(Policy):
         live = self.gates.live()
         self.trained = max(self.trained, sum(len(ranks) * cost for ranks, cost in zip(live, costs, strict=True)))
         changed = [(i, gone[i] or came[i]) for i in range(len(live))]  # a module that loses receives nothing
-        self._fresh = [Fresh(index=i, ranks=tuple(ranks)) for i, ranks in changed if ranks]
+        return [Fresh(index=i, ranks=tuple(ranks)) for i, ranks in changed if ranks]
 
     def _start(self, pair: tuple[Tensor, Tensor], rank: int) -> None:
         """A new rank: A normal with the variance of LoRA's own start, B zero, so that the output does not change."""
@@ -157,13 +155,7 @@ class ALoRAPolicy(Policy):
             A[rank].copy_(row)
             B[:, rank].zero_()
 
-    def fresh(self) -> Sequence[Fresh]:
-        return self._fresh
-
-    def peak(self) -> int:
-        return self.trained
-
-    def decide(self, omegas: Sequence[float]) -> Selection:
+    def decide(self, omegas: Sequence[float]) -> Decision:
         live = self.gates.live()
         kept = [i for i, ranks in enumerate(live) if ranks]
         total, start = sum(map(len, live)), sum(a.rank for a in self.adapters)
@@ -171,7 +163,8 @@ class ALoRAPolicy(Policy):
             f"{total} of {start} ranks on {len(kept)} adapters after {self.method.rounds} rounds of {self.moves},"
             f" {self.method.scoring} importance"
         )
-        return self.method.choose(self.adapters, kept, why, step=self.seam, scores=self.means.tolist())
+        selection = self.method.choose(self.adapters, kept, why, step=self.seam, scores=self.means.tolist())
+        return Decision(selection=selection, peak=self.trained)
 
     def state(self) -> dict[str, Tensor]:
         trained = torch.tensor(self.trained)

@@ -210,6 +210,10 @@ class AdapterMethod(PeftMethod):
             ScheduleError: it cannot; the message says what would.
         """
 
+    def keep_all(self, live: Sequence[Adapter], why: str) -> Selection:
+        """The decision of a method under which every adapter lives."""
+        return self.choose(live, range(len(live)), why, step=None)
+
     def choose(
         self,
         live: Sequence[Adapter],

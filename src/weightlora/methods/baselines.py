@@ -10,22 +10,11 @@ import torch
 from torch import Tensor
 
 from weightlora.core import one_shot, support
-from weightlora.graft import Adapter, Selection
+from weightlora.graft import Adapter
 from weightlora.methods.base import AdapterMethod
 from weightlora.methods.budgets import CountMethod
 from weightlora.methods.checks import check_k, check_least, check_warmup
-from weightlora.methods.policy import Policy, StepView
-
-
-class Fixed(Policy):
-    """A decision that needs no training: made at the start (``seam = 0``), or nothing to decide (``seam = None``)."""
-
-    def __init__(self, adapters: tuple[Adapter, ...], selection: Selection, seam: int | None) -> None:
-        super().__init__(adapters)
-        self.selection, self.seam = selection, seam
-
-    def decide(self, omegas: Sequence[float]) -> Selection:
-        return self.selection
+from weightlora.methods.policy import Decision, Fixed, Fresh, Policy, StepView
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,8 +24,7 @@ class LoRA(AdapterMethod):
     name: ClassVar[str] = "lora"
 
     def begin(self, adapters: tuple[Adapter, ...], max_steps: int) -> Policy:
-        everything = self.choose(adapters, range(len(adapters)), "plain LoRA keeps every adapter", step=None)
-        return Fixed(adapters, everything, None)
+        return Fixed(adapters, self.keep_all(adapters, "plain LoRA keeps every adapter"))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -107,22 +95,21 @@ class GradientPolicy(Policy):
         self.method = method
         self.k = check_k(method.k, adapters)
         self.seam = check_warmup(method.batches, max_steps, "batches")
+        self.held = range(len(adapters))
         self.sums: list[Tensor] = [torch.zeros(a.d_out, a.rank) for a in adapters]
 
-    def before_step(self, view: StepView) -> None:
+    def observe(self, view: StepView) -> Sequence[Fresh]:
         self.sums = [
             total if B.grad is None else total.to(B.device) + B.grad.float()
             for total, (_, B) in zip(self.sums, view.factors, strict=True)
         ]
+        return ()
 
-    def held(self) -> Sequence[int]:
-        return range(len(self.adapters))
-
-    def decide(self, omegas: Sequence[float]) -> Selection:
+    def decide(self, omegas: Sequence[float]) -> Decision:
         scores = torch.stack([one_shot(total / self.method.batches).double().cpu() for total in self.sums])
         kept = support(scores, self.k, "signed")
         why = f"the {self.k} largest squared gradients of B, mean of {self.method.batches} batches at B = 0"
-        return self.method.choose(self.adapters, kept, why, step=self.seam, scores=scores.tolist())
+        return Decision(selection=self.method.choose(self.adapters, kept, why, step=self.seam, scores=scores.tolist()))
 
     def state(self) -> dict[str, Tensor]:
         return {f"sum.{i}": total for i, total in enumerate(self.sums)}

@@ -11,10 +11,10 @@ from torch import Tensor
 
 from weightlora.core import svd_merge
 from weightlora.errors import ConfigError, ScheduleError
-from weightlora.graft import Adapter, Form, RankGates, Selection
+from weightlora.graft import Adapter, Form, RankGates
 from weightlora.methods.base import AdapterMethod
 from weightlora.methods.checks import check_least
-from weightlora.methods.policy import Factors, Fresh, Policy, StepView
+from weightlora.methods.policy import Allocates, Decision, Factors, Forms, Fresh, HeldOut, Policy, Starts, StepView
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,7 +51,7 @@ class FlexLoRA(AdapterMethod):
         return FlexLoRAPolicy(self, adapters, max_steps)
 
 
-class FlexLoRAPolicy(Policy):
+class FlexLoRAPolicy(Policy, Allocates, Starts, Forms):
     """Hands the adapters from client to client and averages after each round; see :class:`FlexLoRA`."""
 
     def __init__(self, method: FlexLoRA, adapters: tuple[Adapter, ...], max_steps: int) -> None:
@@ -68,12 +68,11 @@ class FlexLoRAPolicy(Policy):
         self.ranks = method.ranks or (max(a.rank for a in adapters),) * method.clients
         self.server: list[tuple[Tensor, Tensor]] = []  # where every client of the round starts, one pair an adapter
         self.done: list[list[tuple[Tensor, Tensor]]] = []  # what the round's clients came to
-        self._switched = False
 
     def allocate(self) -> Sequence[tuple[int, float]]:
         return [(max(self.ranks), a.scale) for a in self.adapters]
 
-    def prepare(self, factors: Factors, weights: Sequence[Tensor]) -> None:
+    def prepare(self, factors: Factors, weights: Sequence[Tensor], held_out: HeldOut | None) -> None:
         generator = torch.Generator().manual_seed(0)
         with torch.no_grad():
             for (A, _), adapter in zip(factors, self.adapters, strict=True):
@@ -89,10 +88,9 @@ class FlexLoRAPolicy(Policy):
         self._open(gates, self.ranks[0])
         return gates
 
-    def after_step(self, view: StepView) -> None:
-        self._switched = view.step in self.ends
-        if not self._switched:
-            return
+    def observe(self, view: StepView) -> Sequence[Fresh]:
+        if view.step not in self.ends:
+            return ()
         turn = self.ends.index(view.step)
         rank = self.ranks[turn % self.method.clients]
         self.done.append([(A.detach()[:rank].clone(), B.detach()[:, :rank].clone()) for A, B in view.factors])
@@ -107,6 +105,7 @@ class FlexLoRAPolicy(Policy):
                 A[:coming], B[:, :coming] = server_A[:coming].to(A), server_B[:, :coming].to(B)
         if view.form is not None:
             self._open(view.ranks, coming)
+        return [Fresh(index=index) for index in range(len(self.adapters))]
 
     def _average(self, turn: int) -> None:
         """The server's step: the clients' updates, weighted by their steps, in the largest rank."""
@@ -122,13 +121,10 @@ class FlexLoRAPolicy(Policy):
         width = gates.bounds[1]
         gates.set((torch.arange(gates.values.numel(), device=gates.values.device) % width < rank).float())
 
-    def fresh(self) -> Sequence[Fresh]:
-        return [Fresh(index=index) for index in range(len(self.adapters))] if self._switched else ()
-
-    def decide(self, omegas: Sequence[float]) -> Selection:
+    def decide(self, omegas: Sequence[float]) -> Decision:
         clients = f"{self.method.clients} clients of ranks {', '.join(map(str, self.ranks))}"
         why = f"the server's average of {clients} after {self.method.rounds} rounds"
-        return self.method.choose(self.adapters, range(len(self.adapters)), why, step=None)
+        return Decision(selection=self.method.keep_all(self.adapters, why))
 
     def state(self) -> dict[str, Tensor]:
         rows = {"server": self.server} | {f"client.{c}": pairs for c, pairs in enumerate(self.done)}

@@ -16,7 +16,7 @@ from weightlora.graft import Adapter, Selection, block_numbers
 from weightlora.methods.base import Needs
 from weightlora.methods.budgets import SpendingMethod, spread
 from weightlora.methods.checks import check_least, check_warmup
-from weightlora.methods.policy import GrowthPlan, Policy, StepView, slope
+from weightlora.methods.policy import Decision, Fresh, GrowthPlan, Restarts, StepView, slope
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,16 +73,15 @@ class Flexora(SpendingMethod):
         return FlexoraPolicy(self, adapters, max_steps)
 
 
-class FlexoraPolicy(Policy):
+class FlexoraPolicy(Restarts):
     """Alternates with the optimizer: it moves A and B, the policy moves alpha; see :class:`Flexora`."""
 
     gated = True
 
     def __init__(self, method: Flexora, adapters: tuple[Adapter, ...], max_steps: int) -> None:
-        super().__init__(adapters)
+        super().__init__(adapters, method.seed)
         self.method = method
         self.seam = check_warmup(method.select_after, max_steps)
-        self.restart = torch.Generator().manual_seed(method.seed)
         self.blocks = block_numbers(adapters)
         count = len({block for block in self.blocks if block is not None})
         if count < 2:
@@ -106,7 +105,7 @@ class FlexoraPolicy(Policy):
             (outer,) = torch.autograd.grad(self.gate_values(), self.alpha, inner.to(self.alpha))
         return outer
 
-    def after_step(self, view: StepView) -> None:
+    def observe(self, view: StepView) -> Sequence[Fresh]:
         assert view.gates is not None
         assert view.held_out is not None
         for turn in range(self.method.outer_batches):
@@ -115,8 +114,9 @@ class FlexoraPolicy(Policy):
             self.adam.step()
             view.gates.set(self.gate_values().detach())
         self.alpha.grad = None
+        return ()
 
-    def decide(self, omegas: Sequence[float]) -> Selection:
+    def decide(self, omegas: Sequence[float]) -> Decision:
         alphas = self.alpha.tolist()
         if not all(map(math.isfinite, alphas)) or not max(alphas) > 0:
             raise ScheduleError(
@@ -126,24 +126,23 @@ class FlexoraPolicy(Policy):
         count = sum(alpha > 0 for alpha in alphas)
         why = f"the {count} of {len(alphas)} blocks whose alpha is above 0 after {self.seam} steps"
         scores = [0.0 if block is None else alphas[block] for block in self.blocks]
-        return self.method.choose(self.adapters, kept, why, step=self.seam, omegas=omegas, scores=scores)
+        selection = self.method.choose(self.adapters, kept, why, step=self.seam, omegas=omegas, scores=scores)
+        return Decision(selection=selection, growth=self._growth(selection), restart=self.restart)
 
-    def growth(self, selection: Selection) -> GrowthPlan | None:
+    def _growth(self, selection: Selection) -> GrowthPlan | None:
         kept = [a for a in self.adapters if a.name in set(selection.names)]
         scores = [choice.score or 0.0 for choice in selection.kept]
         order = sorted(range(len(kept)), key=lambda i: (-scores[i], i))
         return None if self.method.spend is None else spread(self.method.spend, [(a,) for a in kept], order)
 
     def state(self) -> dict[str, Tensor]:
-        assert self.restart is not None
         moments = {f"adam.{key}": value.clone() for key, value in self.adam.state.get(self.alpha, {}).items()}
-        return {"alpha": self.alpha.detach().clone(), "restart": self.restart.get_state(), **moments}
+        return super().state() | {"alpha": self.alpha.detach().clone(), **moments}
 
     def load_state(self, state: Mapping[str, Tensor]) -> None:
-        assert self.restart is not None
+        super().load_state(state)
         with torch.no_grad():
             self.alpha.copy_(state["alpha"])
-        self.restart.set_state(state["restart"])
         moments = {k.removeprefix("adam."): v.clone() for k, v in state.items() if k.startswith("adam.")}
         if moments:
             self.adam.state[self.alpha] = moments

@@ -12,11 +12,24 @@ from torch import Tensor
 
 from weightlora.core import orthogonality, smooth_sensitivity
 from weightlora.errors import ScheduleError
-from weightlora.graft import Adapter, Form, Selection
+from weightlora.graft import Adapter, Form
 from weightlora.methods.budgets import SpendingMethod
 from weightlora.methods.checks import check_k, check_k_value, check_least, check_warmup
 from weightlora.methods.increlora_pool import GrowingGates, RankPool
-from weightlora.methods.policy import Factors, Fresh, Policy, StepView
+from weightlora.methods.policy import (
+    Allocates,
+    Counts,
+    Decision,
+    Factors,
+    Forms,
+    Fresh,
+    HeldOut,
+    Penalises,
+    Policy,
+    Starts,
+    StepView,
+    lora_params,
+)
 from weightlora.methods.ranks import check_interval, check_smoothing
 
 
@@ -82,10 +95,8 @@ class IncreLoRA(SpendingMethod):
         return IncreLoRAPolicy(self, adapters, max_steps)
 
 
-class IncreLoRAPolicy(Policy):
+class IncreLoRAPolicy(Policy, Allocates, Starts, Forms, Penalises, Counts):
     """Allocates what an adapter can reach at most, and opens ranks; see :class:`IncreLoRA`."""
-
-    anew = True  # as AdaLoRA's: the same regulariser
 
     def __init__(self, method: IncreLoRA, adapters: tuple[Adapter, ...], max_steps: int) -> None:
         super().__init__(adapters)
@@ -111,7 +122,6 @@ class IncreLoRAPolicy(Policy):
         self.pool = RankPool(adapters, costs=costs, budget=budget, add=self.add, most=self.most, seed=method.seed)
         self.trained = 0  # numbers in ranks that were live or in reserve, at the most
         self.stats = torch.zeros(2, n, dtype=torch.float64)
-        self._fresh: list[Fresh] = []
 
     def allocate(self) -> Sequence[tuple[int, float]]:
         return [(self.most, a.scale) for a in self.adapters]
@@ -121,7 +131,7 @@ class IncreLoRAPolicy(Policy):
         self.pool.arrange(gates)
         return gates
 
-    def prepare(self, factors: Factors, weights: Sequence[Tensor]) -> None:
+    def prepare(self, factors: Factors, weights: Sequence[Tensor], held_out: HeldOut | None) -> None:
         for index, pair in enumerate(factors):
             self.pool.draw(index, pair, range(self.most))
 
@@ -130,8 +140,8 @@ class IncreLoRAPolicy(Policy):
         pairs = zip(view.factors, self.pool.used(), strict=True)
         return weight * orthogonality([(A[:m], B[:, :m]) for (A, B), m in pairs]) if weight else None
 
-    def after_step(self, view: StepView) -> None:
-        gates, self._fresh = view.ranks, []
+    def observe(self, view: StepView) -> Sequence[Fresh]:
+        gates, fresh = view.ranks, []
         assert isinstance(gates, GrowingGates)
         if not self.pool.complete:
             assert view.products is not None
@@ -143,44 +153,40 @@ class IncreLoRAPolicy(Policy):
             )
             self.trained = max(self.trained, self._training())
             if view.step >= self.first and view.step % self.interval == 0:
-                self._grow(view)
+                fresh = self._grow(view)
         self.watches = not self.pool.complete
         self.pool.arrange(gates)
+        return fresh
 
-    def _grow(self, view: StepView) -> None:
+    def _grow(self, view: StepView) -> list[Fresh]:
         order = torch.sort(self.stats[0] * self.stats[1], descending=True, stable=True).indices.tolist()
-        last = view.step >= self.last
+        last, fresh = view.step >= self.last, []
         for index in order if last else order[: self.top_h]:
             taken, reserve = self.pool.grow(index, view.factors[index])
-            self._fresh += [Fresh(index=index, ranks=tuple(taken), gates_only=True)] if taken else []
-            self._fresh += [Fresh(index=index, ranks=tuple(reserve))] if reserve else []
+            fresh += [Fresh(index=index, ranks=tuple(taken), gates_only=True)] if taken else []
+            fresh += [Fresh(index=index, ranks=tuple(reserve))] if reserve else []
         self.pool.closed = last
+        return fresh
 
     def _training(self) -> int:
         """Numbers in the ranks that learn now."""
         counts = zip(self.adapters, self.pool.used(), self.pool.ranks, strict=True)
         return sum(used * (a.d_in + a.d_out) + live for a, used, live in counts)
 
-    def peak(self) -> int:
-        return max(self.trained, self._training())
-
-    def fresh(self) -> Sequence[Fresh]:
-        return self._fresh
-
-    def decide(self, omegas: Sequence[float]) -> Selection:
+    def decide(self, omegas: Sequence[float]) -> Decision:
         counts = [float(len(ranks)) for ranks in self.pool.live()]
         kept = [i for i, count in enumerate(counts) if count]
         if not kept:
             raise ScheduleError("every rank gate is still 0, so no adapter would be left; train at least one step")
         aim = f"a target of {self.target}" if self.method.spend is None else f"{self.method.spend} parameters"
         why = f"{int(sum(counts))} ranks of {aim} are live, {int(max(counts))} on the most important"
-        return self.method.choose(self.adapters, kept, why, step=self.seam, scores=counts)
-
-    def live(self, form: Form) -> Sequence[Sequence[int]]:
-        return self.pool.live()
+        selection = self.method.choose(self.adapters, kept, why, step=self.seam, scores=counts)
+        # What the optimizer remembers is mostly the regulariser's gradient, as with AdaLoRA.
+        peak = max(self.trained, self._training())
+        return Decision(selection=selection, live=self.pool.live(), anew=True, peak=peak)
 
     def count(self, live: Sequence[Adapter]) -> int:
-        return super().count(live) + (0 if self.method.shrink else sum(a.rank for a in live))
+        return lora_params(live) + (0 if self.method.shrink else sum(a.rank for a in live))
 
     def state(self) -> dict[str, Tensor]:
         numbers = {"closed": torch.tensor(self.pool.closed), "trained": torch.tensor(self.trained)}

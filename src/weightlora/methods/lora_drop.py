@@ -12,11 +12,11 @@ from torch import Tensor
 
 from weightlora.core import smallest_prefix
 from weightlora.errors import ConfigError, ScheduleError
-from weightlora.graft import Adapter, Selection
+from weightlora.graft import Adapter
 from weightlora.methods.base import Needs
 from weightlora.methods.budgets import SpendingMethod, spread
 from weightlora.methods.checks import check_least, check_warmup
-from weightlora.methods.policy import GrowthPlan, Policy, StepView
+from weightlora.methods.policy import Decision, Fresh, GrowthPlan, Restarts, StepView
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,21 +70,21 @@ class LoRADrop(SpendingMethod):
         return LoRADropPolicy(self, adapters, max_steps)
 
 
-class LoRADropPolicy(Policy):
+class LoRADropPolicy(Restarts):
     """Measures outputs once, at the seam; see :class:`LoRADrop`."""
 
     def __init__(self, method: LoRADrop, adapters: tuple[Adapter, ...], max_steps: int) -> None:
-        super().__init__(adapters)
+        super().__init__(adapters, method.seed)
         self.method = method
         self.seam = check_warmup(method.select_after, max_steps)
-        self.restart = torch.Generator().manual_seed(method.seed)
         self.energies = torch.zeros(len(adapters), dtype=torch.float64)
 
-    def after_step(self, view: StepView) -> None:
+    def observe(self, view: StepView) -> Sequence[Fresh]:
         if view.step == self.seam:
             assert view.held_out is not None
             batches = range(len(view.held_out))
             self.energies = torch.stack([view.held_out.output_energy(index) for index in batches]).sum(0)
+        return ()
 
     def importance(self) -> list[float]:
         """I of every adapter: its share of the output energy of its kind."""
@@ -107,13 +107,15 @@ class LoRADropPolicy(Policy):
             found += [members[i] for i in smallest_prefix([shares[m] for m in members], self.method.threshold)]
         return sorted(found)
 
-    def decide(self, omegas: Sequence[float]) -> Selection:
+    def decide(self, omegas: Sequence[float]) -> Decision:
         own, n = len(self.own()), len(self.adapters)
         why = (
             f"{own} of {n} carry {self.method.threshold:g} of the output of their kind after {self.seam} steps and keep"
             " factors of their own; the rest of a kind share one pair"
         )
-        return self.method.choose(self.adapters, range(n), why, step=self.seam, scores=self.importance())
+        selection = self.method.choose(self.adapters, range(n), why, step=self.seam, scores=self.importance())
+        shared = [[a.name for a in group] for group in self._groups()]
+        return Decision(selection=selection, growth=self._growth(), shared=shared, restart=self.restart)
 
     def _groups(self) -> list[tuple[Adapter, ...]]:
         """Adapters that will share one pair."""
@@ -123,10 +125,7 @@ class LoRADropPolicy(Policy):
                 groups.setdefault((a.kind, a.shape, a.rank, a.scale), []).append(a)
         return [tuple(group) for group in groups.values()]
 
-    def shared(self, selection: Selection) -> Sequence[Sequence[str]]:
-        return [[a.name for a in group] for group in self._groups()]
-
-    def growth(self, selection: Selection) -> GrowthPlan | None:
+    def _growth(self) -> GrowthPlan | None:
         if self.method.spend is None:
             return None
         shares = self.importance()
@@ -135,10 +134,8 @@ class LoRADropPolicy(Policy):
         return spread(self.method.spend, pairs, range(len(pairs)))
 
     def state(self) -> dict[str, Tensor]:
-        assert self.restart is not None
-        return {"energies": self.energies, "restart": self.restart.get_state()}
+        return super().state() | {"energies": self.energies}
 
     def load_state(self, state: Mapping[str, Tensor]) -> None:
-        assert self.restart is not None
+        super().load_state(state)
         self.energies = state["energies"].clone()
-        self.restart.set_state(state["restart"])

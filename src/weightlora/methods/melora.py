@@ -13,9 +13,8 @@ from weightlora.core import total_params
 from weightlora.errors import AdapterError
 from weightlora.graft import Adapter, Blocks, Form, Selection
 from weightlora.methods.base import AdapterMethod
-from weightlora.methods.baselines import Fixed
 from weightlora.methods.checks import check_least
-from weightlora.methods.policy import Factors, Policy
+from weightlora.methods.policy import Counts, Factors, Fixed, Forms, HeldOut, Policy, Starts
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,20 +57,20 @@ class MELoRA(AdapterMethod):
                         f" use a divisor of {size} or other target modules"
                     )
         why = f"every adapter lives, as {self.minis} minis each"
-        return MELoRAPolicy(self, adapters, self.choose(adapters, range(len(adapters)), why, step=None))
+        return MELoRAPolicy(self, adapters, self.keep_all(adapters, why))
 
 
-class MELoRAPolicy(Fixed):
+class MELoRAPolicy(Fixed, Starts, Forms, Counts):
     """Sets the minis' initial values; see :class:`MELoRA`."""
 
     def __init__(self, method: MELoRA, adapters: tuple[Adapter, ...], selection: Selection) -> None:
-        super().__init__(adapters, selection, None)
+        super().__init__(adapters, selection)
         self.minis = method.minis
 
     def form(self, factors: Factors) -> Form:
         return Blocks(self.minis)
 
-    def prepare(self, factors: Factors, weights: Sequence[Tensor]) -> None:
+    def prepare(self, factors: Factors, weights: Sequence[Tensor], held_out: HeldOut | None) -> None:
         # PEFT has drawn A for d_in inputs; a mini has d_in / n, and Kaiming's bound goes with one over their root.
         with torch.no_grad():
             for A, _ in factors:

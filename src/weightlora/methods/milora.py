@@ -13,8 +13,7 @@ from weightlora.core import minor_pair, total_params
 from weightlora.errors import AdapterError
 from weightlora.graft import Adapter, Form, Offset
 from weightlora.methods.base import AdapterMethod
-from weightlora.methods.baselines import Fixed
-from weightlora.methods.policy import Factors, Policy
+from weightlora.methods.policy import Counts, Factors, Fixed, Forms, HeldOut, Policy, ReadsWeights, Starts
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,7 +44,7 @@ class MiLoRA(AdapterMethod):
             if not a.scale > 0:
                 raise AdapterError(f"{a.name} has the scale {a.scale}; milora needs lora_alpha above 0")
         why = "every adapter lives, from the smallest singular directions of its weight"
-        return MiLoRAPolicy(adapters, self.choose(adapters, range(len(adapters)), why, step=None), None)
+        return MiLoRAPolicy(adapters, self.keep_all(adapters, why))
 
 
 def check_ranks(method: str, ranks: Sequence[int], adapters: Sequence[Adapter]) -> None:
@@ -69,13 +68,13 @@ def check_dense(method: str, adapters: Sequence[Adapter], weights: Sequence[Tens
             )
 
 
-class MiLoRAPolicy(Fixed):
+class MiLoRAPolicy(Fixed, ReadsWeights, Starts, Forms, Counts):
     """Sets where A and B start and what is taken away again; see :class:`MiLoRA`."""
 
     def check(self, weights: Sequence[Tensor]) -> None:
         check_dense("milora", self.adapters, weights)
 
-    def prepare(self, factors: Factors, weights: Sequence[Tensor]) -> None:
+    def prepare(self, factors: Factors, weights: Sequence[Tensor], held_out: HeldOut | None) -> None:
         with torch.no_grad():
             for adapter, (A, B), W in zip(self.adapters, factors, weights, strict=True):
                 for factor, start in zip((A, B), minor_pair(W, adapter.rank, adapter.scale), strict=True):

@@ -14,10 +14,9 @@ from weightlora.core import major_pair
 from weightlora.errors import AdapterError, ConfigError
 from weightlora.graft import Adapter, Form, Nest, Selection
 from weightlora.methods.base import AdapterMethod, Needs, Shapes
-from weightlora.methods.baselines import Fixed
 from weightlora.methods.checks import check_least
 from weightlora.methods.milora import check_dense, check_ranks
-from weightlora.methods.policy import Factors, Policy
+from weightlora.methods.policy import Allocates, Counts, Factors, Fixed, Forms, HeldOut, Policy, ReadsWeights, Starts
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,14 +90,14 @@ class NoRA(AdapterMethod):
                     f"outer_rank={self.outer_rank} is below the rank {a.rank} of {a.name}; use {a.rank} or more"
                 )
         why = "every adapter lives, nested in a frozen pair"
-        return NoRAPolicy(self, adapters, self.choose(adapters, range(len(adapters)), why, step=None))
+        return NoRAPolicy(self, adapters, self.keep_all(adapters, why))
 
 
-class NoRAPolicy(Fixed):
+class NoRAPolicy(Fixed, ReadsWeights, Allocates, Starts, Forms, Counts):
     """Reads the frozen pairs off the weights; see :class:`NoRA`."""
 
     def __init__(self, method: NoRA, adapters: tuple[Adapter, ...], selection: Selection) -> None:
-        super().__init__(adapters, selection, None)
+        super().__init__(adapters, selection)
         self.method = method
         self.outer = [method.outer(a) for a in adapters]
 
@@ -108,10 +107,10 @@ class NoRAPolicy(Fixed):
     def check(self, weights: Sequence[Tensor]) -> None:
         check_dense("nora", self.adapters, weights)
 
-    def prepare(self, factors: Factors, weights: Sequence[Tensor]) -> None:
+    def prepare(self, factors: Factors, weights: Sequence[Tensor], held_out: HeldOut | None) -> None:
         sizes: list[Tensor | None] = [None] * len(weights)
-        if self.method.calibration_batches and self.held_out is not None:
-            seen = [self.held_out.input_size(index) for index in range(len(self.held_out))]
+        if self.method.calibration_batches and held_out is not None:
+            seen = [held_out.input_size(index) for index in range(len(held_out))]
             sizes = [torch.stack(layer).mean(0) ** self.method.exponent for layer in zip(*seen, strict=True)]
         with torch.no_grad():
             for pair, r, W, size in zip(factors, self.outer, weights, sizes, strict=True):

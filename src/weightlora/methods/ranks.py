@@ -13,11 +13,22 @@ from torch import Tensor
 
 from weightlora.core import above_smallest, affordable, rank_for_params
 from weightlora.errors import ConfigError, ScheduleError
-from weightlora.graft import Adapter, Form, RankGates, Selection
+from weightlora.graft import Adapter, Form, RankGates
 from weightlora.methods.base import Shapes
 from weightlora.methods.budgets import SpendingMethod
 from weightlora.methods.checks import check_least, check_warmup
-from weightlora.methods.policy import Factors, Policy, StepView
+from weightlora.methods.policy import (
+    Allocates,
+    Counts,
+    Decision,
+    Factors,
+    Forms,
+    Fresh,
+    Policy,
+    Starts,
+    StepView,
+    lora_params,
+)
 
 UNKNOWN = 2**31  # what a loop that does not say how long it is passes for its optimizer steps
 R = TypeVar("R", bound="RankMethod")
@@ -66,8 +77,10 @@ class RankMethod(SpendingMethod):
         return replace(self, target_r=None, spend=params), fitting if self.init_r is None else min(fitting, self.init_r)
 
 
-class RankPolicy(Policy):
+class RankPolicy(Policy, Allocates, Starts, Forms, Counts):
     """Rank gates from zero, cuts between tinit and M - tfinal; subclasses say which ranks fall."""
+
+    anew: ClassVar[bool] = False
 
     def __init__(self, method: RankMethod, adapters: tuple[Adapter, ...], max_steps: int) -> None:
         super().__init__(adapters)
@@ -122,25 +135,27 @@ class RankPolicy(Policy):
     def cut(self, view: StepView) -> Tensor | None:
         """Which ranks stay after this step, ``(sum r,)`` bool; None: no cut is due. Asked up to the last cut."""
 
-    def after_step(self, view: StepView) -> None:
+    def observe(self, view: StepView) -> Sequence[Fresh]:
         gates = view.ranks
         keep = self.cut(view) if view.step <= self.last else self.mask.to(gates.values.device)
         if keep is not None:
             gates.set(torch.where(keep, gates.values.detach(), 0.0))
             self.mask = keep
         self.alive = gates.values.detach() != 0
+        return ()
 
-    def decide(self, omegas: Sequence[float]) -> Selection:
+    def decide(self, omegas: Sequence[float]) -> Decision:
         counts = [float(part.sum()) for part in self.alive.cpu().split_with_sizes(self.ranks)]
         kept = [i for i, count in enumerate(counts) if count]
         if not kept:
             raise ScheduleError("every rank gate is still 0, so no adapter would be left; train at least one step")
         why = f"{int(sum(counts))} of {self.start} ranks are left, on {len(kept)} of {len(counts)} adapters"
-        return self.settings.choose(self.adapters, kept, why, step=self.seam, scores=counts)
+        selection = self.settings.choose(self.adapters, kept, why, step=self.seam, scores=counts)
+        return Decision(selection=selection, anew=self.anew)
 
     def count(self, live: Sequence[Adapter]) -> int:
         # Plain LoRA after the seam; otherwise every rank has trained its gate too.
-        return super().count(live) + (0 if self.settings.shrink else sum(a.rank for a in live))
+        return lora_params(live) + (0 if self.settings.shrink else sum(a.rank for a in live))
 
     def state(self) -> dict[str, Tensor]:
         return {"mask": self.mask, "alive": self.alive}

@@ -10,9 +10,8 @@ from weightlora.core import total_params
 from weightlora.errors import ConfigError
 from weightlora.graft import Adapter, Form, Selection, Vectors
 from weightlora.methods.base import AdapterMethod, Shapes
-from weightlora.methods.baselines import Fixed
 from weightlora.methods.checks import check_choice
-from weightlora.methods.policy import Factors, Policy
+from weightlora.methods.policy import Counts, Factors, Fixed, Forms, Policy, Ties
 
 VARIANTS = ("tl6", "tl5")
 
@@ -60,7 +59,7 @@ class TiedLoRA(AdapterMethod):
     def begin(self, adapters: tuple[Adapter, ...], max_steps: int) -> Policy:
         groups = sharers(adapters)
         why = f"every adapter lives; {len(adapters)} share {len(groups)} pairs of factors"
-        return TiedPolicy(self, adapters, self.choose(adapters, range(len(adapters)), why, step=None))
+        return TiedPolicy(self, adapters, self.keep_all(adapters, why))
 
 
 def sharers(adapters: Sequence[Adapter]) -> list[list[int]]:
@@ -71,11 +70,11 @@ def sharers(adapters: Sequence[Adapter]) -> list[list[int]]:
     return list(groups.values())
 
 
-class TiedPolicy(Fixed):
+class TiedPolicy(Fixed, Ties, Forms, Counts):
     """Ties the factors and brings u and v; see :class:`TiedLoRA`."""
 
     def __init__(self, method: TiedLoRA, adapters: tuple[Adapter, ...], selection: Selection) -> None:
-        super().__init__(adapters, selection, None)
+        super().__init__(adapters, selection)
         self.vectors = method.variant == "tl6"
         self.groups = sharers(adapters)
 

@@ -13,7 +13,7 @@ from weightlora.errors import ScheduleError
 from weightlora.graft import Adapter, Selection
 from weightlora.methods.base import Needs, Shapes
 from weightlora.methods.checks import check_choice, check_least
-from weightlora.methods.policy import GrowthPlan
+from weightlora.methods.policy import Decision, GrowthPlan
 from weightlora.methods.presets import WEIGHTLORA_PLUS
 from weightlora.methods.weightlora import WeightLoRA
 from weightlora.methods.weightlora_policy import WeightLoRAPolicy
@@ -82,7 +82,11 @@ class WeightLoRAPlusPolicy(WeightLoRAPolicy):
         super().__init__(method, adapters, max_steps)
         self.comeback = method.comeback
 
-    def growth(self, selection: Selection) -> GrowthPlan:
+    def decide(self, omegas: Sequence[float]) -> Decision:
+        selection = self._select(omegas)
+        return Decision(selection=selection, growth=self._growth(selection))
+
+    def _growth(self, selection: Selection) -> GrowthPlan:
         method = self.method
         by_name = {a.name: a for a in self.adapters}
         kept = [by_name[name] for name in selection.names]

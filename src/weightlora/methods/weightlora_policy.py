@@ -14,7 +14,7 @@ from weightlora.errors import ScheduleError
 from weightlora.graft import Adapter, Selection, block_numbers
 from weightlora.methods.affordable import most_important
 from weightlora.methods.checks import check_k, check_warmup
-from weightlora.methods.policy import Budget, Factors, Policy, StepView
+from weightlora.methods.policy import Budget, Budgeted, Decision, Factors, Fresh, HeldOut, Policy, Starts, StepView
 
 if TYPE_CHECKING:
     from weightlora.methods.weightlora import WeightLoRA
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 Score = Literal["omega", "credit", "coverage"]
 
 
-class WeightLoRAPolicy(Policy):
+class WeightLoRAPolicy(Policy, Starts, Budgeted):
     """Gates by StoIHT, credit by inner products; see :class:`WeightLoRA`."""
 
     def __init__(self, method: WeightLoRA, adapters: tuple[Adapter, ...], max_steps: int) -> None:
@@ -38,33 +38,28 @@ class WeightLoRAPolicy(Policy):
             raise ScheduleError(
                 "score='omega' ranks gates that learn; set gate_lr (the paper's code uses 5.0), or keep k=n"
             )
+        self.compares = method.score != "omega"
         self.credits = torch.zeros(len(adapters), dtype=torch.float64)
-        self._off: list[int] = []
         self.comeback = True  # whether a gate that was projected to 0 may rise again
         self._out: list[int] = []  # those that may not
-        self._before: list[tuple[Tensor, Tensor]] = []
 
-    def prepare(self, factors: Factors, weights: Sequence[Tensor]) -> None:
+    def prepare(self, factors: Factors, weights: Sequence[Tensor], held_out: HeldOut | None) -> None:
         if self.method.init_A == "official":
             with torch.no_grad():
                 for A, _ in factors:
                     A.mul_((A.shape[1] / A.shape[0]) ** 0.5)
 
-    def before_step(self, view: StepView) -> None:
-        if self.method.score != "omega":
-            self._before = [(A.detach().clone(), B.detach().clone()) for A, B in view.factors]
-
-    def after_step(self, view: StepView) -> None:
-        if self._before:
+    def observe(self, view: StepView) -> Sequence[Fresh]:
+        if self.compares:
             gained = []
-            for (A, B), (old_A, old_B) in zip(view.factors, self._before, strict=True):
+            for (A, B), (old_A, old_B) in zip(view.factors, view.before, strict=True):
                 pairs = [(p.grad, p.detach() - old) for p, old in ((A, old_A), (B, old_B)) if p.grad is not None]
                 gained.append(credit([g for g, _ in pairs], [d for _, d in pairs]) if pairs else A.new_zeros(()))
             # One stack on the device; the sum lives there too, so a step never waits for the host.
             self.credits = self.credits.to(gained[0].device) + torch.stack(gained).double()
-            self._before = []
         if self.trains_gates:
             self._move_gates(view)
+        return ()
 
     def _move_gates(self, view: StepView) -> None:
         method, gates = self.method, view.gates
@@ -87,12 +82,12 @@ class WeightLoRAPolicy(Policy):
         if project and not self.comeback:
             self._out = torch.nonzero(omega == 0).flatten().tolist()
         if (project or method.rule == "positive") and not method.drift:
-            self._off = torch.nonzero(gates.omega.detach() == 0).flatten().tolist()
+            self.held = torch.nonzero(gates.omega.detach() == 0).flatten().tolist()
 
-    def held(self) -> Sequence[int]:
-        return () if self.method.drift else self._off
+    def decide(self, omegas: Sequence[float]) -> Decision:
+        return Decision(selection=self._select(omegas))
 
-    def decide(self, omegas: Sequence[float]) -> Selection:
+    def _select(self, omegas: Sequence[float]) -> Selection:
         method, step = self.method, self.seam
         # An adapter whose gate is 0 contributes nothing and cannot be folded: it is no candidate, whatever its score.
         alive = [i for i, omega in enumerate(omegas) if omega != 0]
@@ -136,10 +131,10 @@ class WeightLoRAPolicy(Policy):
         return replace(selection, placement=found.facts)
 
     def state(self) -> dict[str, Tensor]:
-        off, out = (torch.tensor(found, dtype=torch.int64) for found in (self._off, self._out))
+        off, out = (torch.tensor(found, dtype=torch.int64) for found in (self.held, self._out))
         return {"credits": self.credits.cpu(), "off": off, **({} if self.comeback else {"out": out})}
 
     def load_state(self, state: Mapping[str, Tensor]) -> None:
         self.credits = state["credits"].clone()
-        self._off = state["off"].tolist()
+        self.held = state["off"].tolist()
         self._out = [] if self.comeback else state["out"].tolist()

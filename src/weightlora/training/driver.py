@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -40,7 +40,21 @@ from weightlora.graft import (
     stock_path,
     tie,
 )
-from weightlora.methods import AdapterMethod, Budget, HeldOut, StepView
+from weightlora.methods import (
+    AdapterMethod,
+    Allocates,
+    Budget,
+    Budgeted,
+    Forms,
+    Fresh,
+    HeldOut,
+    Penalises,
+    ReadsWeights,
+    Starts,
+    StepView,
+    Ties,
+    trained_params,
+)
 from weightlora.training.finite import FiniteWatch, check_learned, check_numbers
 from weightlora.training.initial import look_before
 from weightlora.training.processes import mean_over_processes
@@ -88,9 +102,11 @@ class Driver:
                 f"{needs.limit.kind} has to be counted on the run's batches; use fit with a trainer, or k"
             )
         self.policy = method.begin(self.adapters, max_steps)
-        self.policy.check(layer_weights(model, self.name))
+        if isinstance(self.policy, ReadsWeights):
+            self.policy.check(layer_weights(model, self.name))
         look_before(model, self.name, method, self.policy)
-        self.policy.held_out, self.policy.budget = held_out, budget
+        if isinstance(self.policy, Budgeted):
+            self.policy.budget = budget
         self.gates: Gates | None = None
         self.formed: Formed | None = None
         self.watch: ProductWatch | None = None
@@ -98,6 +114,8 @@ class Driver:
         self.selection: Selection | None = None
         self.counts: dict[str, int] = {}  # numbers in adapters; see FitResult
         self.step = 0
+        self._before: tuple[tuple[Tensor, Tensor], ...] = ()  # the step: copies of all factors
+        self._withheld: list[tuple[Tensor, Tensor | None]] = []  # from the optimizer: gradients of these factors
         self.finite = FiniteWatch(model)
         keep_unpacked(model)
 
@@ -115,19 +133,19 @@ class Driver:
         """
         policy, names = self.policy, [adapter.name for adapter in self.adapters]
         changes: dict[nn.Parameter, Change] = {}
-        room = policy.allocate()
-        if room is not None:
-            ranks, scales = zip(*room, strict=True)
+        if isinstance(policy, Allocates):
+            ranks, scales = zip(*policy.allocate(), strict=True)
             changes |= resize(
                 self.model, dict(zip(names, ranks, strict=True)), dict(zip(names, scales, strict=True)), self.name
             )
-        changes |= tie(self.model, [[names[i] for i in group] for group in policy.ties()], self.name)
+        if isinstance(policy, Ties):
+            changes |= tie(self.model, [[names[i] for i in group] for group in policy.ties()], self.name)
         if optimizer is not None:
             remap(optimizer, changes)
         self._factors = tuple(parameters(self.model, self.name).values())
-        if fresh:
-            policy.prepare(self._factors, layer_weights(self.model, self.name))
-        form = policy.form(self._factors)
+        if fresh and isinstance(policy, Starts):
+            policy.prepare(self._factors, layer_weights(self.model, self.name), self.held_out)
+        form = policy.form(self._factors) if isinstance(policy, Forms) else None
         if form is not None:
             self.formed = Formed(self.model, form, self.name, engine_name=self.gated_engine)
             if optimizer is not None:
@@ -157,7 +175,7 @@ class Driver:
         self.finite.check()
         selection = self.selection or self.operate(optimizer)
         self.let_go()
-        self.counts["effective"] = self.policy.count(adapters(self.model, self.name))
+        self.counts["effective"] = trained_params(self.policy, adapters(self.model, self.name))
         return selection
 
     def let_go(self) -> None:
@@ -171,13 +189,16 @@ class Driver:
         if self.formed is not None:
             self.formed.fold()
             self.formed = None
-        if self.watch is not None:
-            self.watch.close()
-            self.watch = None
+        self._end_watch()
         if self.check is not None:
             self.check.close()
             self.check = None
         stock_path(self.model, self.name)
+
+    def _end_watch(self) -> None:
+        if self.watch is not None:
+            self.watch.close()
+        self.watch = None
 
     def settle(self) -> None:
         """Let the backward pass end at the lowest adapter, where some are gone. Again after anyone has switched
@@ -215,13 +236,14 @@ class Driver:
             factors=self._factors,
             gates=self.gates,
             form=None if self.formed is None else self.formed.form,
+            before=self._before,
             products=None if self.watch is None else self.watch.products,
             held_out=self.held_out,
         )
 
     def _add_penalty(self, view: StepView) -> None:
         """Add the gradient of the method's own term to those of the loss."""
-        term = self.policy.penalty(view)
+        term = self.policy.penalty(view) if isinstance(self.policy, Penalises) else None
         if term is None:
             return
         leaves = [p for pair in self._factors for p in pair if p.requires_grad]
@@ -240,12 +262,12 @@ class Driver:
         if self.watch is not None:
             mean_over_processes(self.watch.products)
         self.finite.see(self.step + 1, *self._outside())
-        view = self._view(lr_factor)
-        self._add_penalty(view)
-        self.policy.before_step(view)
-        for index in self.policy.held():
-            for factor in self._factors[index]:
-                factor.grad = None
+        self._add_penalty(self._view(lr_factor))
+        if self.policy.compares:
+            self._before = tuple((A.detach().clone(), B.detach().clone()) for A, B in self._factors)
+        self._withheld = [(factor, factor.grad) for index in self.policy.held for factor in self._factors[index]]
+        for factor, _ in self._withheld:
+            factor.grad = None
 
     def _outside(self) -> list[Tensor]:
         """Gradients, and what the method reads like one, of what is no parameter of the model."""
@@ -262,29 +284,38 @@ class Driver:
         """
         self._check_gradients()
         if self.selection is None:
-            view = self._view(lr_factor)
-            self.policy.after_step(view)
+            fresh = self._observe(lr_factor)
             if self.watch is not None:
                 self.watch.take()
                 if not self.policy.watches:
-                    self.watch.close()
-                    self.watch = None
+                    self._end_watch()
             if self.gates is not None:
                 self.gates.omega.grad = None
             if optimizer is not None:
-                self._forget(optimizer, view)
+                for changed in fresh:
+                    self._forget(optimizer, changed)
         self.step += 1
 
-    def _forget(self, optimizer: torch.optim.Optimizer, view: StepView) -> None:
+    def _observe(self, lr_factor: float) -> Sequence[Fresh]:
+        """Let the policy see the step, with the gradients that were withheld from it."""
+        for factor, grad in self._withheld:
+            factor.grad = grad
+        fresh = self.policy.observe(self._view(lr_factor))
+        for factor, _ in self._withheld:
+            factor.grad = None
+        self._before, self._withheld = (), []
+        return fresh
+
+    def _forget(self, optimizer: torch.optim.Optimizer, fresh: Fresh) -> None:
         """Let the optimizer start anew on what the policy has just changed."""
-        for fresh in self.policy.fresh():
-            A, B = self._factors[fresh.index]
-            if not fresh.gates_only:
-                forget(optimizer, A, 0, fresh.ranks)
-                forget(optimizer, B, 1, fresh.ranks)
-            if isinstance(view.form, RankGates) and view.form.trainable and fresh.ranks:
-                first = view.form.bounds[fresh.index]
-                forget(optimizer, view.form.values, 0, [first + rank for rank in fresh.ranks])
+        A, B = self._factors[fresh.index]
+        if not fresh.gates_only:
+            forget(optimizer, A, 0, fresh.ranks)
+            forget(optimizer, B, 1, fresh.ranks)
+        form = None if self.formed is None else self.formed.form
+        if isinstance(form, RankGates) and form.trainable and fresh.ranks:
+            first = form.bounds[fresh.index]
+            forget(optimizer, form.values, 0, [first + rank for rank in fresh.ranks])
 
     def omegas(self) -> list[float]:
         """The gates now (1 where the method has none)."""
@@ -302,18 +333,18 @@ class Driver:
         self.finite.check()
         omegas = self.omegas()
         check_numbers("gates", omegas)
-        selection = self.policy.decide(omegas)
+        decision = self.policy.decide(omegas)
+        selection = decision.selection
         check_numbers("scores", [choice.score for choice in selection.choices])
         check_learned(selection, gates=self.policy.trains_gates)
-        growth = self.policy.growth(selection)
         if self.gates is not None:
             self.gates.detach()
             self.gates = None
-        if self.watch is not None:
-            self.watch.close()
-            self.watch = None
+        self._end_watch()
         if self.formed is not None:
-            folded = self.formed.fold(self.policy.live(self.formed.form), anew=self.policy.anew)
+            form = self.formed.form
+            live = form.live() if decision.live is None and isinstance(form, RankGates) else decision.live
+            folded = self.formed.fold(live, anew=decision.anew)
             self.formed = None
             if optimizer is not None:
                 remap(optimizer, folded)
@@ -324,21 +355,21 @@ class Driver:
         changes |= fold(self.model, {c.name: c.omega for c in selection.kept}, self.name)
         if optimizer is not None:
             remap(optimizer, changes)
-        if growth is not None:
+        if (growth := decision.growth) is not None:
             grown = grow_adapters(
                 self.model, growth.ranks, self.name, mode=growth.mode, generator=growth.generator, **growth.options
             )
             if optimizer is not None:
                 remap(optimizer, grown)
-        later = tie(self.model, self.policy.shared(selection), self.name)
-        if self.policy.restart is not None:
-            later |= restart(self.model, self.policy.restart, self.name)
+        later = tie(self.model, decision.shared, self.name)
+        if decision.restart is not None:
+            later |= restart(self.model, decision.restart, self.name)
         if optimizer is not None:
             remap(optimizer, later)
         self.selection = selection.with_ranks(adapters(self.model, self.name))
         trains = {p for pair in parameters(self.model, self.name).values() for p in pair if p.requires_grad}
         after = 0 if self.policy.seam is None else sum(p.numel() for p in trains)  # what is folded at the end is over
-        self.counts["peak"] = max(self.policy.peak() or self.counts["trainable"], after)
+        self.counts["peak"] = max(decision.peak or self.counts["trainable"], after)
         self.settle()
         self._factors = tuple(parameters(self.model, self.name).values())
         for pair in self._factors:

@@ -23,7 +23,7 @@ from weightlora.graft import (
     reshape,
     tie,
 )
-from weightlora.methods import AdapterMethod, Method, PlainMethod, Policy, TunerMethod
+from weightlora.methods import AdapterMethod, Forms, Method, PlainMethod, TunerMethod
 from weightlora.training import checkpoint
 from weightlora.training.borrowed import borrowed
 from weightlora.training.budget import allow
@@ -181,7 +181,7 @@ class _Fit:
         self.spent = 0.0  # seconds of the current phase in earlier processes
         if self.manifest is not None:
             self._check_same_run(self.manifest, tensors)
-        formed = self.driver.policy.gated or type(self.driver.policy).form is not Policy.form
+        formed = self.driver.policy.gated or isinstance(self.driver.policy, Forms)
         if trainer.args.load_best_model_at_end and self.driver.seam is None and formed:
             raise ConfigError(
                 f"{method.name} decides only at the end, so an earlier checkpoint cannot be loaded back as the best;"

@@ -11,11 +11,9 @@ from transformers import Trainer
 
 from weightlora.errors import AdapterError, CheckpointError
 from weightlora.graft import check_before, layer_weights, moved_by, note_start, parameters, uncheckpointed
-from weightlora.methods import Method, Policy
+from weightlora.methods import Allocates, Forms, Method, Policy, Restarts, Starts, Ties
 
 log = logging.getLogger("weightlora")
-
-_OWN_START = ("allocate", "ties", "form", "shared")
 
 
 def look_before(model: nn.Module, name: str, method: Method, policy: Policy) -> None:
@@ -54,9 +52,11 @@ def check_checkpoints(trainer: Trainer, name: str, *, resumed: bool) -> None:
 
 def _begins_elsewhere(model: nn.Module, name: str, policy: Policy) -> bool:
     """Whether the policy changes what the adapters compute, before training or at the seam. Asked on copies."""
-    if policy.restart is not None or any(getattr(type(policy), f) is not getattr(Policy, f) for f in _OWN_START):
+    if isinstance(policy, Allocates | Ties | Forms | Restarts):
         return True
+    if not isinstance(policy, Starts):
+        return False
     live = [factor for pair in parameters(model, name).values() for factor in pair]
     copies = [factor.detach().clone() for factor in live]
-    policy.prepare(list(zip(copies[::2], copies[1::2], strict=True)), layer_weights(model, name))
+    policy.prepare(list(zip(copies[::2], copies[1::2], strict=True)), layer_weights(model, name), None)
     return not all(map(torch.equal, live, copies))

@@ -10,7 +10,7 @@ from transformers import Trainer
 from weightlora.cost import ActivationTrace, Estimate, Phase, Setting
 from weightlora.errors import AdapterError
 from weightlora.graft import Selection, checkpointed_every
-from weightlora.methods import Policy
+from weightlora.methods import Forms, Ties, starting_ranks
 from weightlora.training.driver import Driver
 from weightlora.training.trainer import checkpointing_settings, trace_step, use_batch
 
@@ -39,17 +39,16 @@ class Predictor:
         on, every = checkpointing_of(trainer)
         self.sizes, self.seam = [size for size, _ in splits], policy.seam
         self.index = {a.name: a.index for a in driver.adapters}
-        given = policy.allocate()
         self.whole = Phase(
             name="final" if self.seam is None else "warmup",
             live=tuple(range(len(self.index))),
-            ranks={} if given is None else {i: rank for i, (rank, _) in enumerate(given)},
+            ranks=starting_ranks(policy),
             gated=policy.gated,
             trains_gates=policy.trains_gates,
             inputs=on,
         )
         self.estimate: Estimate | None = None
-        if type(policy).form is not Policy.form or policy.ties():
+        if isinstance(policy, Forms | Ties):
             return
         traces: dict[int, ActivationTrace] = {}
         try:
