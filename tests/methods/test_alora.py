@@ -19,9 +19,8 @@ import weightlora as wl
 from weightlora.core import hand_out, one_round
 from weightlora.errors import ConfigError, ScheduleError
 from weightlora.graft import Formed, RankGates, adapters, parameters
-from weightlora.methods import ALoRA, StepView, trained_params
-from weightlora.methods.alora import ALoRAPolicy
-from weightlora.methods.alora_scores import exact_scores, gradient_scores
+from weightlora.methods import ALoRA, StepView
+from weightlora.methods.alora import ALoRAPolicy, exact_scores, gradient_scores
 from weightlora.training.held_out import HeldOutBatches
 
 SHORT: dict[str, Any] = {"select_after": 2, "round_steps": 1, "rounds": 3, "moves": 3}
@@ -201,8 +200,8 @@ def test_every_round(scoring: str, moves: int) -> None:
     assert len(seen) == 3
     live = adapters(loop.model)
     assert sum(a.rank for a in live) == int(seen[-1].sum())
-    assert trained_params(policy, live) == sum(a.rank * sum(a.shape) for a in live)
-    assert sum(p.numel() for n, p in loop.model.named_parameters() if "lora_" in n) == trained_params(policy, live)
+    assert policy.setup.count(live) == sum(a.rank * sum(a.shape) for a in live)
+    assert sum(p.numel() for n, p in loop.model.named_parameters() if "lora_" in n) == policy.setup.count(live)
     assert len({a.scale for a in live}) == 1
 
 

@@ -17,7 +17,7 @@ import weightlora as wl
 from weightlora.core import block_gates
 from weightlora.errors import ConfigError, ScheduleError
 from weightlora.graft import Gates, adapters, block_numbers
-from weightlora.methods import Flexora, StepView, trained_params
+from weightlora.methods import Flexora, StepView
 from weightlora.methods.flexora import FlexoraPolicy
 from weightlora.training.held_out import HeldOutBatches
 
@@ -128,9 +128,9 @@ def test_keeps_blocks_strictly_above_zero_and_starts_again() -> None:
     loop.run(4)
     live = adapters(model)
     assert [a.block for a in live] == [2, 2, 2]
-    assert trained_params(policy, live) == 3 * 4 * (16 + 16)
+    assert policy.setup.count(live) == 3 * 4 * (16 + 16)
     factors = {n: p for n, p in model.named_parameters() if "lora_" in n}
-    assert sum(p.numel() for p in factors.values()) == trained_params(policy, live)
+    assert sum(p.numel() for p in factors.values()) == policy.setup.count(live)
     assert all("layer.2." in n for n in factors)
     assert all(bool((p == 0).all()) for n, p in factors.items() if "lora_B" in n)
     assert not any(p in loop.optimizer.state for p in factors.values())

@@ -15,8 +15,7 @@ from weightlora.errors import ConfigError, ScheduleError
 from weightlora.graft import adapters
 from weightlora.graft.adapters import lora_layers
 from weightlora.graft.export import export
-from weightlora.methods.increlora import IncreLoRAPolicy
-from weightlora.methods.increlora_pool import RESERVE
+from weightlora.methods.increlora import RESERVE, IncreLoRAPolicy
 from weightlora.training import Tuner, attach
 
 N, M, TARGET = 6, 16, 24

@@ -176,7 +176,7 @@ def test_parameters_by_the_formula_of_the_method(name: str, preset: str) -> None
     model = lora(targets=["query", "intermediate.dense"])
     loop = Loop.start(build(name, preset), model)
     started = {id(p): p.numel() for n, p in model.named_parameters() if p.requires_grad and "modules_to_save" not in n}
-    started |= {id(loop.tuner._driver.gates.omega): 4} if loop.tuner._driver.policy.trains_gates else {}  # type: ignore[union-attr]
+    started |= {id(loop.tuner._driver.gates.omega): 4} if loop.tuner._driver.policy.setup.gates == "learn" else {}  # type: ignore[union-attr]
     counts = loop.tuner._driver.counts
     if loop.tuner.selection is None:
         assert counts["trainable"] == sum(started.values())

@@ -24,7 +24,7 @@ from weightlora.methods import (
     WeightLoRAPlus,
     method,
 )
-from weightlora.methods.weightlora_policy import WeightLoRAPolicy
+from weightlora.methods.weightlora.policy import WeightLoRAPolicy
 from weightlora.training import attach
 
 N = 6
@@ -187,7 +187,7 @@ def test_coverage_spreads_the_same_credits() -> None:
 
 def test_credit_asks_for_no_gates() -> None:
     policy = WeightLoRA(k=2, select_after=3).begin(HANDLES, 10)
-    assert not policy.gated
+    assert policy.setup.gates == "none"
 
 
 # omega: the paper's gates

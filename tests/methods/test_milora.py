@@ -14,7 +14,7 @@ import weightlora as wl
 from weightlora.core import minor_pair
 from weightlora.errors import AdapterError, ConfigError
 from weightlora.graft import adapters, layer_weights, parameters
-from weightlora.methods import MiLoRA, trained_params
+from weightlora.methods import MiLoRA
 from weightlora.training import attach
 
 
@@ -75,7 +75,7 @@ def test_counts_what_trains() -> None:
     policy = loop.tuner._driver.policy
     assert loop.tuner._driver.counts["trainable"] == 6 * 4 * 32
     loop.run(2).tuner.finish()
-    assert trained_params(policy, adapters(loop.model)) == 6 * 4 * 32
+    assert policy.setup.count(adapters(loop.model)) == 6 * 4 * 32
 
 
 def test_a_base_or_a_rank_that_cannot_do_is_refused_and_nothing_is_changed() -> None:

@@ -15,7 +15,7 @@ import weightlora as wl
 from weightlora.core import major_pair
 from weightlora.errors import AdapterError, ConfigError, ScheduleError
 from weightlora.graft import adapters, layer_weights, parameters
-from weightlora.methods import Method, MiLoRA, NoRA, trained_params
+from weightlora.methods import Method, MiLoRA, NoRA
 from weightlora.training import attach
 from weightlora.training.held_out import HeldOutBatches
 
@@ -60,7 +60,7 @@ def test_only_the_inner_pair_trains_and_it_starts_at_zero(tmp_path: Path) -> Non
     assert count == loop.tuner._driver.counts["trainable"] == 6 * 2 * 16 * 4
     loop.tuner.finish()
     assert torch.allclose(logits(loop.model, batch()), live, atol=1e-5)
-    assert trained_params(policy, adapters(loop.model)) == count
+    assert policy.setup.count(adapters(loop.model)) == count
     assert [(a.rank, a.scale) for a in adapters(loop.model)] == [(4, 2.0)] * 6
     assert all(t.requires_grad for pair in parameters(loop.model, "default").values() for t in pair)
     assert not inner(loop.model)

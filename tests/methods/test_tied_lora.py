@@ -13,7 +13,7 @@ from tests.methods.test_methods_battery import STEPS, Loop
 import weightlora as wl
 from weightlora.errors import ConfigError
 from weightlora.graft import adapters, parameters
-from weightlora.methods import TiedLoRA, trained_params
+from weightlora.methods import TiedLoRA
 
 L, R, D = 2, 4, 16
 
@@ -35,7 +35,7 @@ def test_layers_of_a_kind_share_one_storage_that_counts_once(variant: str) -> No
     policy = loop.tuner._driver.policy
     assert sum(trained.values()) - head == loop.tuner._driver.counts["trainable"] == formula
     loop.run(2).tuner.finish()
-    assert trained_params(policy, adapters(loop.model)) == formula
+    assert policy.setup.count(adapters(loop.model)) == formula
 
 
 def test_layers_that_differ_in_shape_do_not_share() -> None:

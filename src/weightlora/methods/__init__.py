@@ -25,31 +25,21 @@ from weightlora.methods.milora import MiLoRA
 from weightlora.methods.nora import NoRA
 from weightlora.methods.plain import FullFineTuning, HeadOnly, ZeroShot
 from weightlora.methods.policy import (
-    Allocates,
     Budget,
-    Budgeted,
-    Counts,
     Decision,
     Fixed,
-    Forms,
     Fresh,
     GrowthPlan,
     HeldOut,
-    Penalises,
     Policy,
-    ReadsWeights,
-    Restarts,
+    Restarting,
     Room,
-    Starts,
+    Setup,
     StepView,
-    Ties,
-    starting_ranks,
-    trained_params,
 )
 from weightlora.methods.tied_lora import TiedLoRA
 from weightlora.methods.tuners import DoRA, VBLoRA, VeRA
-from weightlora.methods.weightlora import WeightLoRA
-from weightlora.methods.weightlora_plus import WeightLoRAPlus
+from weightlora.methods.weightlora import WeightLoRA, WeightLoRAPlus
 
 METHODS: dict[str, type[Method]] = {
     cls.name: cls
@@ -102,10 +92,7 @@ __all__ = [
     "ALoRA",
     "AdaLoRA",
     "AdapterMethod",
-    "Allocates",
     "Budget",
-    "Budgeted",
-    "Counts",
     "Decision",
     "DeepestAdapters",
     "DoRA",
@@ -113,7 +100,6 @@ __all__ = [
     "Fixed",
     "FlexLoRA",
     "Flexora",
-    "Forms",
     "Fresh",
     "FullFineTuning",
     "GrowthPlan",
@@ -130,17 +116,14 @@ __all__ = [
     "NoRA",
     "OneShotGradient",
     "PeftMethod",
-    "Penalises",
     "PlainMethod",
     "Policy",
     "RandomAdapters",
-    "ReadsWeights",
-    "Restarts",
+    "Restarting",
     "Room",
-    "Starts",
+    "Setup",
     "StepView",
     "TiedLoRA",
-    "Ties",
     "TunerMethod",
     "VBLoRA",
     "VeRA",
@@ -148,6 +131,4 @@ __all__ = [
     "WeightLoRAPlus",
     "ZeroShot",
     "method",
-    "starting_ranks",
-    "trained_params",
 ]

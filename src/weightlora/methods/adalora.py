@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -11,8 +11,9 @@ from torch import Tensor
 
 from weightlora.core import above_smallest, cubic_budget, orthogonality, smooth_sensitivity, triplet_scores
 from weightlora.graft import Adapter
-from weightlora.methods.policy import Factors, HeldOut, Penalises, StepView
-from weightlora.methods.ranks import RankMethod, RankPolicy, check_smoothing
+from weightlora.methods.checks import check_smoothing
+from weightlora.methods.policy import Factors, HeldOut, StepView, Weights
+from weightlora.methods.ranks import RankMethod, RankPolicy
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,7 +56,7 @@ class AdaLoRA(RankMethod):
         return AdaLoRAPolicy(self, adapters, max_steps)
 
 
-class AdaLoRAPolicy(RankPolicy, Penalises):
+class AdaLoRAPolicy(RankPolicy):
     """Statistics of every entry of E, Q and P; see :class:`AdaLoRA`."""
 
     # The regulariser's gradient does not shrink with E as the loss's does: it is most of what Adam remembers of P and
@@ -73,7 +74,7 @@ class AdaLoRAPolicy(RankPolicy, Penalises):
     def scale(self, adapter: Adapter, rank: int) -> float:
         return adapter.scale * adapter.rank / (rank + 1e-5)
 
-    def prepare(self, factors: Factors, weights: Sequence[Tensor], held_out: HeldOut | None) -> None:
+    def prepare(self, factors: Factors, weights: Weights, held_out: HeldOut | None) -> None:
         generator = torch.Generator().manual_seed(self.method.seed)
         with torch.no_grad():
             for factor in (f for pair in factors for f in pair):

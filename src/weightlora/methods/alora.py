@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, get_args
+from typing import Any, ClassVar, Literal, get_args
 
 import torch
 from torch import Tensor
@@ -12,11 +12,12 @@ from torch import Tensor
 from weightlora.core import one_round, total_params
 from weightlora.errors import ScheduleError
 from weightlora.graft import Adapter, Form, RankGates
-from weightlora.methods.alora_scores import Scoring, exact_scores, gradient_scores
 from weightlora.methods.base import Needs
 from weightlora.methods.budgets import SpendingMethod
 from weightlora.methods.checks import check_choice, check_least, check_warmup
-from weightlora.methods.policy import Allocates, Decision, Factors, Forms, Fresh, Policy, StepView
+from weightlora.methods.policy import Decision, Factors, Fresh, Policy, Setup, StepView, slope
+
+Scoring = Literal["exact", "gradient"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,7 +81,7 @@ class ALoRA(SpendingMethod):
         return ALoRAPolicy(self, adapters, max_steps)
 
 
-class ALoRAPolicy(Policy, Allocates, Forms):
+class ALoRAPolicy(Policy):
     """Moves ranks in rounds; see :class:`ALoRA`."""
 
     gates: RankGates
@@ -104,14 +105,14 @@ class ALoRAPolicy(Policy, Allocates, Forms):
                 f"{method.rounds} rounds of {self.moves} ranks could take all {ranks} away; lower rounds or moves"
             )
         self.room = [max(a.rank, method.max_rank or 2 * a.rank) for a in adapters]
+        self.setup = Setup(
+            ranks=[(room, a.scale) for room, a in zip(self.room, adapters, strict=True)], form=self._form
+        )
         self.generator = torch.Generator().manual_seed(method.seed)
         self.means = torch.zeros(len(adapters), dtype=torch.float64)
         self.trained = total_params([a.rank for a in adapters], [a.shape for a in adapters])  # at the most
 
-    def allocate(self) -> Sequence[tuple[int, float]]:
-        return [(room, a.scale) for room, a in zip(self.room, self.adapters, strict=True)]
-
-    def form(self, factors: Factors) -> Form:
+    def _form(self, factors: Factors) -> Form:
         self.gates = RankGates(self.room, value=1.0, trainable=False, device=factors[0][0].device)
         on = [rank < a.rank for a, room in zip(self.adapters, self.room, strict=True) for rank in range(room)]
         self.gates.set(torch.tensor(on, dtype=torch.float32))
@@ -173,3 +174,39 @@ class ALoRAPolicy(Policy, Allocates, Forms):
     def load_state(self, state: Mapping[str, Tensor]) -> None:
         self.means, self.trained = state["means"].clone(), int(state["trained"])
         self.generator.set_state(state["generator"])
+
+
+def exact_scores(view: StepView, batch: int) -> Tensor:
+    """IS of every rank that is on, ``(sum r,)`` float64; 0 for the others. Gates are left as they were."""
+    assert view.held_out is not None
+    gates, held_out = view.ranks, view.held_out
+    found, scores = gates.values.detach().clone(), torch.zeros(len(gates.values), dtype=torch.float64)
+
+    def quality(values: Tensor) -> float:
+        gates.set(values)
+        return -float(held_out.loss(batch))
+
+    with torch.no_grad():
+        try:
+            whole = quality(found)
+            for rank in torch.nonzero(found).flatten().tolist():
+                without, alone = found.clone(), torch.zeros_like(found)
+                without[rank], alone[rank] = 0.0, found[rank]
+                scores[rank] = whole - quality(without) + quality(alone)
+        finally:
+            gates.set(found)
+    return scores
+
+
+def gradient_scores(view: StepView, batch: int) -> Tensor:
+    """The first-order part of IS: ``-dL/dc`` with the gates as they are, plus ``-dL/dc`` with all at 0."""
+    assert view.held_out is not None
+    gates = view.ranks
+    found = gates.values.detach().clone()
+    total = -slope(view.held_out, batch, gates.values)
+    try:
+        gates.set(torch.zeros_like(found))
+        total = total.double() - slope(view.held_out, batch, gates.values)
+    finally:
+        gates.set(found)
+    return (total * (found != 0)).cpu()

@@ -83,3 +83,29 @@ def check_warmup(steps: int | float, max_steps: int, name: str = "select_after")
             f" use at most {max_steps - 1}, a share such as 0.1, or train longer"
         )
     return count
+
+
+def check_smoothing(beta1: float, beta2: float, orth_reg_weight: float) -> None:
+    """Refuse smoothing factors outside (0, 1) and a regulariser below 0.
+
+    >>> check_smoothing(0.85, 1.0, 0.1)
+    Traceback (most recent call last):
+    ...
+    weightlora.errors.ConfigError: beta2=1.0 is not allowed; use a number between 0 and 1 such as 0.85
+    """
+    for name, beta in (("beta1", beta1), ("beta2", beta2)):
+        if not 0 < beta < 1:
+            raise ConfigError(f"{name}={beta!r} is not allowed; use a number between 0 and 1 such as 0.85")
+    if not 0 <= orth_reg_weight < math.inf:
+        raise ConfigError(f"orth_reg_weight={orth_reg_weight!r} is not usable; use 0 or more, such as 0.1")
+
+
+def check_interval(interval: int | float, max_steps: int, name: str = "deltaT") -> int:
+    """Steps between events: a count, or a share of the run.
+
+    >>> check_interval(100, 50), check_interval(0.1, 50)
+    (100, 5)
+    """
+    if isinstance(interval, int) and interval >= max_steps:
+        return interval  # legal: the last event comes whatever the interval
+    return check_warmup(interval, max_steps, name)

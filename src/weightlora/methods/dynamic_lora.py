@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -12,7 +12,7 @@ from torch import Tensor
 from weightlora.core import above_smallest, component_shares, rising_cuts, unevenness
 from weightlora.errors import ConfigError
 from weightlora.graft import Adapter
-from weightlora.methods.policy import Factors, HeldOut, Penalises, StepView
+from weightlora.methods.policy import Factors, HeldOut, StepView, Weights
 from weightlora.methods.ranks import RankMethod, RankPolicy
 
 
@@ -57,7 +57,7 @@ class DynamicLoRA(RankMethod):
         return DynamicLoRAPolicy(self, adapters, max_steps)
 
 
-class DynamicLoRAPolicy(RankPolicy, Penalises):
+class DynamicLoRAPolicy(RankPolicy):
     """Smoothed shares of every rank; see :class:`DynamicLoRA`."""
 
     def __init__(self, method: DynamicLoRA, adapters: tuple[Adapter, ...], max_steps: int) -> None:
@@ -68,7 +68,7 @@ class DynamicLoRAPolicy(RankPolicy, Penalises):
     def scale(self, adapter: Adapter, rank: int) -> float:
         return adapter.scale * adapter.rank / rank
 
-    def prepare(self, factors: Factors, weights: Sequence[Tensor], held_out: HeldOut | None) -> None:
+    def prepare(self, factors: Factors, weights: Weights, held_out: HeldOut | None) -> None:
         generator = torch.Generator().manual_seed(self.method.seed)
         with torch.no_grad():
             for factor in (f for pair in factors for f in pair):

@@ -14,7 +14,7 @@ from weightlora.errors import ConfigError, ScheduleError
 from weightlora.graft import Adapter, Form, RankGates
 from weightlora.methods.base import AdapterMethod
 from weightlora.methods.checks import check_least
-from weightlora.methods.policy import Allocates, Decision, Factors, Forms, Fresh, HeldOut, Policy, Starts, StepView
+from weightlora.methods.policy import Decision, Factors, Fresh, HeldOut, Policy, Setup, StepView, Weights
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,7 +51,7 @@ class FlexLoRA(AdapterMethod):
         return FlexLoRAPolicy(self, adapters, max_steps)
 
 
-class FlexLoRAPolicy(Policy, Allocates, Starts, Forms):
+class FlexLoRAPolicy(Policy):
     """Hands the adapters from client to client and averages after each round; see :class:`FlexLoRA`."""
 
     def __init__(self, method: FlexLoRA, adapters: tuple[Adapter, ...], max_steps: int) -> None:
@@ -66,13 +66,15 @@ class FlexLoRAPolicy(Policy, Allocates, Starts, Forms):
         # The last step of each client's turn.
         self.ends = [(turn + 1) * max_steps // turns for turn in range(turns)]
         self.ranks = method.ranks or (max(a.rank for a in adapters),) * method.clients
+        self.setup = Setup(
+            ranks=[(max(self.ranks), a.scale) for a in adapters],
+            start=self._start,
+            form=self._form if len(set(self.ranks)) > 1 else None,
+        )
         self.server: list[tuple[Tensor, Tensor]] = []  # where every client of the round starts, one pair an adapter
         self.done: list[list[tuple[Tensor, Tensor]]] = []  # what the round's clients came to
 
-    def allocate(self) -> Sequence[tuple[int, float]]:
-        return [(max(self.ranks), a.scale) for a in self.adapters]
-
-    def prepare(self, factors: Factors, weights: Sequence[Tensor], held_out: HeldOut | None) -> None:
+    def _start(self, factors: Factors, weights: Weights, held_out: HeldOut | None) -> None:
         generator = torch.Generator().manual_seed(0)
         with torch.no_grad():
             for (A, _), adapter in zip(factors, self.adapters, strict=True):
@@ -81,9 +83,7 @@ class FlexLoRAPolicy(Policy, Allocates, Starts, Forms):
                     A[adapter.rank :] = (2 * start - 1) / A.shape[1] ** 0.5
         self.server = [(A.detach().clone(), B.detach().clone()) for A, B in factors]
 
-    def form(self, factors: Factors) -> Form | None:
-        if len(set(self.ranks)) == 1:
-            return None
+    def _form(self, factors: Factors) -> Form:
         gates = RankGates([max(self.ranks)] * len(factors), value=1.0, trainable=False, device=factors[0][0].device)
         self._open(gates, self.ranks[0])
         return gates

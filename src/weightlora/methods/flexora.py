@@ -16,7 +16,7 @@ from weightlora.graft import Adapter, Selection, block_numbers
 from weightlora.methods.base import Needs
 from weightlora.methods.budgets import SpendingMethod, spread
 from weightlora.methods.checks import check_least, check_warmup
-from weightlora.methods.policy import Decision, Fresh, GrowthPlan, Restarts, StepView, slope
+from weightlora.methods.policy import Decision, Fresh, GrowthPlan, Restarting, Setup, StepView, slope
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,13 +73,11 @@ class Flexora(SpendingMethod):
         return FlexoraPolicy(self, adapters, max_steps)
 
 
-class FlexoraPolicy(Restarts):
+class FlexoraPolicy(Restarting):
     """Alternates with the optimizer: it moves A and B, the policy moves alpha; see :class:`Flexora`."""
 
-    gated = True
-
     def __init__(self, method: Flexora, adapters: tuple[Adapter, ...], max_steps: int) -> None:
-        super().__init__(adapters, method.seed)
+        super().__init__(adapters, Setup(gates="set"), method.seed)
         self.method = method
         self.seam = check_warmup(method.select_after, max_steps)
         self.blocks = block_numbers(adapters)

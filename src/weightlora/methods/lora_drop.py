@@ -16,7 +16,7 @@ from weightlora.graft import Adapter
 from weightlora.methods.base import Needs
 from weightlora.methods.budgets import SpendingMethod, spread
 from weightlora.methods.checks import check_least, check_warmup
-from weightlora.methods.policy import Decision, Fresh, GrowthPlan, Restarts, StepView
+from weightlora.methods.policy import Decision, Fresh, GrowthPlan, Restarting, Setup, StepView
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,11 +70,11 @@ class LoRADrop(SpendingMethod):
         return LoRADropPolicy(self, adapters, max_steps)
 
 
-class LoRADropPolicy(Restarts):
+class LoRADropPolicy(Restarting):
     """Measures outputs once, at the seam; see :class:`LoRADrop`."""
 
     def __init__(self, method: LoRADrop, adapters: tuple[Adapter, ...], max_steps: int) -> None:
-        super().__init__(adapters, method.seed)
+        super().__init__(adapters, Setup(), method.seed)
         self.method = method
         self.seam = check_warmup(method.select_after, max_steps)
         self.energies = torch.zeros(len(adapters), dtype=torch.float64)

@@ -7,14 +7,13 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
-from torch import Tensor
 
 from weightlora.core import total_params
 from weightlora.errors import AdapterError
-from weightlora.graft import Adapter, Blocks, Form, Selection
+from weightlora.graft import Adapter, Blocks, Selection
 from weightlora.methods.base import AdapterMethod
 from weightlora.methods.checks import check_least
-from weightlora.methods.policy import Counts, Factors, Fixed, Forms, HeldOut, Policy, Starts
+from weightlora.methods.policy import Factors, Fixed, HeldOut, Policy, Setup, Weights
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,17 +59,15 @@ class MELoRA(AdapterMethod):
         return MELoRAPolicy(self, adapters, self.keep_all(adapters, why))
 
 
-class MELoRAPolicy(Fixed, Starts, Forms, Counts):
+class MELoRAPolicy(Fixed):
     """Sets the minis' initial values; see :class:`MELoRA`."""
 
     def __init__(self, method: MELoRA, adapters: tuple[Adapter, ...], selection: Selection) -> None:
         super().__init__(adapters, selection)
         self.minis = method.minis
+        self.setup = Setup(start=self._start, form=lambda _: Blocks(self.minis), count=self.count)
 
-    def form(self, factors: Factors) -> Form:
-        return Blocks(self.minis)
-
-    def prepare(self, factors: Factors, weights: Sequence[Tensor], held_out: HeldOut | None) -> None:
+    def _start(self, factors: Factors, weights: Weights, held_out: HeldOut | None) -> None:
         # PEFT has drawn A for d_in inputs; a mini has d_in / n, and Kaiming's bound goes with one over their root.
         with torch.no_grad():
             for A, _ in factors:

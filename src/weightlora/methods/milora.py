@@ -11,9 +11,9 @@ from torch import Tensor
 
 from weightlora.core import minor_pair, total_params
 from weightlora.errors import AdapterError
-from weightlora.graft import Adapter, Form, Offset
+from weightlora.graft import Adapter, Offset, Selection
 from weightlora.methods.base import AdapterMethod
-from weightlora.methods.policy import Counts, Factors, Fixed, Forms, HeldOut, Policy, ReadsWeights, Starts
+from weightlora.methods.policy import Factors, Fixed, HeldOut, Policy, Setup, Weights
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,20 +68,23 @@ def check_dense(method: str, adapters: Sequence[Adapter], weights: Sequence[Tens
             )
 
 
-class MiLoRAPolicy(Fixed, ReadsWeights, Starts, Forms, Counts):
+class MiLoRAPolicy(Fixed):
     """Sets where A and B start and what is taken away again; see :class:`MiLoRA`."""
 
-    def check(self, weights: Sequence[Tensor]) -> None:
-        check_dense("milora", self.adapters, weights)
+    def __init__(self, adapters: tuple[Adapter, ...], selection: Selection) -> None:
+        super().__init__(adapters, selection)
+        self.setup = Setup(
+            check=lambda weights: check_dense("milora", adapters, weights),
+            start=self._start,
+            form=Offset,  # of the factors as `start` has left them; a resumed run puts its own in their place
+            count=self.count,
+        )
 
-    def prepare(self, factors: Factors, weights: Sequence[Tensor], held_out: HeldOut | None) -> None:
+    def _start(self, factors: Factors, weights: Weights, held_out: HeldOut | None) -> None:
         with torch.no_grad():
             for adapter, (A, B), W in zip(self.adapters, factors, weights, strict=True):
                 for factor, start in zip((A, B), minor_pair(W, adapter.rank, adapter.scale), strict=True):
                     factor.copy_(start)
-
-    def form(self, factors: Factors) -> Form:
-        return Offset(factors)  # as `prepare` has left them; a resumed run puts its own in their place
 
     def count(self, live: Sequence[Adapter]) -> int:
         """``sum r (d_in + d_out)``; the other half of the rank is constant."""

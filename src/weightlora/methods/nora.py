@@ -16,7 +16,7 @@ from weightlora.graft import Adapter, Form, Nest, Selection
 from weightlora.methods.base import AdapterMethod, Needs, Shapes
 from weightlora.methods.checks import check_least
 from weightlora.methods.milora import check_dense, check_ranks
-from weightlora.methods.policy import Allocates, Counts, Factors, Fixed, Forms, HeldOut, Policy, ReadsWeights, Starts
+from weightlora.methods.policy import Factors, Fixed, HeldOut, Policy, Setup, Weights
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -93,21 +93,22 @@ class NoRA(AdapterMethod):
         return NoRAPolicy(self, adapters, self.keep_all(adapters, why))
 
 
-class NoRAPolicy(Fixed, ReadsWeights, Allocates, Starts, Forms, Counts):
+class NoRAPolicy(Fixed):
     """Reads the frozen pairs off the weights; see :class:`NoRA`."""
 
     def __init__(self, method: NoRA, adapters: tuple[Adapter, ...], selection: Selection) -> None:
         super().__init__(adapters, selection)
         self.method = method
         self.outer = [method.outer(a) for a in adapters]
+        self.setup = Setup(
+            check=lambda weights: check_dense("nora", adapters, weights),
+            ranks=[(r, a.scale) for r, a in zip(self.outer, adapters, strict=True)],
+            start=self._start,
+            form=self._form,
+            count=self.count,
+        )
 
-    def allocate(self) -> Sequence[tuple[int, float]]:
-        return [(r, a.scale) for r, a in zip(self.outer, self.adapters, strict=True)]
-
-    def check(self, weights: Sequence[Tensor]) -> None:
-        check_dense("nora", self.adapters, weights)
-
-    def prepare(self, factors: Factors, weights: Sequence[Tensor], held_out: HeldOut | None) -> None:
+    def _start(self, factors: Factors, weights: Weights, held_out: HeldOut | None) -> None:
         sizes: list[Tensor | None] = [None] * len(weights)
         if self.method.calibration_batches and held_out is not None:
             seen = [held_out.input_size(index) for index in range(len(held_out))]
@@ -117,7 +118,7 @@ class NoRAPolicy(Fixed, ReadsWeights, Allocates, Starts, Forms, Counts):
                 for factor, start in zip(pair, major_pair(W, r, size), strict=True):
                     factor.copy_(start)
 
-    def form(self, factors: Factors) -> Form:
+    def _form(self, factors: Factors) -> Form:
         generator = torch.Generator().manual_seed(self.method.seed)
         inner = [a.rank for a in self.adapters]
         return Nest(self.outer, inner, generator=generator, device=factors[0][0].device)

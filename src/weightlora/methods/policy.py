@@ -2,15 +2,14 @@
 
 A policy is four functions: a method's ``begin`` makes it, :meth:`Policy.observe` sees every optimizer step,
 :meth:`Policy.decide` says who lives, :meth:`Policy.state` is what a resumed run needs. What else a method does, its
-policy declares: by the flags of :class:`Policy`, or by deriving from the classes that follow it. Nobody has to look
-whether a method was overridden.
+policy declares in its :class:`Setup`. Nobody has to look whether a method was overridden.
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any, Literal, Protocol
 
 import torch
@@ -20,6 +19,7 @@ from weightlora.core import PlacementCosts, total_params
 from weightlora.graft import Adapter, Form, Gates, RankGates, Selection
 
 Factors = Sequence[tuple[Tensor, Tensor]]
+Weights = Sequence[Tensor]
 
 
 class HeldOut(Protocol):
@@ -130,24 +130,58 @@ class Decision:
     peak: int | None = None
 
 
+def lora_params(live: Sequence[Adapter]) -> int:
+    """Numbers in plain adapters, ``sum r (d_in + d_out)``; shared factors count once."""
+    own = [a for a in live if a.tied is None]
+    return total_params([a.rank for a in own], [a.shape for a in own])
+
+
+@dataclass(frozen=True, kw_only=True)
+class Setup:
+    """What a policy declares: what is done to the model before the first step, in this order, and what it is shown.
+
+    ``check``: refuses base layers by their weights, which are read only. ``ranks``: rank and scale to give each
+    adapter; what is added is zero in A and in B. ``ties``: groups of adapters that share A and B from the start.
+    ``start``: sets initial values, in a fresh run alone. ``form``: how the factors that compute come about, where not
+    directly (None from it: directly after all). ``gates``: the run has the omega vector, which the policy sets, or lets
+    learn. ``compares``: it is shown ``StepView.before``. ``restarts``: its decision lets survivors start again.
+    ``penalty``: a term of the loss that depends on the factors and gates alone; its gradient is added after clipping,
+    once per optimizer step, so that neither accumulation nor the task's loss changes its weight. ``count``: numbers
+    that the method has trained for these plain adapters, its parameter formula.
+    """
+
+    check: Callable[[Weights], None] | None = None
+    ranks: Sequence[tuple[int, float]] = ()
+    ties: Sequence[Sequence[int]] = ()
+    start: Callable[[Factors, Weights, HeldOut | None], None] | None = None
+    form: Callable[[Factors], Form | None] | None = None
+    gates: Literal["none", "set", "learn"] = "none"
+    compares: bool = False
+    restarts: bool = False
+    penalty: Callable[[StepView], Tensor | None] | None = None
+    count: Callable[[Sequence[Adapter]], int] = lora_params
+
+    def starting_ranks(self) -> dict[int, int]:
+        """The rank of every adapter whose rank is set, by its index."""
+        return {index: rank for index, (rank, _) in enumerate(self.ranks)}
+
+
 class Policy(ABC):
     """The decisions of one run.
 
     ``seam`` is the optimizer step after which surgery happens: 0 before training, None never (then :meth:`decide` is
-    asked once, at the end). ``gated``: the run needs the omega vector, which the policy ``trains_gates`` or sets.
-    ``compares``: it needs ``StepView.before``. ``watches``: it needs ``StepView.products`` (False after some step: no
-    more). ``held``: adapters whose A and B must not move in the coming step.
+    asked once, at the end). ``held``: adapters whose A and B must not move in the coming step. ``watches``: it needs
+    ``StepView.products`` (False after some step: no more). ``budget``: what survivors may cost, for a method with a
+    :class:`~weightlora.methods.base.Limit`; there before the first step.
     """
 
     seam: int | None = None
-    gated: bool = False
-    trains_gates: bool = False
-    compares: bool = False
-    watches: bool = False
     held: Sequence[int] = ()
+    watches: bool = False
+    budget: Budget | None = None
 
-    def __init__(self, adapters: tuple[Adapter, ...]) -> None:
-        self.adapters = adapters
+    def __init__(self, adapters: tuple[Adapter, ...], setup: Setup | None = None) -> None:
+        self.adapters, self.setup = adapters, setup or Setup()
 
     def observe(self, view: StepView) -> Sequence[Fresh]:
         """Look at a step up to the seam, and change what the method changes; say where the optimizer starts anew."""
@@ -169,83 +203,6 @@ class Policy(ABC):
         """Put :meth:`state` back."""
 
 
-class ReadsWeights(ABC):
-    """A policy that starts from the base layers' weights."""
-
-    @abstractmethod
-    def check(self, weights: Sequence[Tensor]) -> None:
-        """Refuse base layers that the method cannot work on; nothing has been changed yet."""
-
-
-class Allocates(ABC):
-    """A policy that gives every adapter another rank. What is added is zero in A and in B."""
-
-    @abstractmethod
-    def allocate(self) -> Sequence[tuple[int, float]]:
-        """Rank and scale of every adapter."""
-
-
-class Ties(ABC):
-    """A policy under which adapters share A and B from the start."""
-
-    @abstractmethod
-    def ties(self) -> Sequence[Sequence[int]]:
-        """Groups of adapters that share."""
-
-
-class Starts(ABC):
-    """A policy with initial values of its own."""
-
-    @abstractmethod
-    def prepare(self, factors: Factors, weights: Sequence[Tensor], held_out: HeldOut | None) -> None:
-        """Set them, before the first step of a fresh run; ``weights`` are the base layers', and are read only."""
-
-
-class Forms(ABC):
-    """A policy whose trained factors are not those that compute."""
-
-    @abstractmethod
-    def form(self, factors: Factors) -> Form | None:
-        """How the computing factors come about; None: directly after all."""
-
-
-class Penalises(ABC):
-    """A policy with a term of its own in the loss."""
-
-    @abstractmethod
-    def penalty(self, view: StepView) -> Tensor | None:
-        """A term that depends on the factors and gates alone. Its gradient is added after clipping, once per optimizer
-        step, so that neither accumulation nor the task's loss changes its weight."""
-
-
-class Budgeted:
-    """A policy that chooses what a budget pays for; ``budget`` is there once the run has counted it."""
-
-    budget: Budget | None = None
-
-
-class Restarts(Policy):
-    """A policy after whose seam the survivors start again, from values that ``seed`` decides."""
-
-    def __init__(self, adapters: tuple[Adapter, ...], seed: int) -> None:
-        super().__init__(adapters)
-        self.restart = torch.Generator().manual_seed(seed)
-
-    def state(self) -> dict[str, Tensor]:
-        return {"restart": self.restart.get_state()}
-
-    def load_state(self, state: Mapping[str, Tensor]) -> None:
-        self.restart.set_state(state["restart"])
-
-
-class Counts(ABC):
-    """A policy with a parameter formula of its own."""
-
-    @abstractmethod
-    def count(self, live: Sequence[Adapter]) -> int:
-        """Numbers that the method has trained for these plain adapters."""
-
-
 class Fixed(Policy):
     """A decision that needs no training: made at the start (``seam = 0``), or nothing to decide (``seam = None``)."""
 
@@ -257,20 +214,18 @@ class Fixed(Policy):
         return Decision(selection=self.selection)
 
 
-def lora_params(live: Sequence[Adapter]) -> int:
-    """Numbers in plain adapters, ``sum r (d_in + d_out)``; shared factors count once."""
-    own = [a for a in live if a.tied is None]
-    return total_params([a.rank for a in own], [a.shape for a in own])
+class Restarting(Policy):
+    """A policy after whose seam the survivors start again, from values that ``seed`` decides."""
 
+    def __init__(self, adapters: tuple[Adapter, ...], setup: Setup, seed: int) -> None:
+        super().__init__(adapters, replace(setup, restarts=True))
+        self.restart = torch.Generator().manual_seed(seed)
 
-def trained_params(policy: Policy, live: Sequence[Adapter]) -> int:
-    """Numbers that a method has trained for these plain adapters."""
-    return policy.count(live) if isinstance(policy, Counts) else lora_params(live)
+    def state(self) -> dict[str, Tensor]:
+        return {"restart": self.restart.get_state()}
 
-
-def starting_ranks(policy: Policy) -> dict[int, int]:
-    """The rank of every adapter whose rank the policy sets, by its index."""
-    return {i: rank for i, (rank, _) in enumerate(policy.allocate())} if isinstance(policy, Allocates) else {}
+    def load_state(self, state: Mapping[str, Tensor]) -> None:
+        self.restart.set_state(state["restart"])
 
 
 def slope(held_out: HeldOut, index: int, leaf: Tensor) -> Tensor:

@@ -13,22 +13,11 @@ from torch import Tensor
 
 from weightlora.core import above_smallest, affordable, rank_for_params
 from weightlora.errors import ConfigError, ScheduleError
-from weightlora.graft import Adapter, Form, RankGates
+from weightlora.graft import Adapter, RankGates
 from weightlora.methods.base import Shapes
 from weightlora.methods.budgets import SpendingMethod
-from weightlora.methods.checks import check_least, check_warmup
-from weightlora.methods.policy import (
-    Allocates,
-    Counts,
-    Decision,
-    Factors,
-    Forms,
-    Fresh,
-    Policy,
-    Starts,
-    StepView,
-    lora_params,
-)
+from weightlora.methods.checks import check_interval, check_least, check_warmup
+from weightlora.methods.policy import Decision, Factors, Fresh, HeldOut, Policy, Setup, StepView, Weights, lora_params
 
 UNKNOWN = 2**31  # what a loop that does not say how long it is passes for its optimizer steps
 R = TypeVar("R", bound="RankMethod")
@@ -77,17 +66,23 @@ class RankMethod(SpendingMethod):
         return replace(self, target_r=None, spend=params), fitting if self.init_r is None else min(fitting, self.init_r)
 
 
-class RankPolicy(Policy, Allocates, Starts, Forms, Counts):
+class RankPolicy(Policy):
     """Rank gates from zero, cuts between tinit and M - tfinal; subclasses say which ranks fall."""
 
     anew: ClassVar[bool] = False
 
     def __init__(self, method: RankMethod, adapters: tuple[Adapter, ...], max_steps: int) -> None:
         super().__init__(adapters)
-        self.name = method.name
         self.settings = method
         targets = [a.rank if method.target_r is None else method.target_r for a in adapters]
         self.ranks = [method.start_rank(target) for target in targets]
+        self.setup = Setup(
+            ranks=[(rank, self.scale(a, rank)) for a, rank in zip(adapters, self.ranks, strict=True)],
+            start=self.prepare,
+            form=lambda factors: RankGates(self.ranks, value=0.0, trainable=True, device=factors[0][0].device),
+            penalty=self.penalty,
+            count=self.count,
+        )
         self.start, self.target = sum(self.ranks), sum(targets)
         if self.start < self.target:
             raise ScheduleError(
@@ -125,11 +120,13 @@ class RankPolicy(Policy, Allocates, Starts, Forms, Counts):
     def scale(self, adapter: Adapter, rank: int) -> float:
         """PEFT's scale of an adapter that starts with `rank`."""
 
-    def allocate(self) -> Sequence[tuple[int, float]]:
-        return [(rank, self.scale(a, rank)) for a, rank in zip(self.adapters, self.ranks, strict=True)]
+    @abstractmethod
+    def prepare(self, factors: Factors, weights: Weights, held_out: HeldOut | None) -> None:
+        """Set initial values."""
 
-    def form(self, factors: Factors) -> Form:
-        return RankGates(self.ranks, value=0.0, trainable=True, device=factors[0][0].device)
+    @abstractmethod
+    def penalty(self, view: StepView) -> Tensor | None:
+        """The regulariser."""
 
     @abstractmethod
     def cut(self, view: StepView) -> Tensor | None:
@@ -162,29 +159,3 @@ class RankPolicy(Policy, Allocates, Starts, Forms, Counts):
 
     def load_state(self, state: Mapping[str, Tensor]) -> None:
         self.mask, self.alive = state["mask"].clone(), state["alive"].clone()
-
-
-def check_smoothing(beta1: float, beta2: float, orth_reg_weight: float) -> None:
-    """Refuse smoothing factors outside (0, 1) and a regulariser below 0.
-
-    >>> check_smoothing(0.85, 1.0, 0.1)
-    Traceback (most recent call last):
-    ...
-    weightlora.errors.ConfigError: beta2=1.0 is not allowed; use a number between 0 and 1 such as 0.85
-    """
-    for name, beta in (("beta1", beta1), ("beta2", beta2)):
-        if not 0 < beta < 1:
-            raise ConfigError(f"{name}={beta!r} is not allowed; use a number between 0 and 1 such as 0.85")
-    if not 0 <= orth_reg_weight < math.inf:
-        raise ConfigError(f"orth_reg_weight={orth_reg_weight!r} is not usable; use 0 or more, such as 0.1")
-
-
-def check_interval(interval: int | float, max_steps: int, name: str = "deltaT") -> int:
-    """Steps between events: a count, or a share of the run.
-
-    >>> check_interval(100, 50), check_interval(0.1, 50)
-    (100, 5)
-    """
-    if isinstance(interval, int) and interval >= max_steps:
-        return interval  # legal: the last event comes whatever the interval
-    return check_warmup(interval, max_steps, name)

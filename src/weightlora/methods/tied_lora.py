@@ -11,7 +11,7 @@ from weightlora.errors import ConfigError
 from weightlora.graft import Adapter, Form, Selection, Vectors
 from weightlora.methods.base import AdapterMethod, Shapes
 from weightlora.methods.checks import check_choice
-from weightlora.methods.policy import Counts, Factors, Fixed, Forms, Policy, Ties
+from weightlora.methods.policy import Factors, Fixed, Policy, Setup
 
 VARIANTS = ("tl6", "tl5")
 
@@ -70,20 +70,16 @@ def sharers(adapters: Sequence[Adapter]) -> list[list[int]]:
     return list(groups.values())
 
 
-class TiedPolicy(Fixed, Ties, Forms, Counts):
+class TiedPolicy(Fixed):
     """Ties the factors and brings u and v; see :class:`TiedLoRA`."""
 
     def __init__(self, method: TiedLoRA, adapters: tuple[Adapter, ...], selection: Selection) -> None:
         super().__init__(adapters, selection)
         self.vectors = method.variant == "tl6"
         self.groups = sharers(adapters)
+        self.setup = Setup(ties=self.groups, form=self._form if self.vectors else None, count=self.count)
 
-    def ties(self) -> Sequence[Sequence[int]]:
-        return self.groups
-
-    def form(self, factors: Factors) -> Form | None:
-        if not self.vectors:
-            return None
+    def _form(self, factors: Factors) -> Form:
         ranks, widths = [A.shape[0] for A, _ in factors], [B.shape[0] for _, B in factors]
         return Vectors(ranks, widths, factors[0][0].device)
 

@@ -40,21 +40,7 @@ from weightlora.graft import (
     stock_path,
     tie,
 )
-from weightlora.methods import (
-    AdapterMethod,
-    Allocates,
-    Budget,
-    Budgeted,
-    Forms,
-    Fresh,
-    HeldOut,
-    Penalises,
-    ReadsWeights,
-    Starts,
-    StepView,
-    Ties,
-    trained_params,
-)
+from weightlora.methods import AdapterMethod, Budget, Fresh, HeldOut, StepView
 from weightlora.training.finite import FiniteWatch, check_learned, check_numbers
 from weightlora.training.initial import look_before
 from weightlora.training.processes import mean_over_processes
@@ -102,11 +88,10 @@ class Driver:
                 f"{needs.limit.kind} has to be counted on the run's batches; use fit with a trainer, or k"
             )
         self.policy = method.begin(self.adapters, max_steps)
-        if isinstance(self.policy, ReadsWeights):
-            self.policy.check(layer_weights(model, self.name))
+        if self.policy.setup.check is not None:
+            self.policy.setup.check(layer_weights(model, self.name))
         look_before(model, self.name, method, self.policy)
-        if isinstance(self.policy, Budgeted):
-            self.policy.budget = budget
+        self.policy.budget = budget
         self.gates: Gates | None = None
         self.formed: Formed | None = None
         self.watch: ProductWatch | None = None
@@ -131,35 +116,34 @@ class Driver:
             optimizer: follows, where there is one already.
             fresh: also set initial values (not when resuming).
         """
-        policy, names = self.policy, [adapter.name for adapter in self.adapters]
+        setup, names = self.policy.setup, [adapter.name for adapter in self.adapters]
         changes: dict[nn.Parameter, Change] = {}
-        if isinstance(policy, Allocates):
-            ranks, scales = zip(*policy.allocate(), strict=True)
+        if setup.ranks:
+            ranks, scales = zip(*setup.ranks, strict=True)
             changes |= resize(
                 self.model, dict(zip(names, ranks, strict=True)), dict(zip(names, scales, strict=True)), self.name
             )
-        if isinstance(policy, Ties):
-            changes |= tie(self.model, [[names[i] for i in group] for group in policy.ties()], self.name)
+        changes |= tie(self.model, [[names[i] for i in group] for group in setup.ties], self.name)
         if optimizer is not None:
             remap(optimizer, changes)
         self._factors = tuple(parameters(self.model, self.name).values())
-        if fresh and isinstance(policy, Starts):
-            policy.prepare(self._factors, layer_weights(self.model, self.name), self.held_out)
-        form = policy.form(self._factors) if isinstance(policy, Forms) else None
+        if fresh and setup.start is not None:
+            setup.start(self._factors, layer_weights(self.model, self.name), self.held_out)
+        form = None if setup.form is None else setup.form(self._factors)
         if form is not None:
             self.formed = Formed(self.model, form, self.name, engine_name=self.gated_engine)
             if optimizer is not None:
                 adopt(optimizer, list(form.parameters().values()), self.model)
-        if policy.watches:
+        if self.policy.watches:
             self.watch = ProductWatch(self.model, self.name)
         own = {p for pair in self._factors for p in pair} | set(() if form is None else form.parameters().values())
-        gates = len(names) if policy.trains_gates else 0
+        gates = len(names) if setup.gates == "learn" else 0
         self.counts = {
             "allocated": gates + sum(p.numel() for p in own),
             "trainable": gates + sum(p.numel() for p in own if p.requires_grad),
         }
-        if policy.gated:
-            self.gates = Gates(self.model, self.name, trainable=self.policy.trains_gates, engine_name=self.gated_engine)
+        if setup.gates != "none":
+            self.gates = Gates(self.model, self.name, trainable=setup.gates == "learn", engine_name=self.gated_engine)
         elif form is None:
             self.ride()
         self.finite.renew()
@@ -175,7 +159,7 @@ class Driver:
         self.finite.check()
         selection = self.selection or self.operate(optimizer)
         self.let_go()
-        self.counts["effective"] = trained_params(self.policy, adapters(self.model, self.name))
+        self.counts["effective"] = self.policy.setup.count(adapters(self.model, self.name))
         return selection
 
     def let_go(self) -> None:
@@ -243,7 +227,8 @@ class Driver:
 
     def _add_penalty(self, view: StepView) -> None:
         """Add the gradient of the method's own term to those of the loss."""
-        term = self.policy.penalty(view) if isinstance(self.policy, Penalises) else None
+        penalty = self.policy.setup.penalty
+        term = None if penalty is None else penalty(view)
         if term is None:
             return
         leaves = [p for pair in self._factors for p in pair if p.requires_grad]
@@ -263,7 +248,7 @@ class Driver:
             mean_over_processes(self.watch.products)
         self.finite.see(self.step + 1, *self._outside())
         self._add_penalty(self._view(lr_factor))
-        if self.policy.compares:
+        if self.policy.setup.compares:
             self._before = tuple((A.detach().clone(), B.detach().clone()) for A, B in self._factors)
         self._withheld = [(factor, factor.grad) for index in self.policy.held for factor in self._factors[index]]
         for factor, _ in self._withheld:
@@ -336,7 +321,7 @@ class Driver:
         decision = self.policy.decide(omegas)
         selection = decision.selection
         check_numbers("scores", [choice.score for choice in selection.choices])
-        check_learned(selection, gates=self.policy.trains_gates)
+        check_learned(selection, gates=self.policy.setup.gates == "learn")
         if self.gates is not None:
             self.gates.detach()
             self.gates = None

@@ -23,7 +23,7 @@ from weightlora.graft import (
     reshape,
     tie,
 )
-from weightlora.methods import AdapterMethod, Forms, Method, PlainMethod, TunerMethod
+from weightlora.methods import AdapterMethod, Method, PlainMethod, TunerMethod
 from weightlora.training import checkpoint
 from weightlora.training.borrowed import borrowed
 from weightlora.training.budget import allow
@@ -181,7 +181,8 @@ class _Fit:
         self.spent = 0.0  # seconds of the current phase in earlier processes
         if self.manifest is not None:
             self._check_same_run(self.manifest, tensors)
-        formed = self.driver.policy.gated or isinstance(self.driver.policy, Forms)
+        setup = self.driver.policy.setup
+        formed = setup.gates != "none" or setup.form is not None
         if trainer.args.load_best_model_at_end and self.driver.seam is None and formed:
             raise ConfigError(
                 f"{method.name} decides only at the end, so an earlier checkpoint cannot be loaded back as the best;"
@@ -346,7 +347,7 @@ class _Fit:
             load_optimizer(trainer, self.start)
         callback.restored = self.restored = None
         steps = trainer.state.global_step - (self.driver.seam or 0 if stage == "final" else 0)
-        gates = len(self.driver.adapters) if self.driver.policy.trains_gates and stage == "warmup" else 0
+        gates = len(self.driver.adapters) if self.driver.policy.setup.gates == "learn" and stage == "warmup" else 0
         done = phase_result(trainer, stage, steps, callback.seconds(), trainable + gates, seen.cost, peak)
         self.phases = [p for p in self.phases if p.name != stage] + [done]
         callback.data, self.whole.losses = self._data(), callback.losses

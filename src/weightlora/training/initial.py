@@ -11,7 +11,7 @@ from transformers import Trainer
 
 from weightlora.errors import AdapterError, CheckpointError
 from weightlora.graft import check_before, layer_weights, moved_by, note_start, parameters, uncheckpointed
-from weightlora.methods import Allocates, Forms, Method, Policy, Restarts, Starts, Ties
+from weightlora.methods import Method, Policy
 
 log = logging.getLogger("weightlora")
 
@@ -52,11 +52,12 @@ def check_checkpoints(trainer: Trainer, name: str, *, resumed: bool) -> None:
 
 def _begins_elsewhere(model: nn.Module, name: str, policy: Policy) -> bool:
     """Whether the policy changes what the adapters compute, before training or at the seam. Asked on copies."""
-    if isinstance(policy, Allocates | Ties | Forms | Restarts):
+    setup = policy.setup
+    if setup.ranks or setup.ties or setup.form is not None or setup.restarts:
         return True
-    if not isinstance(policy, Starts):
+    if setup.start is None:
         return False
     live = [factor for pair in parameters(model, name).values() for factor in pair]
     copies = [factor.detach().clone() for factor in live]
-    policy.prepare(list(zip(copies[::2], copies[1::2], strict=True)), layer_weights(model, name), None)
+    setup.start(list(zip(copies[::2], copies[1::2], strict=True)), layer_weights(model, name), None)
     return not all(map(torch.equal, live, copies))

@@ -10,7 +10,6 @@ from transformers import Trainer
 from weightlora.cost import ActivationTrace, Estimate, Phase, Setting
 from weightlora.errors import AdapterError
 from weightlora.graft import Selection, checkpointed_every
-from weightlora.methods import Forms, Ties, starting_ranks
 from weightlora.training.driver import Driver
 from weightlora.training.trainer import checkpointing_settings, trace_step, use_batch
 
@@ -33,22 +32,22 @@ class Predictor:
     def __init__(
         self, trainer: Trainer, driver: Driver, batches: Sequence[tuple[int, int] | None], stock: bool
     ) -> None:
-        args, policy = trainer.args, driver.policy
+        args, setup = trainer.args, driver.policy.setup
         usual = args.per_device_train_batch_size, args.gradient_accumulation_steps
         splits = [batches[0] or usual, batches[1] or batches[0] or usual]
         on, every = checkpointing_of(trainer)
-        self.sizes, self.seam = [size for size, _ in splits], policy.seam
+        self.sizes, self.seam = [size for size, _ in splits], driver.seam
         self.index = {a.name: a.index for a in driver.adapters}
         self.whole = Phase(
             name="final" if self.seam is None else "warmup",
             live=tuple(range(len(self.index))),
-            ranks=starting_ranks(policy),
-            gated=policy.gated,
-            trains_gates=policy.trains_gates,
+            ranks=setup.starting_ranks(),
+            gated=setup.gates != "none",
+            trains_gates=setup.gates == "learn",
             inputs=on,
         )
         self.estimate: Estimate | None = None
-        if isinstance(policy, Forms | Ties):
+        if setup.form is not None or setup.ties:
             return
         traces: dict[int, ActivationTrace] = {}
         try:

@@ -19,7 +19,7 @@ from transformers import Trainer
 
 from weightlora.errors import ConfigError
 from weightlora.graft import is_sharded
-from weightlora.methods import Method, Policy, ReadsWeights
+from weightlora.methods import Method, Policy
 from weightlora.training.processes import processes
 
 log = logging.getLogger("weightlora")
@@ -102,7 +102,7 @@ def check_method(method: Method, policy: Policy, init: str | None = None) -> Non
             f"init_lora_weights={init!r} moved the base's weights, which a removed adapter gives back, and FSDP shards;"
             " run without FSDP, or use init_lora_weights=True"
         )
-    if isinstance(policy, ReadsWeights):
+    if policy.setup.check is not None:
         raise ConfigError(f"{method.name} reads the base's weights, which FSDP shards; run it without FSDP")
     limit = method.needs.limit
     if limit is not None:

@@ -14,9 +14,9 @@ from weightlora.graft import Adapter, Selection
 from weightlora.methods.base import Needs, Shapes
 from weightlora.methods.checks import check_choice, check_least
 from weightlora.methods.policy import Decision, GrowthPlan
-from weightlora.methods.presets import WEIGHTLORA_PLUS
-from weightlora.methods.weightlora import WeightLoRA
-from weightlora.methods.weightlora_policy import WeightLoRAPolicy
+from weightlora.methods.weightlora.policy import WeightLoRAPolicy
+from weightlora.methods.weightlora.presets import WEIGHTLORA_PLUS
+from weightlora.methods.weightlora.settings import WeightLoRA
 
 P = TypeVar("P", bound="WeightLoRAPlus")
 

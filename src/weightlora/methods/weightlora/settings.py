@@ -1,4 +1,4 @@
-"""WeightLoRA's settings: a weight per adapter, the K best kept. What they make of a run: `weightlora_policy`."""
+"""WeightLoRA's settings: a weight per adapter, the K best kept. What they make of a run: `policy`."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from weightlora.graft import Adapter
 from weightlora.methods.base import AdapterMethod, Limit, Needs, Shapes
 from weightlora.methods.budgets import ANY_K
 from weightlora.methods.checks import check_choice, check_k_value
-from weightlora.methods.presets import WEIGHTLORA
-from weightlora.methods.weightlora_policy import Score, WeightLoRAPolicy
+from weightlora.methods.weightlora.policy import Score, WeightLoRAPolicy
+from weightlora.methods.weightlora.presets import WEIGHTLORA
 
 W = TypeVar("W", bound="WeightLoRA")
 

@@ -12,52 +12,53 @@ from torch import Tensor
 from weightlora.core import coverage, credit, gate_step, gradual_k, support
 from weightlora.errors import ScheduleError
 from weightlora.graft import Adapter, Selection, block_numbers
-from weightlora.methods.affordable import most_important
 from weightlora.methods.checks import check_k, check_warmup
-from weightlora.methods.policy import Budget, Budgeted, Decision, Factors, Fresh, HeldOut, Policy, Starts, StepView
+from weightlora.methods.policy import Budget, Decision, Factors, Fresh, HeldOut, Policy, Setup, StepView, Weights
+from weightlora.methods.weightlora.affordable import most_important
 
 if TYPE_CHECKING:
-    from weightlora.methods.weightlora import WeightLoRA
+    from weightlora.methods.weightlora.settings import WeightLoRA
 
 Score = Literal["omega", "credit", "coverage"]
 
 
-class WeightLoRAPolicy(Policy, Starts, Budgeted):
+class WeightLoRAPolicy(Policy):
     """Gates by StoIHT, credit by inner products; see :class:`WeightLoRA`."""
 
     def __init__(self, method: WeightLoRA, adapters: tuple[Adapter, ...], max_steps: int) -> None:
-        super().__init__(adapters)
+        learns, ranks_gates = method.gate_lr > 0, method.score == "omega"
+        setup = Setup(
+            gates="learn" if learns else "set" if ranks_gates else "none", compares=not ranks_gates, start=self._start
+        )
+        super().__init__(adapters, setup)
         self.method = method
         # Under a budget no count is known before the end of warm-up: nothing is projected on the way there.
         self.k = len(adapters) if method.k is None else check_k(method.k, adapters)
         self.horizon = max_steps if method.select_after is None else check_warmup(method.select_after, max_steps)
         self.seam = None if method.select_after is None else self.horizon
-        self.trains_gates = method.gate_lr > 0
-        self.gated = self.trains_gates or method.score == "omega"
-        if method.score == "omega" and not self.trains_gates and (method.limit is not None or self.k < len(adapters)):
+        if ranks_gates and not learns and (method.limit is not None or self.k < len(adapters)):
             raise ScheduleError(
                 "score='omega' ranks gates that learn; set gate_lr (the paper's code uses 5.0), or keep k=n"
             )
-        self.compares = method.score != "omega"
         self.credits = torch.zeros(len(adapters), dtype=torch.float64)
         self.comeback = True  # whether a gate that was projected to 0 may rise again
         self._out: list[int] = []  # those that may not
 
-    def prepare(self, factors: Factors, weights: Sequence[Tensor], held_out: HeldOut | None) -> None:
+    def _start(self, factors: Factors, weights: Weights, held_out: HeldOut | None) -> None:
         if self.method.init_A == "official":
             with torch.no_grad():
                 for A, _ in factors:
                     A.mul_((A.shape[1] / A.shape[0]) ** 0.5)
 
     def observe(self, view: StepView) -> Sequence[Fresh]:
-        if self.compares:
+        if self.setup.compares:
             gained = []
             for (A, B), (old_A, old_B) in zip(view.factors, view.before, strict=True):
                 pairs = [(p.grad, p.detach() - old) for p, old in ((A, old_A), (B, old_B)) if p.grad is not None]
                 gained.append(credit([g for g, _ in pairs], [d for _, d in pairs]) if pairs else A.new_zeros(()))
             # One stack on the device; the sum lives there too, so a step never waits for the host.
             self.credits = self.credits.to(gained[0].device) + torch.stack(gained).double()
-        if self.trains_gates:
+        if self.setup.gates == "learn":
             self._move_gates(view)
         return ()
 
