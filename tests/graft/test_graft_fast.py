@@ -17,7 +17,8 @@ from weightlora.cost.measure import step_cost
 from weightlora.errors import AdapterError, ConfigError
 from weightlora.graft import Gates, checkpoint_blocks, disconnect, end_backward_at_lowest
 from weightlora.graft.adapters import block_of, lora_layers
-from weightlora.graft.fast import LeanVariant, fast_path, stock_path
+from weightlora.graft.fast import fast_path, stock_path
+from weightlora.graft.variant import PathVariant
 
 families = pytest.mark.parametrize("family", builders.FAMILIES)
 
@@ -149,7 +150,7 @@ def test_a_second_stock_adapter_still_gets_its_dtype() -> None:
     model.add_adapter("other", LoraConfig(r=2, target_modules=["0"]))
     fast_path(model, "default", engine_name="autograd")
     layer = next(layer for _, layer in lora_layers(model, "default"))
-    assert isinstance(layer.lora_variant["default"], LeanVariant)
+    assert isinstance(layer.lora_variant["default"], PathVariant)
     x = torch.randn(3, 8, dtype=torch.bfloat16)
     model.base_model.set_adapter(["default", "other"])
     assert model(x).dtype == torch.bfloat16

@@ -16,8 +16,8 @@ from transformers import TrainerCallback
 
 from weightlora import ops
 from weightlora.graft.adapters import lora_layers
-from weightlora.graft.fast import LeanVariant, fast_path
-from weightlora.graft.gates import OmegaVariant
+from weightlora.graft.fast import fast_path
+from weightlora.graft.variant import FormVariant, PathVariant
 from weightlora.methods import LoRA, Method, RandomAdapters, WeightLoRA, WeightLoRAPlus
 from weightlora.training import attach, fit
 
@@ -38,8 +38,8 @@ class Variants(TrainerCallback):
         self.seen[state.global_step + 1] = {(type(v), getattr(v, "path", None)) for v in variants}
 
 
-LEAN = {(LeanVariant, ops.ENGINES["autograd"])}
-GATED = {(OmegaVariant, ops.ENGINES["autograd"])}
+LEAN = {(PathVariant, ops.ENGINES["autograd"])}
+GATED = {(FormVariant, ops.ENGINES["autograd"])}
 STOCK = {(type(None), None)}
 
 
@@ -98,7 +98,7 @@ def test_a_loop_of_ones_own_takes_it_and_ends_with_stock_layers() -> None:
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=1e-2)
     tuner = attach(model, RandomAdapters(k=2), optimizer)
     kinds = {type(layer.lora_variant["default"]) for _, layer in lora_layers(model, "default")}
-    assert kinds == {LeanVariant}
+    assert kinds == {PathVariant}
     for inputs, _ in zip(batches(), range(2), strict=False):
         model(**inputs).loss.backward()
         optimizer.step()

@@ -17,7 +17,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from weightlora.errors import AdapterError, ConfigError, ScheduleError, WeightLoRAError
 from weightlora.graft import adapters
-from weightlora.graft.gates import OmegaVariant
+from weightlora.graft.variant import FormVariant
 from weightlora.methods import (
     DeepestAdapters,
     FullFineTuning,
@@ -150,8 +150,8 @@ class Norms(TrainerCallback):
         grads = [p.grad for p in self.model.parameters() if p.grad is not None]
         self.norms[state.global_step + 1] = float(torch.stack([g.norm() for g in grads]).norm())
         variants = [m.lora_variant["default"] for m in self.model.modules() if getattr(m, "lora_variant", None)]
-        if variants and isinstance(variants[0], OmegaVariant) and variants[0].gates.omega.grad is not None:
-            self.gates[state.global_step + 1] = float(variants[0].gates.omega.grad.norm())
+        if variants and isinstance(variants[0], FormVariant) and variants[0].form.omega.grad is not None:
+            self.gates[state.global_step + 1] = float(variants[0].form.omega.grad.norm())
 
 
 @pytest.mark.parametrize("limit", [1e9, 1e-2])

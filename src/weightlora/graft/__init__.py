@@ -26,10 +26,9 @@ from weightlora.graft.depth import (
     end_backward_at_lowest,
 )
 from weightlora.graft.fast import PATHS, PathName, check_path, fast_path, stock_path
-from weightlora.graft.forms import Form, Formed, RankGates
-from weightlora.graft.gates import Gates, scalar_products
+from weightlora.graft.forms import Form, Formed, Gates, Omega, RankGates, scalar_products
 from weightlora.graft.manifest import MANIFEST, STATE, Manifest, fingerprint, readable
-from weightlora.graft.optimizer import Change, adopt, arrange, check_groups, forget, group_names, remap
+from weightlora.graft.optimizer import Change, Drop, adopt, arrange, check_groups, forget, group_names, remap
 from weightlora.graft.quantised import keep_unpacked, stored
 from weightlora.graft.readiness import check_held, check_peft_model, check_ready
 from weightlora.graft.rebuild import take_over
@@ -48,6 +47,7 @@ __all__ = [
     "Blocks",
     "Change",
     "Choice",
+    "Drop",
     "Form",
     "Formed",
     "Gates",
@@ -55,6 +55,7 @@ __all__ = [
     "Manifest",
     "Nest",
     "Offset",
+    "Omega",
     "PathName",
     "ProductWatch",
     "RankGates",

@@ -36,17 +36,11 @@ def check_path(name: str) -> Engine:
     return chosen  # type: ignore[no-any-return]
 
 
-class LeanVariant(PathVariant):
-    """``y = base(x) + s B A drop(x)``, as stock LoRA, by one of our engines."""
-
-
 def _is_plain(layer: LoraLayer, name: str) -> bool:
     """Stock LoRA in a layer kind whose forward asks for variants."""
     variant = layer.lora_variant.get(name)
     return (
-        honours_variants(layer)
-        and not layer.lora_bias.get(name)
-        and (variant is None or isinstance(variant, LeanVariant))
+        honours_variants(layer) and not layer.lora_bias.get(name) and (variant is None or type(variant) is PathVariant)
     )
 
 
@@ -84,7 +78,7 @@ def fast_path(model: nn.Module, name: str | None = None, engine_name: Engine = "
     changed = 0
     for _, layer in lora_layers(model, name):
         if _is_plain(layer, name):
-            layer.lora_variant[name] = LeanVariant(path)
+            layer.lora_variant[name] = PathVariant(path)
             # PEFT would copy x into the adapter's dtype, once per adapter; the path casts inside, and q, k, v share x.
             layer.cast_input_dtype_enabled = _cast_outside(layer)
             changed += 1
@@ -100,7 +94,7 @@ def stock_path(model: nn.Module, name: str | None = None) -> int:
     name = adapter_name(model, name)
     changed = 0
     for _, layer in lora_layers(model, name):
-        if isinstance(layer.lora_variant.get(name), LeanVariant):
+        if type(layer.lora_variant.get(name)) is PathVariant:
             del layer.lora_variant[name]
             layer.cast_input_dtype_enabled = _cast_outside(layer)
             changed += 1

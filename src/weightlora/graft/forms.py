@@ -1,4 +1,4 @@
-"""Adapters whose computing factors are made from the trained ones: rank gates, blocks, shared or nested factors."""
+"""Adapters whose computing factors are made from the trained ones: gates of adapters or ranks, blocks, nests."""
 
 from __future__ import annotations
 
@@ -6,14 +6,13 @@ from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
-from peft.utils.other import transpose
 from torch import Tensor, nn
 
-from weightlora.graft.adapters import adapters, factors, lora_layers
-from weightlora.graft.optimizer import Change
-from weightlora.graft.surgery import set_factors, sync_config
-from weightlora.graft.variant import PathVariant
-from weightlora.ops import AdapterPath, Engine, engine
+from weightlora.graft.adapters import adapters, factors, lora_layers, refuse_tied
+from weightlora.graft.optimizer import Change, Cut, Drop, Renew
+from weightlora.graft.surgery import scale_B, set_factors, sync_config
+from weightlora.graft.variant import FormVariant
+from weightlora.ops import Engine, engine
 
 PREFIX = "form_"  # of extra parameters on the model; PEFT saves only names with "lora_" in them, so these stay out
 
@@ -39,14 +38,54 @@ class Form:
         """The factors that compute, ``A' (r', d_in)`` and ``B' (d_out, r')``, differentiable in all that trains."""
         return A, B
 
+    def gate(self, index: int) -> Tensor | None:
+        """A number ``()`` by which the product counts; None: 1."""
+        return None
+
     def rank(self, index: int, rank: int) -> int:
         """r' of an adapter whose own factors have `rank`."""
         return rank
 
     def folded(self, index: int, A: Tensor, B: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
-        """``(A', B', c)`` to go on with as plain LoRA: the same product; c as in :meth:`Change.cut` or None."""
+        """``(A', B', c)`` to go on with as plain LoRA: the same product; c: what each rank of B was multiplied by, or
+        None where moments do not follow."""
         new_A, new_B = self.effective(index, A, B)
         return new_A, new_B, None
+
+    def fold(self, index: int, layer: Any, name: str, live: Sequence[int], *, anew: bool) -> dict[nn.Parameter, Change]:
+        """Give a layer the factors to go on with; see :meth:`Formed.fold`."""
+        A, B = factors(layer, name)
+        keep = torch.tensor(list(live) or range(self.rank(index, A.shape[0])), device=A.device)
+        with torch.no_grad():
+            new_A, new_B, c = self.folded(index, A, B)
+            pair = new_A.index_select(0, keep).to(A.dtype), new_B.index_select(1, keep).to(B.dtype)
+        new = set_factors(layer, name, *(t.detach().clone() for t in pair))
+        for parameter in new:
+            parameter.requires_grad_(True)
+        if c is None or anew:
+            return {A: Renew(new[0]), B: Renew(new[1])}
+        return {A: Cut(new[0], 0, keep), B: Cut(new[1], 1, keep, c.index_select(0, keep).reciprocal())}
+
+
+class Omega(Form):
+    """``dW = s omega_i B A``: one number per adapter, as one vector.
+
+    ``omega: (n,)`` is a leaf tensor. It is no parameter of any module: nothing shards, flattens, saves or clips it by
+    accident, its gradient is one vector, and a decision costs one top-K.
+    """
+
+    def __init__(self, omega: Tensor) -> None:
+        self.omega = omega
+
+    def constants(self) -> dict[str, Tensor]:
+        return {"omega": self.omega}
+
+    def gate(self, index: int) -> Tensor:
+        return self.omega[index]
+
+    def fold(self, index: int, layer: Any, name: str, live: Sequence[int], *, anew: bool) -> dict[nn.Parameter, Change]:
+        omega = float(self.omega[index])
+        return {} if omega == 1.0 else scale_B(layer, name, omega)
 
 
 class RankGates(Form):
@@ -111,25 +150,6 @@ class RankGates(Form):
         return A, B * c.to(B), c
 
 
-class FormVariant(PathVariant):
-    """``y = base(x) + s B' A' drop(x)`` with the factors that a form makes."""
-
-    def __init__(self, form: Form, index: int, path: AdapterPath) -> None:
-        super().__init__(path)
-        self.form, self.index = form, index
-
-    def supports_lora_conversion(self) -> bool:
-        return False
-
-    def computing(self, module: Any, name: str) -> tuple[Tensor, Tensor, Tensor | None]:
-        return (*self.form.effective(self.index, *factors(module, name)), None)
-
-    def delta(self, module: Any, name: str) -> Tensor:
-        A, B, _ = self.computing(module, name)
-        delta: Tensor = transpose(module.scaling[name] * (B @ A).detach(), module.fan_in_fan_out)
-        return delta
-
-
 class Formed:
     """A form on every adapter of a model, from here to :meth:`fold`.
 
@@ -163,12 +183,15 @@ class Formed:
             layer.cast_input_dtype_enabled = False  # the path casts inside, and q, k, v share x
             self._hooks.append(layer.register_state_dict_post_hook(self._show_plain(index)))
             self._hooks.append(layer.register_load_state_dict_pre_hook(self._keep_own))
-        sync_config(model, name, [form.rank(i, a.rank) for i, a in enumerate(self.adapters)])
+        shown = [form.rank(i, a.rank) for i, a in enumerate(self.adapters)]
+        if shown != [a.rank for a in self.adapters]:
+            sync_config(model, name, shown)
 
     def _show_plain(self, index: int) -> Any:
         def hook(layer: nn.Module, state: dict[str, Any], prefix: str, _meta: Any) -> None:
-            pair = self.form.effective(index, *factors(layer, self.name))  # type: ignore[arg-type]
-            for key, factor in zip("AB", pair, strict=True):
+            A, B = self.form.effective(index, *factors(layer, self.name))  # type: ignore[arg-type]
+            gate = self.form.gate(index)
+            for key, factor in (("A", A), ("B", B if gate is None else B * gate.to(B))):
                 state[f"{prefix}lora_{key}.{self.name}.weight"] = factor.detach().clone()
 
         return hook
@@ -211,27 +234,106 @@ class Formed:
         Returns:
             How the optimizer state follows.
         """
-        changes: dict[nn.Parameter, Change] = {p: Change.drop() for p in self.form.parameters().values()}
+        changes: dict[nn.Parameter, Change] = {p: Drop() for p in self.form.parameters().values()}
+        before = [factors(layer, self.name)[0] for layer in self._layers]
+        for index, layer in enumerate(self._layers):
+            changes |= self.form.fold(index, layer, self.name, live[index] if live else (), anew=anew)
+        self.detach()
+        if any(factors(layer, self.name)[0] is not A for layer, A in zip(self._layers, before, strict=True)):
+            sync_config(self.model, self.name)
+        return changes
+
+    def detach(self) -> None:
+        """Take the form off without folding it: every layer is PEFT's stock layer again, on its own factors."""
         for hook in self._hooks:
             hook.remove()
-        for index, layer in enumerate(self._layers):
-            A, B = factors(layer, self.name)
-            rank = self.form.rank(index, A.shape[0])
-            keep = torch.arange(rank) if not live or not live[index] else torch.tensor(live[index])
-            keep = keep.to(A.device)
-            with torch.no_grad():
-                new_A, new_B, c = self.form.folded(index, A, B)
-                pair = new_A.index_select(0, keep).to(A.dtype), new_B.index_select(1, keep).to(B.dtype)
-            new = set_factors(layer, self.name, *(t.detach().clone() for t in pair))
-            for parameter in new:
-                parameter.requires_grad_(True)
-            known = c is not None and not anew
-            factor = None if c is None else c.index_select(0, keep).reciprocal()
-            changes[A] = Change.cut(new[0], dim=0, keep=keep) if known else Change.renew(new[0])
-            changes[B] = Change.cut(new[1], dim=1, keep=keep, factors=factor) if known else Change.renew(new[1])
+        self._hooks = []
+        for layer in self._layers:
             layer.lora_variant.pop(self.name, None)
             layer.cast_input_dtype_enabled = True
         for key in self.form.parameters():
-            del self.model._parameters[PREFIX + key]
-        sync_config(self.model, self.name)
-        return changes
+            self.model._parameters.pop(PREFIX + key, None)
+
+
+class Gates(Formed):
+    """:class:`Omega` on every adapter of a model.
+
+    Args:
+        model: with LoRA adapters, none of which share factors.
+        name: PEFT's adapter name.
+        value: of every gate at the start.
+        trainable: whether a backward pass leaves ``omega.grad``; whoever moves the gates steps them himself.
+        engine_name: how adapters compute.
+        dtype: of omega.
+
+    >>> from peft import LoraConfig, get_peft_model
+    >>> model = get_peft_model(nn.Sequential(nn.Linear(4, 3)), LoraConfig(r=2, target_modules=["0"]))
+    >>> gates = Gates(model); gates.omega
+    tensor([1.], requires_grad=True)
+    >>> gates.detach()
+    """
+
+    form: Omega
+
+    def __init__(
+        self,
+        model: nn.Module,
+        name: str = "default",
+        *,
+        value: float = 1.0,
+        trainable: bool = True,
+        engine_name: Engine = "autograd",
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
+        live = adapters(model, name)
+        refuse_tied(live)
+        device = factors(next(lora_layers(model, name))[1], name)[0].device
+        omega = torch.full((len(live),), value, dtype=dtype, device=device, requires_grad=trainable)
+        super().__init__(model, Omega(omega), name, engine_name=engine_name)
+
+    @property
+    def omega(self) -> Tensor:
+        """The gates, ``(n,)``."""
+        return self.form.omega
+
+    def __len__(self) -> int:
+        return len(self.adapters)
+
+    def factors(self, index: int) -> tuple[Tensor, Tensor]:
+        """The live parameters ``A (r, d_in)`` and ``B (d_out, r)`` of adapter `index`."""
+        return factors(self._layers[index], self.name)
+
+    def set(self, values: Tensor) -> None:
+        """Overwrite omega in place; its gradient is kept."""
+        with torch.no_grad():
+            self.omega.copy_(values)
+
+
+def scalar_products(model: nn.Module, name: str = "default") -> Tensor:
+    """``<dL/dW_i, s B_i A_i>`` of every adapter, from gradients that a backward pass has just left.
+
+    With G = dL/dW the gradient of B is ``s G A^T``, so ``<dL/dB, B> = <G, s B A>`` and G itself is never formed. Where
+    gates train it is the gate's own gradient, which exists at a gate of 0 too.
+
+    Returns:
+        ``(n,)`` float64 in module order, on the CPU; 0 where no gradient arrived.
+
+    Source: paper, section 3.1: the scalar products of Figure 2.
+
+    >>> from peft import LoraConfig, get_peft_model
+    >>> model = get_peft_model(torch.nn.Sequential(torch.nn.Linear(4, 3)), LoraConfig(r=2, target_modules=["0"]))
+    >>> model(torch.ones(1, 4)).sum().backward()
+    >>> scalar_products(model)  # B is zero at the start
+    tensor([0.], dtype=torch.float64)
+    """
+    found = []
+    layers: list[Any] = [layer for _, layer in lora_layers(model, name)]
+    for layer in layers:
+        variant, B = layer.lora_variant.get(name), factors(layer, name)[1]
+        if isinstance(variant, FormVariant) and isinstance(variant.form, Omega) and variant.form.omega.requires_grad:
+            grad = variant.form.omega.grad
+            product = torch.zeros(()) if grad is None else grad[variant.index]
+        else:
+            product = torch.zeros(()) if B.grad is None else (B.grad * B.detach()).sum()
+        found.append(product.double().cpu())
+    return torch.stack(found)

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -12,52 +13,118 @@ from torch import Tensor, nn
 from weightlora.errors import CheckpointError, ConfigError
 from weightlora.graft.start import stock_name
 
-# Adam's and AMSGrad's, RMSprop's, Adagrad's, SGD's.
 _NAMES = "param_names"  # where torch keeps the names of parameters that an optimizer was given with names
+# Adam's and AMSGrad's, RMSprop's, Adagrad's, SGD's.
 _MOMENTS = {"exp_avg": 1, "exp_avg_sq": 2, "max_exp_avg_sq": 2, "square_avg": 2, "sum": 2, "momentum_buffer": 1}
 
 
-@dataclass(frozen=True, kw_only=True)
-class Change:
-    """What happened to one parameter: dropped, rescaled in place (``factor`` multiplies its gradient), or replaced."""
+class Change(ABC):
+    """What happened to one parameter; it carries the optimizer along."""
 
-    kind: Literal["drop", "scale", "grow", "cut", "renew"]
-    factor: float = 1.0
-    new: nn.Parameter | None = None
-    dim: int = 0
-    mix: Tensor | None = None
-    keep: Tensor | None = None
+    @abstractmethod
+    def target(self, old: nn.Parameter) -> nn.Parameter | None:
+        """What trains in the parameter's place from here on; None: nothing."""
 
-    @classmethod
-    def drop(cls) -> Change:
-        """The parameter left the model."""
-        return cls(kind="drop")
+    def moment(self, value: Tensor, order: int) -> Tensor | None:
+        """A first or second moment (`order` 1 or 2) after the change; None: it is forgotten."""
+        return None
 
-    @classmethod
-    def scale(cls, factor: float) -> Change:
-        """The parameter was multiplied by ``1 / factor``, so its gradients are ``factor`` times what they were."""
-        return cls(kind="scale", factor=factor)
+    def follow(self, optimizer: torch.optim.Optimizer, old: nn.Parameter) -> nn.Parameter | None:
+        """Carry the optimizer's state over to the :meth:`target`, whole or not at all."""
+        state, target = optimizer.state.pop(old, None), self.target(old)
+        carried = {key: self._entry(key, value, old) for key, value in (state or {}).items()}
+        if target is not None and carried and all(value is not None for value in carried.values()):
+            optimizer.state[target] = carried
+        return target
 
-    @classmethod
-    def grow(cls, new: nn.Parameter, *, dim: int, mix: Tensor | None) -> Change:
-        """`new` took the parameter's place, longer along `dim`; its old part was mixed by the QR factor ``mix``."""
-        return cls(kind="grow", new=new, dim=dim, mix=mix)
-
-    @classmethod
-    def cut(cls, new: nn.Parameter, *, dim: int, keep: Tensor, factors: Tensor | None = None) -> Change:
-        """`new` holds the entries `keep` along `dim`; their gradients are ``factors`` times what they were."""
-        return cls(kind="cut", new=new, dim=dim, keep=keep, mix=factors)
-
-    @classmethod
-    def renew(cls, new: nn.Parameter) -> Change:
-        """`new` (perhaps the same parameter) starts with no history."""
-        return cls(kind="renew", new=new)
+    def _entry(self, key: str, value: Any, old: nn.Parameter) -> Any:
+        """One entry of the state after the change, or None where there is no rule for it."""
+        if not isinstance(value, Tensor) or value.dim() == 0:
+            return value
+        order = _MOMENTS.get(key)
+        return None if order is None or value.shape != old.shape else self.moment(value, order)
 
 
-def remap(optimizer: torch.optim.Optimizer, changes: Mapping[nn.Parameter, Change]) -> None:
+@dataclass(frozen=True)
+class Drop(Change):
+    """The parameter left the model."""
+
+    def target(self, old: nn.Parameter) -> None:
+        return None
+
+
+@dataclass(frozen=True)
+class Renew(Change):
+    """`new` (perhaps the same parameter) took its place and starts with no history."""
+
+    new: nn.Parameter
+
+    def target(self, old: nn.Parameter) -> nn.Parameter:
+        return self.new
+
+
+@dataclass(frozen=True)
+class Scale(Change):
+    """The parameter was multiplied by ``1 / factor`` in place, so its gradients are ``factor`` times what they were."""
+
+    factor: float
+
+    def target(self, old: nn.Parameter) -> nn.Parameter:
+        return old
+
+    def moment(self, value: Tensor, order: int) -> Tensor:
+        return value * self.factor**order
+
+
+@dataclass(frozen=True)
+class Cut(Change):
+    """`new` holds the entries `keep` along `dim`; their gradients are ``factors`` times what they were."""
+
+    new: nn.Parameter
+    dim: int
+    keep: Tensor
+    factors: Tensor | None = None
+
+    def target(self, old: nn.Parameter) -> nn.Parameter:
+        return self.new
+
+    def moment(self, value: Tensor, order: int) -> Tensor:
+        kept = value.index_select(self.dim, self.keep)
+        shape = [-1 if dim == self.dim else 1 for dim in range(value.dim())]
+        return kept if self.factors is None else kept * self.factors.to(kept).pow(order).view(shape)
+
+
+@dataclass(frozen=True)
+class Grow(Change):
+    """`new` took the parameter's place, longer along `dim`; its old part was mixed by the QR factor ``mix``."""
+
+    new: nn.Parameter
+    dim: int
+    mix: Tensor | None
+
+    def target(self, old: nn.Parameter) -> nn.Parameter:
+        return self.new
+
+    def moment(self, value: Tensor, order: int) -> Tensor:
+        moment = value if self.mix is None else self._mixed(value, self.mix.to(value), order)
+        extra = self.new.shape[self.dim] - value.shape[self.dim]
+        fresh = torch.zeros_like(moment.narrow(self.dim, 0, 1))
+        prior = moment.mean(self.dim, keepdim=True) if order == 2 else fresh
+        return torch.cat([moment, prior.repeat_interleave(extra, self.dim)], self.dim)
+
+    def _mixed(self, moment: Tensor, R: Tensor, order: int) -> Tensor:
+        """After QR: with ``A = R^T Q^T`` and ``B' = B R^T``, ``dL/dQ^T = R dL/dA`` and ``dL/dB' = dL/dB R^-1``."""
+        if self.dim == 0:
+            return (R**order) @ moment
+        inverse: Tensor = torch.linalg.pinv(R.to(torch.promote_types(R.dtype, torch.float32))).to(moment)
+        return moment @ inverse**order
+
+
+def remap(optimizer: torch.optim.Optimizer | None, changes: Mapping[nn.Parameter, Change]) -> None:
     """Carry an optimizer over a surgery, in place: groups keep their order and settings, survivors keep their state.
 
     A group whose parameters are all gone stays, empty: schedulers count groups. Names go with their parameters.
+    Where there is no optimizer yet, nothing has to follow.
 
     - dropped: out of its group, its state freed;
     - rescaled, gradients times ``c``: first moments times ``c``, second times ``c^2`` (the chain rule), so Adam's next
@@ -73,61 +140,19 @@ def remap(optimizer: torch.optim.Optimizer, changes: Mapping[nn.Parameter, Chang
 
     Source: methods notes, optimizer-state rules; the paper is silent.
     """
+    if optimizer is None:
+        return
     for group in optimizer.param_groups:
-        followed = [_follow(optimizer, parameter, changes.get(parameter)) for parameter in group["params"]]
+        followed = [p if p not in changes else changes[p].follow(optimizer, p) for p in group["params"]]
         if _NAMES in group:
             group[_NAMES] = [n for n, p in zip(group[_NAMES], followed, strict=True) if p is not None]
         group["params"] = [parameter for parameter in followed if parameter is not None]
 
 
-def _follow(optimizer: torch.optim.Optimizer, parameter: nn.Parameter, change: Change | None) -> nn.Parameter | None:
-    """What the optimizer trains in a parameter's place after a change, with the state it keeps; None: nothing."""
-    if change is None:
-        return parameter
-    state = optimizer.state.pop(parameter, None)
-    if change.kind == "drop":
-        return None
-    target = parameter if change.new is None else change.new
-    if state and change.kind != "renew":
-        carried = {key: _carry(key, value, parameter, change) for key, value in state.items()}
-        if all(value is not None for value in carried.values()):
-            optimizer.state[target] = carried
-    return target
-
-
-def _carry(key: str, value: Any, old: nn.Parameter, change: Change) -> Any:
-    """One entry of a parameter's state after the change, or None where there is no rule for it."""
-    order = _MOMENTS.get(key)
-    if not isinstance(value, Tensor) or value.dim() == 0:
-        return value
-    if order is None or value.shape != old.shape:
-        return None
-    if change.kind == "scale":
-        return value * change.factor**order
-    assert change.new is not None
-    if change.keep is not None:
-        kept = value.index_select(change.dim, change.keep)
-        shape = [-1 if dim == change.dim else 1 for dim in range(value.dim())]
-        return kept if change.mix is None else kept * change.mix.to(kept).pow(order).view(shape)
-    moment = value if change.mix is None else _mix(value, change, order)
-    extra = change.new.shape[change.dim] - old.shape[change.dim]
-    prior = moment.mean(change.dim, keepdim=True) if order == 2 else torch.zeros_like(moment.narrow(change.dim, 0, 1))
-    return torch.cat([moment, prior.repeat_interleave(extra, change.dim)], change.dim)
-
-
-def _mix(moment: Tensor, change: Change, order: int) -> Tensor:
-    """Moments after QR: with ``A = R^T Q^T`` and ``B' = B R^T``, ``dL/dQ^T = R dL/dA`` and ``dL/dB' = dL/dB R^-1``."""
-    assert change.mix is not None
-    R = change.mix.to(moment)
-    if change.dim == 0:
-        return (R**order) @ moment
-    inverse: Tensor = torch.linalg.pinv(R.to(torch.promote_types(R.dtype, torch.float32))).to(moment)
-    mixed: Tensor = moment @ inverse**order
-    return mixed
-
-
-def adopt(optimizer: torch.optim.Optimizer, parameters: Sequence[nn.Parameter], model: nn.Module) -> None:
+def adopt(optimizer: torch.optim.Optimizer | None, parameters: Sequence[nn.Parameter], model: nn.Module) -> None:
     """Let the optimizer's first group train `parameters` of the model too, unless it does so already."""
+    if optimizer is None:
+        return
     known = {id(p) for group in optimizer.param_groups for p in group["params"]}
     names = {id(p): name for name, p in model.named_parameters()}
     first, more = optimizer.param_groups[0], [p for p in parameters if id(p) not in known]

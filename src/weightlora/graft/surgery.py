@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from weightlora.core import Growth, grow
 from weightlora.errors import AdapterError
 from weightlora.graft.adapters import adapters, base_of, factors, lora_layers
-from weightlora.graft.optimizer import Change
+from weightlora.graft.optimizer import Change, Drop, Grow, Renew, Scale
 from weightlora.graft.start import give_back
 
 
@@ -30,7 +30,7 @@ def disconnect(model: nn.Module, names: Sequence[str], name: str = "default") ->
         name: PEFT's adapter name.
 
     Returns:
-        ``{parameter: Change.drop}`` for :func:`weightlora.graft.optimizer.remap`.
+        ``{parameter: Drop}`` for :func:`weightlora.graft.optimizer.remap`.
 
     Raises:
         AdapterError: a name carries no such adapter, the adapter is merged, or what its initialisation took is unknown.
@@ -53,7 +53,7 @@ def disconnect(model: nn.Module, names: Sequence[str], name: str = "default") ->
     for path in names:
         layer = layers[path]
         for factor in factors(layer, name):
-            dropped[factor] = Change.drop()
+            dropped[factor] = Drop()
         if set(layer.lora_A) == {name}:
             parent, _, child = path.rpartition(".")
             setattr(root.get_submodule(parent), child, layer.get_base_layer())
@@ -84,11 +84,16 @@ def fold(model: nn.Module, omegas: Mapping[str, float], name: str = "default") -
             continue
         if omega == 0.0 or not torch.isfinite(torch.tensor(omega)):
             raise AdapterError(f"omega of {path} is {omega}; only a non-zero finite gate can be folded, disconnect it")
-        B = factors(layer, name)[1]
-        with torch.no_grad():
-            B.mul_(omega)
-        changes[B] = Change.scale(1.0 / omega)
+        changes |= scale_B(layer, name, omega)
     return changes
+
+
+def scale_B(layer: LoraLayer, name: str, omega: float) -> dict[nn.Parameter, Change]:
+    """``B <- omega B`` of one layer, and how the optimizer follows; at 0 it forgets B."""
+    B = factors(layer, name)[1]
+    with torch.no_grad():
+        B.mul_(omega)
+    return {B: Scale(1.0 / omega) if omega else Renew(B)}
 
 
 def grow_adapters(
@@ -124,8 +129,7 @@ def grow_adapters(
             continue
         grown = grow(A.detach(), B.detach(), new_rank, mode, generator=generator, **options)
         new_A, new_B = set_factors(layer, name, grown.A, grown.B)
-        changes[A] = Change.grow(new_A, dim=0, mix=None if grown.mix is None else grown.mix)
-        changes[B] = Change.grow(new_B, dim=1, mix=grown.mix)
+        changes |= {A: Grow(new_A, 0, grown.mix), B: Grow(new_B, 1, grown.mix)}
     sync_config(model, name)
     return changes
 
@@ -144,13 +148,12 @@ def reshape(model: nn.Module, ranks: Mapping[str, int], scales: Mapping[str, flo
         )
     disconnect(model, [path for path in present if path not in ranks], name)
     for change in resize(model, ranks, scales, name).values():
-        if change.new is not None:
-            nn.init.zeros_(change.new)
+        nn.init.zeros_(change.new)
 
 
 def resize(
     model: nn.Module, ranks: Mapping[str, int], scales: Mapping[str, float], name: str = "default"
-) -> dict[nn.Parameter, Change]:
+) -> dict[nn.Parameter, Renew]:
     """Give every adapter a rank and a scale: ranks in excess are cut off, new ones are zero in A and in B.
 
     Zero in both is a point that training cannot leave: whoever calls this sets initial values, or loads some.
@@ -158,7 +161,7 @@ def resize(
     Returns:
         How the optimizer state follows (afresh).
     """
-    changes: dict[nn.Parameter, Change] = {}
+    changes: dict[nn.Parameter, Renew] = {}
     for path, layer in lora_layers(model, name):
         A, B = factors(layer, name)
         rank = ranks[path]
@@ -167,7 +170,7 @@ def resize(
             wide_A, wide_B = A.new_zeros(rank, A.shape[1]), B.new_zeros(B.shape[0], rank)
             wide_A[:same], wide_B[:, :same] = A.detach()[:same], B.detach()[:, :same]
             new_A, new_B = set_factors(layer, name, wide_A, wide_B)
-            changes |= {A: Change.renew(new_A), B: Change.renew(new_B)}
+            changes |= {A: Renew(new_A), B: Renew(new_B)}
         layer.scaling[name] = scales[path]
         layer.lora_alpha[name] = scales[path] * rank
     sync_config(model, name)
@@ -183,12 +186,13 @@ def tie(model: nn.Module, groups: Sequence[Sequence[str]], name: str = "default"
         name: PEFT's adapter name.
 
     Returns:
-        ``{parameter: Change.drop}`` for the factors that nobody uses any more.
+        ``{parameter: Drop}`` for the factors that nobody uses any more.
 
     Raises:
         AdapterError: a group mixes shapes, ranks or scales.
     """
-    layers, dropped = dict(lora_layers(model, name)), {}
+    layers = dict(lora_layers(model, name))
+    dropped: dict[nn.Parameter, Change] = {}
     for first, *others in groups:
         shared = factors(layers[first], name)
         for path in others:
@@ -200,7 +204,7 @@ def tie(model: nn.Module, groups: Sequence[Sequence[str]], name: str = "default"
                 (layers[path].lora_A[name], layers[path].lora_B[name]), own, shared, strict=True
             ):
                 if old is not new:
-                    dropped[old] = Change.drop()
+                    dropped[old] = Drop()
                     holder.weight = new
     return dropped
 
@@ -209,7 +213,7 @@ def restart(model: nn.Module, generator: torch.Generator, name: str = "default")
     """Put every adapter back to where LoRA starts: ``A ~ U(-1/sqrt(d_in), 1/sqrt(d_in))``, ``B = 0``.
 
     Returns:
-        ``{parameter: Change.renew}``: the optimizer starts afresh on them, too.
+        ``{parameter: Renew}``: the optimizer starts afresh on them, too.
     """
     changes: dict[nn.Parameter, Change] = {}
     for _, layer in lora_layers(model, name):
@@ -220,7 +224,7 @@ def restart(model: nn.Module, generator: torch.Generator, name: str = "default")
         with torch.no_grad():
             A.copy_(start)
             B.zero_()
-        changes |= {A: Change.renew(A), B: Change.renew(B)}
+        changes |= {A: Renew(A), B: Renew(B)}
     return changes
 
 

@@ -1,21 +1,25 @@
-"""What all our LoRA variants share: one forward through the adapter path, and merging by what the adapter adds."""
+"""Our two LoRA variants: one path, over the layer's own factors or over those that a form makes."""
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from peft.tuners.lora.layer import LoraVariant
+from peft.utils.other import transpose
 from torch import Tensor, nn
 
 from weightlora.graft.adapters import factors
 from weightlora.ops import AdapterPath
 
+if TYPE_CHECKING:
+    from weightlora.graft.forms import Form
+
 
 class PathVariant(LoraVariant):
-    """``y = base(x) + s omega B A drop(x)`` in any layer kind that honours variants.
+    """``y = base(x) + s B A drop(x)``, as stock LoRA, by one of our engines, in any layer kind that honours variants.
 
-    Subclasses say with which factors and gate (:meth:`computing`), and what that adds to W (:meth:`delta`). PEFT
-    declares these methods static and calls them on the instance; here they are plain methods, which know their state.
+    PEFT declares these methods static and calls them on the instance; here they are plain methods, which know their
+    state.
     """
 
     is_gate = True  # one of ours: another of ours may take its place
@@ -46,6 +50,29 @@ class PathVariant(LoraVariant):
 
     def unmerge(self, module: Any, active_adapter: str, orig_weight: Tensor) -> Tensor:  # type: ignore[override]
         return orig_weight - self.delta(module, active_adapter).to(orig_weight.dtype)
+
+
+class FormVariant(PathVariant):
+    """``y = base(x) + s omega B' A' drop(x)`` with what a form makes of the layer's own factors."""
+
+    def __init__(self, form: Form, index: int, path: AdapterPath) -> None:
+        super().__init__(path)
+        self.form, self.index = form, index
+
+    def supports_lora_conversion(self) -> bool:
+        return False
+
+    def computing(self, module: Any, name: str) -> tuple[Tensor, Tensor, Tensor | None]:
+        return (*self.form.effective(self.index, *factors(module, name)), self.form.gate(self.index))
+
+    def delta(self, module: Any, name: str) -> Tensor:
+        own = factors(module, name)
+        A, B, omega = self.computing(module, name)
+        if A is own[0] and B is own[1]:
+            delta = super().delta(module, name)
+        else:
+            delta = transpose(module.scaling[name] * (B @ A).detach(), module.fan_in_fan_out)
+        return delta if omega is None else delta * omega.detach().to(delta)
 
 
 def computing_factors(layer: Any, name: str) -> tuple[Tensor, Tensor, Tensor | None]:

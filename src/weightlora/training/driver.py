@@ -25,7 +25,6 @@ from weightlora.graft import (
     disconnect,
     end_backward_at_lowest,
     fast_path,
-    fold,
     forget,
     grow_adapters,
     keep_unpacked,
@@ -92,7 +91,6 @@ class Driver:
             self.policy.setup.check(layer_weights(model, self.name))
         look_before(model, self.name, method, self.policy)
         self.policy.budget = budget
-        self.gates: Gates | None = None
         self.formed: Formed | None = None
         self.watch: ProductWatch | None = None
         self.check: GradientCheck | None = None
@@ -103,6 +101,11 @@ class Driver:
         self._withheld: list[tuple[Tensor, Tensor | None]] = []  # from the optimizer: gradients of these factors
         self.finite = FiniteWatch(model)
         keep_unpacked(model)
+
+    @property
+    def gates(self) -> Gates | None:
+        """The omega vector, while there is one."""
+        return self.formed if isinstance(self.formed, Gates) else None
 
     @property
     def seam(self) -> int | None:
@@ -124,16 +127,14 @@ class Driver:
                 self.model, dict(zip(names, ranks, strict=True)), dict(zip(names, scales, strict=True)), self.name
             )
         changes |= tie(self.model, [[names[i] for i in group] for group in setup.ties], self.name)
-        if optimizer is not None:
-            remap(optimizer, changes)
+        remap(optimizer, changes)
         self._factors = tuple(parameters(self.model, self.name).values())
         if fresh and setup.start is not None:
             setup.start(self._factors, layer_weights(self.model, self.name), self.held_out)
         form = None if setup.form is None else setup.form(self._factors)
         if form is not None:
             self.formed = Formed(self.model, form, self.name, engine_name=self.gated_engine)
-            if optimizer is not None:
-                adopt(optimizer, list(form.parameters().values()), self.model)
+            adopt(optimizer, list(form.parameters().values()), self.model)
         if self.policy.watches:
             self.watch = ProductWatch(self.model, self.name)
         own = {p for pair in self._factors for p in pair} | set(() if form is None else form.parameters().values())
@@ -143,7 +144,7 @@ class Driver:
             "trainable": gates + sum(p.numel() for p in own if p.requires_grad),
         }
         if setup.gates != "none":
-            self.gates = Gates(self.model, self.name, trainable=setup.gates == "learn", engine_name=self.gated_engine)
+            self.formed = Gates(self.model, self.name, trainable=setup.gates == "learn", engine_name=self.gated_engine)
         elif form is None:
             self.ride()
         self.finite.renew()
@@ -164,12 +165,6 @@ class Driver:
 
     def let_go(self) -> None:
         """Leave stock PEFT layers, whatever has happened: before the seam with all adapters, gates folded in."""
-        if self.gates is not None:
-            with torch.no_grad():
-                for index, omega in enumerate(self.omegas()):
-                    self.gates.factors(index)[1].mul_(omega)
-            self.gates.detach()
-            self.gates = None
         if self.formed is not None:
             self.formed.fold()
             self.formed = None
@@ -322,35 +317,25 @@ class Driver:
         selection = decision.selection
         check_numbers("scores", [choice.score for choice in selection.choices])
         check_learned(selection, gates=self.policy.setup.gates == "learn")
-        if self.gates is not None:
-            self.gates.detach()
-            self.gates = None
         self._end_watch()
         if self.formed is not None:
             form = self.formed.form
             live = form.live() if decision.live is None and isinstance(form, RankGates) else decision.live
             folded = self.formed.fold(live, anew=decision.anew)
             self.formed = None
-            if optimizer is not None:
-                remap(optimizer, folded)
-                # Layers that shared a factor have one each now, and those of a frozen form train from here on.
-                adopt(optimizer, [p for pair in parameters(self.model, self.name).values() for p in pair], self.model)
+            remap(optimizer, folded)
+            # Layers that shared a factor have one each now, and those of a frozen form train from here on.
+            adopt(optimizer, [p for pair in parameters(self.model, self.name).values() for p in pair], self.model)
         kept = set(selection.names)
-        changes = disconnect(self.model, [a.name for a in self.adapters if a.name not in kept], self.name)
-        changes |= fold(self.model, {c.name: c.omega for c in selection.kept}, self.name)
-        if optimizer is not None:
-            remap(optimizer, changes)
+        remap(optimizer, disconnect(self.model, [a.name for a in self.adapters if a.name not in kept], self.name))
         if (growth := decision.growth) is not None:
             grown = grow_adapters(
                 self.model, growth.ranks, self.name, mode=growth.mode, generator=growth.generator, **growth.options
             )
-            if optimizer is not None:
-                remap(optimizer, grown)
-        later = tie(self.model, decision.shared, self.name)
+            remap(optimizer, grown)
+        remap(optimizer, tie(self.model, decision.shared, self.name))
         if decision.restart is not None:
-            later |= restart(self.model, decision.restart, self.name)
-        if optimizer is not None:
-            remap(optimizer, later)
+            remap(optimizer, restart(self.model, decision.restart, self.name))
         self.selection = selection.with_ranks(adapters(self.model, self.name))
         trains = {p for pair in parameters(self.model, self.name).values() for p in pair if p.requires_grad}
         after = 0 if self.policy.seam is None else sum(p.numel() for p in trains)  # what is folded at the end is over
@@ -367,8 +352,6 @@ class Driver:
     def state(self) -> dict[str, Tensor]:
         """Tensors that a resumed warm-up needs beside the trainer's checkpoint."""
         state = {f"policy.{key}": value for key, value in self.policy.state().items()}
-        if self.gates is not None:
-            state |= {f"gates.{key}": value for key, value in self.gates.raw_state().items()}
         if self.formed is not None:
             state |= {f"form.{key}": value for key, value in self.formed.raw_state().items()}
         return state | {f"start.{key}": value for key, value in start_state(self.model, self.name).items()}
@@ -376,8 +359,6 @@ class Driver:
     def load_state(self, state: Mapping[str, Tensor], step: int) -> None:
         """Put :meth:`state` back, after the trainer has loaded its own checkpoint."""
         self.policy.load_state({k.removeprefix("policy."): v for k, v in state.items() if k.startswith("policy.")})
-        if self.gates is not None:
-            self.gates.load_raw_state({k.removeprefix("gates."): v for k, v in state.items() if k.startswith("gates.")})
         if self.formed is not None:
             self.formed.load_raw_state({k.removeprefix("form."): v for k, v in state.items() if k.startswith("form.")})
         start = {k.removeprefix("start."): v for k, v in state.items() if k.startswith("start.")}
