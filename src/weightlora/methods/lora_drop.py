@@ -17,6 +17,7 @@ from weightlora.methods.base import Needs
 from weightlora.methods.budgets import SpendingMethod, spread
 from weightlora.methods.checks import check_least, check_warmup
 from weightlora.methods.policy import Decision, Fresh, GrowthPlan, Restarting, Setup, StepView
+from weightlora.methods.tied_lora import sharers
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -119,11 +120,9 @@ class LoRADropPolicy(Restarting):
 
     def _groups(self) -> list[tuple[Adapter, ...]]:
         """Adapters that will share one pair."""
-        own, groups = set(self.own()), dict[tuple[Any, ...], list[Adapter]]()
-        for a in self.adapters:
-            if a.index not in own:
-                groups.setdefault((a.kind, a.shape, a.rank, a.scale), []).append(a)
-        return [tuple(group) for group in groups.values()]
+        own = set(self.own())
+        rest = [a for a in self.adapters if a.index not in own]
+        return [tuple(rest[i] for i in group) for group in sharers(rest)]
 
     def _growth(self) -> GrowthPlan | None:
         if self.method.spend is None:

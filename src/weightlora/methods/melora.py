@@ -10,7 +10,7 @@ import torch
 
 from weightlora.core import total_params
 from weightlora.errors import AdapterError
-from weightlora.graft import Adapter, Blocks, Selection
+from weightlora.graft import Adapter, Blocks
 from weightlora.methods.base import AdapterMethod
 from weightlora.methods.checks import check_least
 from weightlora.methods.policy import Factors, Fixed, HeldOut, Policy, Setup, Weights
@@ -56,16 +56,8 @@ class MELoRA(AdapterMethod):
                         f" use a divisor of {size} or other target modules"
                     )
         why = f"every adapter lives, as {self.minis} minis each"
-        return MELoRAPolicy(self, adapters, self.keep_all(adapters, why))
-
-
-class MELoRAPolicy(Fixed):
-    """Sets the minis' initial values; see :class:`MELoRA`."""
-
-    def __init__(self, method: MELoRA, adapters: tuple[Adapter, ...], selection: Selection) -> None:
-        super().__init__(adapters, selection)
-        self.minis = method.minis
-        self.setup = Setup(start=self._start, form=lambda _: Blocks(self.minis), count=self.count)
+        setup = Setup(start=self._start, form=lambda _: Blocks(self.minis), count=self._count)
+        return Fixed(adapters, self.keep_all(adapters, why), setup=setup)
 
     def _start(self, factors: Factors, weights: Weights, held_out: HeldOut | None) -> None:
         # PEFT has drawn A for d_in inputs; a mini has d_in / n, and Kaiming's bound goes with one over their root.
@@ -73,6 +65,6 @@ class MELoRAPolicy(Fixed):
             for A, _ in factors:
                 A.mul_(self.minis**0.5)
 
-    def count(self, live: Sequence[Adapter]) -> int:
+    def _count(self, live: Sequence[Adapter]) -> int:
         """``sum r (d_in + d_out)`` whatever n is."""
         return total_params([a.rank // self.minis for a in live], [a.shape for a in live])

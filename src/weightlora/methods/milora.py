@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import ClassVar
 
 import torch
@@ -11,7 +12,7 @@ from torch import Tensor
 
 from weightlora.core import minor_pair, total_params
 from weightlora.errors import AdapterError
-from weightlora.graft import Adapter, Offset, Selection
+from weightlora.graft import Adapter, Offset
 from weightlora.methods.base import AdapterMethod
 from weightlora.methods.policy import Factors, Fixed, HeldOut, Policy, Setup, Weights
 
@@ -44,7 +45,21 @@ class MiLoRA(AdapterMethod):
             if not a.scale > 0:
                 raise AdapterError(f"{a.name} has the scale {a.scale}; milora needs lora_alpha above 0")
         why = "every adapter lives, from the smallest singular directions of its weight"
-        return MiLoRAPolicy(adapters, self.keep_all(adapters, why))
+
+        def start(factors: Factors, weights: Weights, held_out: HeldOut | None) -> None:
+            with torch.no_grad():
+                for adapter, pair, W in zip(adapters, factors, weights, strict=True):
+                    for factor, value in zip(pair, minor_pair(W, adapter.rank, adapter.scale), strict=True):
+                        factor.copy_(value)
+
+        def count(live: Sequence[Adapter]) -> int:
+            """``sum r (d_in + d_out)``; the other half of the rank is constant."""
+            return total_params([a.rank // 2 for a in live], [a.shape for a in live])
+
+        # Offset takes the factors as `start` has left them; a resumed run puts its own in their place.
+        check = partial(check_dense, self.name, adapters)
+        setup = Setup(check=check, start=start, form=Offset, count=count)
+        return Fixed(adapters, self.keep_all(adapters, why), setup=setup)
 
 
 def check_ranks(method: str, ranks: Sequence[int], adapters: Sequence[Adapter]) -> None:
@@ -66,26 +81,3 @@ def check_dense(method: str, adapters: Sequence[Adapter], weights: Sequence[Tens
                 f"the weight of {a.name} is quantised ({W.dtype}, {tuple(W.shape)}); {method} needs its singular"
                 " values: load the base in float32, bfloat16 or float16"
             )
-
-
-class MiLoRAPolicy(Fixed):
-    """Sets where A and B start and what is taken away again; see :class:`MiLoRA`."""
-
-    def __init__(self, adapters: tuple[Adapter, ...], selection: Selection) -> None:
-        super().__init__(adapters, selection)
-        self.setup = Setup(
-            check=lambda weights: check_dense("milora", adapters, weights),
-            start=self._start,
-            form=Offset,  # of the factors as `start` has left them; a resumed run puts its own in their place
-            count=self.count,
-        )
-
-    def _start(self, factors: Factors, weights: Weights, held_out: HeldOut | None) -> None:
-        with torch.no_grad():
-            for adapter, (A, B), W in zip(self.adapters, factors, weights, strict=True):
-                for factor, start in zip((A, B), minor_pair(W, adapter.rank, adapter.scale), strict=True):
-                    factor.copy_(start)
-
-    def count(self, live: Sequence[Adapter]) -> int:
-        """``sum r (d_in + d_out)``; the other half of the rank is constant."""
-        return total_params([a.rank // 2 for a in live], [a.shape for a in live])

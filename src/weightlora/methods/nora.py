@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from math import isqrt
 from typing import Any, ClassVar
 
@@ -12,7 +13,7 @@ from torch import Tensor
 
 from weightlora.core import major_pair
 from weightlora.errors import AdapterError, ConfigError
-from weightlora.graft import Adapter, Form, Nest, Selection
+from weightlora.graft import Adapter, Form, Nest
 from weightlora.methods.base import AdapterMethod, Needs, Shapes
 from weightlora.methods.checks import check_least
 from weightlora.methods.milora import check_dense, check_ranks
@@ -90,39 +91,27 @@ class NoRA(AdapterMethod):
                     f"outer_rank={self.outer_rank} is below the rank {a.rank} of {a.name}; use {a.rank} or more"
                 )
         why = "every adapter lives, nested in a frozen pair"
-        return NoRAPolicy(self, adapters, self.keep_all(adapters, why))
+        outer = [self.outer(a) for a in adapters]
 
+        def start(factors: Factors, weights: Weights, held_out: HeldOut | None) -> None:
+            sizes: list[Tensor | None] = [None] * len(weights)
+            if self.calibration_batches and held_out is not None:
+                seen = [held_out.input_size(index) for index in range(len(held_out))]
+                sizes = [torch.stack(layer).mean(0) ** self.exponent for layer in zip(*seen, strict=True)]
+            with torch.no_grad():
+                for pair, r, W, size in zip(factors, outer, weights, sizes, strict=True):
+                    for factor, value in zip(pair, major_pair(W, r, size), strict=True):
+                        factor.copy_(value)
 
-class NoRAPolicy(Fixed):
-    """Reads the frozen pairs off the weights; see :class:`NoRA`."""
+        def form(factors: Factors) -> Form:
+            generator = torch.Generator().manual_seed(self.seed)
+            return Nest(outer, [a.rank for a in adapters], generator=generator, device=factors[0][0].device)
 
-    def __init__(self, method: NoRA, adapters: tuple[Adapter, ...], selection: Selection) -> None:
-        super().__init__(adapters, selection)
-        self.method = method
-        self.outer = [method.outer(a) for a in adapters]
-        self.setup = Setup(
-            check=lambda weights: check_dense("nora", adapters, weights),
-            ranks=[(r, a.scale) for r, a in zip(self.outer, adapters, strict=True)],
-            start=self._start,
-            form=self._form,
-            count=self.count,
-        )
+        def count(live: Sequence[Adapter]) -> int:
+            """``sum 2 r r'``, whatever d is."""
+            return sum(2 * outer[index] * a.rank for index, a in enumerate(live))
 
-    def _start(self, factors: Factors, weights: Weights, held_out: HeldOut | None) -> None:
-        sizes: list[Tensor | None] = [None] * len(weights)
-        if self.method.calibration_batches and held_out is not None:
-            seen = [held_out.input_size(index) for index in range(len(held_out))]
-            sizes = [torch.stack(layer).mean(0) ** self.method.exponent for layer in zip(*seen, strict=True)]
-        with torch.no_grad():
-            for pair, r, W, size in zip(factors, self.outer, weights, sizes, strict=True):
-                for factor, start in zip(pair, major_pair(W, r, size), strict=True):
-                    factor.copy_(start)
-
-    def _form(self, factors: Factors) -> Form:
-        generator = torch.Generator().manual_seed(self.method.seed)
-        inner = [a.rank for a in self.adapters]
-        return Nest(self.outer, inner, generator=generator, device=factors[0][0].device)
-
-    def count(self, live: Sequence[Adapter]) -> int:
-        """``sum 2 r r'``, whatever d is."""
-        return sum(2 * self.outer[index] * a.rank for index, a in enumerate(live))
+        ranks = [(r, a.scale) for r, a in zip(outer, adapters, strict=True)]
+        check = partial(check_dense, self.name, adapters)
+        setup = Setup(check=check, ranks=ranks, start=start, form=form, count=count)
+        return Fixed(adapters, self.keep_all(adapters, why), setup=setup)

@@ -206,8 +206,14 @@ class Policy(ABC):
 class Fixed(Policy):
     """A decision that needs no training: made at the start (``seam = 0``), or nothing to decide (``seam = None``)."""
 
-    def __init__(self, adapters: tuple[Adapter, ...], selection: Selection, seam: int | None = None) -> None:
-        super().__init__(adapters)
+    def __init__(
+        self,
+        adapters: tuple[Adapter, ...],
+        selection: Selection,
+        seam: int | None = None,
+        setup: Setup | None = None,
+    ) -> None:
+        super().__init__(adapters, setup)
         self.selection, self.seam = selection, seam
 
     def decide(self, omegas: Sequence[float]) -> Decision:

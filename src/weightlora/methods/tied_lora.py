@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 
 from weightlora.core import total_params
 from weightlora.errors import ConfigError
-from weightlora.graft import Adapter, Form, Selection, Vectors
+from weightlora.graft import Adapter, Form, Vectors
 from weightlora.methods.base import AdapterMethod, Shapes
 from weightlora.methods.checks import check_choice
 from weightlora.methods.policy import Factors, Fixed, Policy, Setup
@@ -59,7 +59,20 @@ class TiedLoRA(AdapterMethod):
     def begin(self, adapters: tuple[Adapter, ...], max_steps: int) -> Policy:
         groups = sharers(adapters)
         why = f"every adapter lives; {len(adapters)} share {len(groups)} pairs of factors"
-        return TiedPolicy(self, adapters, self.keep_all(adapters, why))
+        vectors = self.variant == "tl6"
+
+        def form(factors: Factors) -> Form:
+            ranks, widths = [A.shape[0] for A, _ in factors], [B.shape[0] for _, B in factors]
+            return Vectors(ranks, widths, factors[0][0].device)
+
+        def count(live: Sequence[Adapter]) -> int:
+            """``sum over kinds of r (d_in + d_out)``, and for tl6 ``sum over layers of r + d_out``."""
+            first = [live[group[0]] for group in groups]
+            shared = total_params([a.rank for a in first], [a.shape for a in first])
+            return shared + (sum(a.rank + a.d_out for a in live) if vectors else 0)
+
+        setup = Setup(ties=groups, form=form if vectors else None, count=count)
+        return Fixed(adapters, self.keep_all(adapters, why), setup=setup)
 
 
 def sharers(adapters: Sequence[Adapter]) -> list[list[int]]:
@@ -68,23 +81,3 @@ def sharers(adapters: Sequence[Adapter]) -> list[list[int]]:
     for position, a in enumerate(adapters):
         groups.setdefault((a.kind, a.shape, a.rank, a.scale), []).append(position)
     return list(groups.values())
-
-
-class TiedPolicy(Fixed):
-    """Ties the factors and brings u and v; see :class:`TiedLoRA`."""
-
-    def __init__(self, method: TiedLoRA, adapters: tuple[Adapter, ...], selection: Selection) -> None:
-        super().__init__(adapters, selection)
-        self.vectors = method.variant == "tl6"
-        self.groups = sharers(adapters)
-        self.setup = Setup(ties=self.groups, form=self._form if self.vectors else None, count=self.count)
-
-    def _form(self, factors: Factors) -> Form:
-        ranks, widths = [A.shape[0] for A, _ in factors], [B.shape[0] for _, B in factors]
-        return Vectors(ranks, widths, factors[0][0].device)
-
-    def count(self, live: Sequence[Adapter]) -> int:
-        """``sum over kinds of r (d_in + d_out)``, and for tl6 ``sum over layers of r + d_out``."""
-        first = [live[group[0]] for group in self.groups]
-        shared = total_params([a.rank for a in first], [a.shape for a in first])
-        return shared + (sum(a.rank + a.d_out for a in live) if self.vectors else 0)

@@ -4,17 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor
 
-from weightlora.core import coverage, credit, gate_step, gradual_k, support
-from weightlora.errors import ScheduleError
+from weightlora.core import coverage, credit, format_bytes, gate_step, gradual_k, place, support
+from weightlora.errors import BudgetError, ScheduleError
 from weightlora.graft import Adapter, Selection, block_numbers
 from weightlora.methods.checks import check_k, check_warmup
-from weightlora.methods.policy import Budget, Decision, Factors, Fresh, HeldOut, Policy, Setup, StepView, Weights
-from weightlora.methods.weightlora.affordable import most_important
+from weightlora.methods.policy import Budget, Decision, Factors, Fresh, HeldOut, Policy, Room, Setup, StepView, Weights
 
 if TYPE_CHECKING:
     from weightlora.methods.weightlora.settings import WeightLoRA
@@ -125,11 +124,11 @@ class WeightLoRAPolicy(Policy):
                 f"no adapter has a positive {what} after {self.horizon} steps, so none is worth its cost;"
                 " lower the learning rate, or raise select_after"
             )
-        found = most_important(worth, budget, self.adapters)
-        why = f"the most {what} in {self.horizon} steps within {found.words}"
+        chosen, words, facts = most_important(worth, budget, self.adapters)
+        why = f"the most {what} in {self.horizon} steps within {words}"
         shown = None if what == "omega" else scores
-        selection = self.method.choose(self.adapters, found.chosen, why, step=self.seam, omegas=omegas, scores=shown)
-        return replace(selection, placement=found.facts)
+        selection = self.method.choose(self.adapters, chosen, why, step=self.seam, omegas=omegas, scores=shown)
+        return replace(selection, placement=facts)
 
     def state(self) -> dict[str, Tensor]:
         off, out = (torch.tensor(found, dtype=torch.int64) for found in (self.held, self._out))
@@ -139,3 +138,43 @@ class WeightLoRAPolicy(Policy):
         self.credits = state["credits"].clone()
         self.held = state["off"].tolist()
         self._out = [] if self.comeback else state["out"].tolist()
+
+
+def most_important(
+    worth: Sequence[float], budget: Budget, adapters: Sequence[Adapter]
+) -> tuple[Sequence[int], str, dict[str, Any]]:
+    """The set with the highest total worth among all that fit, at the largest micro-batch at which any does.
+
+    Args:
+        worth: of every adapter, in the order of `adapters`; those at or below zero are not chosen.
+        budget: what survivors may cost.
+        adapters: all n.
+
+    Returns:
+        Indices to keep, the budget in words, and the facts that belong into the selection's record.
+
+    Raises:
+        BudgetError: not even one adapter fits at the smallest micro-batch.
+    """
+    for room in budget.rooms:
+        try:
+            found = place(worth, room.costs, room.budget)
+        except BudgetError:
+            if room is budget.rooms[-1]:
+                raise
+        else:
+            break
+    lowest = min(found.chosen, key=lambda i: room.costs.depth[i])
+    words = (
+        f"{_limit(budget, room)}: {len(found.chosen)} of {len(worth)} adapters,"
+        f" which use {found.total / room.budget:.1%} of it; backward ends at {adapters[lowest].name}"
+    )
+    facts: dict[str, Any] = {"kind": budget.kind, "budget": room.budget, "total": found.total}
+    facts |= {"depth": found.depth, "importance": found.importance, "micro_batch": room.micro_batch}
+    return found.chosen, words, facts | dict(budget.facts)
+
+
+def _limit(budget: Budget, room: Room) -> str:
+    if budget.kind == "memory":
+        return f"{format_bytes(room.budget)} of memory at a micro-batch of {room.micro_batch}"
+    return f"{room.budget:.4g} operations a step"
