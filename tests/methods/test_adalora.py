@@ -145,7 +145,7 @@ def test_masks_keep_to_the_budget_and_then_stand_still() -> None:
             assert torch.equal(policy.scores(), stats)
     tuner.finish()
     live = adapters(model)
-    assert policy.count(live) == sum(a.rank * (a.d_in + a.d_out + 1) for a in live)
+    assert policy.setup.count(live) == sum(a.rank * (a.d_in + a.d_out + 1) for a in live)
     assert sum(a.rank for a in live) == 24
 
 

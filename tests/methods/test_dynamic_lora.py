@@ -102,7 +102,7 @@ def test_cuts_follow_the_cube_and_end_for_good(preset: str, tmp_path: Path) -> N
     assert sum(a.rank for a in live) == N * 4
     assert all(abs(a.scale - 8 / 6) < 1e-12 for a in live)
     gate = 1 if preset == "paper" else 0
-    assert policy.count(live) == sum(a.rank * (a.d_in + a.d_out + gate) for a in live)
+    assert policy.setup.count(live) == sum(a.rank * (a.d_in + a.d_out + gate) for a in live)
     held = {id(p) for group in optimizer.param_groups for p in group["params"]}
     assert held == {id(p) for p in model.parameters() if p.requires_grad}
     assert export(model, tmp_path / "out", sample=batch()).max_difference <= 1e-5

@@ -88,7 +88,7 @@ def test_grows_to_the_target_and_ends_as_plain_lora(preset: str, tmp_path: Path)
     live = adapters(model)
     assert sum(a.rank for a in live) == TARGET
     assert {a.scale for a in live} == {2.0}
-    assert policy.count(live) == sum(a.rank * (a.d_in + a.d_out + (preset == "paper")) for a in live)
+    assert policy.setup.count(live) == sum(a.rank * (a.d_in + a.d_out + (preset == "paper")) for a in live)
     held = {id(p) for group in optimizer.param_groups for p in group["params"]}
     assert held == {id(p) for p in model.parameters() if p.requires_grad}
     assert not any("rank_gates" in name for name, _ in model.named_parameters())

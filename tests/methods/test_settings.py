@@ -20,7 +20,7 @@ from tests.builders import lora
 import weightlora as wl
 from weightlora.errors import ConfigError
 from weightlora.graft import adapters
-from weightlora.methods import METHODS, Method, method
+from weightlora.methods import METHODS, AdapterMethod, method
 from weightlora.methods.base import PRESETS
 
 CASES = [(name, preset) for name in METHODS for preset in PRESETS]
@@ -95,7 +95,7 @@ def test_copies_keep_what_was_given() -> None:
     assert copy.deepcopy(made) == made
 
 
-class Mine(Method):
+class Mine(AdapterMethod):
     """A method of a user's own, without a dataclass of its own."""
 
     name = "mine"

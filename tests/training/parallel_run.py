@@ -111,7 +111,7 @@ def run(job: dict[str, Any]) -> None:
     model = on_quantised(job["base"], out) if "base" in job else built(method)
     # A batch of 4 rows, or two, are held out by a method that asks for some: 32 are left, which all ways of splitting
     # share evenly.
-    count = 32 + 4 * min(2, method.held_out_batches)
+    count = 32 + 4 * min(2, method.needs.held_out)
     settings = {"save_strategy": "steps", "save_steps": 4, "per_device_eval_batch_size": 4, **job.get("arguments", {})}
     made = trainer(out / "run", model, count=count, **settings)
     rank = made.args.process_index

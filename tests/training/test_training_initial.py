@@ -234,7 +234,7 @@ def test_what_cannot_be_given_back_is_refused_before_the_first_step(
     before = {key: value.clone() for key, value in model.state_dict().items()}
     with pytest.raises(AdapterError, match=says):
         fit(trainer(tmp_path / "run", model), made)
-    held_out = [batch()] if made.held_out_batches else []
+    held_out = [batch()] if made.needs.held_out else []
     with pytest.raises(AdapterError, match=says):
         attach(model, made, torch.optim.SGD(model.parameters(), lr=0.1), max_steps=20, held_out=held_out)
     assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
