@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from weightlora.graft.adapters import adapters, factors, lora_layers, refuse_tied
 from weightlora.graft.optimizer import Change, Cut, Drop, Renew
-from weightlora.graft.surgery import scale_B, set_factors, sync_config
+from weightlora.graft.surgery import fold, set_factors, sync_config
 from weightlora.graft.variant import FormVariant
 from weightlora.ops import Engine, engine
 
@@ -52,20 +52,6 @@ class Form:
         new_A, new_B = self.effective(index, A, B)
         return new_A, new_B, None
 
-    def fold(self, index: int, layer: Any, name: str, live: Sequence[int], *, anew: bool) -> dict[nn.Parameter, Change]:
-        """Give a layer the factors to go on with; see :meth:`Formed.fold`."""
-        A, B = factors(layer, name)
-        keep = torch.tensor(list(live) or range(self.rank(index, A.shape[0])), device=A.device)
-        with torch.no_grad():
-            new_A, new_B, c = self.folded(index, A, B)
-            pair = new_A.index_select(0, keep).to(A.dtype), new_B.index_select(1, keep).to(B.dtype)
-        new = set_factors(layer, name, *(t.detach().clone() for t in pair))
-        for parameter in new:
-            parameter.requires_grad_(True)
-        if c is None or anew:
-            return {A: Renew(new[0]), B: Renew(new[1])}
-        return {A: Cut(new[0], 0, keep), B: Cut(new[1], 1, keep, c.index_select(0, keep).reciprocal())}
-
 
 class Omega(Form):
     """``dW = s omega_i B A``: one number per adapter, as one vector.
@@ -82,10 +68,6 @@ class Omega(Form):
 
     def gate(self, index: int) -> Tensor:
         return self.omega[index]
-
-    def fold(self, index: int, layer: Any, name: str, live: Sequence[int], *, anew: bool) -> dict[nn.Parameter, Change]:
-        omega = float(self.omega[index])
-        return {} if omega == 1.0 else scale_B(layer, name, omega)
 
 
 class RankGates(Form):
@@ -234,13 +216,24 @@ class Formed:
         Returns:
             How the optimizer state follows.
         """
-        changes: dict[nn.Parameter, Change] = {p: Drop() for p in self.form.parameters().values()}
-        before = [factors(layer, self.name)[0] for layer in self._layers]
-        for index, layer in enumerate(self._layers):
-            changes |= self.form.fold(index, layer, self.name, live[index] if live else (), anew=anew)
         self.detach()
-        if any(factors(layer, self.name)[0] is not A for layer, A in zip(self._layers, before, strict=True)):
-            sync_config(self.model, self.name)
+        changes: dict[nn.Parameter, Change] = {p: Drop() for p in self.form.parameters().values()}
+        for index, layer in enumerate(self._layers):
+            A, B = factors(layer, self.name)
+            ranks = (live[index] if live else ()) or range(self.form.rank(index, A.shape[0]))
+            keep = torch.tensor(list(ranks), device=A.device)
+            with torch.no_grad():
+                new_A, new_B, c = self.form.folded(index, A, B)
+                pair = new_A.index_select(0, keep).to(A.dtype), new_B.index_select(1, keep).to(B.dtype)
+            new = set_factors(layer, self.name, *(t.detach().clone() for t in pair))
+            for parameter in new:
+                parameter.requires_grad_(True)
+            if c is None or anew:
+                changes |= {A: Renew(new[0]), B: Renew(new[1])}
+            else:
+                back = c.index_select(0, keep).reciprocal()
+                changes |= {A: Cut(new[0], 0, keep), B: Cut(new[1], 1, keep, back)}
+        sync_config(self.model, self.name)
         return changes
 
     def detach(self) -> None:
@@ -307,6 +300,15 @@ class Gates(Formed):
         """Overwrite omega in place; its gradient is kept."""
         with torch.no_grad():
             self.omega.copy_(values)
+
+    def fold(self, live: Sequence[Sequence[int]] | None = None, *, anew: bool = False) -> dict[nn.Parameter, Change]:
+        """``B <- omega B`` in place, so that A and B stay the parameters that they are."""
+        self.detach()
+        omegas = dict(zip((a.name for a in self.adapters), self.omega.tolist(), strict=True))
+        for index, omega in enumerate(omegas.values()):
+            if omega == 0.0:
+                nn.init.zeros_(self.factors(index)[1])
+        return fold(self.model, {name: omega for name, omega in omegas.items() if omega != 0.0}, self.name)
 
 
 def scalar_products(model: nn.Module, name: str = "default") -> Tensor:

@@ -84,16 +84,11 @@ def fold(model: nn.Module, omegas: Mapping[str, float], name: str = "default") -
             continue
         if omega == 0.0 or not torch.isfinite(torch.tensor(omega)):
             raise AdapterError(f"omega of {path} is {omega}; only a non-zero finite gate can be folded, disconnect it")
-        changes |= scale_B(layer, name, omega)
+        B = factors(layer, name)[1]
+        with torch.no_grad():
+            B.mul_(omega)
+        changes[B] = Scale(1.0 / omega)
     return changes
-
-
-def scale_B(layer: LoraLayer, name: str, omega: float) -> dict[nn.Parameter, Change]:
-    """``B <- omega B`` of one layer, and how the optimizer follows; at 0 it forgets B."""
-    B = factors(layer, name)[1]
-    with torch.no_grad():
-        B.mul_(omega)
-    return {B: Scale(1.0 / omega) if omega else Renew(B)}
 
 
 def grow_adapters(
