@@ -138,23 +138,27 @@ def lora_params(live: Sequence[Adapter]) -> int:
 
 @dataclass(frozen=True, kw_only=True)
 class Setup:
-    """What a policy declares: what is done to the model before the first step, in this order, and what it is shown.
+    """What a policy declares. The first five are done to the model before the first step, in this order.
 
-    ``check``: refuses base layers by their weights, which are read only. ``ranks``: rank and scale to give each
-    adapter; what is added is zero in A and in B. ``ties``: groups of adapters that share A and B from the start.
-    ``start``: sets initial values, in a fresh run alone. ``form``: how the factors that compute come about, where not
-    directly (None from it: directly after all). ``gates``: the run has the omega vector, which the policy sets, or lets
-    learn. ``compares``: it is shown ``StepView.before``. ``restarts``: its decision lets survivors start again.
-    ``penalty``: a term of the loss that depends on the factors and gates alone; its gradient is added after clipping,
-    once per optimizer step, so that neither accumulation nor the task's loss changes its weight. ``count``: numbers
-    that the method has trained for these plain adapters, its parameter formula.
+    Args:
+        check: refuses base layers by their weights, ``(d_out, d_in)`` each, which are read only.
+        ranks: rank and scale to give each adapter; what is added is zero in A and in B. Empty: those it has.
+        ties: groups of adapters that share A and B from the start, by index.
+        start: sets initial values; left out where a run is resumed.
+        form: how the factors that compute come about, where not directly.
+        gates: whether the run has the omega vector, and whether the policy sets it or lets it learn.
+        compares: the policy is shown ``StepView.before``.
+        restarts: its decision lets the survivors start again.
+        penalty: a term of the loss that depends on factors and gates alone. Its gradient is added after clipping, once
+            per optimizer step, so that neither accumulation nor the task's loss changes its weight.
+        count: the parameter formula: numbers that the method has trained for these plain adapters.
     """
 
     check: Callable[[Weights], None] | None = None
     ranks: Sequence[tuple[int, float]] = ()
     ties: Sequence[Sequence[int]] = ()
     start: Callable[[Factors, Weights, HeldOut | None], None] | None = None
-    form: Callable[[Factors], Form | None] | None = None
+    form: Callable[[Factors], Form] | None = None
     gates: Literal["none", "set", "learn"] = "none"
     compares: bool = False
     restarts: bool = False

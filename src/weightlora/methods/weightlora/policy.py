@@ -27,7 +27,9 @@ class WeightLoRAPolicy(Policy):
     def __init__(self, method: WeightLoRA, adapters: tuple[Adapter, ...], max_steps: int) -> None:
         learns, ranks_gates = method.gate_lr > 0, method.score == "omega"
         setup = Setup(
-            gates="learn" if learns else "set" if ranks_gates else "none", compares=not ranks_gates, start=self._start
+            start=enlarge if method.init_A == "official" else None,
+            gates="learn" if learns else "set" if ranks_gates else "none",
+            compares=not ranks_gates,
         )
         super().__init__(adapters, setup)
         self.method = method
@@ -42,12 +44,6 @@ class WeightLoRAPolicy(Policy):
         self.credits = torch.zeros(len(adapters), dtype=torch.float64)
         self.comeback = True  # whether a gate that was projected to 0 may rise again
         self._out: list[int] = []  # those that may not
-
-    def _start(self, factors: Factors, weights: Weights, held_out: HeldOut | None) -> None:
-        if self.method.init_A == "official":
-            with torch.no_grad():
-                for A, _ in factors:
-                    A.mul_((A.shape[1] / A.shape[0]) ** 0.5)
 
     def observe(self, view: StepView) -> Sequence[Fresh]:
         if self.setup.compares:
@@ -138,6 +134,13 @@ class WeightLoRAPolicy(Policy):
         self.credits = state["credits"].clone()
         self.held = state["off"].tolist()
         self._out = [] if self.comeback else state["out"].tolist()
+
+
+def enlarge(factors: Factors, weights: Weights, held_out: HeldOut | None) -> None:
+    """Start as the official code does, with A ``sqrt(d_in / r)`` times larger."""
+    with torch.no_grad():
+        for A, _ in factors:
+            A.mul_((A.shape[1] / A.shape[0]) ** 0.5)
 
 
 def most_important(
