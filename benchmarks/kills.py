@@ -83,7 +83,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         folder = Path(name)
         data = copy_data(args.data_dir, folder / "data", ["sst2"])
         while sum(died.values()) < args.count:
-            for method in (name for name, kind in METHODS.items() if kind.trains != "none"):
+            for method in (name for name, kind in METHODS.items() if kind.learns):
                 seed = draw.randrange(1000)
                 words = ["train", *flags(method, data, seed), "--out"]
                 (alone,) = life({"out": str(folder / "whole"), "train": [*words, str(folder / "whole")], "kills": []})[
