@@ -136,7 +136,7 @@ def test_after_a_run_everything_is_the_users_again(method: Method, tmp_path: Pat
     fit(
         each,
         method,
-        **({"micro_batch": (1, 2)} if isinstance(method, AdapterMethod) else {}),
+        **({"micro_batch": 1, "final_micro_batch": 2} if isinstance(method, AdapterMethod) else {}),
         measure=method is METHODS[0],
     )
     assert each.state.global_step == 4

@@ -304,7 +304,7 @@ class Gates(Formed):
     def fold(self, live: Sequence[Sequence[int]] | None = None, *, anew: bool = False) -> dict[nn.Parameter, Change]:
         """``B <- omega B`` in place, so that A and B stay the parameters that they are."""
         self.detach()
-        omegas = dict(zip((a.name for a in self.adapters), self.omega.tolist(), strict=True))
+        omegas = dict(zip((a.name for a in self.adapters), self.omega.detach().tolist(), strict=True))
         for index, omega in enumerate(omegas.values()):
             if omega == 0.0:
                 nn.init.zeros_(self.factors(index)[1])
