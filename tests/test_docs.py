@@ -13,6 +13,11 @@ from urllib.parse import unquote
 
 import pytest
 
+import weightlora
+import weightlora.methods
+import weightlora.report
+import weightlora.tasks
+
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = [ROOT / "README.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").rglob("*.md"))]
 BLOCK = re.compile(r"(?:^<!-- *(no-run|run) *-->\n+)?^```python\n(.*?)^```$", re.MULTILINE | re.DOTALL)
@@ -138,3 +143,18 @@ def test_the_adapter_paths_tables_are_what_the_result_files_hold() -> None:
                 keys = ("times_faster_than_stock", "cpu_times_faster_than_stock")
                 cells += [f"{row[key]:.2f}" if key in row else "" for key in keys]
             assert tuple(cells) in shown, (file.name, name)
+
+
+def test_the_glossary_has_every_public_name_once() -> None:
+    """One noun for one thing: a new public name is a word of the glossary, or stands beside one."""
+    rooms = (weightlora, weightlora.methods, weightlora.tasks, weightlora.report)
+    public = {name for room in rooms for name in room.__all__}
+    rows = [
+        line.split("|")
+        for line in (ROOT / "docs" / "glossary.md").read_text(encoding="utf-8").splitlines()
+        if "|" in line
+    ]
+    listed = [name for row in rows for name in re.findall(r"`(\w+)`", row[3])]
+    words = [row[1].strip() for row in rows]
+    assert sorted(listed) == sorted(public)
+    assert len(set(words) - {"word", "---"}) == len([word for word in words if word not in ("word", "---")])
