@@ -7,9 +7,9 @@ import string
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from weightlora.report.sweeps import failures, mean_and_spread
+from weightlora.report.sweeps import failures
 from weightlora.report.tables import Table
-from weightlora.report.units import COUNT, MISSING, human
+from weightlora.report.units import COUNT, MISSING, human, mean_and_spread
 
 _TITLES = ("row", "task", "paper", "ours", "differ~ence", "seeds", "params, paper", "params, ours", "see")
 
@@ -64,7 +64,7 @@ def _row(data: Mapping[str, Any], cell: Mapping[str, Any]) -> dict[str, Any]:
         "paper": theirs,
         "ours": means or None,
         "spread": [spread for _, spread in ours] or None,
-        "difference": _mean(means) - _mean(theirs) if means and theirs else None,
+        "difference": math.fsum(means) / len(means) - math.fsum(theirs) / len(theirs) if means and theirs else None,
         "ok": len(done),
         "total": len(cell["runs"]),
         "paper_params": cell["paper"]["params"],
@@ -75,8 +75,8 @@ def _row(data: Mapping[str, Any], cell: Mapping[str, Any]) -> dict[str, Any]:
 
 def _average(printed: float, name: str, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """The row over all tasks."""
-    known = [_mean(row["ours"]) for row in rows if row["ours"]]
-    mean = _mean(known) if len(known) == len(rows) else None
+    known = [mean_and_spread(row["ours"])[0] for row in rows if row["ours"]]
+    mean = mean_and_spread(known)[0] if len(known) == len(rows) else None
     return {
         "row": name,
         "task": "ALL",
@@ -91,10 +91,6 @@ def _average(printed: float, name: str, rows: Sequence[Mapping[str, Any]]) -> di
         "params": None,
         "differs": list(dict.fromkeys(line for row in rows for line in row["differs"])),
     }
-
-
-def _mean(values: Sequence[float]) -> float:
-    return math.fsum(values) / len(values)
 
 
 def _cells(row: Mapping[str, Any], marks: Mapping[str, str], digits: int) -> tuple[str, ...]:

@@ -7,7 +7,6 @@ import io
 import json
 import math
 import os
-import statistics
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
@@ -15,6 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 from weightlora.errors import ConfigError
 from weightlora.files import new_file
 from weightlora.report.layout import Place, layout
+from weightlora.report.units import mean_and_spread
 from weightlora.runs.record import AdapterScore
 
 if TYPE_CHECKING:
@@ -207,7 +207,7 @@ def _figure(probe: Probe) -> Figure:
     total = head + foot + math.ceil(len(panels) / columns) * PANEL
     figure = Figure(figsize=(WIDTH, total), dpi=DPI, facecolor="white")
     wide = (WIDTH - left - right - gap * (columns - 1)) / columns
-    top = max(sum(_mean_and_spread(probe.magnitudes(index))) for index in range(len(probe.adapters))) or 1.0
+    top = max(sum(_bar(probe.magnitudes(index))) for index in range(len(probe.adapters))) or 1.0
     exponent = math.floor(math.log10(top))
     exponent = 0 if -2 < exponent < 4 else exponent
     last = max((block for _, block, _ in probe.adapters if block is not None), default=0)
@@ -225,11 +225,10 @@ def _figure(probe: Probe) -> Figure:
     return figure
 
 
-def _mean_and_spread(values: Sequence[float]) -> tuple[float, float]:
-    """Mean and sample standard deviation; (0, 0) of nothing, no spread of one."""
-    if not values:
-        return 0.0, 0.0
-    return statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else 0.0
+def _bar(values: Sequence[float]) -> tuple[float, float]:
+    """Mean and spread; 0 where there is none."""
+    mean, spread = mean_and_spread(values)
+    return mean or 0.0, spread or 0.0
 
 
 def _draw_panel(axes: Axes, probe: Probe, members: Sequence[tuple[int, Place]], unit: float) -> None:
@@ -240,7 +239,7 @@ def _draw_panel(axes: Axes, probe: Probe, members: Sequence[tuple[int, Place]], 
         if not values:
             continue
         x = OUTSIDE if place.block is None else place.block
-        mean, spread = _mean_and_spread(values)
+        mean, spread = _bar(values)
         times = probe.times_selected(index)
         axes.plot([x, x], [max(0.0, mean - spread), mean + spread], color=SPREAD, linewidth=4, solid_capstyle="butt")
         axes.plot([x], [mean], zorder=3, clip_on=False, **_mark(bool(times), crowded))

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import math
-import statistics
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from weightlora.errors import ConfigError
 from weightlora.report.tables import Table, comparison_table
-from weightlora.report.units import COUNT, MISSING, human
+from weightlora.report.units import COUNT, MISSING, human, mean_and_spread
 from weightlora.runs.record import Record, metric_words
 
 _TITLES = ("row", "task", "metric", "score", "seeds", "learn~ing rate", "warm- up", "trials", "adap~ters", "params")
@@ -55,20 +53,6 @@ def sweep_table(data: Mapping[str, Any]) -> Table:
         notes=tuple(notes),
         rows=tuple(rows),
     )
-
-
-def mean_and_spread(values: Sequence[float | None]) -> tuple[float | None, float | None]:
-    """Mean and sample standard deviation; (None, None) of nothing, NaN where a value is not a number.
-
-    >>> mean_and_spread([0.5, 0.75, None]), mean_and_spread([])
-    ((nan, None), (None, None))
-    """
-    if not values:
-        return None, None
-    known = [value for value in values if value is not None and math.isfinite(value)]
-    if len(known) < len(values):
-        return math.nan, None
-    return math.fsum(known) / len(known), statistics.stdev(known) if len(known) > 1 else None
 
 
 def failures(data: Mapping[str, Any]) -> list[str]:

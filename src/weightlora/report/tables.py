@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-import statistics
 import textwrap
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -13,7 +12,7 @@ from typing import Any
 
 from weightlora.errors import ConfigError
 from weightlora.report.layout import layout
-from weightlora.report.units import BYTES, COUNT, FLOPS, MISSING, SECONDS, Scale, Unit, human, ratio
+from weightlora.report.units import BYTES, COUNT, FLOPS, MISSING, SECONDS, Scale, Unit, human, mean_and_spread, ratio
 from weightlora.runs.record import PhaseRecord, Record, metric_words
 
 BASELINE = "lora"
@@ -207,6 +206,7 @@ def _row(label: str, group: Sequence[Record]) -> dict[str, Any]:
     scores = [record.score for record in done if record.score is not None]
     alive = [len(record.kept) for record in done]
     ranks = [sum(entry.rank for entry in record.kept) for record in done]
+    mean, spread = mean_and_spread(scores)
     return {
         "label": label,
         "method": group[0].method,
@@ -216,33 +216,25 @@ def _row(label: str, group: Sequence[Record]) -> dict[str, Any]:
         "ok": len(done),
         "failed": sum(record.status == "failed" for record in group),
         "total": len(group),
-        "score_mean": _mean(scores),
-        "score_spread": statistics.stdev(scores) if len(scores) > 1 and all(map(math.isfinite, scores)) else None,
+        "score_mean": mean,
+        "score_spread": spread,
         "adapters_min": min(alive, default=None),
         "adapters_max": max(alive, default=None),
         "ranks_min": min(ranks, default=None),
         "ranks_max": max(ranks, default=None),
         "n_adapters": max((record.n_adapters for record in done), default=None),
-        "trainable_params": _mean([record.trainable_params["final"] for record in done]),
+        "trainable_params": mean_and_spread([record.trainable_params["final"] for record in done])[0],
         "kept_activation_bytes": _final(done, lambda phase: phase.kept_activation_bytes),
         "flops_per_step": _final(done, lambda phase: phase.flops_per_step),
         "seconds_per_step": _final(done, lambda phase: phase.seconds_per_step),
     }
 
 
-def _mean(values: Sequence[float]) -> float | None:
-    """The mean (NaN if one value is: a diverged run is no reason to look better), or None of nothing."""
-    if not values:
-        return None
-    mean = math.fsum(values) / len(values)
-    return int(mean) if all(isinstance(value, int) for value in values) and mean.is_integer() else mean
-
-
 def _final(records: Sequence[Record], number: Callable[[PhaseRecord], float | None]) -> float | None:
     """The mean of a number of the final phases; None unless every run has it."""
     found = [number(record.final_phase) if record.final_phase else None for record in records]
     known = [value for value in found if value is not None]
-    return _mean(known) if len(known) == len(found) else None
+    return mean_and_spread(known)[0] if len(known) == len(found) else None
 
 
 def _baseline(rows: Sequence[dict[str, Any]], preset: str) -> float | None:

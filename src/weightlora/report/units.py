@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterable
+import statistics
+from collections.abc import Iterable, Sequence
 
 MISSING = "-"
 
@@ -52,6 +53,25 @@ class Unit:
     def text(self, value: float | None) -> str:
         """``value`` with the sign."""
         return MISSING if value is None else f"{self.cell(value)} {self.sign}".rstrip()
+
+
+def mean_and_spread(values: Sequence[float | None]) -> tuple[float | None, float | None]:
+    """Compute the mean and the sample standard deviation, ``sqrt(sum((x - mean)^2) / (m - 1))`` over m values.
+
+    A diverged run is no reason to look better: the mean is NaN where a value is no number, and there is no spread. One
+    value has no spread either, and nothing has neither. The mean of whole numbers that is whole stays one.
+
+    >>> mean_and_spread([0.5, 0.75]), mean_and_spread([2, 4]), mean_and_spread([0.5, None]), mean_and_spread([])
+    ((0.625, 0.1767766952966369), (3, 1.4142135623730951), (nan, None), (None, None))
+    """
+    if not values:
+        return None, None
+    known = [value for value in values if value is not None and math.isfinite(value)]
+    if len(known) < len(values):
+        return math.nan, None
+    mean = math.fsum(known) / len(known)
+    whole = all(isinstance(value, int) for value in known) and mean.is_integer()
+    return int(mean) if whole else mean, statistics.stdev(known) if len(known) > 1 else None
 
 
 def human(value: float | None, scale: Scale) -> str:
