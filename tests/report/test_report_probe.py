@@ -14,7 +14,8 @@ from matplotlib import image
 from tests.report.conftest import SHAPES
 
 from weightlora.errors import ConfigError
-from weightlora.report.probe_plot import DPI, SPREAD, STAR, WIDTH, Probe, _mean_and_spread, probe_plot
+from weightlora.report.probe_plot import DPI, SPREAD, STAR, WIDTH, Probe, probe_plot
+from weightlora.report.units import mean_and_spread
 
 
 def data_of(shape: str, seeds: int = 3, scale: float = 1.0) -> dict[str, Any]:
@@ -69,7 +70,7 @@ def test_means_and_spreads_are_numpys() -> None:
     probe = Probe.from_dict(data)
     products = np.abs(np.array([entry.products for entry in probe.seeds]))
     for index in range(len(probe.adapters)):
-        mean, spread = _mean_and_spread(probe.magnitudes(index))
+        mean, spread = mean_and_spread(probe.magnitudes(index))
         column = products[:, index][~np.isnan(products[:, index])]
         assert mean == pytest.approx(column.mean())
         assert spread == pytest.approx(column.std(ddof=1))
