@@ -162,8 +162,8 @@ def test_an_order_that_cannot_be_found_again_is_told(
     kind: str, how: str, left: int | None, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     """How many rows are left of the epoch is in the line; an order that follows from the seed is found, and no line."""
-    sizes = (None, 2) if how == "split" else (None, None)
-    result = fit(made(tmp_path, kind, steps=9), METHOD, measure=False, micro_batch=sizes)
+    after = 2 if how == "split" else None
+    result = fit(made(tmp_path, kind, steps=9), METHOD, measure=False, final_micro_batch=after)
     assert result.seam_step == 5
     if how == "resumed":
         assert "anew" not in caplog.text

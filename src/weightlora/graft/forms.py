@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
@@ -302,13 +303,14 @@ class Gates(Formed):
             self.omega.copy_(values)
 
     def fold(self, live: Sequence[Sequence[int]] | None = None, *, anew: bool = False) -> dict[nn.Parameter, Change]:
-        """``B <- omega B`` in place, so that A and B stay the parameters that they are."""
+        """``B <- omega B`` in place, so that A and B stay the parameters that they are; NaN where omega is none."""
         self.detach()
         omegas = dict(zip((a.name for a in self.adapters), self.omega.detach().tolist(), strict=True))
         for index, omega in enumerate(omegas.values()):
-            if omega == 0.0:
-                nn.init.zeros_(self.factors(index)[1])
-        return fold(self.model, {name: omega for name, omega in omegas.items() if omega != 0.0}, self.name)
+            if omega == 0.0 or not math.isfinite(omega):
+                nn.init.constant_(self.factors(index)[1], omega)
+        usable = {name: omega for name, omega in omegas.items() if omega != 0.0 and math.isfinite(omega)}
+        return fold(self.model, usable, self.name)
 
 
 def scalar_products(model: nn.Module, name: str = "default") -> Tensor:
