@@ -112,7 +112,7 @@ def _check_bounds(each: Field[Any], value: Any) -> None:
     if isinstance(value, bool) or not isinstance(value, int | float):
         return
     fits = (
-        math.isfinite(value)
+        (isinstance(value, int) or math.isfinite(value))
         and value >= about.get("least", value)
         and value <= about.get("most", value)
         and not value <= about.get("above", -math.inf)

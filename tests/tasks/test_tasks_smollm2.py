@@ -82,7 +82,7 @@ def test_a_plan_says_what_is_counted(smollm2: Path, loaded: LoadedModel) -> None
     fast_path(model)
     ids = torch.full((2, 16), 5)
     kept = kept_bytes(model, lambda: model(input_ids=ids, labels=ids).loss)
-    parts = planner.estimate.parts(planner.warmup(), 2)
+    parts = planner.estimate.cost(planner.warmup(), 2)
     assert planner.estimate.activations(planner.warmup(), 2) == pytest.approx(kept, rel=0.01)
     held = sum(t.numel() * t.element_size() for t in (*model.parameters(), *model.buffers()))
     assert parts.weights + parts.adapters == held
