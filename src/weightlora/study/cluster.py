@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import json
 import os
-from collections.abc import Generator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -40,10 +39,17 @@ class Cluster:
                 raise ConfigError(f"ray_{name}={value} is not allowed; use what one run takes, such as 1")
 
 
-def spread(jobs: Sequence[tuple[str, str]], cluster: Cluster) -> Generator[tuple[int, str | None, str], None, None]:
-    """Run jobs (configuration as JSON, folder) at once, and give back ``(index, record as JSON or None, error)``.
+def spread(
+    jobs: Sequence[tuple[str, str]], cluster: Cluster, work: Callable[[str, str, str], str]
+) -> Generator[tuple[int, str | None, str], None, None]:
+    """Run jobs at once, and give back ``(index, what the work returned or None, error)`` as they end.
 
-    In the order in which they end. A run whose worker dies is started again elsewhere and resumes by itself.
+    A job whose worker dies is started again elsewhere; the work must go on by itself where it was.
+
+    Args:
+        jobs: a run's description as JSON, and its folder.
+        cluster: where.
+        work: called in a worker with a job and the directory that relative paths are from.
 
     Raises:
         ConfigError: Ray is not installed, or there is no cluster at this address.
@@ -56,7 +62,7 @@ def spread(jobs: Sequence[tuple[str, str]], cluster: Cluster) -> Generator[tuple
         _connect(ray, cluster.address)
     try:
         gpus = cluster.gpus if cluster.gpus is not None else min(1, ray.cluster_resources().get("GPU", 0))
-        run = ray.remote(num_cpus=cluster.cpus, num_gpus=gpus, max_retries=RETRIES)(run_one)
+        run = ray.remote(num_cpus=cluster.cpus, num_gpus=gpus, max_retries=RETRIES)(work)
         here = str(Path.cwd())
         waiting = {run.remote(config, folder, here): index for index, (config, folder) in enumerate(jobs)}
         while waiting:
@@ -69,15 +75,6 @@ def spread(jobs: Sequence[tuple[str, str]], cluster: Cluster) -> Generator[tuple
     finally:
         if own:
             ray.shutdown()
-
-
-def run_one(config: str, folder: str, directory: str) -> str:
-    """What a worker does. Relative paths in the configuration are those of the `directory` it was asked from."""
-    from weightlora.runs.spec import RunSpec
-    from weightlora.study.jobs import attempt
-
-    os.chdir(directory)
-    return attempt(RunSpec.from_dict(json.loads(config)), Path(folder), quiet=True).to_json()
 
 
 def _import_ray() -> Any:

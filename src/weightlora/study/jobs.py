@@ -6,6 +6,7 @@ import contextlib
 import hashlib
 import json
 import logging
+import os
 import re
 import time
 import traceback
@@ -167,13 +168,19 @@ def _here(jobs: Sequence[Job], quiet: bool) -> Iterator[tuple[int, Record]]:
 def _there(jobs: Sequence[Job], cluster: Cluster) -> Iterator[tuple[int, Record]]:
     asked = [(json.dumps(job.spec.to_dict()), str(job.folder.absolute())) for job in jobs]
     # Closed on an exception here, too: a Ray that was started for this must not stay.
-    with contextlib.closing(spread(asked, cluster)) as answers:
+    with contextlib.closing(spread(asked, cluster, run_there)) as answers:
         for index, text, error in answers:
             job = jobs[index]
             if text is not None:
                 yield index, Record.from_json(text)
             else:
                 yield index, write_failure(job.spec, job.folder, error, f"{error}\n")
+
+
+def run_there(description: str, folder: str, directory: str) -> str:
+    """Do in a worker what :func:`attempt` does; relative paths are those of the `directory` it was asked from."""
+    os.chdir(directory)
+    return attempt(RunSpec.from_dict(json.loads(description)), Path(folder), quiet=True).to_json()
 
 
 def _duration(seconds: float) -> str:
