@@ -96,7 +96,7 @@ class TrainingSpec:
         ConfigError: a value that is not allowed.
     """
 
-    seed: int = setting(0, "of everything random (default: 0)", least=0, below=2**32)
+    seed: int = setting(0, "of everything random (default: 0)", least=0, below=2**32, use="0 or more, below 2^32")
     micro_batch: int | None = setting(
         None, "examples per forward pass until the seam; the effective batch is held", metavar="N"
     )

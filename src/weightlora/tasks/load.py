@@ -79,8 +79,6 @@ def read_task(spec: TaskSpec, model: str | None = None) -> Task:
     check_name(spec.name)
     if spec.name in CLASSIFICATIONS:
         return _told(spec, read_classification(spec), model)
-    if asked := spec.options("classify_by", "prompt", "label_words"):
-        raise ConfigError(f"{next(iter(asked))} belongs to classification, not to task {spec.name!r}; drop it")
     tables = read_splits(spec)
     if spec.name in SQUAD:
         return _squad(spec, tables)

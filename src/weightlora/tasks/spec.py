@@ -14,6 +14,8 @@ OWN_TABLE = "files"
 JSONL = (".jsonl", ".json", ".ndjson")
 """Endings of a path that is a task by itself: a file of prompts and completions, or of chats."""
 SQUAD = ("squad", "squad_v2")
+TEXT = (*SQUAD, "xsum", "cnn_dailymail", "gsm8k", "JSONL")
+"""Tasks without classes; "JSONL" stands for a path."""
 _LENGTHS = {"squad": 384, "squad_v2": 384, "xsum": 256, "cnn_dailymail": 256, "gsm8k": 512}
 _CLASSIFICATION_LENGTH, _FILE_LENGTH = 128, 512
 _ROWS = "a positive count, or leave it out for all rows"
@@ -86,8 +88,9 @@ class TaskSpec:
         use="a part of the training rows such as 0.1",
     )  # fmt: skip
     split_seed: int = setting(
-        0, "draws the rows of --holdout and --max-...-samples (default: 0)", metavar="N", least=0, below=2**32
-    )
+        0, "draws the rows of --holdout and --max-...-samples (default: 0)", metavar="N", least=0, below=2**32,
+        use="0 or more, below 2^32",
+    )  # fmt: skip
     max_length: int = setting(
         0, "tokens per input (default: 128; squad 384, summaries 256, text 512)", metavar="N", least=0
     )
@@ -112,7 +115,7 @@ class TaskSpec:
     )
     max_target_length: int | None = setting(
         None, "tokens per summary (default: 160) or generated answer (gsm8k: 256)", metavar="N",
-        only=("xsum", "cnn_dailymail", "gsm8k"),
+        only=TEXT[2:5],
     )  # fmt: skip
 
     def __post_init__(self) -> None:
@@ -125,6 +128,8 @@ class TaskSpec:
                 raise ConfigError(
                     f"{each.name} belongs to task {several}, not to {self.name!r}; drop it, or use that task"
                 )
+        if kind in TEXT and (given := self.options("classify_by", "prompt", "label_words")):
+            raise ConfigError(f"{next(iter(given))} belongs to classification, not to task {self.name!r}; drop it")
         if not self.max_length:
             usual = _FILE_LENGTH if kind == "JSONL" else _LENGTHS.get(self.name, _CLASSIFICATION_LENGTH)
             object.__setattr__(self, "max_length", usual)
