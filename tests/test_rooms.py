@@ -55,13 +55,16 @@ ROOMS: dict[str, Room] = {
     "errors": Room(),
     "files": Room(),
     "settings": Room(),
+    "decoding": Room(),
     "core": Room(packages=names("torch")),
     "ops": Room(packages=names("torch triton")),
     "graft": Room(rooms=names("core ops files"), packages=names("torch peft transformers safetensors")),
     "cost": Room(rooms=names("core graft settings"), packages=names("lazy_loader torch numpy transformers")),
     "cost.plan_spec": Room(rooms=names("settings cost.tensors"), eager=names("settings")),
     "methods": Room(rooms=names("core graft settings"), packages=names("torch")),
-    "training": Room(rooms=names("methods cost graft files"), packages=names("torch numpy transformers accelerate")),
+    "training": Room(
+        rooms=names("methods cost graft files decoding"), packages=names("torch numpy transformers accelerate")
+    ),
     "tasks": Room(
         rooms=names("files settings"),
         packages=names(
@@ -81,13 +84,12 @@ ROOMS: dict[str, Room] = {
     ),
     "study": Room(rooms=names(f"{INNER} files settings"), packages=names("ray")),
     "study.spec": Room(rooms=names("settings"), eager=names("settings")),
-    "runs.record": Room(rooms=names("files runs.strict_json")),
-    "runs.strict_json": Room(),
-    "report": Room(rooms=names("runs.record files"), packages=names("matplotlib jinja2")),
+    "runs.record": Room(rooms=names("files decoding")),
+    "report": Room(rooms=names("runs.record files decoding"), packages=names("matplotlib jinja2")),
     "cli": Room(
         rooms=names(f"{INNER} study report files settings") | {""},
         packages=names("transformers"),
-        eager=names("files settings"),
+        eager=names("files settings decoding"),
     ),
 }
 

@@ -15,9 +15,9 @@ import sys
 from pathlib import Path
 from typing import Any, Literal
 
+from weightlora.decoding import decode, kind_of, refuse_constant, require, to_plain
 from weightlora.errors import CheckpointError, ConfigError
 from weightlora.files import write_text
-from weightlora.runs.strict_json import decode, kind_of, refuse_constant, require, to_plain
 
 SCHEMA_VERSION = 1
 EVAL_LOSS = "eval_loss"

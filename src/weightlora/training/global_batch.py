@@ -10,6 +10,7 @@ from typing import Any
 
 from transformers import Trainer
 
+from weightlora.decoding import decode_part
 from weightlora.errors import CheckpointError
 from weightlora.training.trainer import average_micro_batches, use_batch
 
@@ -48,12 +49,9 @@ class GlobalBatch:
         Raises:
             CheckpointError: they are damaged.
         """
-        try:
-            found = cls(**data["batch"])
-        except (KeyError, TypeError) as error:
-            raise CheckpointError(f"{where}: the manifest is damaged: {error}") from None
+        found: GlobalBatch = decode_part(cls, data, "batch", where)
         for number in (found.processes, found.examples, found.parts):
-            if not (isinstance(number, int) and 0 < number < 2**31):
+            if not 0 < number < 2**31:
                 raise CheckpointError(f"{where}: the manifest is damaged: {number!r} is no size of a batch")
         return found
 

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from weightlora.decoding import decode
 from weightlora.errors import CheckpointError, ConfigError
 from weightlora.files import write_text
 from weightlora.graft import fingerprint
@@ -46,12 +47,12 @@ class Run:
             CheckpointError: the file is damaged.
         """
         try:
-            found = cls(**json.loads(path.read_text(encoding="utf-8")))
+            found: Run = decode(cls, json.loads(path.read_text(encoding="utf-8")), "")
         except FileNotFoundError:
             return None
-        except (OSError, ValueError, RecursionError, TypeError) as error:
+        except (OSError, ValueError, RecursionError, CheckpointError) as error:
             raise CheckpointError(f"{path} is damaged: {error}") from None
-        if not (isinstance(found.id, str) and found.id and isinstance(found.method, dict)):
+        if not found.id:
             raise CheckpointError(f"{path} is damaged: it names no run")
         return found
 

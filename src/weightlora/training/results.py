@@ -11,6 +11,7 @@ from torch import nn
 from transformers import Trainer
 
 from weightlora.cost.measure import PeakMemory, StepCost
+from weightlora.decoding import decode_part
 from weightlora.errors import CheckpointError
 from weightlora.graft import Selection
 from weightlora.methods import Method
@@ -82,13 +83,10 @@ def read_progress(data: Mapping[str, Any], where: Path) -> tuple[float, list[Pha
     Raises:
         CheckpointError: they are damaged.
     """
-    try:
-        phases = [PhaseResult(**phase) for phase in data.get("phases", [])]
-        spent = float(data.get("seconds", 0.0))
-    except (TypeError, ValueError, OverflowError) as error:
-        raise CheckpointError(f"{where}: the manifest is damaged: {error}") from None
+    phases = decode_part(tuple[PhaseResult, ...], {"phases": [], **data}, "phases", where)
+    spent: float = decode_part(float, {"seconds": 0.0, **data}, "seconds", where)
     numbers = [spent, *(value for phase in phases for name, value in vars(phase).items() if name != "name")]
     for number in numbers:
-        if number is not None and not (isinstance(number, int | float) and 0 <= number < 2**63):
+        if number is not None and not 0 <= number < 2**63:
             raise CheckpointError(f"{where}: the manifest is damaged: {number!r} is no cost of a phase")
-    return spent, phases
+    return spent, list(phases)

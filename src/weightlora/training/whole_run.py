@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from transformers import TrainerCallback
 
+from weightlora.decoding import decode_part
 from weightlora.errors import CheckpointError
 from weightlora.training.processes import mean_over_processes
 
@@ -54,12 +55,9 @@ class Losses:
         Raises:
             CheckpointError: they are damaged.
         """
-        try:
-            found = cls(**data["losses"])
-        except (KeyError, TypeError) as error:
-            raise CheckpointError(f"{where}: the manifest is damaged: {error}") from None
+        found: Losses = decode_part(cls, data, "losses", where)
         for number in (found.total, found.since, found.logged):
-            if not (isinstance(number, int | float) and abs(number) < LARGEST):
+            if not abs(number) < LARGEST:
                 raise CheckpointError(f"{where}: the manifest is damaged: {number!r} is no loss and no step")
         return found
 

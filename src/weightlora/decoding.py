@@ -1,4 +1,4 @@
-"""Dataclasses as strict JSON and back: what was written is checked against the types that the schema promises."""
+"""Dataclasses as strict JSON and back: what is read is checked against the types that their fields declare."""
 
 from __future__ import annotations
 
@@ -44,6 +44,20 @@ def to_plain(value: Any, where: str) -> Any:
     return value
 
 
+def decode_part(hint: Any, data: Mapping[str, Any], key: str, file: object) -> Any:
+    """Decode one entry of a manifest's data as the type `hint` says.
+
+    Raises:
+        CheckpointError: it is not there, or damaged; the message names the file.
+    """
+    if key not in data:
+        raise CheckpointError(f"{file}: the manifest is damaged: it has no key {key!r}")
+    try:
+        return decode(hint, data[key], key)
+    except CheckpointError as error:
+        raise CheckpointError(f"{file}: the manifest is damaged: {error}") from None
+
+
 def decode(hint: Any, value: Any, where: str) -> Any:
     """``value`` (from JSON) as the type ``hint`` says, or CheckpointError naming ``where``."""
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
@@ -76,7 +90,7 @@ def _decode_object(hint: Any, data: dict[str, Any], where: str) -> Any:
     optional = {f.name for f in dataclasses.fields(hint) if f.default_factory is not dataclasses.MISSING}
     for name in hints:
         if name not in data and name not in optional:
-            raise CheckpointError(f"the record has no key '{dot}{name}'")
+            raise CheckpointError(f"it has no key '{dot}{name}'")
     return hint(**{name: decode(kind, data[name], f"{dot}{name}") for name, kind in hints.items() if name in data})
 
 
