@@ -75,7 +75,7 @@ def test_a_preset_of_a_papers_has_one_rate() -> None:
         assert wl.method("adalora", preset).rate_of("x.lora_A.default.weight") == 1.0
     assert wl.AdaLoRA().rate_of("x.lora_A.default.weight") == 3.0
     assert wl.AdaLoRA(adapter_rate=0.5).rate_of("form_rank_gates") == 0.5
-    assert wl.VeRA().rate_of("x.vera_lambda_b.default") == 100.0
+    assert wl.VeRA().rate_of("x.vera_lambda_b.default") == 10.0
     assert wl.VBLoRA(adapter_rate=1.0).rate_of("x.vblora_logits_A.default") == 10.0
     assert wl.AdaLoRA().rate_of("transform_layer.weight") == 1.0
     with pytest.raises(ConfigError, match=r"adapter_rate=0 is not usable; use a multiple above 0"):

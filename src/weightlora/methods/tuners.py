@@ -52,7 +52,6 @@ class VeRA(TunerMethod):
     name: ClassVar[str] = "vera"
     kind: ClassVar[str] = "VERA"
     spending: ClassVar[str] = "above a rank of 1024 the frozen pair costs more operations than the layers it sits on"
-    rate: ClassVar[float] = 10.0  # measured; see docs/methods.md
     rates: ClassVar[Mapping[str, float]] = {"vera_lambda": 10.0}
     presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {"official": {"r": 1024}}
     MAX_RANK: ClassVar[int] = 1024  # what the official script uses; more is all cost
