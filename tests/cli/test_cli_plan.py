@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -37,6 +38,18 @@ def test_a_process_that_ends_early_says_all_and_how_it_went(
     assert killer.finish(killer.start(words, err, out)) == status
     assert out.read_text(encoding="utf-8") == here.out
     assert err.read_text(encoding="utf-8").endswith(here.err)
+
+
+def test_a_reader_that_has_read_enough_ends_it_quietly(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As `weightlora plan | head -1` does."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    with os.fdopen(writer, "w", buffering=1) as stdout:
+        monkeypatch.setattr("sys.stdout", stdout)
+        assert weightlora(*PLAN) == 0
+    assert capsys.readouterr().err == ""
 
 
 def test_the_json_alone_on_standard_output(capsys: pytest.CaptureFixture[str]) -> None:

@@ -42,10 +42,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     words = dashed(sys.argv[1:] if argv is None else argv)
     if not words or words[0] not in COMMANDS:
         parser = build_parser()
-        if not words:
+        if words:
+            parser.parse_args(words)
+        else:
             parser.print_help()
-            return 2
-        parser.parse_args(words)
         return 2
     name = words[0]
     options = argparse.Namespace()
@@ -59,6 +59,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         which = f" (process {_number()})" if _number() else ""
         print(f"weightlora {name}: error: {error}{which}", file=sys.stderr)
         return 2
+    except BrokenPipeError:  # whoever read what is printed has read enough, as `| head` does
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
     except OSError as error:
         if error.filename is None and not disk_is_full(error):
             raise  # no file of the user's: ours to mend
