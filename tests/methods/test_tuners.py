@@ -47,7 +47,7 @@ def test_trains_as_peft_driven_by_hand(name: str, tmp_path: Path) -> None:
     plain = trainer(tmp_path / "a", wrapped(BY_HAND[name]()))
     named = [(n, p) for n, p in plain.model.named_parameters() if p.requires_grad]
     # Decay and rates by hand: what the trainer does, and the method's factors on top.
-    factors = {"vera": {"vera_lambda": 100.0}, "vb_lora": {"vblora_vector": 10.0, "vblora_logits": 100.0}}.get(name, {})
+    factors = {"vera": {"vera_lambda": 10.0}, "vb_lora": {"vblora_vector": 10.0, "vblora_logits": 100.0}}.get(name, {})
     decayed = set(plain.get_decay_parameter_names(plain.model))
     groups = [
         {"params": [p], "lr": 1e-2 * factor, "weight_decay": 0.01 * (n in decayed)}
