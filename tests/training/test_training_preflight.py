@@ -288,7 +288,7 @@ def test_one_line_for_what_is_no_trainer_method_or_optimizer(tmp_path: Path) -> 
         "max_steps=0 is not allowed": lambda: wl.attach(model, METHOD, optimizer, max_steps=0),
         "engine 3 is unknown": lambda: wl.attach(model, METHOD, optimizer, engine=3),  # type: ignore[arg-type]
         r"micro_batch='2' is not allowed": lambda: wl.fit(made, METHOD, micro_batch="2"),  # type: ignore[arg-type]
-        "micro_batch=3 is not allowed; use a pair": lambda: wl.fit(made, METHOD, micro_batch=3),  # type: ignore[arg-type]
+        "final_micro_batch=0 is not allowed": lambda: wl.fit(made, METHOD, final_micro_batch=0),
         "log_omegas 'some' is unknown": lambda: wl.fit(made, METHOD, log_omegas="some"),  # type: ignore[arg-type]
         "model is a Trainer": lambda: wl.attach(made, METHOD, optimizer),  # type: ignore[arg-type]
     }  # fmt: skip

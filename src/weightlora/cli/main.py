@@ -52,9 +52,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         # The time of a plan is imports and one trace, where little dies that collecting could find.
         with _collection_paused() if name == "plan" else contextlib.nullcontext():
-            given = _read(name, words[1:], options)
-            _check_processes(name, given)
-            return COMMANDS[name].run(given)
+            _check_processes(name, words)
+            return COMMANDS[name].run(_read(name, words[1:], options))
     except WeightLoRAError as error:
         which = f" (process {_number()})" if _number() else ""
         print(f"weightlora {name}: error: {error}{which}", file=sys.stderr)
@@ -104,11 +103,11 @@ def _read(name: str, words: Sequence[str], options: argparse.Namespace) -> Given
     return Given(options=options, recipe=beneath, flags={**own, **given_settings(options, rest, parser)})
 
 
-def _check_processes(name: str, given: Given) -> None:
+def _check_processes(name: str, words: Sequence[str]) -> None:
     """Most commands have nothing to share out among the processes of a launcher, and would all write the same files."""
     from weightlora.runs.together import launched
 
-    if launched() > 1 and (not COMMANDS[name].shared or getattr(given.options, "dry_run", False)):
+    if launched() > 1 and (not COMMANDS[name].shared or "--dry-run" in words):
         raise ConfigError(
             f"{launched()} processes were started, and only train and resume share their work; start"
             f" `weightlora {name}` in one process, without torchrun or accelerate launch"
