@@ -97,6 +97,7 @@ def test_no_words_no_zero_shot(small_data: Path, tmp_path: Path, capsys: pytest.
     settings = {"task": "sst2", "data_dir": str(small_data)}
     assert "zero-shot" not in all_methods(spec(model="bert-tiny-shape", **settings))
     assert "zero-shot" in all_methods(spec(model="llama-small-shape", classify_by="answer", **settings))
+    assert "zero-shot" in all_methods(spec(model="smollm2", **settings)), "a pretrained decoder answers unasked"
 
 
 @pytest.mark.slow

@@ -151,7 +151,7 @@ def make_grid(recipe: Overlay, given: Overlay) -> Grid:
               for each in (recipe, given)]  # fmt: skip
     tasks = entries(lists.tasks or around[1].get("task", around[0].get("task", "docstrings")), "tasks", "task")
     if lists.methods == "all":
-        shared = RunSpec.of(*around, {"task": tasks[0][0], "method": "lora"}, lenient=True)
+        shared = RunSpec.of(*around, tasks[0][1], {"task": tasks[0][0], "method": "lora"}, lenient=True)
         rows: list[tuple[str, Overlay]] = [(name, {}) for name in all_methods(shared if len(tasks) == 1 else None)]
     else:
         rows = entries(lists.methods or "weightlora", "methods", "method")
@@ -180,7 +180,7 @@ def _cell(around: Sequence[Overlay], row: tuple[str, Overlay], task: tuple[str, 
 
 def all_methods(spec: RunSpec | None) -> list[str]:
     """Name every method; asking the model as it is needs a task that is answered in words, and so one task alone."""
-    in_words = spec is not None and read_task(spec.task).head in LANGUAGE
+    in_words = spec is not None and read_task(spec.task, spec.model.name).head in LANGUAGE
     return [name for name, kind in METHODS.items() if in_words or kind.learns]
 
 
