@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -145,10 +145,10 @@ def make_grid(recipe: Overlay, given: Overlay) -> Grid:
         ConfigError: a list that is none, or a setting that is not allowed.
     """
     together = {**recipe, **given}
-    lists = GridSpec(**{name: together[name] for name in GridSpec.__dataclass_fields__ if name in together})
+    own = {each.name for each in fields(GridSpec)}
+    lists = GridSpec(**{name: together[name] for name in own & set(together)})
     check(lists)
-    around = [{name: value for name, value in each.items() if name not in GridSpec.__dataclass_fields__}
-              for each in (recipe, given)]  # fmt: skip
+    around = [{name: value for name, value in each.items() if name not in own} for each in (recipe, given)]
     tasks = entries(lists.tasks or around[1].get("task", around[0].get("task", "docstrings")), "tasks", "task")
     if lists.methods == "all":
         shared = RunSpec.of(*around, tasks[0][1], {"task": tasks[0][0], "method": "lora"}, lenient=True)
@@ -172,9 +172,8 @@ def _cell(around: Sequence[Overlay], row: tuple[str, Overlay], task: tuple[str, 
     label, own = row
     named = {"method": own.get("method", label), "task": task[0]}
     between = {**task[1], **{name: value for name, value in own.items() if name not in ("method", "name")}}
-    parse_method(str(named["method"]))
     last = {} if rank is None else {"r": rank}
-    spec = RunSpec.of({"method": "weightlora"}, recipe, between, given, named, last, lenient=True)
+    spec = RunSpec.of(recipe, between, given, named, last, lenient=True)
     return Cell(row=label if rank is None else f"{label} r={rank}", spec=spec)
 
 
@@ -182,18 +181,6 @@ def all_methods(spec: RunSpec | None) -> list[str]:
     """Name every method; asking the model as it is needs a task that is answered in words, and so one task alone."""
     in_words = spec is not None and read_task(spec.task, spec.model.name).head in LANGUAGE
     return [name for name, kind in METHODS.items() if in_words or kind.learns]
-
-
-def parse_method(text: str, preset: str = "recommended") -> tuple[str, str]:
-    """Read "name" or "name:preset".
-
-    >>> parse_method("weightlora:paper")
-    ('weightlora', 'paper')
-    """
-    name, _, own = text.partition(":")
-    if name not in METHODS:
-        raise ConfigError(f"method {name!r} is unknown; the methods are {', '.join(METHODS)}")
-    return name, own or preset
 
 
 def entries(listed: Any, what: str, key: str) -> list[tuple[str, Overlay]]:
