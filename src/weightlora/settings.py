@@ -34,7 +34,6 @@ def setting(  # noqa: PLR0913 - one argument per fact about a field
     flag: str | None = None,
     choices: Sequence[str] = (),
     least: float | None = None,
-    most: float | None = None,
     above: float | None = None,
     below: float | None = None,
     only: Sequence[str] = (),
@@ -48,11 +47,11 @@ def setting(  # noqa: PLR0913 - one argument per fact about a field
         metavar: the name of its value there.
         flag: the flag's name, where it is not the field's.
         choices: the words that are allowed, beside None where the type allows it.
-        least, most, above, below: bounds of a number; `above` and `below` are not allowed themselves.
+        least, above, below: bounds of a number; `above` and `below` are not allowed themselves.
         only: names of the tasks that have it; empty: all.
         use: what to use instead of a value that is out of bounds; "" for words made from the bounds.
     """
-    bounds = {"least": least, "most": most, "above": above, "below": below}
+    bounds = {"least": least, "above": above, "below": below}
     given = {name: bound for name, bound in bounds.items() if bound is not None}
     about = {"help": help, "metavar": metavar, "flag": flag, "choices": tuple(choices), "only": tuple(only), "use": use}
     if isinstance(default, dict):
@@ -114,12 +113,11 @@ def _check_bounds(each: Field[Any], value: Any) -> None:
     fits = (
         (isinstance(value, int) or math.isfinite(value))
         and value >= about.get("least", value)
-        and value <= about.get("most", value)
         and not value <= about.get("above", -math.inf)
         and not value >= about.get("below", math.inf)
     )
     if not fits:
-        words = {"least": "{:g} or more", "above": "more than {:g}", "most": "at most {:g}", "below": "less than {:g}"}
+        words = {"least": "{:g} or more", "above": "more than {:g}", "below": "less than {:g}"}
         bounds = " and ".join(text.format(about[name]) for name, text in words.items() if name in about)
         raise ConfigError(f"{each.name}={value} is not allowed; use {about['use'] or bounds or 'a finite number'}")
 

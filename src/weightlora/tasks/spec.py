@@ -14,7 +14,9 @@ OWN_TABLE = "files"
 JSONL = (".jsonl", ".json", ".ndjson")
 """Endings of a path that is a task by itself: a file of prompts and completions, or of chats."""
 SQUAD = ("squad", "squad_v2")
-TEXT = (*SQUAD, "xsum", "cnn_dailymail", "gsm8k", "JSONL")
+GENERATED = ("xsum", "cnn_dailymail", "gsm8k")
+"""Tasks that are judged by text that the model writes."""
+TEXT = (*SQUAD, *GENERATED, "JSONL")
 """Tasks without classes; "JSONL" stands for a path."""
 _LENGTHS = {"squad": 384, "squad_v2": 384, "xsum": 256, "cnn_dailymail": 256, "gsm8k": 512}
 _CLASSIFICATION_LENGTH, _FILE_LENGTH = 128, 512
@@ -115,7 +117,7 @@ class TaskSpec:
     )
     max_target_length: int | None = setting(
         None, "tokens per summary (default: 160) or generated answer (gsm8k: 256)", metavar="N",
-        only=TEXT[2:5],
+        only=GENERATED,
     )  # fmt: skip
 
     def __post_init__(self) -> None:
