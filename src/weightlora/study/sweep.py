@@ -180,7 +180,10 @@ def _cannot_start(grid: Grid, folder: Path) -> dict[str, str]:
     """
     if len({cell.spec.task.name for cell in grid.cells}) > 1:
         return {}
-    first = {cell.row: _trials(grid, cell, folder) or _finals(grid, cell, {}, folder) for cell in grid.cells}
+    first = {
+        cell.row: _trials(grid, cell, folder) or _finals(grid, cell, grid.settings(cell)[0], folder)
+        for cell in grid.cells
+    }
     waiting = [cell for cell in grid.cells if not all(finished(job.folder) for job in first[cell.row])]
     if waiting:
         check_shared(waiting[0].spec)
