@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -49,15 +50,15 @@ class Given:
     def show(self, result: str, *lines: str) -> None:
         """Write the result for machines where --json asks for it; print lines for people, unless that is the place."""
         target = self.options.json
-        if target == "-":
-            print(result)
-            return
-        if target is not None:
+        if target not in (None, "-"):
             from weightlora.files import write_text
 
             write_text(Path(target), result if result.endswith("\n") else result + "\n")
-        for line in lines:
-            print(line)
+        said = [result] if target == "-" else list(lines)
+        try:
+            print("\n".join(said), end="\n" if said else "", flush=True)
+        except BrokenPipeError:  # whoever reads has read enough, as `| head` does; how it went is still to be told
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
     def show_json(self, result: Any, *lines: str) -> None:
         """:meth:`show` plain data."""

@@ -58,9 +58,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         which = f" (process {_number()})" if _number() else ""
         print(f"weightlora {name}: error: {error}{which}", file=sys.stderr)
         return 2
-    except BrokenPipeError:  # whoever read what is printed has read enough, as `| head` does
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
     except OSError as error:
         if error.filename is None and not disk_is_full(error):
             raise  # no file of the user's: ours to mend
