@@ -193,7 +193,9 @@ def test_a_figure_runs_dry(figure: str, command: str, tmp_path: Path, capsys: py
     out, plan = tmp_path / "out", tmp_path / "plan.json"
     words = ("reproduce", figure, "--dry-run", "--scale", "small", "--out", out, "--json", plan)
     assert weightlora(*words) == 0
-    assert capsys.readouterr().out.startswith(f"would run: weightlora {command}, ")
+    said = capsys.readouterr().out
+    assert said.startswith(f"would run: weightlora {command} --model minilm ")
+    assert "--max-steps" in said
     assert not out.exists()
     assert read(plan)["config"]["model"] == "minilm"  # of the small scale, which has the last word
     if figure == "figure3":

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import fields
 from typing import Any
 
@@ -33,6 +33,21 @@ def dashed(words: Sequence[str]) -> list[str]:
     """
     flags = [word.partition("=") if word.startswith("--") else ("", "", word) for word in words]
     return [name.replace("_", "-") + equals + value for name, equals, value in flags]
+
+
+def words_of(settings: Mapping[str, Any]) -> list[str]:
+    """Write settings as words of a command line.
+
+    >>> words_of({"max_steps": 9, "seeds": [0, 1], "regression": True, "holdout": None})
+    ['--max-steps', '9', '--seeds', '0,1', '--regression']
+    """
+    words: list[str] = []
+    for name, value in settings.items():
+        if value is None or value is False:
+            continue
+        text = ",".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
+        words += [_flag(name)] if value is True else [_flag(name), text]
+    return words
 
 
 def add_spec(parser: argparse.ArgumentParser, kind: type, title: str) -> None:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import shlex
 import sys
 from pathlib import Path
 from typing import Any
 
 from weightlora.cli.command import Command, Given, option_dry_run, option_out, say
+from weightlora.cli.flags import words_of
 
 TEXT_WIDTH = 120
 
@@ -76,7 +78,7 @@ def reproduce(given: Given) -> int:
 def _figure(given: Given, name: str, small: bool) -> int:
     """Make a figure by the command that its recipe is for."""
     from weightlora.cli.commands import COMMANDS
-    from weightlora.runs.dry import check, describe
+    from weightlora.runs.dry import check
     from weightlora.runs.spec import RunSpec
     from weightlora.study import paper
 
@@ -86,7 +88,7 @@ def _figure(given: Given, name: str, small: bool) -> int:
         spec = RunSpec.of({key: value for key, value in settings.items() if key not in own})
         check(spec)
         plain = {"dry_run": True, "command": command, "settings": settings, "config": spec.to_dict()}
-        given.show_json(plain, f"would run: weightlora {command}, {describe(spec)}")
+        given.show_json(plain, f"would run: {shlex.join(['weightlora', command, *words_of(settings)])}")
         return 0
     options = argparse.Namespace(out=given.options.out or f"runs/{name}", overwrite=False, json=given.options.json)
     return COMMANDS[command].run(Given(options=options, flags=settings))
