@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from tests.runs.commands import spec
-from transformers import Seq2SeqTrainingArguments
+from tests.tasks.evaluating import evaluate
 
 from weightlora.errors import ConfigError, WeightLoRAError
 from weightlora.tasks import (
@@ -53,22 +53,6 @@ def file(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def own(file: Path, words: str | None = None, **settings: Any) -> AnswerTokens:
     task = load_task("files", train_file=file, validation_file=file)
     return by_answer_tokens(task, words=words, **settings)  # type: ignore[arg-type]
-
-
-def evaluate(parts: Prepared, loaded: LoadedModel, folder: Path) -> dict[str, float]:
-    """As a run does it, in batches of unequal rows."""
-    settings = {**parts.training, "per_device_eval_batch_size": 3}
-    args = Seq2SeqTrainingArguments(output_dir=str(folder), use_cpu=True, report_to="none", **settings)
-    trainer = parts.trainer(
-        model=loaded.model,
-        args=args,
-        eval_dataset=parts.validation,
-        data_collator=parts.collator,
-        compute_metrics=parts.compute_metrics,
-        preprocess_logits_for_metrics=parts.preprocess_logits,
-    )
-    found: dict[str, float] = trainer.evaluate()
-    return found
 
 
 def losses(loaded: LoadedModel, prompt: list[int], answer: list[int]) -> list[float]:

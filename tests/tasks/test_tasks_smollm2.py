@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors import safe_open
-from transformers import TrainingArguments
+from tests.tasks.evaluating import evaluate
 
 from weightlora.cost import PlanConfig, kept_bytes
 from weightlora.errors import ConfigError
@@ -48,15 +48,7 @@ def test_it_knows_sentiment_before_any_training(loaded: LoadedModel, data_dir: P
         load_task("sst2", data_dir=data_dir, max_train_samples=4, max_eval_samples=24, split_seed=1)
     )
     parts = task.prepare(loaded, 128)
-    args = TrainingArguments(output_dir=str(tmp_path), use_cpu=True, report_to="none", per_device_eval_batch_size=8)
-    found = parts.trainer(
-        model=loaded.model,
-        args=args,
-        eval_dataset=parts.validation,
-        data_collator=parts.collator,
-        compute_metrics=parts.compute_metrics,
-        preprocess_logits_for_metrics=parts.preprocess_logits,
-    ).evaluate()
+    found = evaluate(parts, loaded, tmp_path)
     assert 0.6 <= found["eval_accuracy"] <= 0.95
     assert 2.2 < found["eval_loss"] < 3.3
 
