@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 
 import pytest
+import yaml
 from peft import LoraConfig, get_peft_model
 from peft.tuners.lora import LoraLayer
 from tests.runs.commands import TINY, read, tree, weightlora
@@ -47,6 +48,38 @@ def test_stock_peft_puts_adapters_exactly_there(
     assert {path.name for path in (tmp_path / "chosen").iterdir()} == {
         "adapter_config.json", "selection.json", "select.json",
     }  # fmt: skip
+
+
+def test_the_block_for_another_trainer(small_data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out, words = tmp_path / "chosen", ("--method", "top", "--k", "4", "--max-steps", "6")
+    assert select(small_data, out, *words, "--format", "trl") == 0
+    said = capsys.readouterr().out
+    block = said[said.index("# 4 of 12 adapters, chosen by top") :]
+    assert weightlora("select", "--from", out, "--format", "trl", "--json", tmp_path / "s.json") == 0
+    assert capsys.readouterr().out == block
+    assert read(tmp_path / "s.json") == read(out / "selection.json")
+    data = yaml.safe_load(block)
+    assert data["lora_target_modules"] == [c["name"] for c in read(out / "selection.json")["choices"] if c["kept"]]
+    assert (data["lora_task_type"], data["lora_modules_to_save"], data["use_peft"]) == ("SEQ_CLS", ["classifier"], True)
+
+    assert (
+        weightlora("train", "--task", "sst2", "--data-dir", small_data, *TINY, *words, "--out", tmp_path / "run") == 0
+    )
+    capsys.readouterr()
+    assert weightlora("select", "--from", tmp_path / "run") == 0
+    space: dict[str, LoraConfig] = {}
+    exec(capsys.readouterr().out, space)
+    ours, theirs = space["peft_config"].to_dict(), LoraConfig.from_pretrained(out).to_dict()
+    assert {key for key in ours if ours[key] != theirs[key]} <= {"target_modules", "modules_to_save"}, "lists and sets"
+    assert set(ours["target_modules"]) == set(theirs["target_modules"])
+
+    for words, told in (
+        (("--from", out, "--format", "llama-factory"), "llama-factory has no setting for task_type"),
+        (("--from", out, "--k", "3"), "--from trains nothing, so 'k' has no place beside it"),
+        (("--from", tmp_path), "cannot read the selection"),
+    ):
+        assert weightlora("select", *words) == 2
+        assert told in capsys.readouterr().err
 
 
 def test_the_selection_is_the_one_that_training_would_make(small_data: Path, tmp_path: Path) -> None:

@@ -78,15 +78,25 @@ def resume(given: Given) -> int:
 
 def select(given: Given) -> int:
     from weightlora.runs import run
+    from weightlora.runs.serve import placement
     from weightlora.runs.spec import RunSpec
 
-    out = Path(given.options.out)
-    selection = run.select(RunSpec.of(given.settings), out, overwrite=given.options.overwrite)
+    options = given.options
+    if options.source is not None:
+        if given.settings:
+            raise ConfigError(f"--from trains nothing, so {next(iter(given.settings))!r} has no place beside it")
+        selection, block = placement(options.source, options.format or "peft")
+        given.show(selection.to_json(), block)
+        return 0
+    out = Path(options.out)
+    selection = run.select(RunSpec.of(given.settings), out, overwrite=options.overwrite)
+    block = placement(out, options.format)[1] if options.format else ""
     given.show(
         selection.to_json(),
         f"kept {selection.k} of {selection.n} adapters: {selection.why}",
         *(f"  {choice.name}" for choice in selection.kept),
         f"selection: {out / run.SELECTION}\nLoraConfig: {out / 'adapter_config.json'}",
+        *(["", block] if block else []),
     )
     return 0
 
@@ -190,6 +200,17 @@ def _add_select(parser: argparse.ArgumentParser) -> None:
     option_method(parser)
     option_out(parser, "runs/select")
     option_overwrite(parser)
+    parser.add_argument(
+        "--format",
+        choices=("peft", "trl", "axolotl", "llama-factory", "unsloth"),
+        help="print the block to paste into that trainer's own file, too",
+    )
+    parser.add_argument(
+        "--from",
+        dest="source",
+        metavar="RUN",
+        help="a finished run, or an earlier --out: print its block (--format, default: peft), and train nothing",
+    )
 
 
 def _add_plan(parser: argparse.ArgumentParser) -> None:
@@ -273,7 +294,8 @@ COMMANDS = {
     "select": Command(
         help="choose adapters only: selection.json and a LoraConfig for any trainer",
         usage="[RECIPE.yaml] [FLAGS]",
-        example="weightlora select --task sst2 --data-dir DATA --k 9 --max-steps 400 --out chosen",
+        example="weightlora select --task sst2 --data-dir DATA --k 9 --max-steps 400 --out chosen\n"
+        "  weightlora select --from chosen --format axolotl",
         add=_add_select,
         run=select,
         takes_run=True,

@@ -16,6 +16,7 @@ from weightlora.errors import CheckpointError, ConfigError
 from weightlora.files import write_text
 from weightlora.graft.adapters import Adapter
 from weightlora.graft.surgery import common
+from weightlora.graft.trainers import trainer_block
 
 SCHEMA_VERSION = 1
 MAX_RANK = 2**20  # more than any layer has rows: a number beyond it would only fill the memory
@@ -54,6 +55,13 @@ class Selection:
     True
     >>> s.lora_config().target_modules, s.lora_config().lora_alpha
     (['a'], 8)
+    >>> print(s.to("llama-factory"))
+    # 1 of 2 adapters, chosen by random (recommended)
+    finetuning_type: lora
+    lora_rank: 4
+    lora_alpha: 8
+    lora_dropout: 0.0
+    lora_target: "a"
     """
 
     method: str
@@ -132,6 +140,20 @@ class Selection:
         if isinstance(config.target_modules, set):
             config.target_modules = list(self.names)
         return config
+
+    def to(self, trainer: str, **overrides: Any) -> str:
+        """Write the placement as the block to paste into another trainer's own file.
+
+        Args:
+            trainer: ``peft`` or ``unsloth`` (Python); ``trl``, ``axolotl`` or ``llama-factory`` (YAML).
+            overrides: any field of ``LoraConfig``, as in :meth:`lora_config`.
+
+        Raises:
+            ConfigError: that file has no place for it (ranks that differ, in ``trl`` and ``llama-factory``).
+            CheckpointError: the selection keeps no adapter.
+        """
+        title = f"{self.k} of {self.n} adapters, chosen by {self.method} ({self.preset})"
+        return trainer_block(self.lora_config(**overrides), trainer, title)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data."""

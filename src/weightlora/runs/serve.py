@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from peft import PeftModel
+from peft import LoraConfig, PeftModel
 
 from weightlora.errors import CheckpointError
 from weightlora.graft import Selection
@@ -57,6 +57,34 @@ def _export(spec: RunSpec, folder: Path, out: Path, profile: str, overwrite: boo
     model = PeftModel.from_pretrained(loaded.model, folder / ADAPTER)
     model.eval()
     return export(_Finished(model, Selection.load(folder / SELECTION)), out, profile, overwrite=overwrite, about=about)
+
+
+def placement(folder: str | Path, trainer: str) -> tuple[Selection, str]:
+    """Read what a finished run or ``select`` chose, and write it as another trainer's block.
+
+    Args:
+        folder: a run directory, or one that ``select`` wrote.
+        trainer: as :meth:`weightlora.Selection.to`.
+
+    Returns:
+        The selection, and the block, with the dropout, the type of task and the heads that were used here.
+
+    Raises:
+        CheckpointError: nothing was selected there.
+        ConfigError: as :meth:`weightlora.Selection.to`.
+    """
+    folder = Path(folder)
+    selection = Selection.load(folder / SELECTION)
+    config = next((path for path in (folder / ADAPTER, folder) if (path / "adapter_config.json").is_file()), None)
+    if config is None:
+        raise CheckpointError(
+            f"{folder} holds a selection and no adapter_config.json beside it; give a run, or --out of select"
+        )
+    used = LoraConfig.from_pretrained(str(config))
+    heads = list(used.modules_to_save or []) or None
+    return selection, selection.to(
+        trainer, task_type=used.task_type, lora_dropout=used.lora_dropout, modules_to_save=heads
+    )
 
 
 class _Finished:
