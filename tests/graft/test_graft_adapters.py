@@ -10,7 +10,7 @@ from peft import LoraConfig, get_peft_model, inject_adapter_in_model
 from peft.tuners.lora.layer import LoraLayer
 from tests.builders import ALL_LINEAR, FAMILIES, QKV, base, lora
 from torch import nn
-from transformers import MixtralConfig, MixtralForCausalLM, T5Config, T5ForConditionalGeneration
+from transformers import T5Config, T5ForConditionalGeneration
 
 from weightlora.errors import AdapterError
 from weightlora.graft import adapters, block_numbers, parameters
@@ -152,24 +152,6 @@ def test_refuses_a_layer_under_two_names() -> None:
     net.append(net[0])
     net.peft_config = {"default": LoraConfig(r=2)}  # type: ignore[assignment]
     refused(net, "0 and 1 are one and the same layer", "default")
-
-
-def test_refuses_a_bare_parameter() -> None:
-    net = get_peft_model(
-        nn.Sequential(nn.Linear(4, 3)), LoraConfig(r=2, target_modules=[], target_parameters=["0.weight"])
-    )
-    refused(net, "0 has LoRA on its bare parameter 'weight', as PEFT puts it on the fused experts and routers")
-
-
-@pytest.mark.filterwarnings("ignore:The following .*_pattern keys:RuntimeWarning")  # PEFT about its own rewriting
-def test_names_the_experts_of_a_mixture() -> None:
-    """PEFT makes parameters of the expert modules that were asked for, so no quantised base is at fault."""
-    sizes = {"vocab_size": 9, "hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_local_experts": 2}
-    net = MixtralForCausalLM(MixtralConfig(**sizes, num_attention_heads=2, num_key_value_heads=1))
-    chosen = LoraConfig(r=2, target_modules=["q_proj", "w1", "w2", "w3"])
-    refused(get_peft_model(net, chosen), r"layers\.0\.mlp\.experts has LoRA on its bare parameter .*mixture-of-experts")
-    net = MixtralForCausalLM(MixtralConfig(**sizes, num_attention_heads=2, num_key_value_heads=1))
-    assert [a.kind for a in adapters(get_peft_model(net, LoraConfig(r=2, target_modules=["q_proj"])))] == ["q_proj"]
 
 
 def test_asks_a_layer_both_ways_whether_it_honours_variants() -> None:

@@ -149,7 +149,9 @@ class ActivationTrace:
         """The k adapters that are called last: the cheapest set."""
 
         def called(index: int) -> int:
-            return min((s for s in self._own[index] if self.storages[s].ranked), default=0)
+            own = self._own[index]
+            # Of experts, whose h nobody keeps, what they first keep.
+            return min((s for s in own if self.storages[s].ranked), default=min(own, default=0))
 
         return tuple(sorted(sorted(self.every, key=called)[len(self.every) - k :]))
 

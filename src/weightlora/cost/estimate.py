@@ -14,7 +14,7 @@ from weightlora.cost.activations import ActivationTrace
 from weightlora.cost.placements import placement_costs, reserved
 from weightlora.cost.tensors import Shaped, optimizer_bytes, shapes_of, tensor_bytes, weight_bytes
 from weightlora.cost.tracing import trace
-from weightlora.graft import adapter_name, parameters
+from weightlora.graft import adapter_name, adapters, parameters
 
 # Batch sizes to trace with: what is a multiple of such a number must come from the batch.
 _PRIMES = (11, 13, 17, 19, 23, 29, 31)
@@ -143,7 +143,9 @@ class Estimate:
         name: str | None = None,
     ) -> None:
         self.setting, self._trace_of = setting or Setting(), trace_of
-        pairs = list(parameters(model, adapter_name(model, name)).values())
+        name = adapter_name(model, name)
+        pairs = list(parameters(model, name).values())
+        self._experts = [a.experts or 1 for a in adapters(model, name)]
         own = {id(p): p for pair in pairs for p in pair}
         heads = [p for p in model.parameters() if p.requires_grad and id(p) not in own]
         self._pairs = [shapes_of(pair) for pair in pairs]
@@ -246,8 +248,8 @@ class Estimate:
         found: list[Shaped] = []
         for i in live:
             ((r, *d_in), a_width), ((d_out, _, *more), b_width) = self._pairs[i]
-            rank = (ranks or {}).get(i, r)
-            found += [((rank, *d_in), a_width), ((d_out, rank, *more), b_width)]
+            rows = (ranks or {}).get(i, r // self._experts[i]) * self._experts[i]
+            found += [((rows, *d_in), a_width), ((d_out, rows, *more), b_width)]
         return found
 
     def _optimizer(self, shapes: list[Shaped]) -> int:

@@ -25,9 +25,14 @@ def operations(model: nn.Module, loss: Callable[[], Tensor], *, grows: bool = Fa
         grows: survivors take over the parameters of all n.
 
     Raises:
-        ScheduleError: gradients do not reach every adapter.
+        ScheduleError: gradients do not reach every adapter, or some are on experts.
     """
     name = adapter_name(model)
+    found = adapters(model, name)
+    if bare := next((a.name for a in found if a.experts is not None), None):
+        raise ScheduleError(
+            f"operations cannot be counted: PEFT adds the adapter of {bare} to the whole weight; use memory, or k"
+        )
     layers: list[Any] = [layer for _, layer in lora_layers(model, name)]
     counter = FlopCounterMode(display=False)
     arrivals, tokens = [0] * len(layers), [0] * len(layers)
@@ -56,6 +61,5 @@ def operations(model: nn.Module, loss: Callable[[], Tensor], *, grows: bool = Fa
         model.zero_grad()
     if 0 in arrivals:
         raise ScheduleError("operations cannot be counted: no gradient reaches every adapter of this model; use memory")
-    found = adapters(model, name)
     costs = operation_costs(found, arrivals, tokens)
     return reserved(costs, [a.rank * (a.d_in + a.d_out) for a in found]) if grows else costs

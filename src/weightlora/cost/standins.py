@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 
 def stand_ins(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
@@ -23,7 +24,8 @@ def stand_ins(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
             device = torch.device("cpu") if t.device.type == "meta" else t.device
             with mode:
                 made[id(t)] = torch.empty(t.shape, dtype=t.dtype, device=device)
-            made[id(t)].requires_grad_(t.requires_grad)
+            # PEFT looks for parameters where it adapts bare ones.
+            made[id(t)] = nn.Parameter(made[id(t)], t.requires_grad) if isinstance(t, nn.Parameter) else made[id(t)]
         return made[id(t)]
 
     parameters = {key: stand_in(p) for key, p in model.named_parameters(remove_duplicate=False)}
@@ -124,6 +126,38 @@ def _fused_attention(
     efficient = ops._scaled_dot_product_efficient_attention
     out = efficient(q, k, v, attn_mask, True, dropout_p, is_causal, scale=scale)[0]
     return out
+
+
+class ComposedWeights(TorchFunctionMode):
+    """Notes what PEFT makes of a bare parameter and its adapter: a weight that is there only while that adapter lives.
+
+    ``parameters``: the adapter's index, by the parameter's memory; ``composed``: the same, by the made weight's.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.parameters: dict[int, int] = {}
+        self.composed: dict[int, int] = {}
+        self._alive: list[Tensor] = []  # so that no address is used twice
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        if func in (torch.baddbmm, Tensor.__add__, Tensor.add, torch.add) and isinstance(args[0], FakeTensor):
+            index = self.parameters.get(identity(args[0]))
+            if index is not None:
+                self.composed[identity(out)] = index
+                self._alive.append(out.detach())
+        return out
+
+
+class GroupedProducts(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """The grouped product of experts in any dtype: torch runs it so, and knows its shape without data for one alone."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.ops.aten._grouped_mm.default:
+            rows, weights = args[:2]
+            return rows.new_empty(rows.shape[0], weights.shape[-1])
+        return func(*args, **(kwargs or {}))
 
 
 def _is_known_mask(item: Any) -> bool:

@@ -16,9 +16,18 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from weightlora.cost.activations import ActivationTrace, Storage
 from weightlora.cost.saved import Held, Saved
-from weightlora.cost.standins import CudaKernels, KnownMasks, identity, stand_ins, standing_in, uncheckpointed
+from weightlora.cost.standins import (
+    ComposedWeights,
+    CudaKernels,
+    GroupedProducts,
+    KnownMasks,
+    identity,
+    stand_ins,
+    standing_in,
+    uncheckpointed,
+)
 from weightlora.errors import AdapterError
-from weightlora.graft.adapters import adapter_name, adapters, base_of, lora_layers
+from weightlora.graft.adapters import adapter_name, adapters, bare_parameter, base_of, lora_layers
 from weightlora.graft.fast import observed_path
 from weightlora.graft.quantised import holds_more_than_data
 
@@ -32,6 +41,7 @@ _ONLY_FOR: Mapping[str, Mapping[str, tuple[int, ...]]] = {
     "BmmBackward0": {"_saved_self": (1,), "_saved_mat2": (0,)},
     "AddmmBackward0": {"_saved_mat1": (2,), "_saved_mat2": (1,)},
     "BaddbmmBackward0": {"_saved_batch1": (2,), "_saved_batch2": (1,)},
+    "GroupedMmBackward0": {"_saved_self": (1,), "_saved_mat2": (0,)},
     "AddcmulBackward0": {"_saved_tensor1": (2,), "_saved_tensor2": (1,)},
 }
 _SEED_BYTES = 8
@@ -70,6 +80,7 @@ def trace(
             f"what this model keeps cannot be traced without its weights: {odd} is quantised, and more than its data"
         )
     recorder = _Recorder(model, name)
+    products: Any = GroupedProducts
     parameters, buffers = stand_ins(model)
     recorder.leaves(parameters)
     try:
@@ -80,6 +91,8 @@ def trace(
             stack.enter_context(uncheckpointed(model))
             stack.enter_context(recorder.hooks())
             stack.enter_context(recorder.masks)
+            stack.enter_context(recorder.weights)
+            stack.enter_context(products())
             if cuda:
                 stack.enter_context(CudaKernels())
             stack.enter_context(torch.enable_grad())
@@ -118,7 +131,7 @@ class _Recorder:
         self.bits: dict[int, int] = {}
         self.seeds: list[int] = []
         self.stack: list[str] = []
-        self.masks = KnownMasks()
+        self.masks, self.weights = KnownMasks(), ComposedWeights()
         self.owner, self.unit = -1, -1
         self.unit_inputs: dict[int, list[int]] = {}
         self.opened: list[_Event] = []  # what the graph has just unpacked
@@ -128,11 +141,16 @@ class _Recorder:
         """Which bit each trained parameter stands for."""
         n, real = len(self.found), dict(self.model.named_parameters(remove_duplicate=False))
         owners: dict[int, int] = {}
+        bare: dict[int, int] = {}
         for index, layer in enumerate(self.layers):
+            if self.found[index].experts is not None:
+                bare[id(bare_parameter(layer))] = index
             for holder in (layer.lora_A[self.name], layer.lora_B[self.name]):
                 owners[id(holder.weight)] = owners.get(id(holder.weight), 0) | 1 << index
         for key, stand_in in parameters.items():
             self.parameters.add(identity(stand_in))
+            if id(real[key]) in bare:
+                self.weights.parameters[identity(stand_in)] = bare[id(real[key])]
             self.bits[id(stand_in)] = owners.get(id(real[key]), 1 << n)
         self.parameters |= {identity(b) for b in self.model.buffers()}
         self.alive += [*parameters.values(), *self.model.buffers()]
@@ -154,7 +172,8 @@ class _Recorder:
         return self.index[key]
 
     def _pack(self, tensor: Tensor) -> _Event:
-        return self.held.add(_Event(tensor, self._storage(tensor), self.owner, self.unit))
+        owner = self.weights.composed.get(identity(tensor), self.owner)
+        return self.held.add(_Event(tensor, self._storage(tensor), owner, self.unit))
 
     def let_go(self) -> None:
         """Free the graph."""

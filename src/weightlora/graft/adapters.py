@@ -26,7 +26,9 @@ class Adapter:
 
     ``name`` is the module's full name in the base model (what a ``LoraConfig`` targets), ``block`` the transformer
     block it lies in (None outside blocks), ``kind`` the last part of the name, ``scale`` the factor s in ``dW = s *
-    omega * B A``, ``tied`` the index of an earlier adapter with the very same A and B (None: its own).
+    omega * B A``, ``tied`` the index of an earlier adapter with the very same A and B (None: its own). ``experts``: how
+    many matrices of this shape a bare parameter holds, each with a pair of its own (None: a linear layer); the name is
+    then the parameter's.
     """
 
     index: int
@@ -38,6 +40,12 @@ class Adapter:
     rank: int
     scale: float
     tied: int | None = None
+    experts: int | None = None
+
+    @property
+    def rows(self) -> int:
+        """How many rows A has: the rank, times the experts."""
+        return self.rank * (self.experts or 1)
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -115,10 +123,42 @@ def adapter_name(model: nn.Module, name: str | None = None) -> str:
 
 
 def lora_layers(model: nn.Module, name: str) -> Iterator[tuple[str, LoraLayer]]:
-    """Every LoRA layer that holds adapter `name`, in module order, with its full name in the base model."""
+    """Every LoRA layer that holds adapter `name`, in module order, with its full name in the base model.
+
+    PEFT nests the wrappers of one module's parameters, the first parameter inside; they come in the parameters' order.
+    """
     for path, module in base_of(model).named_modules():
-        if isinstance(module, LoraLayer) and name in module.lora_A:
+        if isinstance(module, ParamWrapper):
+            if not path.endswith(".base_layer"):
+                yield from ((f"{path}.{w.parameter_name}", w) for w in reversed(wrappers(module)) if name in w.lora_A)
+        elif isinstance(module, LoraLayer) and name in module.lora_A:
             yield path, module
+
+
+def wrappers(outermost: nn.Module) -> list[ParamWrapper]:
+    """PEFT's wrappers of the bare parameters of one module, from the outermost inwards."""
+    found: list[ParamWrapper] = []
+    while isinstance(outermost, ParamWrapper):
+        found.append(outermost)
+        outermost = outermost.base_layer
+    return found
+
+
+def bare_parameter(layer: LoraLayer) -> Tensor:
+    """The parameter that a wrapper adapts; it has no layer of its own."""
+    wrapper: Any = layer
+    found: Tensor = wrapper.get_param()
+    return found
+
+
+def experts_of(layer: LoraLayer) -> int | None:
+    """How many matrices a bare parameter under an adapter holds; None of a layer."""
+    return int(layer.num_experts) if isinstance(layer, ParamWrapper) else None
+
+
+def rank_of(layer: LoraLayer, name: str) -> int:
+    """r of an adapter; of experts each one's, of which A stacks the rows."""
+    return factors(layer, name)[0].shape[0] // (experts_of(layer) or 1)
 
 
 def block_of(path: str) -> int | None:
@@ -154,8 +194,8 @@ def adapters(model: nn.Module, name: str | None = None) -> tuple[Adapter, ...]:
         name: PEFT's adapter name; default: the active one.
 
     Raises:
-        AdapterError: the model has none, or one that cannot be gated (DoRA, embedding or convolution adapters, a base
-            layer under two names, a quantised layer in which PEFT computes adapters its own way, a factor that one
+        AdapterError: the model has none, or one that cannot be selected (DoRA, embedding or convolution adapters, a
+            base layer under two names, a quantised layer in which PEFT computes adapters its own way, a factor that one
             adapter shares with another's other half).
 
     >>> import torch
@@ -186,9 +226,10 @@ def adapters(model: nn.Module, name: str | None = None) -> tuple[Adapter, ...]:
                 kind=path.rsplit(".", 1)[-1],
                 d_in=A.shape[1],
                 d_out=B.shape[0],
-                rank=A.shape[0],
+                rank=rank_of(layer, name),
                 scale=float(layer.scaling[name]),
                 tied=None if tied == len(found) else tied,
+                experts=experts_of(layer),
             )
         )
     if not found:
@@ -218,12 +259,9 @@ def refuse_tied(live: Sequence[Adapter]) -> None:
 
 def _check_supported(path: str, layer: LoraLayer, name: str) -> None:
     if isinstance(layer, ParamWrapper):
-        # Also where the user named modules: of models with fused experts PEFT makes parameters of them.
-        raise AdapterError(
-            f"{path} has LoRA on its bare parameter {layer.parameter_name!r}, as PEFT puts it on the fused experts and"
-            " routers of mixture-of-experts models; only linear layers can be gated: target those (attention, shared"
-            " experts)"
-        )
+        if not bare_parameter(layer).is_floating_point():
+            raise AdapterError(f"{path} is quantised, and PEFT adapts bare parameters of floating point numbers only")
+        return
     # A variant of our own (a gate left from before) is fine; DoRA and friends compute something else.
     variant = layer.lora_variant.get(name)
     if variant is not None and not getattr(variant, "is_gate", False):
@@ -250,7 +288,10 @@ def _check_embeddings(model: nn.Module, name: str) -> None:
 
 def _check_shared(model: nn.Module, name: str) -> None:
     """An adapter on a layer with two names would be on under one of them, merged under both, or the like."""
-    homes = {id(layer.get_base_layer()): path for path, layer in lora_layers(model, name)}
+    homes = {
+        id(layer.get_base_layer()): path if experts_of(layer) is None else path.rpartition(".")[0]
+        for path, layer in lora_layers(model, name)
+    }
     for path, module in base_of(model).named_modules(remove_duplicate=False):
         home = homes.get(id(module))
         if home is not None and not path.startswith(f"{home}."):

@@ -14,7 +14,7 @@ from torch.nn.modules.batchnorm import _NormBase
 from transformers import PreTrainedModel
 
 from weightlora.errors import AdapterError, ExportError
-from weightlora.graft.adapters import base_of, linear_shape
+from weightlora.graft.adapters import base_of, experts_of, linear_shape, lora_layers
 from weightlora.graft.start import changed_buffers, moved_by, noted, stock_name
 from weightlora.graft.verify import TOLERANCE, isolated, plain_base
 
@@ -135,6 +135,9 @@ def check_before(model: nn.Module, name: str) -> list[str]:
     if rows := _resized(root, base_name(root, config)):
         things.append(f"embeddings of {rows[0]} rows, where the base's have {rows[1]}")
     lines = []
+    bare = [path for path, layer in lora_layers(model, name) if experts_of(layer) is not None]
+    if bare:
+        things.append(f"{len(bare)} adapters on bare parameters ({', '.join(bare[:2])}, ...)")
     if things:
         lines.append(f"export profiles portable and dense cannot hold {'; '.join(things)}: use native or merged")
     if uncheckpointed(model, name):
@@ -268,12 +271,17 @@ def _new_rows(root: nn.Module, state: Mapping[str, Tensor], stock: Mapping[str, 
     return None if here is None or there is None or len(here) == len(there) else len(here)
 
 
-def file_name(key: str, adapted: Sequence[str], tokens: Sequence[str]) -> str:
+def file_name(key: str, adapted: Mapping[str, int], tokens: Sequence[str]) -> str:
     """The name that a weight of the plain base has under stock PEFT, which wraps the adapted modules.
 
-    >>> file_name("a.q_proj.bias", ["a.q_proj"], []), file_name("norm.weight", ["a.q_proj"], [])
+    Args:
+        key: its name in the plain base.
+        adapted: how many wrappers are around each adapted module.
+        tokens: embeddings of which single rows train.
+
+    >>> file_name("a.q_proj.bias", {"a.q_proj": 1}, []), file_name("norm.weight", {"a.q_proj": 1}, [])
     ('a.q_proj.base_layer.bias', 'norm.weight')
     """
     path, _, leaf = key.rpartition(".")
-    inner = "base_layer." if path in adapted else "token_adapter.base_layer." if path in tokens else ""
+    inner = "token_adapter.base_layer." if path in tokens else "base_layer." * adapted.get(path, 0)
     return f"{path}.{inner}{leaf}" if path else leaf

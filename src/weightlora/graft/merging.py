@@ -13,7 +13,7 @@ from transformers.pytorch_utils import Conv1D
 
 from weightlora.errors import ExportError
 from weightlora.graft.adapters import base_of
-from weightlora.graft.profiles import Live, shape_of
+from weightlora.graft.profiles import Live
 from weightlora.graft.verify import device_of, plain_base
 
 
@@ -30,8 +30,9 @@ def merge(live: Live, base: nn.Module | None) -> tuple[PreTrainedModel, tuple[st
     shared = _shared_parameters(plain)
     untied = False
     for path, pair in live.pairs.items():
-        linear = _submodule(plain, path)
-        weight: Any = getattr(linear, "weight", None)
+        where, leaf = (path, "weight") if pair.experts is None else path.rsplit(".", 1)
+        linear = _submodule(plain, where)
+        weight: Any = getattr(linear, leaf, None)
         # A tensor of a class of its own, such as torchao's, may say that it is floating and yet round what it is given.
         own_kind = type(weight) not in (nn.Parameter, Tensor)
         if quantised or not isinstance(weight, Tensor) or own_kind or not weight.is_floating_point():
@@ -39,13 +40,14 @@ def merge(live: Live, base: nn.Module | None) -> tuple[PreTrainedModel, tuple[st
                 f"the base model is quantised ({type(linear).__name__} at {path}), and merging would round the adapter"
                 " away; load the full-precision base and pass base=..."
             )
-        if shape_of(linear) != (pair.A.shape[1], pair.B.shape[0]):
-            raise ExportError(f"{path} has another shape in base= than under the adapter; pass the same model")
         wide = torch.promote_types(weight.dtype, torch.float32)
-        delta = (pair.B.to(wide) @ pair.A.to(wide)) * pair.scale
+        delta = pair.delta(wide)
         delta = delta.T if isinstance(linear, Conv1D) else delta
+        if weight.shape != delta.shape:
+            raise ExportError(f"{path} has another shape in base= than under the adapter; pass the same model")
         untied |= id(weight) in shared
-        linear.weight = nn.Parameter((weight.to(wide) + delta.to(weight.device)).to(weight.dtype), requires_grad=False)
+        merged = nn.Parameter((weight.to(wide) + delta.to(weight.device)).to(weight.dtype), requires_grad=False)
+        setattr(linear, leaf, merged)
     for path, head in live.heads.items():
         untied |= any(id(p) in shared for p in _submodule(plain, path).parameters())
         parent, _, child = path.rpartition(".")

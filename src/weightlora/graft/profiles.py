@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -11,14 +12,14 @@ from typing import Any
 
 import torch
 from peft import LoraConfig
-from peft.tuners.lora.layer import LoraLayer
+from peft.tuners.lora.layer import LoraLayer, ParamWrapper
 from peft.utils.other import TrainableTokensWrapper
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from weightlora.errors import ExportError
 from weightlora.files import write_text
-from weightlora.graft.adapters import adapter_name, adapters, base_of, linear_shape, lora_layers
+from weightlora.graft.adapters import adapter_name, adapters, base_of, experts_of, linear_shape, lora_layers
 from weightlora.graft.carried import (
     Outside,
     base_name,
@@ -48,16 +49,31 @@ _TASKS_WITH_HEAD = ("SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS")
 
 @dataclass(frozen=True)
 class Pair:
-    """One adapter to write: ``A (r, d_in)`` and ``omega B (d_out, r)`` on the CPU, and s."""
+    """One adapter to write: ``A (r, d_in)`` and ``omega B (d_out, r)`` on the CPU, and s.
+
+    ``experts``: how many pairs A and B stack, for the matrices of a bare parameter; ``transposed``: those are
+    ``(d_in, d_out)``.
+    """
 
     A: Tensor
     B: Tensor
     scale: float
+    experts: int | None = None
+    transposed: bool = False
 
     @property
     def rank(self) -> int:
         """r."""
-        return int(self.A.shape[0])
+        return int(self.A.shape[0]) // (self.experts or 1)
+
+    def delta(self, dtype: torch.dtype) -> Tensor:
+        """``s omega B A`` of a linear layer, ``(d_out, d_in)``; of a bare parameter in its own layout."""
+        A, B = self.A.to(dtype), self.B.to(dtype)
+        if self.experts in (None, 1):
+            return B @ A * self.scale  # a single matrix has PEFT's layout of a linear layer
+        A = A.reshape(self.experts, self.rank, -1)
+        B = B.reshape(-1, self.rank, self.experts).permute(2, 0, 1)
+        return (B @ A).transpose(1, 2) * self.scale if self.transposed else B @ A * self.scale
 
     @property
     def alpha(self) -> float:
@@ -115,6 +131,12 @@ def read(model: nn.Module, name: str | None, profile: str, *, other_base: bool =
     config: LoraConfig = getattr(model, "peft_config")[name]  # noqa: B009
     scales = {adapter.name: adapter.scale for adapter in adapters(model, name)}
     _check_state(model, name)
+    bare = [path for path, layer in lora_layers(model, name) if experts_of(layer) is not None]
+    if bare and profile in ("portable", "dense"):
+        raise ExportError(
+            f"profile {profile!r} cannot hold {len(bare)} adapters on bare parameters ({bare[0]}, ...): servers read"
+            " those of experts in no common form; use profile 'native' or 'merged'"
+        )
     heads, tokens = saved_modules(root, name), token_wrappers(root, name)
     outside = Outside(tensors={}, why={})
     if not merges or other_base:
@@ -153,7 +175,8 @@ def _pair(layer: LoraLayer, name: str, scale: float) -> Pair | None:
     if had is not None:
         gone = had.B.cpu() * -(had.scale / scale)
         return Pair(torch.cat([A, had.A.cpu().to(A)]), torch.cat([(B * omega).to(B), gone.to(B)], 1), scale)
-    return None if omega == 0.0 else Pair(A.clone(), (B * omega).to(B), scale)
+    turned = isinstance(layer, ParamWrapper) and not layer._did_swap_in_out_features
+    return None if omega == 0.0 else Pair(A.clone(), (B * omega).to(B), scale, experts_of(layer), turned)
 
 
 def _check_state(model: nn.Module, name: str) -> None:
@@ -260,7 +283,7 @@ def _native(live: Live) -> tuple[LoraConfig, dict[str, Tensor], tuple[str, ...]]
     tensors = _tensors(live.pairs)
     outside = live.outside.tensors
     for key, value in outside.items():
-        tensors[PREFIX + file_name(key, list(live.pairs), list(live.tokens))] = value.detach().cpu().clone()
+        tensors[PREFIX + file_name(key, wrapped(live.pairs), list(live.tokens))] = value.detach().cpu().clone()
     for path, wrapper in live.tokens.items():
         adapter = wrapper.token_adapter
         if not adapter.tied_adapter:
@@ -324,18 +347,28 @@ def _config(live: Live, targets: list[str], rank: int, alpha: float, *, headless
         fan_in_fan_out=old.fan_in_fan_out,
     )
     # PEFT makes a set of what it is given; a list has an order, which makes the file the same every time.
-    config.target_modules = targets
+    bare = [path for path in targets if path in live.pairs and live.pairs[path].experts is not None]
+    config.target_modules = [path for path in targets if path not in bare]
+    config.target_parameters = bare or None
     if task is None:
         kind = type(live.root)
         config.auto_mapping = {"base_model_class": kind.__name__, "parent_library": kind.__module__}
     return config
 
 
+def wrapped(pairs: Mapping[str, Pair]) -> Counter[str]:
+    """How many of PEFT's wrappers are around each module: one for a layer, one for each of its bare parameters."""
+    return Counter(path if pair.experts is None else path.rpartition(".")[0] for path, pair in pairs.items())
+
+
 def _tensors(pairs: Mapping[str, Pair]) -> dict[str, Tensor]:
-    tensors = {}
+    tensors, outside = {}, wrapped(pairs)
     for path, pair in pairs.items():
-        tensors[f"{PREFIX}{path}.lora_A.weight"] = pair.A.contiguous()
-        tensors[f"{PREFIX}{path}.lora_B.weight"] = pair.B.contiguous()
+        module = path if pair.experts is None else path.rpartition(".")[0]
+        outside[module] -= 1  # the last parameter of a module has the outermost wrapper
+        key = PREFIX + module + ".base_layer" * outside[module]
+        tensors[f"{key}.lora_A.weight"] = pair.A.contiguous()
+        tensors[f"{key}.lora_B.weight"] = pair.B.contiguous()
     return tensors
 
 

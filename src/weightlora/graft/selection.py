@@ -26,7 +26,8 @@ MAX_RANK = 2**20  # more than any layer has rows: a number beyond it would only 
 class Choice:
     """One adapter as the selection saw it: its gate and score at the seam, and the rank and scale it goes on with.
 
-    ``tied`` is the name of the adapter whose A and B it uses from then on (None: its own).
+    ``tied`` is the name of the adapter whose A and B it uses from then on (None: its own). ``experts``: as in
+    :class:`~weightlora.graft.adapters.Adapter`; not None for a bare parameter.
     """
 
     name: str
@@ -36,6 +37,7 @@ class Choice:
     rank: int
     scale: float
     tied: str | None = None
+    experts: int | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -131,14 +133,15 @@ class Selection:
         settings: dict[str, Any] = {
             "r": rank,
             "lora_alpha": alpha,
-            "target_modules": list(self.names),
+            "target_modules": [c.name for c in self.kept if c.experts is None],
+            "target_parameters": [c.name for c in self.kept if c.experts is not None] or None,
             "rank_pattern": {c.name: c.rank for c in self.kept if c.rank != rank},
             "alpha_pattern": {c.name: c.scale * c.rank for c in self.kept if not math.isclose(c.scale * c.rank, alpha)},
         }
         config = LoraConfig(**{**settings, **overrides})
         # PEFT keeps a set; a list has an order, which makes files and comparisons deterministic.
-        if isinstance(config.target_modules, set):
-            config.target_modules = list(self.names)
+        if isinstance(config.target_modules, set) and "target_modules" not in overrides:
+            config.target_modules = settings["target_modules"]
         return config
 
     def to(self, trainer: str, **overrides: Any) -> str:
@@ -181,7 +184,11 @@ class Selection:
                 f"selection schema {data.get('schema_version')!r} is not supported; this release reads {SCHEMA_VERSION}"
             )
         try:
-            choices = tuple(Choice(**{f.name: c[f.name] for f in fields(Choice)}) for c in data["choices"])
+            # Files of 0.1.0 do not know experts.
+            choices = tuple(
+                Choice(**{f.name: c[f.name] for f in fields(Choice) if f.name in c or f.name != "experts"})
+                for c in data["choices"]
+            )
             selection = cls(**{**{f.name: data[f.name] for f in fields(cls)}, "choices": choices})
         except (KeyError, TypeError, AttributeError) as error:
             raise CheckpointError(f"the selection is damaged: {error}; select again or use a backup") from None
@@ -210,6 +217,8 @@ class Selection:
                 raise CheckpointError(f"the selection is damaged at adapter {c.name!r}; select again or use a backup")
             if not (_whole(c.rank) and 1 <= c.rank <= MAX_RANK):
                 raise CheckpointError(f"the selection is damaged at adapter {c.name!r}; rank must be 1 or more")
+            if not (c.experts is None or (_whole(c.experts) and c.experts >= 1)):
+                raise CheckpointError(f"the selection is damaged at adapter {c.name!r}; experts must be 1 or more")
             if not (c.tied is None or (isinstance(c.tied, str) and c.tied in seen)):
                 raise CheckpointError(f"the selection is damaged at adapter {c.name!r}: tied to no adapter before it")
             seen.add(c.name)
@@ -272,6 +281,7 @@ def select(
                 score=None if scores is None else float(scores[a.index]),
                 rank=a.rank,
                 scale=a.scale,
+                experts=a.experts,
             )
             for a in live
         ),

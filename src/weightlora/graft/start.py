@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -189,8 +190,10 @@ def stock_name(name: str) -> str:
 
     >>> stock_name("a.q_proj.base_layer.bias"), stock_name("embed.token_adapter.base_layer.weight")
     ('a.q_proj.bias', 'embed.weight')
+    >>> stock_name("mlp.experts.base_layer.base_layer.down_proj")
+    'mlp.experts.down_proj'
     """
-    return name.replace(".token_adapter.", ".").replace(".base_layer.", ".")
+    return re.sub(r"(\.base_layer)+\.", ".", name.replace(".token_adapter.", "."))
 
 
 def _hashes(model: nn.Module) -> Iterator[tuple[str, str]]:

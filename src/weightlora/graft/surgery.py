@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from weightlora.core import Growth, grow
 from weightlora.errors import AdapterError
-from weightlora.graft.adapters import adapters, base_of, factors, lora_layers
+from weightlora.graft.adapters import adapters, base_of, experts_of, factors, lora_layers, rank_of, wrappers
 from weightlora.graft.optimizer import Change, Drop, Grow, Renew, Scale
 from weightlora.graft.start import give_back
 
@@ -55,14 +55,25 @@ def disconnect(model: nn.Module, names: Sequence[str], name: str = "default") ->
         for factor in factors(layer, name):
             dropped[factor] = Drop()
         if set(layer.lora_A) == {name}:
-            parent, _, child = path.rpartition(".")
-            setattr(root.get_submodule(parent), child, layer.get_base_layer())
+            _take_out(root, path, layer)
         else:
             # Deleting an active adapter makes PEFT activate another one in its place, which would change the output.
             layer.set_adapter([other for other in layer.active_adapters if other != name])
             layer.delete_adapter(name)
     sync_config(model, name)
     return dropped
+
+
+def _take_out(root: nn.Module, path: str, layer: LoraLayer) -> None:
+    """Put what is under a LoRA layer in its place: the base, or the wrapper of another parameter of the same module."""
+    if experts_of(layer) is not None:
+        path = path.rpartition(".")[0]
+        outer = next((w for w in wrappers(root.get_submodule(path)) if id(w.base_layer) == id(layer)), None)
+        if outer is not None:
+            outer.base_layer = layer.base_layer
+            return
+    parent, _, child = path.rpartition(".")
+    setattr(root.get_submodule(parent), child, layer.base_layer)
 
 
 def fold(model: nn.Module, omegas: Mapping[str, float], name: str = "default") -> dict[nn.Parameter, Change]:
@@ -119,9 +130,10 @@ def grow_adapters(
     changes: dict[nn.Parameter, Change] = {}
     for path, layer in lora_layers(model, name):
         A, B = factors(layer, name)
-        new_rank = ranks.get(path, A.shape[0])
-        if new_rank == A.shape[0]:
+        new_rank = ranks.get(path, rank_of(layer, name))
+        if new_rank == rank_of(layer, name):
             continue
+        _refuse_experts(path, layer)
         grown = grow(A.detach(), B.detach(), new_rank, mode, generator=generator, **options)
         new_A, new_B = set_factors(layer, name, grown.A, grown.B)
         changes |= {A: Grow(new_A, 0, grown.mix), B: Grow(new_B, 1, grown.mix)}
@@ -160,7 +172,8 @@ def resize(
     for path, layer in lora_layers(model, name):
         A, B = factors(layer, name)
         rank = ranks[path]
-        if rank != A.shape[0]:
+        if rank != rank_of(layer, name):
+            _refuse_experts(path, layer)
             same = min(rank, A.shape[0])
             wide_A, wide_B = A.new_zeros(rank, A.shape[1]), B.new_zeros(B.shape[0], rank)
             wide_A[:same], wide_B[:, :same] = A.detach()[:same], B.detach()[:, :same]
@@ -170,6 +183,12 @@ def resize(
         layer.lora_alpha[name] = scales[path] * rank
     sync_config(model, name)
     return changes
+
+
+def _refuse_experts(path: str, layer: LoraLayer) -> None:
+    """Raise AdapterError where A and B stack the pairs of several matrices, which no other rank fits."""
+    if experts_of(layer) is not None:
+        raise AdapterError(f"{path} is a bare parameter (experts, a router), and the rank of its adapter cannot change")
 
 
 def tie(model: nn.Module, groups: Sequence[Sequence[str]], name: str = "default") -> dict[nn.Parameter, Change]:
@@ -258,7 +277,9 @@ def sync_config(model: nn.Module, name: str, ranks: Sequence[int] | None = None)
     holder: Any = model
     config = holder.peft_config[name] = copy.copy(holder.peft_config[name])
     rank, alpha = common(live)
-    config.target_modules = {adapter.name for adapter in live}
+    config.target_modules = {adapter.name for adapter in live if adapter.experts is None}
+    # PEFT looks parameters up in a list; None, not an empty one, is what a config without them has.
+    config.target_parameters = [adapter.name for adapter in live if adapter.experts is not None] or None
     config.exclude_modules = config.layers_to_transform = config.layers_pattern = None
     config.r, config.lora_alpha, config.use_rslora = rank, alpha, False
     config.rank_pattern = {a.name: a.rank for a in live if a.rank != rank}
@@ -267,7 +288,8 @@ def sync_config(model: nn.Module, name: str, ranks: Sequence[int] | None = None)
     }
     tuner = getattr(model, "base_model", None)
     if tuner is not None and hasattr(tuner, "targeted_module_names"):
-        tuner.targeted_module_names = [adapter.name for adapter in live]
+        tuner.targeted_module_names = [adapter.name for adapter in live if adapter.experts is None]
+        tuner.targeted_parameter_names = config.target_parameters or []
 
 
 def common(live: Sequence[Any]) -> tuple[int, float]:

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from peft import PeftModel
+from peft.tuners.lora.layer import LoraLayer
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper
 from safetensors import safe_open
@@ -23,7 +24,7 @@ from transformers import PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
 from weightlora.errors import ExportError
-from weightlora.graft.adapters import base_of, lora_layers
+from weightlora.graft.adapters import base_of
 from weightlora.graft.start import all_taken
 
 log = logging.getLogger(__name__)
@@ -224,7 +225,8 @@ def reload_adapter(plain: nn.Module, folder: Path) -> tuple[nn.Module, tuple[str
         keys = list(file.keys())
     suffix = ".lora_A.weight"
     written = {key.removeprefix(PREFIX).removesuffix(suffix) for key in keys if key.endswith(suffix)}
-    loaded = {path for path, _ in lora_layers(model, "default")}
+    layers = base_of(model).named_modules()
+    loaded = {path for path, module in layers if isinstance(module, LoraLayer) and "default" in module.lora_A}
     if written != loaded:
         odd = sorted(written ^ loaded)[0]
         fate = "not loaded" if odd in written else "loaded though not written"

@@ -96,7 +96,7 @@ class GradientPolicy(Policy):
         self.k = check_k(method.k, adapters)
         self.seam = check_warmup(method.batches, max_steps, "batches")
         self.held = range(len(adapters))
-        self.sums: list[Tensor] = [torch.zeros(a.d_out, a.rank) for a in adapters]
+        self.sums: list[Tensor] = [torch.zeros(a.d_out, a.rows) for a in adapters]
 
     def observe(self, view: StepView) -> Sequence[Fresh]:
         self.sums = [

@@ -133,7 +133,7 @@ class Decision:
 def lora_params(live: Sequence[Adapter]) -> int:
     """Numbers in plain adapters, ``sum r (d_in + d_out)``; shared factors count once."""
     own = [a for a in live if a.tied is None]
-    return total_params([a.rank for a in own], [a.shape for a in own])
+    return total_params([a.rows for a in own], [a.shape for a in own])
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -87,9 +87,9 @@ class Driver:
                 f"{needs.limit.kind} has to be counted on the run's batches; use fit with a trainer, or k"
             )
         self.policy = method.begin(self.adapters, max_steps)
+        look_before(model, self.name, method, self.policy)
         if self.policy.setup.check is not None:
             self.policy.setup.check(layer_weights(model, self.name))
-        look_before(model, self.name, method, self.policy)
         self.policy.budget = budget
         self.formed: Formed | None = None
         self.watch: ProductWatch | None = None

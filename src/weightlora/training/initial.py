@@ -20,8 +20,10 @@ def look_before(model: nn.Module, name: str, method: Method, policy: Policy) -> 
     """Note what the model is now, and say what its checkpoints and exports will not hold.
 
     Raises:
-        AdapterError: the initialisation moved the base and the method begins elsewhere, or it cannot be given back.
+        AdapterError: the initialisation moved the base and the method begins elsewhere, or it cannot be given back; or
+            the method does what cannot be done to adapters on bare parameters.
     """
+    _check_experts(method, policy)
     init = moved_by(model, name)
     if init is not None and _begins_elsewhere(model, name, policy):
         raise AdapterError(
@@ -32,6 +34,30 @@ def look_before(model: nn.Module, name: str, method: Method, policy: Policy) -> 
     note_start(model, name)
     for line in lines:
         log.warning(line)
+
+
+def _check_experts(method: Method, policy: Policy) -> None:
+    """Refuse more than training and removing where PEFT adds adapters to whole weights: no gate fits in, and A and B
+    stack the pairs of several matrices."""
+    bare = next((a.name for a in policy.adapters if a.experts is not None), None)
+    if bare is None:
+        return
+    setup, needs = policy.setup, method.needs
+    does = [
+        ("gates adapters", setup.gates != "none"),
+        ("makes what computes of A and B in a form of its own", setup.form is not None),
+        ("grows survivors", needs.grows),
+        ("gives adapters ranks or values of its own", bool(setup.ranks or setup.ties or setup.start)),
+        ("looks at the layers' inputs", needs.held_out > 0 or policy.watches),
+        ("reads the layers' weights", setup.check is not None),
+    ]
+    what = next((words for words, found in does if found), None)
+    if what is not None:
+        raise AdapterError(
+            f"{method.name} {what}, which cannot be done to {bare}, a bare parameter (experts, a router): PEFT adds its"
+            " adapter to the whole weight. Use weightlora with score='credit', gradient, random, top or lora, or target"
+            " linear layers alone"
+        )
 
 
 def check_checkpoints(trainer: Trainer, name: str, *, resumed: bool) -> None:

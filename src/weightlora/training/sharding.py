@@ -102,6 +102,11 @@ def check_method(method: Method, policy: Policy, init: str | None = None) -> Non
             f"init_lora_weights={init!r} moved the base's weights, which a removed adapter gives back, and FSDP shards;"
             " run without FSDP, or use init_lora_weights=True"
         )
+    if any(adapter.experts is not None for adapter in policy.adapters):
+        raise ConfigError(
+            "PEFT adds the adapters of bare parameters (experts, routers) to whole weights, which FSDP shards; run"
+            " without FSDP, or target linear layers alone"
+        )
     if policy.setup.check is not None:
         raise ConfigError(f"{method.name} reads the base's weights, which FSDP shards; run it without FSDP")
     limit = method.needs.limit
