@@ -658,8 +658,8 @@ def test_a_path_that_cannot_be_written_is_one_clear_line(tmp_path: Path) -> None
 
 
 def test_unknown_profiles_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"'gguf' is unknown; use one of native, portable, dense, merged"):
-        export(operated("llama"), tmp_path / "out", "gguf")
+    with pytest.raises(ConfigError, match=r"'onnx' is unknown; use one of native, portable, dense, gguf, merged"):
+        export(operated("llama"), tmp_path / "out", "onnx")
     assert list(tmp_path.iterdir()) == []
 
 

@@ -285,7 +285,10 @@ def unfrozen(**settings: Any) -> PeftModel:
 @pytest.mark.parametrize(
     ("make", "says"),
     [
-        (unfrozen, "portable and dense cannot hold 1 trained weights of the base (bert.embeddings.LayerNorm.weight)"),
+        (
+            unfrozen,
+            "portable, dense and gguf cannot hold 1 trained weights of the base (bert.embeddings.LayerNorm.weight)",
+        ),
         (unfrozen, "no checkpoint of PEFT's holds bert.embeddings.LayerNorm.weight"),
         (lambda: lora(bias="all"), "trained weights of the base (bert.embeddings.LayerNorm.bias"),
         (lambda: lora(trainable_token_indices=[7]), "single trained tokens (bert.embeddings.word_embeddings)"),

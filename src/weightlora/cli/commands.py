@@ -246,8 +246,9 @@ def _add_export(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--profile",
         default="native",
-        choices=("native", "portable", "dense", "merged"),
-        help="native: stock PEFT; portable: vLLM, SGLang, llama.cpp; dense: the same, every layer; merged: no adapter",
+        choices=("native", "portable", "dense", "gguf", "merged"),
+        help="native: stock PEFT; portable: vLLM, SGLang; dense: the same, every layer; gguf: llama.cpp; merged: no"
+        " adapter",
     )
 
 

@@ -22,6 +22,10 @@ _ABOUT = {
         "A LoRA adapter for PEFT and for servers that expect an adapter in every layer: as the profile `portable`, with"
         " zero adapters at the same places of all other layers."
     ),
+    "gguf": (
+        "A LoRA adapter for llama.cpp, as GGUF: the ranks of its training, and the rows of q and k in the order of"
+        " llama.cpp."
+    ),
     "merged": "A plain Transformers model: the adapter is added into its weights.",
 }
 
@@ -57,9 +61,7 @@ def model_card(live: Live, *, profile: str, selection: Selection | None, notes: 
     lines += [
         "## How to load",
         "",
-        "```python",
         *_load(profile, base, model_class, bool(heads), live.outside.rows),
-        "```",
         "",
     ]
     lines += ["## What was kept", ""]
@@ -82,13 +84,14 @@ def model_card(live: Live, *, profile: str, selection: Selection | None, notes: 
 def _front_matter(profile: str, base: str | None) -> list[str]:
     """YAML that hubs read. A folder on somebody's disk is no base model to link to."""
     linkable = base is not None and bool(_HUB_NAME.fullmatch(base)) and not Path(base).exists()
-    library = "transformers" if profile == "merged" else "peft"
+    library = {"merged": ["library_name: transformers"], "gguf": []}.get(profile, ["library_name: peft"])
     return [
         "---",
-        f"library_name: {library}",
+        *library,
         *([f"base_model: {json.dumps(base)}"] if linkable else []),
         "tags:",
         *(["- lora"] if profile != "merged" else []),
+        *(["- gguf"] if profile == "gguf" else []),
         "- weightlora",
         "---",
         "",
@@ -96,6 +99,14 @@ def _front_matter(profile: str, base: str | None) -> list[str]:
 
 
 def _load(profile: str, base: str | None, model_class: type, heads: bool, rows: int | None) -> list[str]:
+    if profile == "gguf":
+        made = f"convert_hf_to_gguf.py {base or 'BASE'} --outfile base.gguf  # llama.cpp's own, once"
+        return ["```text", made, "llama-server -m base.gguf --lora adapter.gguf", "```"]
+    lines = _load_in_python(profile, base, model_class, heads, rows)
+    return ["```python", *lines, "```"]
+
+
+def _load_in_python(profile: str, base: str | None, model_class: type, heads: bool, rows: int | None) -> list[str]:
     home = "transformers" if model_class.__module__.startswith("transformers.") else model_class.__module__
     name = model_class.__name__
     if profile == "merged":

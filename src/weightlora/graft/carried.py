@@ -139,7 +139,7 @@ def check_before(model: nn.Module, name: str) -> list[str]:
     if bare:
         things.append(f"{len(bare)} adapters on bare parameters ({', '.join(bare[:2])}, ...)")
     if things:
-        lines.append(f"export profiles portable and dense cannot hold {'; '.join(things)}: use native or merged")
+        lines.append(f"export profiles portable, dense and gguf cannot hold {'; '.join(things)}: use native or merged")
     if uncheckpointed(model, name):
         lines.append(
             f"no checkpoint of PEFT's holds {', '.join(uncheckpointed(model, name)[:3])}: this run cannot be resumed;"

@@ -19,6 +19,7 @@ from weightlora.errors import ConfigError, ExportError
 from weightlora.files import new_folder, write_text
 from weightlora.graft.adapters import base_of, is_sharded, switched_off
 from weightlora.graft.card import model_card
+from weightlora.graft.llama_cpp import gguf_as_peft, write_gguf
 from weightlora.graft.merging import merge
 from weightlora.graft.profiles import Live, read, write_adapter
 from weightlora.graft.quantised import keep_unpacked
@@ -35,7 +36,7 @@ from weightlora.graft.verify import (
     save_and_reload,
 )
 
-Profile = Literal["native", "portable", "dense", "merged"]
+Profile = Literal["native", "portable", "dense", "gguf", "merged"]
 PROFILES: tuple[str, ...] = get_args(Profile)
 RECORD = "export.json"
 SCHEMA_VERSION = 1
@@ -84,13 +85,15 @@ def export(
 
     Weights are compared with the stock base, opened by its name or folder without network. What differs there and lies
     in no adapter or saved module (weights of the base that trained, BatchNorm's statistics, resized embeddings) goes
-    into ``native`` and ``merged``; ``portable`` and ``dense`` refuse it by name.
+    into ``native`` and ``merged``; ``portable``, ``dense`` and ``gguf`` refuse it by name.
 
     - ``native``: stock PEFT with the ranks and scales as trained, and trained heads inside.
     - ``portable`` (vLLM, SGLang, llama.cpp): one rank r with ``lora_alpha == r``, every scale folded into B, no
       patterns, no ``modules_to_save``, a list of full names as targets, and zero adapters that complete q/k/v and
       gate/up wherever one of them is live. A trained head cannot travel; it goes to ``head.safetensors``.
     - ``dense``: portable, with zero adapters at the same places of all other blocks.
+    - ``gguf``: one file for llama.cpp (Llama, Mistral, Qwen2, Qwen3; needs the package gguf), ranks as trained. What is
+      reloaded is the file, brought back to PEFT's names.
     - ``merged``: a plain Transformers model with the deltas added into its weights, heads included.
 
     Args:
@@ -149,8 +152,7 @@ def export(
                 elif live.pairs and (lost := _rounding(live, sample, truth, again)):
                     notes = (*notes, lost)
             else:
-                rank, notes = write_adapter(live, folder, profile)
-                again, said = _reloaded(live.root, folder, sample, live)
+                rank, notes, again, said = _written(live, folder, profile, sample)
                 notes = (*notes, *(f"stock PEFT warned while loading it: {text}" for text in said))
             difference, tolerance = compare(truth, again, plain)
             done = Export(
@@ -161,6 +163,18 @@ def export(
         reason = error.strerror or str(error)
         raise ExportError(f"cannot write the export to {path}: {reason}; use another folder") from error
     return done
+
+
+def _written(
+    live: Live, folder: Path, profile: str, sample: Mapping[str, Any]
+) -> tuple[int, tuple[str, ...], Tensor, tuple[str, ...]]:
+    """Write an adapter; its highest rank, notes, the logits of what was written, and what PEFT warned of."""
+    if profile != "gguf":
+        return *write_adapter(live, folder, profile), *_reloaded(live.root, folder, sample, live)
+    rank, notes = write_gguf(live, folder)
+    with tempfile.TemporaryDirectory() as back:
+        gguf_as_peft(live, folder, Path(back))
+        return rank, notes, *_reloaded(live.root, Path(back), sample, live)
 
 
 def _reloaded(

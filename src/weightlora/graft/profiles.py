@@ -132,7 +132,7 @@ def read(model: nn.Module, name: str | None, profile: str, *, other_base: bool =
     scales = {adapter.name: adapter.scale for adapter in adapters(model, name)}
     _check_state(model, name)
     bare = [path for path, layer in lora_layers(model, name) if experts_of(layer) is not None]
-    if bare and profile in ("portable", "dense"):
+    if bare and profile not in ("native", "merged"):
         raise ExportError(
             f"profile {profile!r} cannot hold {len(bare)} adapters on bare parameters ({bare[0]}, ...): servers read"
             " those of experts in no common form; use profile 'native' or 'merged'"
