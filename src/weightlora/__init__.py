@@ -7,7 +7,7 @@ wl.export(result, "out/", profile="portable")
 
 import lazy_loader
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 # Loaded on first use: `import weightlora` costs nothing, and reports are drawn without torch.
 __getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

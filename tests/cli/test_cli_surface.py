@@ -98,7 +98,7 @@ def test_plain_lines_where_nobody_watches(small_data: Path, tmp_path: Path) -> N
     assert steps == list("123456")
     assert "loss" in done.stderr
     assert re.search(r"^kept 3 of 12 adapters: ", done.stderr, re.MULTILINE)
-    ours = ("weightlora on sst2: step", "kept 3 of", "adapter path: ")
+    ours = ("weightlora on sst2: step", "kept 3 of", "adapter path: ", "12 adapters train", "with all of them, ")
     others = [line for line in done.stderr.splitlines() if not line.startswith(ours)]
     assert others == [], "libraries are silent"
     assert f"adapter: {tmp_path / 'run' / 'adapter'}" in done.stdout

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import logging
+import shlex
 import sys
 from pathlib import Path
 from typing import Any
@@ -26,7 +27,7 @@ from weightlora.settings import typed
 
 def _report(given: Given, record: Any, folder: Path) -> int:
     """Print what a run came to; 1 if it failed."""
-    from weightlora.runs.run import ADAPTER, ERROR, MODEL
+    from weightlora.runs.run import ADAPTER, ERROR, MODEL, PICTURE
     from weightlora.runs.together import follows
 
     if follows():
@@ -40,8 +41,13 @@ def _report(given: Given, record: Any, folder: Path) -> int:
     if record.adapters:
         _draw(record, folder)
     what, where = ("adapter", ADAPTER) if record.n_adapters else ("model", MODEL)
-    place = [f"{what}: {folder / where}"] if (folder / where).exists() else []
-    given.show(record.to_json(), run_summary(record), *place)
+    places = [(what, where), ("picture", PICTURE)]
+    said = [f"{name}: {folder / place}" for name, place in places if (folder / place).exists()]
+    run = shlex.quote(str(folder))
+    said.append(f"next: weightlora report {run}   (what was kept, why, and what it saved, as one page)")
+    if (folder / ADAPTER).exists():
+        said.append(f"      weightlora export {run} --profile portable   (for vLLM, SGLang, llama.cpp)")
+    given.show(record.to_json(), run_summary(record), *said)
     return 0
 
 

@@ -42,7 +42,13 @@ def _run(given: Given, grid: Any, folder: Path) -> int:
     table = study_table(study.summary, study.records)
     write_text(folder / "table.md", table.to_markdown())
     write_text(folder / "table.json", table.to_json())
-    given.show_json(study.summary, table.to_text(TEXT_WIDTH), f"table: {folder / 'table.md'}")
+    page = f"weightlora report {shlex.quote(str(folder))} --out {shlex.quote(str(folder / 'report.html'))}"
+    given.show_json(
+        study.summary,
+        table.to_text(TEXT_WIDTH),
+        f"table: {folder / 'table.md'}",
+        f"next: {page}   (what each run kept, with pictures)",
+    )
     return 0 if study.all_went_well else 1
 
 

@@ -86,7 +86,7 @@ class Axis:
         return cls(low=low - room, high=high + room, start=start, end=end)
 
     def at(self, value: float) -> float:
-        """The place of a value; of one out of all reason, far outside."""
+        """Map a value to its place in the picture. A value beyond all bounds is put far outside."""
         value = min(max(value, -LARGEST), LARGEST)  # a whole number from a file may be too large for a float
         place = self.start + (self.end - self.start) * (value - self.low) / (self.high - self.low)
         return min(max(place, -FAR), FAR)

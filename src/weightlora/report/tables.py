@@ -13,7 +13,7 @@ from typing import Any
 from weightlora.errors import ConfigError
 from weightlora.report.layout import layout
 from weightlora.report.units import BYTES, COUNT, FLOPS, MISSING, SECONDS, Scale, Unit, human, mean_and_spread, ratio
-from weightlora.runs.record import PhaseRecord, Record, metric_words
+from weightlora.runs.record import EVAL_LOSS, PhaseRecord, Record, metric_words
 
 BASELINE = "lora"
 _BREAK = "~"  # where a heading's word may be broken when columns are side by side
@@ -27,6 +27,7 @@ _TITLES = {
     "method": "method",
     "seeds": "seeds",
     "score": "score",
+    "eval_loss": "eval loss",
     "adapters": "adap~ters alive",
     "ranks": "ranks alive",
     "trainable_params": "train~able params",
@@ -170,15 +171,16 @@ def comparison_table(records: Sequence[Record]) -> Table:
     presets = {record.preset for record in records}
     preset = f", preset {presets.pop()}" if len(presets) == 1 else ""
     units = {key: Unit.fit([row[key] for row in rows], scale) for key, scale in _SCALES.items()}
+    columns = [key for key in _TITLES if key != EVAL_LOSS or (metric != EVAL_LOSS and any(row[key] for row in rows))]
     shown: dict[str, str] = {
         key: f"{title} ({units[key].sign})" if key in units and units[key].sign else title
         for key, title in _TITLES.items()
     } | {"score": metric}
     return Table(
         caption=f"{records[0].task}, {records[0].model}{preset}: {metric_words(metric)}, mean ± spread over seeds",
-        titles=tuple(shown.values()),
-        cells=tuple(tuple(_cell(key, row, units) for key in _TITLES) for row in rows),
-        notes=_notes(records, rows, comparable),
+        titles=tuple(shown[key] for key in columns),
+        cells=tuple(tuple(_cell(key, row, units) for key in columns) for row in rows),
+        notes=_notes(records, rows, comparable) + _beside_lora(rows, metric),
         rows=tuple(rows),
     )
 
@@ -218,6 +220,7 @@ def _row(label: str, group: Sequence[Record]) -> dict[str, Any]:
         "total": len(group),
         "score_mean": mean,
         "score_spread": spread,
+        EVAL_LOSS: mean_and_spread([r.metrics[EVAL_LOSS] for r in done if EVAL_LOSS in r.metrics])[0],
         "adapters_min": min(alive, default=None),
         "adapters_max": max(alive, default=None),
         "ranks_min": min(ranks, default=None),
@@ -255,6 +258,7 @@ def _cell(key: str, row: dict[str, Any], units: dict[str, Unit]) -> str:
         "method": lambda row: str(row["label"]),
         "seeds": lambda row: f"{row['ok']}/{row['total']}" + (f", {row['failed']} failed" if row["failed"] else ""),
         "score": _score_cell,
+        EVAL_LOSS: lambda row: MISSING if row[EVAL_LOSS] is None else f"{row[EVAL_LOSS]:.4f}",
         "adapters": lambda row: _alive_cell(row, "adapters", f"/{row['n_adapters']}"),
         "ranks": lambda row: _alive_cell(row, "ranks"),
         "relative_time": lambda row: MISSING if row["relative_time"] is None else f"{row['relative_time']:.2f}x",
@@ -303,6 +307,21 @@ def _notes(records: Sequence[Record], rows: Sequence[dict[str, Any]], comparable
     if not comparable:
         notes.append("the runs come from different kinds of machine: their times are not comparable")
     return tuple(notes)
+
+
+def _beside_lora(rows: Sequence[dict[str, Any]], metric: str) -> tuple[str, ...]:
+    """The answer in words, where one method stands beside plain LoRA."""
+    if len(rows) != 2 or [row["method"] for row in rows].count(BASELINE) != 1:
+        return ()
+    lora, other = sorted(rows, key=lambda row: row["method"] != BASELINE)
+    differences = [
+        f"{name} {other[key] - lora[key]:+.4f}"
+        for name, key in ((metric, "score_mean"), (EVAL_LOSS, EVAL_LOSS))
+        if name and None not in (lora[key], other[key])
+    ]
+    costs = [(_TITLES[key].replace(_BREAK, ""), ratio(lora[key], other[key])) for key in _SCALES]
+    said = [*dict.fromkeys(differences), *(f"{name} {change}" for name, change in costs if change != MISSING)]
+    return (f"{other['label']} beside {BASELINE}: {', '.join(said)}",) if said else ()
 
 
 def run_summary(record: Record) -> str:

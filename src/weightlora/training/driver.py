@@ -40,12 +40,14 @@ from weightlora.graft import (
     tie,
 )
 from weightlora.methods import AdapterMethod, Budget, Fresh, HeldOut, StepView
+from weightlora.methods.checks import check_k
 from weightlora.training.finite import FiniteWatch, check_learned, check_numbers
 from weightlora.training.initial import look_before
 from weightlora.training.processes import mean_over_processes
 from weightlora.training.unreached import no_gradient
 
 log = logging.getLogger("weightlora")
+UNKNOWN_LENGTH = 2**31  # steps of a loop that does not say how long it is
 
 
 class Driver:
@@ -101,6 +103,23 @@ class Driver:
         self._withheld: list[tuple[Tensor, Tensor | None]] = []  # from the optimizer: gradients of these factors
         self.finite = FiniteWatch(model)
         keep_unpacked(model)
+        log.info("%s", self._outlook(max_steps))
+
+    def _outlook(self, max_steps: int) -> str:
+        """What will happen to the adapters, in one line."""
+        n, needs = len(self.adapters), self.method.needs
+        of = f" of {max_steps}" if max_steps < UNKNOWN_LENGTH else ""
+        if self.seam is None:
+            return f"{n} adapters train in every step{of}"
+        stay = "those stay that the method keeps"
+        if needs.limit is not None:
+            stay = f"those stay that {needs.limit.kind} of {needs.limit.said} allows"
+        elif needs.k is not None:
+            k = check_k(needs.k, self.adapters)
+            stay = f"{k} stay and {n - k} are removed"
+        if self.seam == 0:
+            return f"{n} adapters: before the first step{of} {stay}"
+        return f"{n} adapters train until step {self.seam}{of}; then {stay}"
 
     @property
     def gates(self) -> Gates | None:

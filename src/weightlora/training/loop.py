@@ -12,7 +12,7 @@ from torch import nn
 from weightlora.errors import ConfigError, ScheduleError
 from weightlora.graft import BackwardDepth, PathName, Selection, check_groups
 from weightlora.methods import AdapterMethod, Method
-from weightlora.training.driver import Driver
+from weightlora.training.driver import UNKNOWN_LENGTH, Driver
 from weightlora.training.held_out import HeldOutBatches
 from weightlora.training.preflight import check_method, check_model, count, torch_optimizer
 from weightlora.training.processes import check_alike
@@ -174,6 +174,6 @@ def attach(
         )
     if isinstance(given, AcceleratedOptimizer) and given.scaler is not None:
         raise ConfigError("fp16 training scales gradients, and gates and credits would read them scaled; use bf16")
-    steps = 2**31 if max_steps is None else count("max_steps", max_steps)
+    steps = UNKNOWN_LENGTH if max_steps is None else count("max_steps", max_steps)
     unseen = HeldOutBatches(model, held_out) if held_out else None
     return Tuner(Driver(model, method, steps, engine=engine, held_out=unseen), given)

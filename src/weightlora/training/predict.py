@@ -63,6 +63,13 @@ class Predictor:
         finally:
             use_batch(trainer, usual)
         self.estimate = Estimate(driver.model, traces.__getitem__, Setting(checkpointing=on, every_n_layers=every))
+        if self.seam != 0:
+            kept = self._said(self.whole, self.sizes[0])["kept_activation_bytes"]
+            log.info(
+                "with all of them, a forward pass of %s examples keeps %.1f MiB for backward",
+                splits[0][0],
+                kept / 2**20,
+            )
 
     def phases(self, selection: Selection | None) -> dict[str, dict[str, int]]:
         """``{phase: {field of a phase: number}}``; nothing where there was nothing to trace.

@@ -23,14 +23,14 @@ def is_main() -> bool:
 
 
 def wait() -> None:
-    """Go on when all processes have come this far."""
+    """Wait until all processes have reached this call."""
     if processes() > 1:
         distributed.barrier()
 
 
 @contextlib.contextmanager
 def main_alone() -> Iterator[bool]:
-    """What is inside happens when all processes have come this far, and is done in the main one before any goes on.
+    """Wait until all processes are here, then let the main one do what is inside before any goes on.
 
     >>> with main_alone() as mine:
     ...     mine
