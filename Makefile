@@ -54,7 +54,7 @@ docs: $(VENV)/.stamp-dev ## build the documentation into site/; `make docs SERVE
 
 notebooks: $(VENV)/.stamp-dev $(VENV)/.stamp-smollm2 ## run the notebooks, and store them with their outputs
 	@set -e; for script in notebooks/*.py; do \
-		$(BIN)/jupytext --to ipynb --execute --run-path "$$(mktemp -d)" --output "docs/tutorials/$$(basename "$$script" .py).ipynb" "$$script"; \
+		PYTHONWARNINGS=ignore $(BIN)/jupytext --to ipynb --execute --run-path "$$(mktemp -d)" --output "docs/tutorials/$$(basename "$$script" .py).ipynb" "$$script"; \
 	done
 
 clean: ## remove what was built; the virtual environment and runs/ stay

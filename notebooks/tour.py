@@ -23,14 +23,15 @@ import logging
 import os
 import warnings
 
+logging.disable(logging.WARNING)
+warnings.filterwarnings("ignore")  # of libraries among themselves
+
 from peft import LoraConfig, get_peft_model
 from transformers import DataCollatorWithPadding, PrinterCallback, Trainer, TrainingArguments, set_seed
 
 import weightlora as wl
 from weightlora.tasks import load_model, load_task, tokenize
 
-logging.disable(logging.WARNING)
-warnings.filterwarnings("ignore", category=FutureWarning)  # libraries that call each other by old names
 SMALL = "WEIGHTLORA_SMALL" in os.environ  # the tests run it at a small scale
 NAME, ROWS, STEPS = ("bert-tiny-shape", 40, 6) if SMALL else ("minilm", 1000, 60)
 

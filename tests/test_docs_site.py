@@ -1,4 +1,4 @@
-"""The site: commands that it shows are ones that the program takes, notebooks are their scripts, sentences are short."""
+"""The site: its commands are ones that the program takes, notebooks are their scripts, sentences are short."""
 
 from __future__ import annotations
 
@@ -91,8 +91,8 @@ def sentences(text: str) -> Iterator[str]:
     text = FENCE.sub("", re.sub(r"<!--.*?-->|<iframe.*?</iframe>", "", text, flags=re.DOTALL))
     text = re.sub(r"!?\[([^\]]*)\]\([^)]*\)", r"\1", re.sub(r"`[^`]*`", "code", text))
     for block in re.split(r"\n\s*\n|\n(?=\s*(?:[-*|]|\d+\.) )| · |\|", text):
-        block = re.sub(r"^\s*(?:[-*]|\d+\.) ", "", block)
-        yield from (said for part in re.split(r"(?<=[.!?:;])\s+", block.strip()) if (said := " ".join(part.split())))
+        parts = re.split(r"(?<=[.!?:;])\s+", re.sub(r"^\s*(?:[-*]|\d+\.) ", "", block).strip())
+        yield from (said for part in parts if (said := " ".join(part.split())))
 
 
 @pytest.mark.parametrize("page", START, ids=title)

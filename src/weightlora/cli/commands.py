@@ -308,7 +308,7 @@ COMMANDS = {
         takes_run=True,
     ),
     "probe": Command(
-        help="the paper's Figure 2: how much each adapter would still change the loss, by layer",
+        help="draw the paper's Figure 2: how much each adapter would still change the loss",
         usage="[RECIPE.yaml] [FLAGS]",
         example="weightlora probe --task sst2 --data-dir DATA --seeds 0,1,2 --k 9 --max-steps 400 --out probe",
         add=_add_probe,
@@ -318,7 +318,7 @@ COMMANDS = {
         takes_run=True,
     ),
     "memory": Command(
-        help="the paper's Figure 3: a run's memory against the number of connected adapters",
+        help="draw the paper's Figure 3: memory against the number of adapters",
         usage="[RECIPE.yaml] [FLAGS]",
         example="weightlora memory --task sst2 --data-dir DATA --model deberta-v3-base-shape --limit 16GiB",
         add=_add_memory,
@@ -328,7 +328,7 @@ COMMANDS = {
         takes_run=True,
     ),
     "plan": Command(
-        help="say what a run would take, and what fits into a memory",
+        help="say what memory a run would take, and what fits",
         usage="[--memory SIZE] [FLAGS]",
         example="weightlora plan --model llama-3-8b --length 2048 --memory 40GiB --checkpointing\n"
         "  weightlora plan --model deberta-v3-base --targets attention --r 8 --k 9 --batch 32 --memory 8GiB",

@@ -14,13 +14,13 @@ from weightlora.settings import flat_name
 METHOD_HELP = {
     "k": ("K", "adapters to keep: a count, or a share such as 0.25 (default: 0.25)"),
     "memory": ("SIZE", "instead of K: bytes that the whole run may take, such as 12GiB (weightlora)"),
-    "step_time": ("SHARE", "instead of K: operations of a step after T, such as 0.6x of one before"),
-    "select_after": ("T", "steps before the rest is disconnected, or a share of the run (default: 0.15)"),
-    "adapter_rate": ("X", "the adapters' learning rate over the head's (default: the method's)"),
-    "b_rate": ("X", "the learning rate of B over A's, as LoRA+ has it (default: 1)"),
-    "score": (None, "what is ranked: omega, credit or coverage"),
-    "gate_lr": ("X", "learning rate of omega"),
-    "growth": (None, "gaussian or qr (weightlora+)"),
+    "step_time": ("SHARE", "instead of K: operations that a step may take after the choice, such as 0.6x of before"),
+    "select_after": ("T", "step after which the other adapters are removed, or a share of the run (default: 0.15)"),
+    "adapter_rate": ("X", "learning rate of the adapters, as a multiple of the run's (default: the method's)"),
+    "b_rate": ("X", "learning rate of B, as a multiple of A's, as in LoRA+ (default: 1)"),
+    "score": (None, "what adapters are ranked by: credit, omega or coverage"),
+    "gate_lr": ("X", "learning rate of the gates omega"),
+    "growth": (None, "how new ranks begin: gaussian or qr (weightlora+)"),
     "max_rank": ("N", "cap on grown ranks (weightlora+)"),
 }
 

@@ -169,7 +169,7 @@ def command_parser(name: str) -> argparse.ArgumentParser:
         add_spec(parser, kind, command.title)
     if command.takes_run:
         add_run(parser)
-    parser.add_argument("--json", metavar="FILE", help="write the result for a machine, too (- for standard output)")
+    parser.add_argument("--json", metavar="FILE", help="write the result as JSON, too (- for standard output)")
     return parser
 
 

@@ -78,10 +78,10 @@ def export(
     overwrite: bool = False,
     about: str = "",
 ) -> Export:
-    """Write the adapter (or merged model) to a folder, reload it from there with stock software, compare the logits.
+    """Write the adapter (or merged model) to a folder, load it again with stock software, and compare the logits.
 
-    The folder appears only when it is whole and verified. The live model is not changed, and may be in the middle of a
-    warm-up: gates are folded into B, and adapters whose gate is zero are left out.
+    The folder appears only when it is whole and verified. The live model is not changed. It may still be before the
+    seam: gates are then folded into B, and adapters whose gate is zero are left out.
 
     Weights are compared with the stock base, opened by its name or folder without network. What differs there and lies
     in no adapter or saved module (weights of the base that trained, BatchNorm's statistics, resized embeddings) goes

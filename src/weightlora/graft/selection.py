@@ -122,7 +122,7 @@ class Selection:
         return tuple(map(tuple, found.values()))
 
     def lora_config(self, **overrides: Any) -> LoraConfig:
-        """The same placement as a PEFT ``LoraConfig``, for any other trainer (train it from a fresh start there).
+        """Make the same placement as a PEFT ``LoraConfig``, for any other trainer; training starts fresh there.
 
         Args:
             overrides: any field of ``LoraConfig`` (``task_type``, ``lora_dropout``, ``modules_to_save``, ...).
@@ -159,11 +159,11 @@ class Selection:
         return trainer_block(self.lora_config(**overrides), trainer, title)
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain data."""
+        """Turn into plain data."""
         return asdict(self)
 
     def to_json(self) -> str:
-        """Strict JSON."""
+        """Turn into strict JSON."""
         return json.dumps(self.to_dict(), indent=1, allow_nan=False)
 
     def save(self, path: str | Path) -> Path:

@@ -45,7 +45,7 @@ class ModelSpec:
     alpha: float = setting(32, "LoRA alpha (default: 32)", above=0, use="a positive number (the paper uses 32)")
     dropout: float = setting(0.05, "LoRA dropout (default: 0.05)", least=0, below=1)
     params: str | None = setting(
-        None, "adapter parameters to spend, such as 123k: sets rank or K of the method", metavar="N"
+        None, "adapter parameters to spend, such as 123k: sets the method's rank or K", metavar="N"
     )
 
     def __post_init__(self) -> None:
@@ -96,11 +96,11 @@ class TrainingSpec:
         ConfigError: a value that is not allowed.
     """
 
-    seed: int = setting(0, "of everything random (default: 0)", least=0, below=2**32, use="0 or more, below 2^32")
+    seed: int = setting(0, "seed of all random choices (default: 0)", least=0, below=2**32, use="0 or more, below 2^32")
     micro_batch: int | None = setting(
-        None, "examples per forward pass until the seam; the effective batch is held", metavar="N"
+        None, "examples per forward pass until adapters are removed; the batch of a step stays the same", metavar="N"
     )
-    final_micro_batch: int | None = setting(None, "examples per forward pass after the seam", metavar="N")
+    final_micro_batch: int | None = setting(None, "examples per forward pass after adapters were removed", metavar="N")
     engine: str = setting(
         "auto", "how adapters compute: auto (default), autograd, triton, reference, or stock (PEFT's own forward)"
     )

@@ -86,11 +86,13 @@ class TaskSpec:
     max_train_samples: int | None = setting(None, "train on N random rows", metavar="N", least=1, use=_ROWS)
     max_eval_samples: int | None = setting(None, "judge by N random rows", metavar="N", least=1, use=_ROWS)
     holdout: float | None = setting(
-        None, "judge by this share of the training rows instead", metavar="SHARE", above=0, below=1,
+        None, "judge by this share of the training rows, and leave the validation rows unread",
+        metavar="SHARE", above=0, below=1,
         use="a part of the training rows such as 0.1",
     )  # fmt: skip
     split_seed: int = setting(
-        0, "draws the rows of --holdout and --max-...-samples (default: 0)", metavar="N", least=0, below=2**32,
+        0, "seed that draws the rows of --holdout and --max-...-samples (default: 0)", metavar="N", least=0,
+        below=2**32,
         use="0 or more, below 2^32",
     )  # fmt: skip
     max_length: int = setting(
@@ -98,15 +100,15 @@ class TaskSpec:
     )
     classify_by: str | None = setting(
         None,
-        "how classes are told: by a new head, or by the answer tokens of a causal model (default: answer for a"
+        "what names the class: a new head, or the words that a causal model answers with (default: answer for a"
         " pretrained one such as smollm2, else head)",
         choices=("head", "answer"),
     )
     prompt: str | None = setting(
-        None, "for answer tokens, columns in braces, such as '{sentence}\\nSentiment:'", metavar="TEXT"
+        None, "the prompt that is answered, with columns in braces, such as '{sentence}\\nSentiment:'", metavar="TEXT"
     )
     label_words: str | None = setting(
-        None, "the words that answer, where the class's name is none", metavar="CLASS=WORD,..."
+        None, "the words that stand for classes (default: the classes' names)", metavar="CLASS=WORD,..."
     )
     doc_stride: int | None = setting(
         None, "squad: tokens that windows share (default: a third)", metavar="N", only=SQUAD

@@ -82,9 +82,9 @@ def fit(  # noqa: PLR0913 - one argument per user setting
 ) -> FitResult:
     """Train with a method, instead of ``trainer.train()``.
 
-    Runs the trainer to step T, lets the method decide, disconnects (and grows), and runs the trainer on from a
-    checkpoint of its own kind, so that schedule, data order, random numbers, distributed wrapping and logging go on as
-    if nothing had been.
+    Runs the trainer to step T. There the method decides, the other adapters are removed, survivors may grow, and a
+    checkpoint of the trainer's own kind is written. The trainer resumes from that: its schedule, order of rows, random
+    numbers, distributed wrapping and logging go on. This moment is the seam.
 
     Args:
         trainer: any ``transformers.Trainer`` (TRL's too) around a model with LoRA adapters.

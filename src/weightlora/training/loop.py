@@ -21,7 +21,9 @@ LOOK_EVERY = 10  # steps between reading what the device saw: the trainer's own 
 
 
 class Tuner:
-    """Made by :func:`attach`. Call :meth:`step` after ``optimizer.step()`` and before ``optimizer.zero_grad()``.
+    """Carry a method through a loop of your own; :func:`attach` makes it.
+
+    Call :meth:`step` after ``optimizer.step()`` and before ``optimizer.zero_grad()``.
 
     ``tuner.selection`` is None during warm-up and the :class:`~weightlora.graft.Selection` afterwards.
     """
@@ -88,7 +90,7 @@ class Tuner:
 
     @property
     def selection(self) -> Selection | None:
-        """What was kept; None while warm-up runs."""
+        """What was kept; None until the seam."""
         return self._driver.selection
 
     @property
@@ -99,7 +101,7 @@ class Tuner:
         return dict(zip((a.name for a in self._driver.adapters), self._driver.omegas(), strict=True))
 
     def finish(self) -> Selection:
-        """End of training: select now if the method never did, and leave a plain PEFT model.
+        """End the run: select now if the method never did, and leave a plain PEFT model.
 
         Gradient checkpointing, and the hooks that let inputs require gradients, are again as the seam found them.
         """
@@ -110,7 +112,7 @@ class Tuner:
         return selection
 
     def state_dict(self) -> dict[str, Any]:
-        """Progress and tensors, to store beside your own checkpoint during warm-up; DivergedError if some is NaN."""
+        """Give progress and tensors, to save beside your own checkpoint until the seam; DivergedError if one is NaN."""
         self._driver.finite.check()
         return {"step": self._driver.step, "tensors": self._driver.state()}
 
@@ -128,7 +130,7 @@ def attach(
     engine: PathName = "auto",
     held_out: Sequence[Mapping[str, Any]] = (),
 ) -> Tuner:
-    """Put a method on a model and the optimizer that trains it.
+    """Put a method on a model and its optimizer, in a training loop of your own.
 
     Under several processes wrap the model in ``DistributedDataParallel`` after this call, and again when
     :meth:`Tuner.step` returns a selection: parameters were replaced. Gradients that differ between processes
