@@ -88,7 +88,6 @@ CODE = {page: found for page in PAGES if (found := blocks(page.read_text(encodin
 
 
 @pytest.mark.filterwarnings("ignore:`gradient_checkpointing_enable` is deprecated:FutureWarning")  # by PEFT
-@pytest.mark.filterwarnings("ignore:torch.utils.checkpoint. the use_reentrant parameter:UserWarning")  # before the seam
 @pytest.mark.parametrize("page", CODE, ids=title)
 def test_python_in_the_documents(
     page: Path, request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
