@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import logging
 import os
 import subprocess
 import sys
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -14,8 +16,10 @@ import torch
 
 from weightlora import ops
 from weightlora.errors import ConfigError
+from weightlora.ops import triton_path
 
 ROOT = Path(__file__).resolve().parents[2]
+BINARIES = ROOT / "benchmarks" / "results" / "gpu-binaries.json"
 has_triton = importlib.util.find_spec("triton") is not None
 needs_triton = pytest.mark.skipif(not has_triton, reason="NO TRITON: its kernels are not tested; pip install triton")
 
@@ -37,32 +41,51 @@ def test_kernels_in_the_interpreter() -> None:
     assert "skipped" not in out
 
 
-COMPILE = """
-import sys, warnings
-warnings.simplefilter("ignore")
-from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource, compile
-from weightlora.ops import triton_path as path
+@needs_triton
+@pytest.mark.slow
+@pytest.mark.parametrize("target", ["sm_80", "sm_90", "gfx942"])
+def test_the_binaries_of_a_step(target: str) -> None:
+    """What a layer of PEFT's default kind (bfloat16 base, float32 adapters, dropout) launches, for a real device."""
+    import triton
 
-wide, narrow = sys.argv[1:3]
-pointers = {"x": wide, "out": wide, "A": narrow, "h": narrow, "B": narrow, "u": narrow}
-scalars = {"seed": "i64", "p": "fp32", "scale": "fp32"}
-for kernel in (path._down, path._up, path._outer):
-    constants = {"DROP": True, "PRECISION": sys.argv[3], "BT": path.TOKENS, "BD": path.WIDTH, "BR": 16}
-    constants |= {"ADD": True} if "ADD" in kernel.arg_names else {}
-    types = {n: "constexpr" if n in constants else pointers.get(n) or scalars.get(n, "i32") for n in kernel.arg_names}
-    places = {(kernel.arg_names.index(name),): value for name, value in constants.items()}
-    built = compile(ASTSource(fn=kernel, signature=types, constexprs=places), target=GPUTarget("cuda", 90, 32))
-    print(kernel.__name__, len(built.asm["cubin"]) > 0)
-"""
+    from benchlib import binaries
+
+    if not binaries.compiles_for(target):
+        pytest.skip(f"NO COMPILER FOR {target}: this Triton comes without one")
+    known = json.loads(BINARIES.read_text())
+    # Variants of one kernel differ little; one of each is compiled here, all of them by benchmarks/gpu_binaries.py.
+    step = {v.kernel: v for v in binaries.of_a_step("bfloat16", "float32", 16, drop=True)}
+    assert step.keys() == triton_path.TILES.keys()
+    for variant in step.values():
+        found = binaries.read(binaries.build(variant, target), variant, target)
+        assert found["spilled_bytes"] == 0, variant
+        assert found["matrix_instructions"], variant
+        assert found["shared_bytes"] <= 64 * 1024, variant  # AMD's limit; NVIDIA's is larger
+        if target == "sm_90" and variant.kernel in ("_down", "_up"):
+            assert "HGMMA" in found["matrix_instructions"], variant  # Hopper's own, of a whole warp group
+        if known["triton"] == triton.__version__:
+            assert {"target": target, **asdict(variant), **found} in known["rows"]
 
 
 @needs_triton
-@pytest.mark.slow
-@pytest.mark.parametrize(("x", "adapter", "precision"), [("*bf16", "*fp32", "tf32x3"), ("*bf16", "*bf16", "tf32")])
-def test_kernels_compile_for_cuda(x: str, adapter: str, precision: str) -> None:
-    out = run("-c", COMPILE, x, adapter, precision, interpret=False)
-    assert out.split() == ["_down", "True", "_up", "True", "_outer", "True"]
+def test_every_binary_was_read_and_none_spills() -> None:
+    from benchlib import binaries
+
+    known = json.loads(BINARIES.read_text())
+    assert known["kernels_sha256"] == binaries.kernels_sha256(), "run python benchmarks/gpu_binaries.py"
+    assert {row["target"] for row in known["rows"]} == set(binaries.TARGETS)
+    assert len(known["rows"]) == len(binaries.TARGETS) * len(list(binaries.every_variant()))
+    assert all(row["matrix_instructions"] for row in known["rows"])
+    assert known["spilling"] == 0
+
+
+@needs_triton
+@pytest.mark.parametrize("kernel", triton_path.TILES)
+def test_what_changes_from_step_to_step_compiles_nothing(kernel: str) -> None:
+    """Seeds, numbers of tokens and how they are split: a new value is an argument, not a new kernel."""
+    varying = {"tokens", "rank", "part", "seed", "threshold", "groups"}
+    for parameter in getattr(triton_path, kernel).params:
+        assert parameter.do_not_specialize == (parameter.name in varying), parameter.name
 
 
 @pytest.mark.skipif(torch.cuda.is_available() and has_triton, reason="the Triton engine runs here")

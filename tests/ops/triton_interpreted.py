@@ -28,7 +28,9 @@ dtypes = pytest.mark.parametrize(
         (torch.float16, torch.float16),
     ],
 )
-sizes = pytest.mark.parametrize(("tokens", "width", "rank"), [(1, 1, 1), (45, 70, 5), (64, 128, 16), (33, 65, 17)])
+sizes = pytest.mark.parametrize(
+    ("tokens", "width", "rank"), [(1, 1, 1), (45, 70, 5), (64, 128, 16), (33, 65, 17), (20, 30, 64)]
+)
 shares = pytest.mark.parametrize("p", [0.0, 0.3])
 
 
@@ -67,7 +69,8 @@ def test_products(x_dtype: torch.dtype, dtype: torch.dtype, tokens: int, width: 
     near(KERNELS.outer(u, x), u.double().T @ x.double(), dtype)
     out, B = random(tokens, width, dtype=x_dtype, seed=3), random(width, rank, dtype=dtype, seed=4)
     want = out.double() + 1.5 * u.double() @ B.double().T
-    KERNELS.add_(out, u, B, 1.5)
+    near(KERNELS.add(out, u, B, 1.5, False), want, x_dtype)
+    assert KERNELS.add(out, u, B, 1.5, True) is out
     near(out, want, x_dtype)
 
 
@@ -77,8 +80,36 @@ def test_the_kernels_themselves_also_where_torch_would_do(p: float) -> None:
     near(KERNELS._outer(u, x, p, 5), u.double().T @ (x.double() * mask(45, 70, p, 5)), torch.float32)
     out = torch.full((45, 70), float("nan"))
     B = random(70, 5, dtype=torch.float32, seed=2)
-    KERNELS._up(out, u, B, -2.0, add=False, p=p, seed=5)
+    KERNELS._up(None, out, u, B, -2.0, p, 5)
     near(out, -2.0 * u.double() @ B.double().T * mask(45, 70, p, 5), torch.float32)
+
+
+def test_the_width_and_the_tokens_are_split_among_programs() -> None:
+    """More blocks than one program of each token or width takes, so that partial sums are added up."""
+    tokens, width, rank = 70, 700, 3
+    x, A = random(tokens, width, dtype=torch.bfloat16, seed=0), random(rank, width, dtype=torch.float32, seed=1)
+    u, kept = random(tokens, rank, dtype=torch.float32, seed=2), mask(tokens, width, 0.2, 9)
+    near(KERNELS.down(x, A, torch.float32, 0.2, 9), x.double() * kept @ A.double().T, torch.float32)
+    near(KERNELS._outer(u, x, 0.2, 9), u.double().T @ (x.double() * kept), torch.float32)
+
+
+def test_ranks_beyond_the_kernels_are_torchs() -> None:
+    tensors = [t.detach().float().requires_grad_() for t in inputs((4, 5), 71, 70, 65)]
+    found = []
+    for path in (adapter_path, triton_path.adapter_path_or_torch, autograd.adapter_path):
+        torch.manual_seed(7)
+        out = path(*tensors, 2.0, 0.3)  # type: ignore[arg-type]
+        found.append(torch.autograd.grad(out, tensors, upstream(out)))
+    for one in found[:2]:
+        assert all(torch.equal(got, want) for got, want in zip(one, found[2], strict=True))
+
+
+def test_a_seed_may_lie_on_the_device() -> None:
+    """What a CUDA graph captures: the kernels read the seed, and the next replay finds another one there."""
+    x, A, seed = random(20, 30, dtype=torch.float32, seed=0), random(4, 30, dtype=torch.float32, seed=1), 2**61 + 5
+    on_device = KERNELS.down(x, A, torch.float32, 0.4, torch.tensor(seed))
+    assert torch.equal(on_device, KERNELS.down(x, A, torch.float32, 0.4, seed))
+    assert not torch.equal(on_device, KERNELS.down(x, A, torch.float32, 0.4, torch.tensor(seed + 1)))
 
 
 def test_strided_inputs() -> None:

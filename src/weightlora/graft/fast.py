@@ -14,7 +14,7 @@ from weightlora.errors import ConfigError
 from weightlora.graft.adapters import adapter_name, honours_variants, lora_layers
 from weightlora.graft.variant import PathVariant
 from weightlora.ops import Engine, engine
-from weightlora.ops.autograd import AdapterFunction, TorchProducts
+from weightlora.ops.autograd import AdapterFunction, Seed, TorchProducts
 
 PathName = Literal["auto", "autograd", "triton", "reference", "stock"]
 PATHS: tuple[str, ...] = get_args(PathName)
@@ -132,7 +132,7 @@ class _ObservedProducts(TorchProducts):
     def __init__(self, note: Callable[[Tensor], None]) -> None:
         self.note = note
 
-    def down(self, x: Tensor, A: Tensor, dtype: torch.dtype, p: float, seed: int) -> Tensor:
+    def down(self, x: Tensor, A: Tensor, dtype: torch.dtype, p: float, seed: Seed) -> Tensor:
         h = super().down(x, A, dtype, 0.0, seed)
         self.note(h)
         return h

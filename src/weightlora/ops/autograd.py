@@ -13,22 +13,26 @@ from torch.autograd.function import once_differentiable
 
 from weightlora.ops.dropout import draw_seed, drawn, drop_
 
+Seed = int | Tensor
+"""Of dropout: a number, or a tensor ``()`` int64 on the device."""
+
 
 class Products(Protocol):
     """The products of the adapter path that touch something as large as the input or the output.
 
     ``p`` and ``seed`` say which entries of the input are dropped; survivors are not scaled up. ``mixes``: whether two
-    dtypes may meet in a product at no cost.
+    dtypes may meet in a product at no cost. ``draws``: whether a seed may lie on the device, where kernels read it.
     """
 
     mixes: bool
+    draws: bool
 
-    def down(self, x: Tensor, A: Tensor, dtype: torch.dtype, p: float, seed: int) -> Tensor:
+    def down(self, x: Tensor, A: Tensor, dtype: torch.dtype, p: float, seed: Seed) -> Tensor:
         """``drop(x) A^T``: (tokens, d) and (r, d) to (tokens, r) in `dtype`."""
         ...
 
-    def add_(self, out: Tensor, h: Tensor, B: Tensor, scale: float) -> None:
-        """``out += scale h B^T`` in place: (tokens, d_out), (tokens, r), (d_out, r)."""
+    def add(self, result: Tensor, h: Tensor, B: Tensor, scale: float, in_place: bool) -> Tensor:
+        """``result + scale h B^T``, in result's memory or in new: (tokens, d_out), (tokens, r), (d_out, r)."""
         ...
 
     def outer(self, h: Tensor, g: Tensor) -> Tensor:
@@ -36,7 +40,7 @@ class Products(Protocol):
         ...
 
     def back(
-        self, u: Tensor, x: Tensor | None, A: Tensor | None, dtype: torch.dtype, p: float, seed: int
+        self, u: Tensor, x: Tensor | None, A: Tensor | None, dtype: torch.dtype, p: float, seed: Seed
     ) -> tuple[Tensor | None, Tensor | None]:
         """``u^T drop(x)`` (r, d) in u's dtype and ``drop(u A)`` (tokens, d) in `dtype`; None in, None out."""
         ...
@@ -46,35 +50,36 @@ class TorchProducts:
     """The products by torch's own kernels, on any device."""
 
     mixes = False
+    draws = False
 
-    def down(self, x: Tensor, A: Tensor, dtype: torch.dtype, p: float, seed: int) -> Tensor:
+    def down(self, x: Tensor, A: Tensor, dtype: torch.dtype, p: float, seed: Seed) -> Tensor:
         if p > 0.0:
             x = _copy(x, dtype)
-            drop_(x, drawn(x, p, seed))
+            drop_(x, drawn(x, p, int(seed)))
         x, A = as_dtype(x, dtype), as_dtype(A, dtype)
         if x.device.type == "cpu":
             # With a thin matrix on the right a CPU's product takes up to four times as long: (A x^T)^T, as a view.
             return torch.mm(A.contiguous(), x.T).T
         return torch.mm(x, A.T)
 
-    def add_(self, out: Tensor, h: Tensor, B: Tensor, scale: float) -> None:
-        if out.dtype == h.dtype:
-            torch.addmm(out, h, B.T, alpha=scale, out=out)
-        else:
-            # The sum is rounded once, as PEFT's is: a bfloat16 output and a float32 update meet in float32.
-            out.add_(torch.mm(h, B.T), alpha=scale)
+    def add(self, result: Tensor, h: Tensor, B: Tensor, scale: float, in_place: bool) -> Tensor:
+        out = result if in_place else torch.empty_like(result)
+        if result.dtype == h.dtype:
+            return torch.addmm(result, h, B.T, alpha=scale, out=out)
+        # The sum is rounded once, as PEFT's is: a bfloat16 output and a float32 update meet in float32.
+        return torch.add(result, torch.mm(h, B.T), alpha=scale, out=out)
 
     def outer(self, h: Tensor, g: Tensor) -> Tensor:
         return torch.mm(h.T, as_dtype(g, h.dtype))
 
     def back(
-        self, u: Tensor, x: Tensor | None, A: Tensor | None, dtype: torch.dtype, p: float, seed: int
+        self, u: Tensor, x: Tensor | None, A: Tensor | None, dtype: torch.dtype, p: float, seed: Seed
     ) -> tuple[Tensor | None, Tensor | None]:
         grad_x = None if A is None else torch.mm(u, as_dtype(A, u.dtype))
         if p > 0.0:
             like = x if grad_x is None else grad_x
             assert like is not None
-            dropped = drawn(like, p, seed)
+            dropped = drawn(like, p, int(seed))
             if grad_x is not None:
                 drop_(grad_x, dropped)
             if x is not None:
@@ -176,15 +181,18 @@ def _forward(
 ) -> Tensor:
     x, result, A, B, gate = tensors
     scale = scale / (1.0 - dropout) if dropout < 1.0 else 0.0
-    seed = draw_seed() if dropout > 0.0 else None
+    # What a CUDA graph captures draws anew whenever it is replayed.
+    on = x.device if products.draws and x.is_cuda and torch.cuda.is_current_stream_capturing() else None
+    seed = draw_seed(on) if dropout > 0.0 else None
     kept = _shared_cast(x, dtype) if dtype.itemsize < x.dtype.itemsize else x
-    h = products.down(_flat(kept), A, dtype, dropout, 0 if seed is None else int(seed))
+    h = products.down(_flat(kept), A, dtype, dropout, _number(seed))
     # A detached alias is neither an input nor a view to autograd: the base layer's own backward is left as it was, and
     # whoever did save this output is told by its version counter.
-    out = result.detach() if in_place else result.clone(memory_format=torch.contiguous_format)
     # The gate multiplies the small factor: no extra pass over the output, no host synchronisation.
     left = as_dtype(B if gate is None else B * _on(gate, B), dtype)
-    products.add_(out.view(-1, out.shape[-1]), h, left, scale)
+    taken = result.detach() if in_place else result.contiguous()
+    sum_ = products.add(taken.view(-1, taken.shape[-1]), h, left, scale, in_place)
+    out = taken if in_place else sum_.view(taken.shape)
     need = ctx.needs_input_grad
     ctx.save_for_backward(kept if need[2] else None, A, B, gate, h if need[3] or need[4] else None, seed)
     ctx.scale, ctx.dropout, ctx.dtype, ctx.products = scale, dropout, dtype, products
@@ -217,11 +225,18 @@ def _gradients(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
                 A if need_x else None,
                 ctx.x_dtype,
                 ctx.dropout,
-                0 if seed is None else int(seed),
+                _number(seed),
             )
             grad_A = None if grad_A is None else as_dtype(grad_A, A.dtype)
             grad_x = None if grad_x is None else grad_x.view(ctx.shape)
     return grad_x, (g if need_result else None), grad_A, grad_B, grad_gate
+
+
+def _number(seed: Tensor | None) -> Seed:
+    """A seed as products take it. On the host it is read there; on a device it stays, so that nothing waits for it."""
+    if seed is None:
+        return 0
+    return int(seed) if seed.device.type == "cpu" else seed
 
 
 def _on(t: Tensor, other: Tensor) -> Tensor:

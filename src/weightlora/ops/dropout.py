@@ -10,13 +10,13 @@ from torch import Tensor
 PORTION = 1 << 16
 
 
-def draw_seed() -> Tensor:
-    """One seed, ``()`` int64 on the CPU, from torch's global generator.
+def draw_seed(device: torch.device | None = None) -> Tensor:
+    """One seed, ``()`` int64, from torch's global generator of a device (default: the CPU).
 
     Drawing it there makes a run repeatable by ``torch.manual_seed`` and lets checkpointing, which restores that
     generator's state, draw the same mask again. It never waits for a device.
     """
-    return torch.randint(2**63 - 1, ())
+    return torch.randint(2**63 - 1, (), device=device)
 
 
 def positions(count: int, p: float, seed: int) -> Tensor:
