@@ -8,11 +8,13 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, field, replace
 
 from torch import Tensor, nn
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from weightlora.core import PlacementCosts
 from weightlora.cost.activations import ActivationTrace
+from weightlora.cost.parallel import Moved, Parallel, Traffic, beside, traffic
 from weightlora.cost.placements import placement_costs, reserved
-from weightlora.cost.tensors import Shaped, optimizer_bytes, shapes_of, tensor_bytes, weight_bytes
+from weightlora.cost.tensors import Shaped, frozen_bytes, optimizer_bytes, shapes_of, tensor_bytes, weight_bytes
 from weightlora.cost.tracing import trace
 from weightlora.graft import adapter_name, adapters, parameters
 
@@ -47,6 +49,7 @@ class PhaseCost:
     trains. ``activations``: what autograd keeps. ``recomputed``: what the largest checkpointed block keeps while
     backward goes through it. ``workspace``: an estimate for what is alive for a moment (a gradient as large as the
     largest activation, a dequantised weight). ``overhead``: what a probe measured beyond the prediction.
+    ``parallel``: what training on several devices holds beside (a model, not measured).
     """
 
     weights: int
@@ -59,6 +62,7 @@ class PhaseCost:
     recomputed: int
     workspace: int
     overhead: int = 0
+    parallel: int = 0
 
     @property
     def total(self) -> int:
@@ -67,8 +71,8 @@ class PhaseCost:
 
     @property
     def held(self) -> int:
-        """What tensors hold, on any machine: all but `workspace` and `overhead`."""
-        return self.total - self.workspace - self.overhead
+        """What tensors hold, on any machine: all but `workspace`, `overhead` and `parallel`."""
+        return self.total - self.workspace - self.overhead - self.parallel
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,7 +81,7 @@ class Setting:
 
     ``optimizer``, ``quantization``: as in :mod:`weightlora.cost.tensors`. ``checkpointing``: blocks are computed anew
     in backward; ``every_n_layers``: only every so many-th. ``overhead``: bytes that a probe measured beyond the
-    prediction.
+    prediction. ``parallel``: devices, and how tensors are spread over them.
     """
 
     optimizer: str = "adamw_torch"
@@ -85,6 +89,7 @@ class Setting:
     checkpointing: bool = False
     every_n_layers: int = 1
     overhead: int = 0
+    parallel: Parallel = field(default_factory=Parallel)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -153,6 +158,9 @@ class Estimate:
         frozen = tensor_bytes([p for p in own.values() if not p.requires_grad])  # counted with the adapters
         self.weights = weight_bytes(model, self.setting.quantization) - frozen
         self.heads, self.head_shapes = tensor_bytes(heads), shapes_of(heads)
+        units = [path for path, m in model.named_modules() if isinstance(m, GradientCheckpointingLayer)]
+        self._blocks = [frozen_bytes(model, self.setting.quantization, f"{path}.") for path in units]
+        self._buffers = tensor_bytes(list(model.buffers()))
         # A quantised weight is multiplied in full precision, one at a time.
         full = [m.weight.numel() * m.weight.element_size() for m in model.modules() if isinstance(m, nn.Linear)]
         self.dequantised = 0 if self.setting.quantization is None else max(full)
@@ -202,18 +210,40 @@ class Estimate:
         shapes = self._shapes(phase.live, phase.ranks)
         adapters = _bytes(shapes)
         again = at.recomputed(phase.live, ranks=phase.ranks, every_n_layers=every) if self.setting.checkpointing else 0
+        held = self.setting.parallel.held
         return PhaseCost(
-            weights=self.weights,
-            adapters=adapters + phase.copies * _bytes(self._shapes(range(self.n))),
-            heads=self.heads,
+            weights=held(self.weights - self._buffers) + self._buffers,
+            adapters=held(adapters) + phase.copies * _bytes(self._shapes(range(self.n))),
+            heads=held(self.heads),
             gates=2 * self._omega(phase),
-            gradients=adapters + self.heads,
-            optimizer=self._optimizer([*shapes, *self.head_shapes]),
+            gradients=held(adapters + self.heads),
+            optimizer=held(self._optimizer([*shapes, *self.head_shapes])),
             activations=self.activations(phase, micro_batch) - self._omega(phase),
             recomputed=again,
             workspace=at.largest(phase.live) + self.dequantised,
             overhead=self.setting.overhead,
+            parallel=beside(self.setting.parallel, self.moved(phase)),
         )
+
+    def moved(self, phase: Phase) -> Moved:
+        """What a step of a phase has to move between devices."""
+        blocks, gradients = list(self._blocks), [0] * len(self._blocks)
+        outside = self.weights - self._buffers - sum(blocks) + self.heads
+        rest = self.heads + (self._omega(phase) if phase.trains_gates else 0)
+        where = self.at(1).blocks
+        for i in phase.live:
+            size = _bytes(self._shapes([i], phase.ranks))
+            if where[i] < 0:
+                outside, rest = outside + size, rest + size
+            else:
+                blocks[where[i]] += size
+                gradients[where[i]] += size
+        lowest = 0 if phase.inputs else min((where[i] for i in phase.live), default=len(blocks))
+        return Moved(blocks=blocks, outside=outside, lowest=max(0, lowest), gradients=gradients, rest=rest)
+
+    def traffic(self, phase: Phase, accumulation: int) -> Traffic:
+        """What each device sends in an optimizer step of `accumulation` micro-batches."""
+        return traffic(self.setting.parallel, self.moved(phase), accumulation)
 
     def state(self) -> list[int]:
         """(n,) bytes of each adapter's parameters, gradients and optimizer state."""

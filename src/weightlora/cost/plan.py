@@ -9,6 +9,7 @@ from typing import Any
 
 from weightlora.core import format_bytes, resolve_k
 from weightlora.cost.estimate import Estimate, Phase, PhaseCost, Setting, Traced
+from weightlora.cost.parallel import Parallel, Traffic
 from weightlora.cost.plan_config import changes_of, flag
 from weightlora.cost.plan_spec import PlanConfig
 from weightlora.errors import ConfigError, PlanError
@@ -25,7 +26,8 @@ class PlannedPhase:
     """One phase with one micro-batch.
 
     ``lowest``: the name of the lowest live adapter's block. ``layers``, ``modules``: kept bytes by block and by module;
-    what is saved outside every module is called "logits and loss".
+    what is saved outside every module is called "logits and loss". ``traffic``: what each device sends per optimizer
+    step.
     """
 
     name: str
@@ -36,6 +38,7 @@ class PlannedPhase:
     trainable_params: int
     kept_activation_bytes: int
     parts: PhaseCost
+    traffic: Traffic
     layers: Mapping[str, int]
     modules: Mapping[str, int]
 
@@ -128,6 +131,7 @@ class Planner:
             quantization=config.quantization,
             checkpointing=config.checkpointing,
             overhead=overhead,
+            parallel=Parallel(devices=config.devices, sharding=config.sharding),
         )
         self.estimate = Estimate(found.model, found.at, setting)
         self.n = self.estimate.n
@@ -170,6 +174,7 @@ class Planner:
             trainable_params=estimate.trainable_params(phase),
             kept_activation_bytes=estimate.activations(phase, micro_batch),
             parts=estimate.cost(phase, micro_batch),
+            traffic=estimate.traffic(phase, self.config.batch // micro_batch),
             layers=_by_layer(modules, trace.units),
             modules={module or OUTSIDE: size for module, size in modules.items() if size},
         )

@@ -8,6 +8,7 @@ from weightlora.errors import ConfigError
 from weightlora.settings import check, setting
 
 DTYPES = ("float32", "bfloat16", "float16")
+SHARDINGS = ("ddp", "fsdp", "zero3")
 HEADS = ("sequence-classification", "question-answering", "causal-lm", "seq2seq-lm")
 
 
@@ -30,6 +31,8 @@ class PlanConfig:
         engine: "auto", or "stock" for PEFT's own forward.
         device: "cuda" or "cpu": whose kernels for dropout and attention are assumed.
         gated: omega is kept during warm-up.
+        devices, sharding: how many train together, and how: "ddp", "fsdp" (FSDP2) or "zero3". All figures are per
+            device, batch and micro-batch too.
         lowest: the block of the lowest survivor, 0 = the first; None: the worst case, the first with a target.
 
     Raises:
@@ -58,6 +61,10 @@ class PlanConfig:
     checkpointing: bool = setting(False, "gradient checkpointing of every block")
     engine: str = setting("auto", "auto (default), or stock for PEFT's own forward")
     device: str = setting("cuda", "whose kernels are assumed: cuda (default) or cpu", choices=("cuda", "cpu"))
+    devices: int = setting(1, "train on so many; all figures are per device (default: 1)", metavar="N", least=1)
+    sharding: str = setting(
+        "ddp", f"how devices share: {', '.join(SHARDINGS)} (default: ddp); a model, not measured", choices=SHARDINGS
+    )
     gated: bool = setting(True)
 
     def __post_init__(self) -> None:

@@ -20,6 +20,7 @@ _PARTS = {
     "recomputed": "recomputed block",
     "workspace": "workspace (estimate)",
     "overhead": "overhead (measured)",
+    "parallel": "beside, for the other devices (model)",
 }
 
 
@@ -35,6 +36,7 @@ def plan_text(plan: Plan, layers: bool = False) -> str:
         f"{plan.n} adapters of rank {config.r} ({config.targets})",
         f"{config.batch} examples of {config.length} tokens per optimizer step, kernels of {config.device}"
         + (f", {format_bytes(plan.memory)} of memory" if plan.memory else ""),
+        *([f"{config.devices} devices, {config.sharding}; all figures per device"] if config.devices > 1 else []),
         "",
         *_table(_phase_rows(plan)),
         "",
@@ -82,6 +84,11 @@ def _phase_rows(plan: Plan) -> list[tuple[str, ...]]:
             last = [phase.layers.get(OUTSIDE, 0) for phase in phases]
             rows.append(("  of that logits and loss", *(format_bytes(size) for size in last)))
     rows.append(("total", *(format_bytes(phase.total) for phase in phases)))
+    if plan.config.devices > 1:
+        rows.append(("sent per step (model)", *(format_bytes(phase.traffic.total) for phase in phases)))
+        rows.append(("  of that parameters", *(format_bytes(phase.traffic.gathered) for phase in phases)))
+        counts = [phase.traffic.gathers + phase.traffic.reductions for phase in phases]
+        rows.append(("  in so many collectives", *(f"{count:,}" for count in counts)))
     return rows
 
 

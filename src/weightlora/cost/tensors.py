@@ -37,7 +37,12 @@ def tensor_bytes(tensors: Sequence[Tensor]) -> int:
 
 
 def weight_bytes(model: nn.Module, quantization: str | None) -> int:
-    """Bytes of what does not train: frozen parameters and buffers.
+    """Bytes of what does not train: frozen parameters, as :func:`frozen_bytes` has them, and buffers."""
+    return frozen_bytes(model, quantization) + tensor_bytes(list(model.buffers()))
+
+
+def frozen_bytes(model: nn.Module, quantization: str | None, within: str = "") -> int:
+    """Bytes of frozen parameters, all or those whose names begin with `within`.
 
     Quantised is what bitsandbytes quantises: the linear layers in the model's blocks. "8bit": one byte a number and a
     float32 scale per row. "4bit": half a byte and a float32 scale per 64 numbers; "4bit-double": these scales in one
@@ -46,11 +51,12 @@ def weight_bytes(model: nn.Module, quantization: str | None) -> int:
     quantised: dict[int, int] = {}
     if quantization is not None:
         for path, module in model.named_modules():
+            if not path.startswith(within):
+                continue
             if isinstance(module, nn.Linear) and not module.weight.requires_grad and _in_block(path):
                 quantised[id(module.weight)] = _quantised(module.weight.numel(), module.out_features, quantization)
-    frozen = {id(p): p for p in model.parameters() if not p.requires_grad}
-    plain = [p for key, p in frozen.items() if key not in quantised]
-    return tensor_bytes([*plain, *model.buffers()]) + sum(quantised.values())
+    frozen = {id(p): p for name, p in model.named_parameters() if name.startswith(within) and not p.requires_grad}
+    return tensor_bytes([p for key, p in frozen.items() if key not in quantised]) + sum(quantised.values())
 
 
 def _in_block(path: str) -> bool:

@@ -113,12 +113,15 @@ def calibrate(config: PlanConfig, planner: Planner, device: str, micro_batch: in
         micro_batch: examples of that step; the smallest is the one that fits where anything fits.
 
     Raises:
-        ConfigError: quantised weights, which random ones cannot stand in for; no such device; the plan assumes another.
+        ConfigError: quantised weights, which random ones cannot stand in for; no such device; the plan assumes another,
+            or several.
     """
     if config.quantization is not None:
         raise ConfigError("a probe runs on random weights, which are not quantised; plan without it, or unquantised")
     if device == "cuda" and not torch.cuda.is_available():
         raise ConfigError("torch sees no CUDA device to probe; plan without the probe")
+    if config.devices > 1:
+        raise ConfigError(f"a probe runs on one device, and devices={config.devices}; plan without it, or for one")
     if device != config.device:
         raise ConfigError(f"the plan assumes the kernels of {config.device}; a probe on {device} cannot correct it")
     phase = planner.warmup()
