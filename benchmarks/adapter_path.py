@@ -277,8 +277,8 @@ def provenance(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def chosen(names: Iterable[str], starts: Sequence[str] | None) -> list[str]:
-    """The names that begin with one of `starts`; all where none is given."""
-    return [name for name in names if not starts or any(name.startswith(start) for start in starts)]
+    """The names that begin with one of `starts`, or are one that ends in $; all where none is given."""
+    return [name for name in names if not starts or any(f"{name}$".startswith(start) for start in starts)]
 
 
 def table(bench: Bench, names: Sequence[str], seconds: float) -> dict[str, dict[str, Any]]:
@@ -295,7 +295,8 @@ def table(bench: Bench, names: Sequence[str], seconds: float) -> dict[str, dict[
     fits = [name for name in chosen(names, bench.args.clock) if "out_of_memory" not in rows[name]]
     if seconds > 0 and fits:
         timed = {name: bench.rows()[name] for name in fits}
-        samples = clock(timed, bench.step, seconds, cuda=bench.args.device.startswith("cuda"))
+        cuda = bench.args.device.startswith("cuda")
+        samples = clock(timed, bench.step, seconds, cuda=cuda, rounds=bench.args.rounds)
         for name, more in summary(
             samples, bench.batch["input_ids"].numel(), ("stock", "bare", "free", "dense")
         ).items():
@@ -342,9 +343,10 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--k-random", type=int, help="survivors chosen at random")
     parser.add_argument("--k-deepest", type=int, help="survivors in the highest layers")
     parser.add_argument("--names", help="regular expression: survivors by name")
-    parser.add_argument("--only", nargs="+", metavar="ROW", help="rows, by the start of their names")
+    parser.add_argument("--only", nargs="+", metavar="ROW", help="rows, by the start of their names; stock$: no other")
     parser.add_argument("--clock", nargs="+", metavar="ROW", help="rows to time, of those; default: all")
     parser.add_argument("--seconds", type=float, default=0.0, help="time for the clock; 0: count only")
+    parser.add_argument("--rounds", type=int, default=3, help="at least so many, however long they take")
     parser.add_argument("--threads", type=int, help="CPU threads")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, help="default: benchmarks/results/adapter-path-SHAPE-DEVICE-....json")

@@ -55,12 +55,14 @@ def measure(step: Callable[[], None]) -> Sample:
 Rows = dict[str, Callable[[], AbstractContextManager[None]]]
 
 
-def clock(rows: Rows, step: Callable[[], None], seconds: float, *, cuda: bool) -> dict[str, list[Sample]]:
+def clock(
+    rows: Rows, step: Callable[[], None], seconds: float, *, cuda: bool, rounds: int = 3
+) -> dict[str, list[Sample]]:
     """Samples of every row, a list of equal length each: round by round, in an order that changes.
 
     A step runs twice whenever its row comes: once unrecorded, because changing rows costs (compiled kernels, the
     allocator's blocks), and once on the clock. A disturbed sample is made again, as long as there is time for it; after
-    `seconds` what comes is taken, until there are three rounds.
+    `seconds` what comes is taken, until there are `rounds`.
     """
 
     def timed() -> None:
@@ -70,7 +72,7 @@ def clock(rows: Rows, step: Callable[[], None], seconds: float, *, cuda: bool) -
 
     samples: dict[str, list[Sample]] = {name: [] for name in rows}
     order, stop = random.Random(0), time.perf_counter() + seconds
-    while len(next(iter(samples.values()))) < 3 or time.perf_counter() < stop:
+    while len(next(iter(samples.values()))) < rounds or time.perf_counter() < stop:
         for name in order.sample(list(rows), len(rows)):
             with rows[name]():
                 timed()

@@ -72,6 +72,15 @@ SHAPES: dict[str, Shape] = {
                "num_attention_heads": 8, "num_key_value_heads": 8},
         named=r"layers\.[67]\.(self_attn\.[qv]_proj|mlp\.down_proj)",
     ),
+    # `named`: what the recommended rule kept of 210 with K = 21 on SST-2 (docs/adapter-path.md has the command).
+    "smollm2": Shape(
+        model="LlamaForCausalLM", config="LlamaConfig", batch=4, length=256, targets=ALL_LLAMA,
+        sizes={"vocab_size": 49152, "hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30,
+               "num_attention_heads": 9, "num_key_value_heads": 3, "head_dim": 64, "max_position_embeddings": 8192,
+               "rope_theta": 100000.0, "tie_word_embeddings": True}, k_random=21, k_deepest=21,
+        named=r"layers\.(?:[1234]\.self_attn\.v|[01]\.self_attn\.o|(?:0|20|27)\.mlp\.gate"
+        r"|(?:[0123]|18|19|20|29)\.mlp\.up|(?:0|2|11|29)\.mlp\.down)_proj",
+    ),
     "tiny": Shape(
         model="LlamaForCausalLM", config="LlamaConfig", batch=2, length=16, targets=ALL_LLAMA,
         sizes={"vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
