@@ -74,7 +74,9 @@ ROOMS: dict[str, Room] = {
     "tasks.spec": Room(rooms=names("settings"), eager=names("settings")),
     "runs": Room(
         rooms=names(f"{INNER} files settings"),
-        packages=names(f"torch numpy datasets transformers accelerate safetensors yaml tqdm filelock {MODELS}"),
+        packages=names(
+            f"torch numpy datasets transformers accelerate safetensors yaml tqdm filelock huggingface_hub {MODELS}"
+        ),
         public=names("peft"),
     ),
     "runs.spec": Room(

@@ -24,7 +24,20 @@ from weightlora import __version__
 
 HEAVY = ("torch", "transformers", "peft", "datasets", "numpy", "matplotlib", "sklearn")
 COMMANDS = (
-    *("train", "resume", "select", "compare", "sweep", "reproduce", "probe", "memory", "plan", "export", "report"),
+    *(
+        "train",
+        "resume",
+        "select",
+        "compare",
+        "sweep",
+        "reproduce",
+        "probe",
+        "memory",
+        "plan",
+        "export",
+        "push",
+        "report",
+    ),
 )
 
 

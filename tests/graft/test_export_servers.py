@@ -1,7 +1,8 @@
 """Exports by the published rules of servers that do not run here, and PEFT's own hot-swap, which does.
 
-vLLM: ``vllm/lora/peft_helper.py`` at 0214369, ``vllm/config/lora.py`` at 01230b4. SGLang: ``srt/lora/lora_config.py`` at
-0ceb81f. The layers and buffers of both as of August 2026. All were read, and are said again here in our own words.
+vLLM: ``vllm/lora/peft_helper.py`` at 0214369, ``vllm/config/lora.py`` at 01230b4. SGLang:
+``srt/lora/lora_config.py`` at 0ceb81f. Their layers and buffers as of August 2026. All were read, and are said again
+here in our own words.
 """
 
 from __future__ import annotations

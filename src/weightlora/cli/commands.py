@@ -7,6 +7,7 @@ import json
 import logging
 import shlex
 import sys
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -159,6 +160,27 @@ def export(given: Given) -> int:
     return 0
 
 
+def push(given: Given) -> int:
+    from weightlora.core import format_bytes
+    from weightlora.report import card_section
+    from weightlora.runs import hub
+    from weightlora.runs.record import Record
+    from weightlora.runs.run import RECORD, finished
+
+    options = given.options
+    run = Path(options.run)
+    about = card_section(Record.read(run / RECORD)) if finished(run) else ""
+    done = hub.push(run, options.repo, options.profile, public=options.public, dry_run=options.dry_run, about=about)
+    seen = "private" if done.private else "public"
+    given.show_json(
+        asdict(done),
+        f"would push to {done.repo} ({seen}):" if done.url is None else f"pushed to {done.url} ({seen}):",
+        *(f"  {name}  {format_bytes(size)}" for name, size in done.files),
+        *done.notes,
+    )
+    return 0
+
+
 def report(given: Given) -> int:
     from weightlora.report import report as make
 
@@ -249,6 +271,18 @@ def _add_export(parser: argparse.ArgumentParser) -> None:
     option_run(parser)
     option_out(parser, None, shown="RUN/PROFILE")
     option_overwrite(parser)
+    _option_profile(parser)
+
+
+def _add_push(parser: argparse.ArgumentParser) -> None:
+    option_run(parser)
+    parser.add_argument("repo", metavar="REPO", help="owner/name on the hub")
+    _option_profile(parser)
+    parser.add_argument("--public", action="store_true", help="let everybody see it (default: a private repository)")
+    parser.add_argument("--dry-run", action="store_true", help="send nothing; print what would go")
+
+
+def _option_profile(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--profile",
         default="native",
@@ -343,6 +377,13 @@ COMMANDS = {
         example="weightlora export runs/sst2 --profile portable --out served",
         add=_add_export,
         run=export,
+    ),
+    "push": Command(
+        help="put a run's adapter on the Hugging Face hub, with card, selection and record",
+        usage="RUN REPO [--profile PROFILE] [--public] [--dry-run]",
+        example="weightlora push runs/sst2 me/sst2-adapter --dry-run",
+        add=_add_push,
+        run=push,
     ),
     "report": Command(
         help="show runs in one HTML file: what was kept, why, and what it saved",

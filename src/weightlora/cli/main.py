@@ -25,7 +25,20 @@ from weightlora.settings import flat_name
 COMMANDS: dict[str, Command] = {
     name: (commands.COMMANDS | studies.COMMANDS)[name]
     for name in (
-        *("train", "resume", "select", "compare", "sweep", "reproduce", "probe", "memory", "plan", "export", "report"),
+        *(
+            "train",
+            "resume",
+            "select",
+            "compare",
+            "sweep",
+            "reproduce",
+            "probe",
+            "memory",
+            "plan",
+            "export",
+            "push",
+            "report",
+        ),
     )
 }
 
