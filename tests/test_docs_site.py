@@ -16,6 +16,10 @@ import yaml
 from tests.test_docs import FENCE, PAGES, ROOT, title
 
 from weightlora.cli import main as cli
+from weightlora.cost.plan_spec import PlanConfig
+from weightlora.errors import ConfigError
+from weightlora.runs.spec import RunSpec
+from weightlora.settings import typed
 
 SHELL = re.compile(r"^```(?:text|bash)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 START = [ROOT / "README.md", ROOT / "docs" / "index.md", *sorted((ROOT / "docs" / "start").glob("*.md"))]
@@ -37,7 +41,11 @@ def read(words: list[str]) -> None:
     name, *rest = cli.dashed(words)
     if rest and rest[0].endswith(".yaml"):
         rest = rest[1:]
-    cli._read(name, rest, argparse.Namespace())
+    given = cli._read(name, rest, argparse.Namespace())
+    if name == "plan":
+        PlanConfig(**typed(PlanConfig, given.flags))
+    elif name in ("train", "select"):
+        RunSpec.of(given.settings)
 
 
 @pytest.mark.parametrize("page", [page for page in PAGES if page.name not in ("CHANGELOG.md", "log.md")], ids=title)
@@ -55,6 +63,9 @@ def test_a_flag_that_there_is_not_is_found(capsys: pytest.CaptureFixture[str]) -
     with pytest.raises(SystemExit):
         read(["train", "--kk", "3"])
     assert "unrecognized arguments: --kk" in capsys.readouterr().err
+    for words in (["plan", "--quantization", "nf4"], ["train", "--score", "luck"]):
+        with pytest.raises(ConfigError, match=words[-1]):
+            read(words)
 
 
 def test_the_command_line_reference_has_every_flag() -> None:
