@@ -44,10 +44,15 @@ lint: $(VENV)/.stamp-dev ## check style, formatting and types
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+OTHERS := $(addprefix benchmarks/,carry.py gpu_check.py gpu_fit.py on_gpu.py)
 bench: $(VENV)/.stamp-test ## run every benchmark
-	@set -e; for script in benchmarks/*.py; do \
+	@set -e; for script in $(filter-out $(OTHERS),$(wildcard benchmarks/*.py)); do \
 		echo "+ $$script"; $(BIN)/python "$$script"; \
 	done
+
+carry: $(VENV)/.stamp-demo ## prepare what a GPU machine without a network needs (build/carry, in pieces)
+	$(BIN)/python benchmarks/carry.py pack build/carry
+	$(BIN)/python benchmarks/on_gpu.py --budget
 
 docs: $(VENV)/.stamp-dev ## build the documentation into site/; `make docs SERVE=1` shows it, too
 	$(BIN)/mkdocs $(if $(SERVE),serve,build) --strict
