@@ -8,7 +8,6 @@ from typing import Any
 
 import pytest
 import torch
-import transformers
 from peft import LoraConfig, PeftModel, get_peft_model
 from tests.builders import VOCABULARY, adapter_state, batch, examples, logits, lora, max_difference, trainer, warm
 from torch import nn
@@ -17,6 +16,7 @@ from transformers import (
     AlbertForSequenceClassification,
     GPT2Config,
     GPT2ForSequenceClassification,
+    GPT2LMHeadModel,
 )
 
 from weightlora.errors import AdapterError
@@ -178,49 +178,24 @@ def rows() -> list[dict[str, torch.Tensor]]:
     return [{k: v for k, v in row.items() if k != "labels"} for row in examples(16)]
 
 
-# the architectures of today, as small as they go
-
-
-SIZES: dict[str, Any] = {
-    "vocab_size": VOCABULARY, "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "pad_token_id": 0,
-    "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 8, "max_position_embeddings": 32,
-    "bos_token_id": 1, "eos_token_id": 2,
-}  # fmt: skip
-T5: dict[str, Any] = {"d_kv": 8, "d_ff": 32, "num_layers": 2, "decoder_start_token_id": 0, "dropout_rate": 0.0}
-LIKE_BERT = {**SIZES, "cls_token_id": 1, "sep_token_id": 2, "global_attn_every_n_layers": 1}
-ARCHITECTURES: dict[str, tuple[str, str, dict[str, Any], list[str]]] = {
-    "qwen3": ("Qwen3Config", "Qwen3ForCausalLM", SIZES, ["q_proj", "down_proj"]),
-    "gemma3": ("Gemma3TextConfig", "Gemma3ForCausalLM", SIZES, ["q_proj", "down_proj"]),
-    "mistral": ("MistralConfig", "MistralForCausalLM", SIZES, ["q_proj", "down_proj"]),
-    "phi3": ("Phi3Config", "Phi3ForCausalLM", SIZES, ["qkv_proj", "down_proj"]),
-    "gpt2": ("GPT2Config", "GPT2LMHeadModel", SIZES, ["c_attn", "c_fc"]),
-    "t5": ("T5Config", "T5ForConditionalGeneration", {**SIZES, **T5, "d_model": 16}, ["q", "wo"]),
-    "modernbert": ("ModernBertConfig", "ModernBertForSequenceClassification", LIKE_BERT, ["Wqkv", "Wo"]),
-}
-
-
 @pytest.mark.filterwarnings("ignore:fan_in_fan_out is set to False:UserWarning")
-@pytest.mark.parametrize("kind", ARCHITECTURES)
-def test_an_architecture_of_today_is_the_stock_trainers_to_the_bit(kind: str, tmp_path: Path) -> None:
-    """Every adapter kept, measured, through the seam."""
-    config, cls, sizes, targets = ARCHITECTURES[kind]
-    rows = [row if kind == "modernbert" else {**row, "labels": row["input_ids"]} for row in examples(16)]
+def test_gpt2_is_the_stock_trainers_to_the_bit(tmp_path: Path) -> None:
+    """Every adapter kept, measured, through the seam; of other families see ``tests/test_families.py``."""
+    sizes = {"vocab_size": VOCABULARY, "n_embd": 16, "n_layer": 2, "n_head": 2, "n_positions": 32, "pad_token_id": 0}
+    rows = [{**row, "labels": row["input_ids"]} for row in examples(16)]
     runs = []
     for name in ("stock", "fit"):
         torch.manual_seed(0)
-        settings = getattr(transformers, config)(**sizes)
-        model = get_peft_model(getattr(transformers, cls)(settings), LoraConfig(r=2, target_modules=targets))
+        base = GPT2LMHeadModel(GPT2Config(**sizes, bos_token_id=1, eos_token_id=2))
+        model = get_peft_model(base, LoraConfig(r=2, target_modules=["c_attn", "c_fc"]))
         made = trainer(tmp_path / name, model, steps=4, data=rows, logging_steps=1)
         if name == "stock":
             made.train()
         else:
             result = fit(made, WeightLoRA(k=len(adapters(model)), select_after=2), engine="stock")
-            assert set(result.predicted) == {"warmup", "final"}
             for phase in result.phases:
-                assert phase.flops_per_step
                 assert result.predicted[phase.name]["kept_activation_bytes"] == phase.kept_activation_bytes
         runs.append(made)
-    stock, ours = runs
     logged = [[line["loss"] for line in run.state.log_history if "loss" in line] for run in runs]
     assert logged[0] == logged[1]
-    assert max_difference(adapter_state(stock.model), adapter_state(ours.model)) == 0.0
+    assert max_difference(*(adapter_state(run.model) for run in runs)) == 0.0

@@ -188,3 +188,14 @@ def test_resuming_without_skipping_is_the_users_wish(tmp_path: Path, caplog: pyt
     fit(again, METHOD, resume=tmp_path / "checkpoint-2", measure=False)
     assert again.state.global_step == 9
     assert "8 of its rows are left out" in caplog.text
+
+
+def test_a_resumed_warm_up_leaves_nothing_out(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """What a resumed run skips of its epoch was read by the process before it."""
+    settings: Any = {"steps": 9, "save_strategy": "steps", "save_steps": 2}
+    whole = made(tmp_path, "trainer's own", **settings)
+    fit(whole, METHOD, measure=False)
+    again = made(tmp_path / "b", "trainer's own", **settings)
+    fit(again, METHOD, resume=tmp_path / "checkpoint-2", measure=False)
+    assert "left out" not in caplog.text
+    assert max_difference(adapter_state(whole.model), adapter_state(again.model)) == 0.0

@@ -142,6 +142,12 @@ class Planner:
             raise ConfigError(
                 f"lowest={self.lowest} is no block with a target; use {self.blocks[0]} to {self.blocks[-1]}"
             )
+        idle = [a.name for a in self.trace.adapters if not self.trace.pieces(a.index)]
+        if idle:
+            raise PlanError(
+                f"{len(idle)} adapters compute nothing on the text that a plan is made for ({idle[0]}, ...), such as"
+                " those of a tower for pictures; plan without them"
+            )
         if config.checkpointing and not self.trace.units:
             raise ConfigError(f"{config.model} has no blocks that can be checkpointed; plan without checkpointing")
 

@@ -19,7 +19,8 @@ class PlanConfig:
     Args:
         model: a name that :func:`weightlora.tasks.skeletons.skeleton` knows, a hub name, a folder, a config file.
         head, num_labels: what is on top; None: what the config says.
-        targets: "all-linear", "attention", or endings of module names, comma-separated.
+        targets: "all-linear", "attention", "experts" (of a mixture), "vision", or endings of module names,
+            comma-separated.
         r: rank of every adapter. k: adapters that survive, a count or a share.
         dtype: of the weights: float32, bfloat16, float16; None: what the config says.
         autocast: float32 weights computing in bfloat16, as ``--bf16`` of the trainer does.
@@ -45,7 +46,9 @@ class PlanConfig:
     )
     head: str | None = setting(None, f"{', '.join(HEADS)} (default: by the config)", choices=HEADS)
     num_labels: int = setting(2, "of a classification (default: 2)", metavar="N", least=1)
-    targets: str = setting("all-linear", "all-linear (default), attention, or endings of module names, comma-separated")
+    targets: str = setting(
+        "all-linear", "all-linear (default), attention, experts, vision, or endings of module names, comma-separated"
+    )
     r: int = setting(8, "rank of every adapter (default: 8)", least=1)
     k: int | float = setting(0.25, "survivors: a count, or a share such as 0.25 (default: 0.25)", metavar="K")
     lowest: int | None = setting(None, "block of the lowest survivor (default: the worst case)", metavar="BLOCK")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,10 +15,11 @@ from torch import nn
 from transformers import PreTrainedModel, Seq2SeqTrainingArguments, Trainer, TrainerCallback
 
 from weightlora.core import parse_params
-from weightlora.errors import AdapterError, ConfigError
+from weightlora.errors import ConfigError
 from weightlora.graft import adapters
 from weightlora.methods import AdapterMethod, Method, PeftMethod, PlainMethod
 from weightlora.runs.spec import RunSpec
+from weightlora.runs.targets import placed, rank_numbers, targets
 from weightlora.runs.together import launched
 from weightlora.tasks import (
     Head,
@@ -120,29 +120,6 @@ def base_model(spec: RunSpec, task: Task) -> LoadedModel:
     return load_model(spec.model.name, **task.model_settings, seed=spec.training.seed)
 
 
-def targets(patterns: str, loaded: LoadedModel) -> list[str]:
-    """Full module names that "all-linear", "attention" or comma-separated name endings stand for.
-
-    Raises:
-        AdapterError: an ending matches no linear layer; the message lists the kinds there are.
-    """
-    return match_targets(patterns, loaded.linear_targets, loaded.attention_targets)
-
-
-def match_targets(patterns: str, linear: Sequence[str], attention: Sequence[str]) -> list[str]:
-    """:func:`targets` among the names of linear layers; `attention`: the endings that "attention" stands for."""
-    if patterns == "all-linear":
-        return list(linear)
-    endings = tuple(attention) if patterns == "attention" else tuple(p.strip() for p in patterns.split(","))
-    for ending in endings:
-        if not any(name == ending or name.endswith(f".{ending}") for name in linear):
-            kinds = sorted({name.rsplit(".", 1)[-1] for name in linear})
-            raise AdapterError(
-                f"no linear layer ends in {ending!r}; use all-linear, attention, or endings such as {', '.join(kinds)}"
-            )
-    return [n for n in linear if any(n == e or n.endswith(f".{e}") for e in endings)]
-
-
 def within_budget(spec: RunSpec, method: Method, loaded: LoadedModel) -> tuple[Method, int]:
     """The method and the rank that spend the run's budget of adapter parameters; as they are without one."""
     if spec.model.params is None:
@@ -152,9 +129,8 @@ def within_budget(spec: RunSpec, method: Method, loaded: LoadedModel) -> tuple[M
 
 
 def target_shapes(spec: RunSpec, loaded: LoadedModel) -> list[tuple[int, int]]:
-    """``(d_in, d_out)`` of each target, in module order."""
-    modules: list[Any] = [loaded.model.get_submodule(name) for name in targets(spec.model.targets, loaded)]
-    return [(int(module.in_features), int(module.out_features)) for module in modules]
+    """What one rank has of numbers in A and in B of each target, in model order: ``(d_in, d_out)`` of a layer."""
+    return [rank_numbers(loaded.model, name) for name in targets(spec.model.targets, loaded)]
 
 
 def with_adapters(spec: RunSpec, task: Task, loaded: LoadedModel, method: PeftMethod, rank: int) -> peft.PeftModel:
@@ -172,7 +148,7 @@ def with_adapters(spec: RunSpec, task: Task, loaded: LoadedModel, method: PeftMe
         r=rank,
         lora_alpha=int(alpha) if float(alpha).is_integer() else alpha,
         lora_dropout=spec.model.dropout,
-        target_modules=targets(spec.model.targets, loaded),
+        **placed(targets(spec.model.targets, loaded), loaded, spec.model.dropout),
         modules_to_save=list(loaded.heads),
     )
     wanted = method.peft_config(lora, target_shapes(spec, loaded))

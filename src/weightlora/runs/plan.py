@@ -17,7 +17,8 @@ from weightlora.cost.plan_config import DTYPES
 from weightlora.cost.plan_spec import PlanConfig
 from weightlora.errors import ConfigError
 from weightlora.graft import checkpoint_blocks, fast_path
-from weightlora.runs.build import TASK_TYPES, match_targets
+from weightlora.runs.build import TASK_TYPES
+from weightlora.runs.targets import placed, targets
 from weightlora.tasks.skeletons import HEADS, Skeleton, skeleton
 
 
@@ -66,7 +67,7 @@ def adapted(config: PlanConfig, device: str = "meta") -> tuple[Skeleton, nn.Modu
         r=config.r,
         lora_alpha=config.r,
         lora_dropout=config.dropout,
-        target_modules=match_targets(config.targets, bones.linear_targets, bones.attention_targets),
+        **placed(targets(config.targets, bones), bones, config.dropout),
         modules_to_save=list(bones.heads) or None,
     )
     return bones, peft.get_peft_model(bones.model, lora).train()

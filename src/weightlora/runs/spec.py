@@ -26,7 +26,8 @@ class ModelSpec:
 
     Args:
         name: as :func:`weightlora.tasks.load_model`.
-        targets: "all-linear", "attention", or endings of module names, comma-separated.
+        targets: "all-linear", "attention", "experts" (of a mixture), "vision", or endings of module names,
+            comma-separated.
         r, alpha, dropout: of every adapter.
         params: a budget of adapter parameters ("123k"), or None. The method's own knobs (rank, K, ...) are turned for
             it, and the scale ``alpha / r`` stays what `alpha` and `r` say.
@@ -40,7 +41,9 @@ class ModelSpec:
         "minilm (default), smollm2, a small shape such as bert-tiny-shape, a hub name, or a folder",
         flag="model",
     )
-    targets: str = setting("all-linear", "all-linear (default), attention, or endings of module names, comma-separated")
+    targets: str = setting(
+        "all-linear", "all-linear (default), attention, experts, vision, or endings of module names, comma-separated"
+    )
     r: int = setting(8, "rank of every adapter (default: 8)", least=1)
     alpha: float = setting(32, "LoRA alpha (default: 32)", above=0, use="a positive number (the paper uses 32)")
     dropout: float = setting(0.05, "LoRA dropout (default: 0.05)", least=0, below=1)

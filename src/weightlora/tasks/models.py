@@ -27,6 +27,7 @@ from transformers import (
 from transformers.utils import logging as transformers_logging
 
 from weightlora.errors import ConfigError
+from weightlora.tasks.layers import Layers, layers_of
 from weightlora.tasks.pooling import MeanPooledBertConfig, MeanPooledBertForSequenceClassification
 from weightlora.tasks.shapes import SHAPES
 from weightlora.tasks.smollm2 import NAME as SMOLLM2
@@ -47,11 +48,6 @@ MODELS: Mapping[str, str] = MappingProxyType(
 )
 """Names that `load_model` knows, with a line on each; every other name is a hub name or a folder."""
 
-# Last names of query, key and value projections, over the architectures of Transformers.
-ATTENTION_NAMES = (
-    *("query", "key", "value", "query_proj", "key_proj", "value_proj", "q_proj", "k_proj", "v_proj"),
-    *("q_lin", "k_lin", "v_lin", "q", "k", "v", "qkv", "Wqkv", "qkv_proj", "query_key_value", "in_proj"),
-)
 CLASSIFICATION: Head = "sequence-classification"
 LANGUAGE: tuple[Head, ...] = ("seq2seq-lm", "causal-lm")
 CLASSES: dict[Head, Any] = {
@@ -64,16 +60,14 @@ Parts = tuple[PreTrainedModel, PreTrainedTokenizerBase, set[str]]  # and the key
 
 
 @dataclass(frozen=True, kw_only=True)
-class LoadedModel:
-    """A model with what one must know to adapt it.
+class LoadedModel(Layers):
+    """A model with what one must know to adapt it, beside its :class:`Layers`.
 
     Args:
         model: in training precision, on the CPU.
         tokenizer: with a padding token.
         name: as it was asked for.
         heads: modules outside the pretrained backbone, or missing from its checkpoint: they train and are saved.
-        attention_targets: last names of the query, key and value projections.
-        linear_targets: full names of every linear layer in the backbone's blocks, in model order.
         answer_layer: full name of the linear layer that gives a classifier's logits; None for other models.
     """
 
@@ -81,8 +75,6 @@ class LoadedModel:
     tokenizer: PreTrainedTokenizerBase
     name: str
     heads: tuple[str, ...]
-    attention_targets: tuple[str, ...]
-    linear_targets: tuple[str, ...]
     answer_layer: str | None = None
 
 
@@ -130,17 +122,14 @@ def load_model(
         # The loss is a mean over the micro-batch and ignores num_items_in_batch. Left to guess from ``**kwargs`` in
         # the signature, the trainer would not divide it by the gradient accumulation steps.
         model.accepts_loss_kwargs = False  # type: ignore[assignment]
-    every_linear = linear_targets(model)
-    last_names = frozenset(target.rsplit(".", 1)[-1] for target in every_linear)
     heads = find_heads(name, head, model, missing)
     return LoadedModel(
         model=model.train(),
         tokenizer=tokenizer,
         name=name,
         heads=heads,
-        attention_targets=tuple(last for last in ATTENTION_NAMES if last in last_names),
-        linear_targets=every_linear,
         answer_layer=_answer_layer(model, heads) if head == CLASSIFICATION else None,
+        **vars(layers_of(model)),
     )
 
 
@@ -287,18 +276,6 @@ def _load_pretrained(name: str, head: Head, settings: dict[str, Any], dtype: tor
         ) from None
     mismatched = {key if isinstance(key, str) else key[0] for key in info["mismatched_keys"]}
     return model, tokenizer, set(info["missing_keys"]) | mismatched
-
-
-def linear_targets(model: PreTrainedModel) -> tuple[str, ...]:
-    """Every linear layer below a numbered block of the backbone: heads, poolers and embeddings have no number."""
-    prefix = f"{model.base_model_prefix}."
-    return tuple(
-        name
-        for name, module in model.named_modules()
-        if isinstance(module, nn.Linear)
-        and name.startswith(prefix)
-        and any(part.isdigit() for part in name.removeprefix(prefix).split("."))
-    )
 
 
 def find_heads(name: str, head: Head, model: PreTrainedModel, missing: set[str]) -> tuple[str, ...]:

@@ -11,7 +11,9 @@ from typing import Any, get_args
 import torch
 from torch import Tensor
 from transformers import (
+    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
     AutoConfig,
+    AutoModelForImageTextToText,
     BertConfig,
     PreTrainedConfig,
     PreTrainedModel,
@@ -19,6 +21,7 @@ from transformers import (
 
 from weightlora.errors import ConfigError
 from weightlora.tasks import models, smollm2
+from weightlora.tasks.layers import Layers, layers_of
 from weightlora.tasks.models import CLASSIFICATION
 from weightlora.tasks.pooling import MeanPooledBertConfig, MeanPooledBertForSequenceClassification
 from weightlora.tasks.task import Head
@@ -57,18 +60,13 @@ SHAPES: Mapping[str, Mapping[str, Any]] = MappingProxyType(
 
 
 @dataclass(frozen=True, kw_only=True)
-class Skeleton:
-    """A model on the meta device.
-
-    ``heads``: modules that will be new and train. ``linear_targets`` and ``attention_targets``: as in `LoadedModel`.
-    """
+class Skeleton(Layers):
+    """A model on the meta device. ``heads``: modules that will be new and train."""
 
     model: PreTrainedModel
     name: str
     head: Head
     heads: tuple[str, ...]
-    attention_targets: tuple[str, ...]
-    linear_targets: tuple[str, ...]
 
     def batch(self, size: int, length: int) -> dict[str, Tensor]:
         """Token ids, labels, and for classification a mask that leaves out a little, as batches of sentences do.
@@ -137,19 +135,18 @@ def skeleton(
                 pooled: Any = MeanPooledBertForSequenceClassification
                 model = pooled(config).to(dtype)
             else:
-                model = models.CLASSES[head].from_config(config, dtype=dtype)
+                sees = head == "causal-lm" and type(config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
+                kind = AutoModelForImageTextToText if sees else models.CLASSES[head]
+                model = kind.from_config(config, dtype=dtype)
     except (ValueError, ImportError, KeyError, RuntimeError) as error:
         reason = (str(error).strip() or type(error).__name__).split("\n")[0].rstrip(".")
         raise ConfigError(f"model {name!r} cannot be built with the head {head!r} ({reason})") from None
-    targets = models.linear_targets(model)
-    last_names = frozenset(target.rsplit(".", 1)[-1] for target in targets)
     return Skeleton(
         model=model.train(),
         name=name,
         head=head,
         heads=models.find_heads(name, head, model, set()),
-        attention_targets=tuple(last for last in models.ATTENTION_NAMES if last in last_names),
-        linear_targets=targets,
+        **vars(layers_of(model)),
     )
 
 
@@ -174,7 +171,7 @@ def _config(name: str) -> PreTrainedConfig:
 
 
 def _head(config: PreTrainedConfig) -> Head:
-    if models.is_decoder_checkpoint(config):
+    if models.is_decoder_checkpoint(config) or type(config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING:
         return "causal-lm"
     named = (config.architectures or [""])[0]
     return "seq2seq-lm" if named.endswith("ForConditionalGeneration") else CLASSIFICATION

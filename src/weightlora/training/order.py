@@ -30,6 +30,7 @@ class DataOrder:
         self._loader: Any = None
         self._live: Any = None  # the epoch that has begun
         self._read = 0  # of its batches
+        self._skipped = 0  # of the epoch that a resumed run goes on in
         self._split: tuple[int, int] | None = None
 
     @contextlib.contextmanager
@@ -60,12 +61,13 @@ class DataOrder:
             if kept is None:
                 self._loader = make()
                 if start is not None and not args.ignore_data_skip:
+                    self._skipped = _batches_into_epoch(trainer, self._loader, step)
                     warn_of_a_new_order(trainer, self._loader, step, left)
             return self._loader
 
         def get_batch_samples(epoch_iterator: Any, *given: Any, **named: Any) -> Any:
             if epoch_iterator is not self._live:
-                self._live, self._read = epoch_iterator, 0
+                self._live, self._read, self._skipped = epoch_iterator, self._skipped, 0
             found = samples(epoch_iterator, *given, **named)
             self._read += len(found[0])
             return found
