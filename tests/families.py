@@ -332,7 +332,7 @@ CLOSING = """## What is adapted
 - `experts`: the parameters in which a mixture stacks its experts, each of them one adapter (PEFT's
   `target_parameters`). They have no dropout (`--dropout 0`). Adapters on all experts are large: on the 64 stacks of
   Mixtral-8x7B 13.1 million numbers per rank.
-- `vision`: linear layers in the blocks of the other tower.
+- `vision`: linear layers in the blocks of the other tower, and in what joins it to the language tower.
 - endings of names, and several of all these, comma-separated: `attention,experts`, `all-linear,vision`,
   `q_proj,down_proj`.
 

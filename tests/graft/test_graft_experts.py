@@ -124,7 +124,7 @@ def test_what_is_written_opens_elsewhere(tmp_path: Path) -> None:
     merged = export(result, tmp_path / "merged", "merged")
     opened = MixtralForCausalLM.from_pretrained(merged.path)
     assert float((logits(opened, tokens()) - logits(made.model, tokens())).abs().max()) < 1e-4
-    for profile in ("portable", "dense"):
+    for profile in ("portable", "dense", "gguf"):
         with pytest.raises(ExportError, match=rf"'{profile}' cannot hold {len(bare)} adapters on bare parameters \(mo"):
             export(result, tmp_path / profile, profile)
     elsewhere = get_peft_model(base(), result.selection.lora_config())

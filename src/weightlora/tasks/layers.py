@@ -24,7 +24,7 @@ class Layers:
             hears, those of its language tower.
         attention_targets: last names of the query, key and value projections among them.
         expert_targets: full names of the parameters in which a mixture stacks its experts' matrices.
-        vision_targets: linear layers in the blocks of the other towers.
+        vision_targets: linear layers in the blocks of the other towers, and in what joins them to the language tower.
     """
 
     linear_targets: tuple[str, ...]
