@@ -18,7 +18,18 @@ from weightlora.core.components import component_shares, rising_cuts, unevenness
 from weightlora.core.factorise import major_pair, minor_pair
 from weightlora.core.gates import Shape, gate_step, gradual_k
 from weightlora.core.growth import Grown, Growth, Noise, grow
-from weightlora.core.importance import coverage, credit, gate_gradient, one_shot
+from weightlora.core.importance import (
+    coverage,
+    credit,
+    cross_energy,
+    gate_gradient,
+    gate_points,
+    holding,
+    integrated,
+    one_shot,
+    trapezoid,
+    whitened_energy,
+)
 from weightlora.core.merging import svd_merge
 from weightlora.core.placement import Placement, PlacementCosts, place
 from weightlora.core.prefix import smallest_prefix
@@ -49,14 +60,18 @@ __all__ = [
     "component_shares",
     "coverage",
     "credit",
+    "cross_energy",
     "cubic_budget",
     "format_bytes",
     "gate_gradient",
+    "gate_points",
     "gate_step",
     "gradual_k",
     "grow",
     "grown_ranks",
     "hand_out",
+    "holding",
+    "integrated",
     "k_for_params",
     "major_pair",
     "minor_pair",
@@ -76,6 +91,8 @@ __all__ = [
     "svd_merge",
     "top_k",
     "total_params",
+    "trapezoid",
     "triplet_scores",
     "unevenness",
+    "whitened_energy",
 ]

@@ -1,0 +1,149 @@
+"""Which score tells where adapters should go? A table of many random sets of adapters, each trained once.
+
+    python benchmarks/placement.py run --ground smollm2-sst2 --data-dir DATA
+    python benchmarks/placement.py judge
+
+``run`` goes through the stages below and writes ``benchmarks/results/placement-GROUND.json`` after every trial; what is
+there is not run again. Every later score can be judged by that table without training: see ``judge``.
+
+The ground (a model and a task) must qualify first: LoRA on all adapters, at its tuned rate, must beat a head alone (or
+the model as it is) by five standard errors of the difference over seeds.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import math
+import os
+import random
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchlib.ground import Ground, Outcome, Settings
+from benchlib.signals import all_scores
+
+RESULTS = Path(__file__).parent / "results"
+GROUNDS = {
+    "smollm2-sst2": Settings(model="smollm2", task="sst2", steps=64, batch=8, judged_rows=218),
+    "smollm2-cola": Settings(model="smollm2", task="cola", steps=64, batch=8, judged_rows=261),
+    "minilm-sst2": Settings(model="minilm", task="sst2", steps=400, batch=16, judged_rows=872, rank=8),
+    "minilm-cola": Settings(model="minilm", task="cola", steps=400, batch=16, judged_rows=1043, rank=8),
+}
+RATES = (5e-4, 1e-3, 2e-3, 4e-3)
+SETS = 60
+SET_SEED = 1  # of initial values and rows, in every trial of a random set
+SCORE_SEED = 1000  # scores are measured on other batches than sets are trained on
+CONTROL_SEED = 77
+
+
+def random_sets(blocks: Sequence[int], kinds: Sequence[str], count: int) -> list[list[int]]:
+    """Sets with sizes log-uniform from 1 to 40% of n, spread over depth and kinds; every other one has a random lowest
+    block."""
+    n, top = len(blocks), max(blocks) + 1
+    draw = random.Random(2026)
+    found: list[list[int]] = []
+    for number in range(count):
+        size = round(math.exp(draw.uniform(0, math.log(0.4 * n))))
+        low = draw.randrange(top) if number % 2 else 0
+        allowed = [i for i in range(n) if blocks[i] >= low]
+        # One of each stratum (a third of the depth, a kind) in turn, in random order, so that sets are spread.
+        strata: dict[tuple[int, str], list[int]] = {}
+        for i in draw.sample(allowed, len(allowed)):
+            strata.setdefault((3 * (blocks[i] - low) // (top - low), kinds[i]), []).append(i)
+        order = draw.sample(list(strata.values()), len(strata))
+        mixed = [members[turn] for turn in range(n) for members in order if turn < len(members)]
+        found.append(sorted(mixed[:size]))
+    return found
+
+
+class Study:
+    """One ground's results, on disk after every trial."""
+
+    def __init__(self, name: str, data_dir: str, results: Path = RESULTS) -> None:
+        self.name, self.path = name, results / f"placement-{name}.json"
+        self.settings = GROUNDS[name]
+        self.ground = Ground(self.settings, data_dir)
+        g = self.ground
+        self.blocks = [g.block_of(i) for i in range(len(g.names))]
+        self.kinds = [name.rpartition(".")[2] for name in g.names]
+        asked = dataclasses.asdict(self.settings)
+        self.data: dict[str, Any] = {
+            "command": f"python benchmarks/placement.py run --ground {name} --data-dir DATA",
+            "settings": asked,
+            "machine": {"torch": torch.__version__, "threads": torch.get_num_threads(), "device": "cpu"},
+            "adapters": [
+                {"name": a, "block": b, "kind": k, "params": self.settings.rank * (layer.in_features + layer.out_features)}
+                for a, b, k, layer in zip(g.names, self.blocks, self.kinds, g.linears, strict=True)
+            ],
+            "rates": {}, "scores": {}, "trials": [],
+        }  # fmt: skip
+        if self.path.exists():
+            old = json.loads(self.path.read_text())
+            if old["settings"] != asked:
+                raise SystemExit(f"{self.path} has other settings: {old['settings']}; move it away")
+            self.data |= old
+
+    def save(self) -> None:
+        temporary = self.path.with_suffix(".tmp")
+        temporary.write_text(json.dumps(self.data, indent=None, separators=(",", ":")) + "\n")
+        os.replace(temporary, self.path)
+
+    def trial(self, label: str, indices: Sequence[int], seed: int, rate: float, **more: Any) -> dict[str, Any]:
+        """The trial of that label and seed, run now if it is not there."""
+        for one in self.data["trials"]:
+            if (one["label"], one["seed"], one["rate"]) == (label, seed, rate):
+                return dict(one)
+        out: Outcome = self.ground.trial(indices, seed=seed, rate=rate, **more)
+        one = {"label": label, "seed": seed, "rate": rate, "set": list(indices), **dataclasses.asdict(out)} | more
+        self.data["trials"].append(one)
+        self.save()
+        print(f"{self.name}: {label}, seed {seed}, rate {rate}: {out.nats:.4f} nats, {out.accuracy:.4f}, {out.seconds} s", flush=True)
+        return one
+
+    def tuned(self) -> float:
+        """LoRA's best rate for all adapters, by held-out loss of one seed of its own."""
+        n = len(self.blocks)
+        found = {rate: self.trial("all", range(n), 100, rate)["nats"] for rate in RATES}
+        return min(found, key=lambda rate: found[rate])
+
+    def run(self, stages: Sequence[str]) -> None:
+        n = len(self.blocks)
+        rate = self.tuned()
+        self.data["rate"] = rate
+        if "scores" in stages and str(SCORE_SEED) not in self.data["scores"]:
+            scores, sums = all_scores(self.ground, SCORE_SEED, rate, steps=self.settings.steps // 2, batches=12)
+            self.data["scores"][str(SCORE_SEED)] = scores
+            self.data.setdefault("sums", {})[str(SCORE_SEED)] = sums
+            self.save()
+        if "qualify" in stages:
+            for seed in (1, 2):
+                self.trial("all", range(n), seed, rate)
+                for head_rate in (1e-3, 5e-3) if self.ground.heads else (1e-3,):
+                    self.trial(f"none, head rate {head_rate}", [], seed, rate, head_rate=head_rate)
+        if "sets" in stages:
+            for number, chosen in enumerate(random_sets(self.blocks, self.kinds, SETS)):
+                self.trial(f"random {number}", chosen, SET_SEED, rate)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(dest="command", required=True)
+    run = commands.add_parser("run")
+    run.add_argument("--ground", choices=sorted(GROUNDS), required=True)
+    run.add_argument("--data-dir", required=True)
+    run.add_argument("--stages", default="scores,qualify,sets,direct")
+    run.add_argument("--threads", type=int, default=1)
+    args = parser.parse_args(argv)
+    torch.set_num_threads(args.threads)
+    Study(args.ground, args.data_dir).run(args.stages.split(","))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,121 @@
+"""What other papers rank layers by: spectra of weights and inputs, norms of what goes through them."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from weightlora.errors import ConfigError
+
+
+def alignment(output_norm: Tensor, input_norm: Tensor, weight: Tensor) -> Tensor:
+    r"""How much more a weight answers its inputs than noise of their size: `||W z|| / (||W||_F ||z|| / sqrt(d_in))`.
+
+    The denominator is the root mean square of `||W z~||` for a Gaussian `z~` of z's norm, so no noise is drawn.
+
+    Args:
+        output_norm: mean over tokens of `||W z||`, a scalar, without the bias.
+        input_norm: mean over tokens of `||z||`, a scalar.
+        weight: W, (d_out, d_in).
+
+    Returns:
+        A scalar tensor, float64.
+
+    Source: PLoP (arXiv 2506.20629), which adapts the module types with the lowest mean. Departure: the Gaussian's
+    mean in closed form.
+
+    >>> import torch
+    >>> alignment(torch.tensor(1.0), torch.tensor(1.0), torch.eye(4))
+    tensor(1., dtype=torch.float64)
+    """
+    return output_norm.double() / (weight.double().norm() * input_norm.double() / weight.shape[1] ** 0.5)
+
+
+def condition_number(weight: Tensor) -> Tensor:
+    r"""Largest over smallest singular value of a weight: `sigma_1 / sigma_min`.
+
+    Args:
+        weight: W, (d_out, d_in).
+
+    Returns:
+        A scalar tensor, float64; infinite where W has not full rank.
+
+    Source: KappaTune (arXiv 2506.16289), which adapts the layers with the lowest.
+
+    >>> import torch
+    >>> condition_number(torch.diag(torch.tensor([4.0, 2.0])))
+    tensor(2., dtype=torch.float64)
+    """
+    values = torch.linalg.svdvals(weight.double())
+    return values[0] / values[-1]
+
+
+def sensitivity(weight: Tensor, grad_W: Tensor) -> Tensor:
+    r"""Mean over a weight's entries of `|W * dL/dW|`.
+
+    Args:
+        weight: W, (d_out, d_in).
+        grad_W: the dense gradient, same shape.
+
+    Returns:
+        A scalar tensor, float64.
+
+    Raises:
+        ConfigError: the shapes differ.
+
+    Source: GoRA (arXiv 2502.12171), equation 5.
+
+    >>> import torch
+    >>> sensitivity(torch.tensor([[1.0, -2.0]]), torch.tensor([[3.0, 0.5]]))
+    tensor(2., dtype=torch.float64)
+    """
+    if weight.shape != grad_W.shape:
+        raise ConfigError(f"weight {tuple(weight.shape)} and gradient {tuple(grad_W.shape)} differ in shape")
+    return (weight.double() * grad_W.double()).abs().mean()
+
+
+def explained_variance(second_moment: Tensor, r: int) -> Tensor:
+    r"""Shares of the inputs' variance that their first r principal directions explain: `lambda_j / sum lambda`.
+
+    Args:
+        second_moment: `E[x x^T]` of a layer's inputs, (d_in, d_in), symmetric.
+        r: how many directions, at most d_in.
+
+    Returns:
+        (r,), falling, float64.
+
+    Source: EVA (arXiv 2410.07170), which hands ranks out along these shares over all layers. Departure: from the
+    second moment in place of an incremental singular value decomposition, with the same result.
+
+    >>> import torch
+    >>> explained_variance(torch.diag(torch.tensor([1.0, 3.0])), 1)
+    tensor([0.7500], dtype=torch.float64)
+    """
+    values = torch.linalg.eigvalsh(second_moment.double()).flip(0).clamp(min=0)
+    return values[:r] / values.sum()
+
+
+def linear_cka(X: Tensor, Y: Tensor) -> Tensor:
+    r"""Linear centred kernel alignment of two sets of features: `||Y^T X||_F^2 / (||X^T X||_F ||Y^T Y||_F)`, centred.
+
+    Args:
+        X: (rows, p).
+        Y: (rows, q).
+
+    Returns:
+        A scalar tensor in [0, 1], float64.
+
+    Raises:
+        ConfigError: the numbers of rows differ.
+
+    Source: Kornblith et al. 2019; layers whose input and output differ most are adapted by Layer-wise LoRA with CKA.
+
+    >>> import torch
+    >>> X = torch.tensor([[0.0], [1.0], [2.0]])
+    >>> linear_cka(X, 3 * X + 1)
+    tensor(1., dtype=torch.float64)
+    """
+    if len(X) != len(Y):
+        raise ConfigError(f"{len(X)} and {len(Y)} rows; both sets of features must be of the same rows")
+    X, Y = (features.double() - features.double().mean(0) for features in (X, Y))
+    return (Y.T @ X).norm() ** 2 / ((X.T @ X).norm() * (Y.T @ Y).norm())
