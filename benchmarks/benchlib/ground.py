@@ -92,7 +92,12 @@ class Ground:
         torch.manual_seed(0)
         self.settings = settings
         spec = RunSpec.of(
-            {"task": settings.task, "data_dir": data_dir, "model": settings.model, "max_train_samples": settings.train_rows}
+            {
+                "task": settings.task,
+                "data_dir": data_dir,
+                "model": settings.model,
+                "max_train_samples": settings.train_rows,
+            }
         )
         task = read_task(spec.task, settings.model)
         loaded = load_model(settings.model, **task.model_settings, seed=0)
@@ -146,7 +151,8 @@ class Ground:
             found += [rows[i * size : (i + 1) * size] for i in pieces]
         found = found[:count]
         return [
-            self.collate([self.train_rows[i] for i in rows]) | self._key(seed, number) for number, rows in enumerate(found)
+            self.collate([self.train_rows[i] for i in rows]) | self._key(seed, number)
+            for number, rows in enumerate(found)
         ]
 
     def _key(self, seed: int, number: int) -> dict[str, tuple[int, int]]:
@@ -229,8 +235,15 @@ class Ground:
         return nats / len(order), right / len(order)
 
     def trial(
-        self, indices: Sequence[int], *, seed: int, rate: float, head_rate: float = 1e-3, observe: Observer | None = None,
-        steps: int | None = None, judged: bool = True,
+        self,
+        indices: Sequence[int],
+        *,
+        seed: int,
+        rate: float,
+        head_rate: float = 1e-3,
+        observe: Observer | None = None,
+        steps: int | None = None,
+        judged: bool = True,
     ) -> Outcome:
         """Train LoRA on a set of adapters and judge it; AdamW, linear schedule with 6% of warm-up, clipped at 1.
 

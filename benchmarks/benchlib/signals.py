@@ -17,7 +17,9 @@ from weightlora.core.published import alignment, condition_number, explained_var
 Scores = dict[str, list[float]]
 
 
-def all_scores(ground: Ground, seed: int, rate: float, *, steps: int, batches: int, points: int = 5) -> tuple[Scores, dict[str, float]]:
+def all_scores(
+    ground: Ground, seed: int, rate: float, *, steps: int, batches: int, points: int = 5
+) -> tuple[Scores, dict[str, float]]:
     """Scores by name, more is better, and the sums that should agree.
 
     Args:
@@ -130,15 +132,22 @@ def _of_inputs(ground: Ground, seed: int, batches: int) -> Scores:
     kinds = [name.rpartition(".")[2] for name in ground.names]
     plain = [float(alignment(norms[0, i], norms[1, i], layer.weight.float())) for i, layer in enumerate(layers)]
     of_layer = [sum(float(energies[0, i]) for i in range(n) if blocks[i] == b) for b in range(max(blocks) + 1)]
-    cka = {b: 1 - float(linear_cka(*(torch.cat(side) for side in zip(*pairs, strict=True)))) for b, pairs in features.items()}
+    cka = {
+        b: 1 - float(linear_cka(*(torch.cat(side) for side in zip(*pairs, strict=True))))
+        for b, pairs in features.items()
+    }
     variance = torch.stack([explained_variance(m, ground.settings.rank) for m in moments])
     threshold = variance.flatten().sort(descending=True).values[n * ground.settings.rank // 4]
     return {
-        "alignment (PLoP)": [-sum(p for p, k in zip(plain, kinds, strict=True) if k == kind) / kinds.count(kind) for kind in kinds],
+        "alignment (PLoP)": [
+            -sum(p for p, k in zip(plain, kinds, strict=True) if k == kind) / kinds.count(kind) for kind in kinds
+        ],
         "explained variance (EVA)": [float(v[v >= threshold].sum() + 1e-3 * v.sum()) for v in variance],
         "layer gradient norm (Aletheia)": [of_layer[b] for b in blocks],
         "condition number (KappaTune)": [-float(condition_number(layer.weight.float())) for layer in layers],
-        "weight times gradient (GoRA)": [float(sensitivity(layer.weight.float(), g)) for layer, g in zip(layers, gradients, strict=True)],
+        "weight times gradient (GoRA)": [
+            float(sensitivity(layer.weight.float(), g)) for layer, g in zip(layers, gradients, strict=True)
+        ],
         "block CKA": [cka[b] for b in blocks],
     }  # fmt: skip
 
@@ -191,7 +200,9 @@ class _Walk:
         return {f"{name}, sum": sum(values) for name, values in self.scores().items()}
 
 
-def _integrated_gates(ground: Ground, trained: Trained, batches: Sequence[dict[str, Any]], points: int) -> tuple[list[float], float]:
+def _integrated_gates(
+    ground: Ground, trained: Trained, batches: Sequence[dict[str, Any]], points: int
+) -> tuple[list[float], float]:
     """What each adapter bought on these batches with all gates raised together, and what the loss fell by."""
     at, weights = gate_points(points)
     ground.model.eval()

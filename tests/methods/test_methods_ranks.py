@@ -86,7 +86,7 @@ def test_a_score_by_finite_differences(name: str) -> None:
         moved = [factor.detach() - old for factor, old in zip((A, B), before, strict=True)]
         gain = -sum(float((g * d).sum()) for g, d in zip(wanted, moved, strict=True))
         assert gain > 0
-        assert float(policy.credits[WATCHED]) == pytest.approx(gain, rel=1e-6)
+        assert float(policy.worth.credits[WATCHED]) == pytest.approx(gain, rel=1e-6)
     elif name == "gradient":
         torch.testing.assert_close(policy.sums[WATCHED].double(), wanted[1], rtol=1e-5, atol=1e-7)
     elif name == "increlora":

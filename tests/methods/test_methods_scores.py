@@ -25,6 +25,7 @@ from weightlora.methods import (
     method,
 )
 from weightlora.methods.weightlora.policy import WeightLoRAPolicy
+from weightlora.methods.weightlora.worth import Credit
 from weightlora.training import attach
 
 N = 6
@@ -175,7 +176,7 @@ def test_credit_against_explicit_sums() -> None:
 
 def test_coverage_spreads_the_same_credits() -> None:
     want = credits_by_hand(5)
-    selection, _ = run(lora(), WeightLoRA(k=3, select_after=5, score="coverage"), 5)
+    selection, _ = run(lora(), WeightLoRA(k=3, select_after=5, coverage=True), 5)
     assert [c.score for c in selection.choices] == pytest.approx(want, rel=1e-5, abs=1e-9)
 
     def value(kept: tuple[int, ...]) -> float:
@@ -326,10 +327,11 @@ def test_the_selection_by_omega() -> None:
     assert {c.score for c in selection.choices} == {None}
 
 
-@pytest.mark.parametrize("score", ["credit", "coverage"])
-def test_a_closed_gate_is_no_candidate_for_any_score(score: str) -> None:
-    policy = paper(k=3, score=score).begin(HANDLES[:N], 20)
-    policy.credits = torch.tensor([6.0, 5.0, 4.0, 3.0, 2.0, 1.0], dtype=torch.float64)
+@pytest.mark.parametrize("coverage", [False, True])
+def test_a_closed_gate_is_no_candidate_for_any_score(coverage: bool) -> None:
+    policy = paper(k=3, score="credit", coverage=coverage).begin(HANDLES[:N], 20)
+    assert isinstance(policy.worth, Credit)
+    policy.worth.credits = torch.tensor([6.0, 5.0, 4.0, 3.0, 2.0, 1.0], dtype=torch.float64)
     assert policy.decide([0.0, 1.0, 0.0, 2.0, 0.5, 0.1]).selection.names == tuple(HANDLES[i].name for i in (1, 3, 4))
     assert policy.decide([0.0, 0.0, 0.0, 2.0, 0.0, 0.1]).selection.names == tuple(HANDLES[i].name for i in (3, 5))
 
@@ -343,14 +345,16 @@ def test_credit_decides_where_gates_learn_without_projections() -> None:
 
 
 def test_policy_state_holds_what_a_resume_needs() -> None:
-    made = paper()
+    made = paper(score="credit")
     policy = made.begin(HANDLES[:N], 20)
-    policy.credits = torch.arange(6.0, dtype=torch.float64)
+    assert isinstance(policy.worth, Credit)
+    policy.worth.credits = torch.arange(6.0, dtype=torch.float64)
     policy.held = [1, 4]
     other: WeightLoRAPolicy = made.begin(HANDLES[:N], 20)
     other.load_state(policy.state())
     assert list(other.held) == [1, 4]
-    assert torch.equal(other.credits, policy.credits)
+    assert isinstance(other.worth, Credit)
+    assert torch.equal(other.worth.credits, policy.worth.credits)
 
 
 # initial values and growth

@@ -22,6 +22,7 @@ from weightlora.errors import ConfigError
 from weightlora.graft import adapters
 from weightlora.methods import METHODS, AdapterMethod, method
 from weightlora.methods.base import PRESETS
+from weightlora.methods.weightlora.worth import Credit
 
 CASES = [(name, preset) for name in METHODS for preset in PRESETS]
 
@@ -47,7 +48,7 @@ def another(value: Any, name: str) -> Any:
     """Some other allowed value of a setting."""
     if isinstance(value, bool):
         return not value
-    words = {"score": "coverage", "rule": "signed", "k_schedule": "cubic", "init_A": "official", "growth": "qr",
+    words = {"score": "trapezoid", "rule": "signed", "k_schedule": "cubic", "init_A": "official", "growth": "qr",
              "noise": "uniform", "remainder": "top", "scoring": "exact", "variant": "tl5"}  # fmt: skip
     if isinstance(value, str):
         return words[name]
@@ -168,10 +169,11 @@ def test_lists_are_ranks_too() -> None:
 def test_coverage_counts_the_blocks_of_each_stack() -> None:
     """The set of K with the largest sum of roots, tried out over all sets, with every block where it is."""
     live = adapters(lora("bart", 2))
-    policy = wl.WeightLoRA(k=4, select_after=3, score="coverage").begin(live, 10)
-    policy.credits = torch.rand(len(live), dtype=torch.float64, generator=torch.Generator().manual_seed(3))
-    policy.credits[:6] += 0.3  # the encoder earned more
-    worth, where = policy.credits.tolist(), [a.name.split("coder.")[0] + str(a.block) for a in live]
+    policy = wl.WeightLoRA(k=4, select_after=3, coverage=True).begin(live, 10)
+    assert isinstance(policy.worth, Credit)
+    policy.worth.credits = torch.rand(len(live), dtype=torch.float64, generator=torch.Generator().manual_seed(3))
+    policy.worth.credits[:6] += 0.3  # the encoder earned more
+    worth, where = policy.worth.credits.tolist(), [a.name.split("coder.")[0] + str(a.block) for a in live]
 
     def value(kept: tuple[int, ...]) -> float:
         return sum(math.sqrt(sum(worth[i] for i in kept if where[i] == block)) for block in set(where))

@@ -239,7 +239,7 @@ def test_omegas_are_importances_too(tmp_path: Path) -> None:
         ({"memory": 0}, "0 is not a number of bytes"),
         ({"step_time": "0.5"}, "'0.5' is no share"),
         ({"step_time": "2x"}, "'2x' is no share"),
-        ({"memory": "1GiB", "score": "coverage"}, "no sum over adapters"),
+        ({"memory": "1GiB", "coverage": True}, "coverage spreads a number of adapters, and memory sets none"),
         ({"memory": "1GiB", "select_after": None}, "needs select_after"),
     ],
 )

@@ -34,7 +34,11 @@ METHODS: dict[str, Method] = {
     "weightlora": WeightLoRA(k=2, select_after=5),
     "weightlora-paper": WeightLoRA.from_preset("paper", k=2, select_after=5),
     "weightlora-official": WeightLoRA.from_preset("official", k=2),
-    "weightlora-cubic": WeightLoRA.from_preset("paper", k=2, select_after=5, k_schedule="cubic", score="coverage"),
+    "weightlora-cubic": WeightLoRA.from_preset(
+        "paper", k=2, select_after=5, k_schedule="cubic", score="credit", coverage=True
+    ),
+    "weightlora-trapezoid": WeightLoRA(k=2, select_after=5, score="trapezoid"),
+    "weightlora-cross": WeightLoRA(k=2, select_after=5, score="cross-gradient"),
     "weightlora+": WeightLoRAPlus(k=2, select_after=5),
     "weightlora+qr": WeightLoRAPlus.from_preset("paper", k=2, select_after=5, remainder="top"),
     "lora": LoRA(),

@@ -46,7 +46,7 @@ def some(count: int) -> list[Inputs]:
     return [next(stream) for _ in range(count)]
 
 
-@pytest.mark.parametrize("score", ["credit", "coverage"])
+@pytest.mark.parametrize("score", ["credit", "trapezoid"])
 def test_two_phases_by_hand(score: Any) -> None:
     """Stock LoRA for T steps; a stock model with K adapters gets their values and Adam's memory, and trains on."""
     data, seam = some(9), 4

@@ -76,7 +76,7 @@ def test_all_gates_held_at_one_are_stock_lora(family: str, tmp_path: Path) -> No
 
 
 @SEAMS
-@pytest.mark.parametrize("score", ["credit", "coverage"])
+@pytest.mark.parametrize("score", ["credit", "trapezoid"])
 def test_a_seam_that_changes_nothing(plain: Any, seam: int, score: str, tmp_path: Path) -> None:
     assert gap(plain(), fitted(tmp_path, everything(seam, score=score))) == 0.0
 

@@ -232,7 +232,7 @@ def test_what_accelerate_has_wrapped() -> None:
     "method",
     [
         METHOD,
-        wl.WeightLoRA(k=2, select_after=3, score="coverage"),
+        wl.WeightLoRA(k=2, select_after=3, coverage=True),
         wl.WeightLoRA(k=2, select_after=3, preset="paper"),
         wl.WeightLoRAPlus(k=2, select_after=3),
     ],

@@ -50,7 +50,7 @@ def credit(grads: Sequence[Tensor], deltas: Sequence[Tensor]) -> Tensor:
 
 
 def trapezoid(before: Sequence[Tensor], after: Sequence[Tensor], deltas: Sequence[Tensor]) -> Tensor:
-    r"""Decrease of the loss along an update, by the mean of the gradients at both ends: `-sum_j <(g_j + h_j) / 2, delta_j>`.
+    r"""Decrease of the loss along an update, by the gradients at both ends: `-sum_j <(g_j + h_j) / 2, delta_j>`.
 
     :func:`credit` with gradients from before the update over-counts: it holds their batch's noise, which the update
     followed. With gradients from after it, on the next batch, it is unbiased but misses the curvature. The mean of both
@@ -104,10 +104,11 @@ def cross_energy(total: Tensor, energy: Tensor) -> Tensor:
 
 
 def whitened_energy(grad_B: Tensor, second_moment: Tensor, ridge: float = 1e-6) -> Tensor:
-    r"""Gradient energy in units of the features' spread: `tr(G C^-1 G^T)`, with `G = dL/dB` at B = 0, `C = E[h h^T]`, `h = A x`.
+    r"""Gradient energy in units of the features' spread: `tr(G C^-1 G^T)`.
 
-    The decrease that the best B buys where the loss is quadratic in the layer's output. It does not depend on A's
-    scale, nor on its basis: `A -> M A` takes `G -> G M^T` and `C -> M C M^T`.
+    G is dL/dB at B = 0, `C = E[h h^T]` the second moment of the features `h = A x`. The decrease that the best B buys
+    where the loss is quadratic in the layer's output. It does not depend on A's scale, nor on its basis: `A -> M A`
+    takes `G -> G M^T` and `C -> M C M^T`.
 
     Args:
         grad_B: (d_out, r).
@@ -179,7 +180,7 @@ def integrated(gradients: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
 
     >>> import torch
     >>> points, weights = gate_points(2)
-    >>> integrated([torch.tensor([2 * t, -1.0]) for t in points], weights).round(decimals=6)  # of omega_1 ** 2 - omega_2
+    >>> integrated([torch.tensor([2 * t, -1]) for t in points], weights).round(decimals=6)  # of omega_1 ** 2 - omega_2
     tensor([-1.,  1.], dtype=torch.float64)
     """
     if not gradients or len(gradients) != len(weights):

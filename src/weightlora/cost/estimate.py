@@ -260,8 +260,15 @@ class Estimate:
         costs = placement_costs(
             self.at(micro_batch), self.state(), base=self.fixed, checkpointing=setting.checkpointing
         )
-        counts = [sum(math.prod(shape) for shape, _ in shapes) for shapes in self._pairs]
-        return reserved(costs, counts) if grows else costs
+        return reserved(costs, self._counts()) if grows else costs
+
+    def kept_placements(self, micro_batch: int, *, grows: bool = False) -> PlacementCosts:
+        """The same for what is kept between forward and backward alone."""
+        costs = placement_costs(self.at(micro_batch), checkpointing=self.setting.checkpointing)
+        return reserved(costs, self._counts()) if grows else costs
+
+    def _counts(self) -> list[int]:
+        return [sum(math.prod(shape) for shape, _ in shapes) for shapes in self._pairs]
 
     def under(self, *, checkpointing: bool) -> Estimate:
         """The same model with blocks checkpointed or not."""

@@ -26,7 +26,7 @@ M = TypeVar("M", bound="Method")
 class Limit:
     """What survivors must stay within: of what, how much (bytes, or a share), and as the user wrote it."""
 
-    kind: Literal["memory", "step_time"]
+    kind: Literal["memory", "step_time", "kept"]
     amount: float
     said: str
 
@@ -80,7 +80,7 @@ class Method(ABC, metaclass=_FromPreset):
     spending: ClassVar[str] = "ranks are whole numbers"  # why a budget of parameters may not be met
     in_shares: ClassVar[tuple[str, ...]] = ("select_after",)  # settings that may be shares of the run
     # What every run says for itself: no preset is changed by it, unless the preset has a value for it.
-    asked: ClassVar[tuple[str, ...]] = ("k", "memory", "step_time", "spend", "seed")
+    asked: ClassVar[tuple[str, ...]] = ("k", "memory", "step_time", "kept", "share", "spend", "seed")
 
     preset: str = "recommended"
 

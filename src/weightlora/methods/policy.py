@@ -82,7 +82,7 @@ class Budget:
     """What the survivors may cost: ``rooms`` from the wanted micro-batch down. ``kind``: of what; ``facts``: more that
     belongs into the selection's record."""
 
-    kind: Literal["memory", "step_time"]
+    kind: Literal["memory", "step_time", "kept"]
     rooms: tuple[Room, ...]
     facts: Mapping[str, int | float]
 

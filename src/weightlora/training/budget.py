@@ -1,4 +1,4 @@
-"""What survivors may cost, counted before training: bytes of the whole run, or operations of a step."""
+"""What survivors may cost, counted before training: bytes of the run or of its backward, operations of a step."""
 
 from __future__ import annotations
 
@@ -59,6 +59,8 @@ def allow(trainer: Trainer, method: Method, micro_batches: MicroBatches, *, stoc
         )
     if kind == "step_time":
         return Allowed(micro_batches=micro_batches, budget=_within_operations(trainer, method, limit.amount))
+    if kind == "kept":
+        return _within_kept(trainer, method, limit.amount, micro_batches, stock)
     return _within_memory(trainer, method, int(limit.amount), micro_batches, stock)
 
 
@@ -132,6 +134,33 @@ def _within_memory(trainer: Trainer, method: Method, limit: int, wanted: MicroBa
     facts = {"warmup_micro_batch": begin, "warmup_total": estimate.cost(warmup, begin).held}
     budget = Budget(kind="memory", rooms=tuple(rooms), facts=facts)
     return Allowed(micro_batches=(begin, rooms[0].micro_batch), budget=budget)
+
+
+def _within_kept(trainer: Trainer, method: Method, share: float, wanted: MicroBatches, stock: bool) -> Allowed:
+    """What backward keeps after the seam, as a share of what it keeps with all adapters; warm-up within the same."""
+    estimate, per_device = estimate_of(trainer, stock=stock), trainer.args.per_device_train_batch_size
+    every = Phase(name="warmup", live=tuple(range(estimate.n)), inputs=estimate.setting.checkpointing)
+    for size in wanted:
+        split_batch(trainer, size)
+    after = wanted[1] or max(wanted[0] or 0, per_device)
+    whole, costs = estimate.activations(every, after), estimate.kept_placements(after, grows=method.needs.grows)
+    limit, smallest = int(share * whole), min(costs.total([i]) for i in every.live)
+    if smallest > limit:
+        raise BudgetError(
+            f"kept={share:g}x is too little: the smallest placement keeps {smallest / whole:.3f}x of what all adapters"
+            " keep; allow as much",
+            smallest=smallest,
+        )
+    sizes = [size for size in divisors(_effective(trainer))[::-1] if size <= after]
+    begin = wanted[0] or next((size for size in sizes if estimate.activations(every, size) <= limit), sizes[-1])
+    facts = {
+        "whole": whole,
+        "share": share,
+        "warmup_micro_batch": begin,
+        "warmup_total": estimate.activations(every, begin),
+    }
+    budget = Budget(kind="kept", rooms=(Room(costs=costs, budget=limit, micro_batch=after),), facts=facts)
+    return Allowed(micro_batches=(begin, after), budget=budget)
 
 
 def _too_little(estimate: Estimate, warmup: Phase, method: Method) -> BudgetError:

@@ -4,32 +4,32 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from weightlora.core import coverage, credit, format_bytes, gate_step, gradual_k, place, support
+from weightlora.core import coverage, format_bytes, gate_step, gradual_k, holding, place, support
 from weightlora.errors import BudgetError, ScheduleError
 from weightlora.graft import Adapter, Selection, block_numbers
 from weightlora.methods.checks import check_k, check_warmup
 from weightlora.methods.policy import Budget, Decision, Factors, Fresh, HeldOut, Policy, Room, Setup, StepView, Weights
+from weightlora.methods.weightlora.worth import WORTHS
 
 if TYPE_CHECKING:
     from weightlora.methods.weightlora.settings import WeightLoRA
 
-Score = Literal["omega", "credit", "coverage"]
-
 
 class WeightLoRAPolicy(Policy):
-    """Gates by StoIHT, credit by inner products; see :class:`WeightLoRA`."""
+    """Gates by StoIHT, worth by what steps tell; see :class:`WeightLoRA`."""
 
     def __init__(self, method: WeightLoRA, adapters: tuple[Adapter, ...], max_steps: int) -> None:
-        learns, ranks_gates = method.gate_lr > 0, method.score == "omega"
+        self.worth = None if method.score == "omega" else WORTHS[method.score](adapters)
+        learns, looks = method.gate_lr > 0, self.worth is not None and self.worth.batches > 0
         setup = Setup(
             start=enlarge if method.init_A == "official" else None,
-            gates="learn" if learns else "set" if ranks_gates else "none",
-            compares=not ranks_gates,
+            gates="learn" if learns else "set" if looks or self.worth is None else "none",
+            compares=self.worth is not None and self.worth.compares,
         )
         super().__init__(adapters, setup)
         self.method = method
@@ -37,22 +37,18 @@ class WeightLoRAPolicy(Policy):
         self.k = len(adapters) if method.k is None else check_k(method.k, adapters)
         self.horizon = max_steps if method.select_after is None else check_warmup(method.select_after, max_steps)
         self.seam = None if method.select_after is None else self.horizon
-        if ranks_gates and not learns and (method.limit is not None or self.k < len(adapters)):
+        if self.worth is None and not learns and (method.k is None or self.k < len(adapters)):
             raise ScheduleError(
                 "score='omega' ranks gates that learn; set gate_lr (the paper's code uses 5.0), or keep k=n"
             )
-        self.credits = torch.zeros(len(adapters), dtype=torch.float64)
+        if self.worth is not None and self.worth.holds:
+            self.held = range(len(adapters))
         self.comeback = True  # whether a gate that was projected to 0 may rise again
         self._out: list[int] = []  # those that may not
 
     def observe(self, view: StepView) -> Sequence[Fresh]:
-        if self.setup.compares:
-            gained = []
-            for (A, B), (old_A, old_B) in zip(view.factors, view.before, strict=True):
-                pairs = [(p.grad, p.detach() - old) for p, old in ((A, old_A), (B, old_B)) if p.grad is not None]
-                gained.append(credit([g for g, _ in pairs], [d for _, d in pairs]) if pairs else A.new_zeros(()))
-            # One stack on the device; the sum lives there too, so a step never waits for the host.
-            self.credits = self.credits.to(gained[0].device) + torch.stack(gained).double()
+        if self.worth is not None:
+            self.worth.add(view, last=view.step == self.horizon)
         if self.setup.gates == "learn":
             self._move_gates(view)
         return ()
@@ -84,54 +80,72 @@ class WeightLoRAPolicy(Policy):
         return Decision(selection=self._select(omegas))
 
     def _select(self, omegas: Sequence[float]) -> Selection:
-        method, step = self.method, self.seam
+        method = self.method
         # An adapter whose gate is 0 contributes nothing and cannot be folded: it is no candidate, whatever its score.
         alive = [i for i, omega in enumerate(omegas) if omega != 0]
-        if self.budget is not None and alive:
-            return self._affordable(self.budget, omegas)
-        if method.score == "omega" and alive:
-            worth = torch.tensor([omegas[i] for i in alive], dtype=torch.float64)
-            alive = [alive[i] for i in support(worth, min(self.k, len(alive)), method.rule)]
         if not alive:
             raise ScheduleError(
                 f"all {len(omegas)} gates are zero at the end of warm-up;"
                 f" lower gate_lr ({method.gate_lr}) or use rule='signed'"
             )
-        if method.score == "omega":
-            why = f"the {len(alive)} largest omegas ({method.rule}) after {self.horizon} steps"
-            return method.choose(self.adapters, alive, why, step=step, omegas=omegas)
-        scores, k = self.credits.tolist(), min(self.k, len(alive))
-        if method.score == "credit":
-            kept = support(self.credits[alive], k, "signed")
-            why = f"the {k} largest credits (loss decrease bought by an adapter's own updates) in {self.horizon} steps"
+        scores = list(omegas) if self.worth is None else self.worth.scores().tolist()
+        found = [scores[i] for i in alive]
+        facts: Mapping[str, Any] | None = None
+        if self.budget is not None:
+            kept, why, facts = self._affordable(self.budget, found, alive)
+        elif method.share is not None:
+            chosen = holding(found, method.share)
+            kept, why = [alive[i] for i in chosen], f"the {len(chosen)} that hold {method.share:g} of all {self._what}"
         else:
-            blocks = [-1 if block is None else block for block in block_numbers(self.adapters)]
-            kept = coverage([scores[i] for i in alive], [blocks[i] for i in alive], k)
-            why = f"credit in {self.horizon} steps, spread over blocks: the {k} that maximise sum of sqrt per block"
-        return method.choose(self.adapters, [alive[i] for i in kept], why, step=step, omegas=omegas, scores=scores)
+            chosen, why = self._most(found, alive, min(self.k, len(alive)))
+            kept = [alive[i] for i in chosen]
+        selection = method.choose(
+            self.adapters, kept, why, step=self.seam, omegas=omegas, scores=None if self.worth is None else scores
+        )
+        return selection if facts is None else replace(selection, placement=facts)
 
-    def _affordable(self, budget: Budget, omegas: Sequence[float]) -> Selection:
+    def _most(self, found: Sequence[float], alive: Sequence[int], k: int) -> tuple[list[int], str]:
+        """The k best of those alive, and why."""
+        method = self.method
+        if method.coverage:
+            blocks = [-1 if (block := block_numbers(self.adapters)[i]) is None else block for i in alive]
+            why = f"{self._what}, spread over blocks: the {k} that maximise sum of sqrt per block"
+            return coverage(found, blocks, k), why
+        rule = method.rule if self.worth is None else "signed"
+        kept = support(torch.tensor(found, dtype=torch.float64), k, rule)
+        if self.worth is None:
+            return kept, f"the {len(kept)} largest omegas ({method.rule}) after {self.horizon} steps"
+        return kept, f"the {k} with the largest {self._what}"
+
+    @property
+    def _what(self) -> str:
+        if self.worth is None:
+            return f"omega in {self.horizon} steps"
+        return f"{self.method.score} ({self.worth.meaning}) in {self.horizon} steps"
+
+    def _affordable(
+        self, budget: Budget, found: Sequence[float], alive: Sequence[int]
+    ) -> tuple[list[int], str, dict[str, Any]]:
         """The most important set that the budget allows."""
-        what = "omega" if self.method.score == "omega" else "credit"
-        scores = list(omegas) if what == "omega" else self.credits.tolist()
-        worth = [score if omega != 0 else 0.0 for score, omega in zip(scores, omegas, strict=True)]
+        worth = [0.0] * len(self.adapters)
+        for i, score in zip(alive, found, strict=True):
+            worth[i] = score
         if max(worth) <= 0:
             raise ScheduleError(
-                f"no adapter has a positive {what} after {self.horizon} steps, so none is worth its cost;"
+                f"no adapter has a positive {self.method.score} after {self.horizon} steps, so none is worth its cost;"
                 " lower the learning rate, or raise select_after"
             )
         chosen, words, facts = most_important(worth, budget, self.adapters)
-        why = f"the most {what} in {self.horizon} steps within {words}"
-        shown = None if what == "omega" else scores
-        selection = self.method.choose(self.adapters, chosen, why, step=self.seam, omegas=omegas, scores=shown)
-        return replace(selection, placement=facts)
+        return list(chosen), f"the most {self._what}, within {words}", facts
 
     def state(self) -> dict[str, Tensor]:
-        off, out = (torch.tensor(found, dtype=torch.int64) for found in (self.held, self._out))
-        return {"credits": self.credits.cpu(), "off": off, **({} if self.comeback else {"out": out})}
+        off, out = (torch.tensor(list(found), dtype=torch.int64) for found in (self.held, self._out))
+        measured = {} if self.worth is None else self.worth.state()
+        return {**measured, "off": off, **({} if self.comeback else {"out": out})}
 
     def load_state(self, state: Mapping[str, Tensor]) -> None:
-        self.credits = state["credits"].clone()
+        if self.worth is not None:
+            self.worth.load_state(state)
         self.held = state["off"].tolist()
         self._out = [] if self.comeback else state["out"].tolist()
 
@@ -180,4 +194,6 @@ def most_important(
 def _limit(budget: Budget, room: Room) -> str:
     if budget.kind == "memory":
         return f"{format_bytes(room.budget)} of memory at a micro-batch of {room.micro_batch}"
+    if budget.kind == "kept":
+        return f"{format_bytes(room.budget)} kept for backward at a micro-batch of {room.micro_batch}"
     return f"{room.budget:.4g} operations a step"

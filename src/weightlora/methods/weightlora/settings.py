@@ -13,9 +13,11 @@ from weightlora.graft import Adapter
 from weightlora.methods.base import AdapterMethod, Limit, Needs, Shapes
 from weightlora.methods.budgets import ANY_K
 from weightlora.methods.checks import check_choice, check_k_value
-from weightlora.methods.weightlora.policy import Score, WeightLoRAPolicy
+from weightlora.methods.weightlora.policy import WeightLoRAPolicy
 from weightlora.methods.weightlora.presets import WEIGHTLORA
+from weightlora.methods.weightlora.worth import WORTHS, Score
 
+AMOUNTS = ("k", "memory", "step_time", "kept", "share")  # each says how many adapters live
 W = TypeVar("W", bound="WeightLoRA")
 
 
@@ -31,11 +33,17 @@ class WeightLoRA(AdapterMethod):
         memory: instead of k, bytes that the whole run may take ("12GiB"): those survive whose importance is the highest
             in total among all sets that fit. Gates are not projected on the way. Ours, a departure from the paper.
         step_time: instead of k, operations of a step after T as a share of one with all adapters ("0.6x"). Likewise.
+        kept: instead of k, bytes that backward keeps after T as a share of what it keeps with all adapters ("0.5x").
+            Likewise; warm-up runs in smaller micro-batches, so that its peak stays within the same share.
+        share: instead of k, a share of the total score (0.9): the smallest set that holds it lives.
         select_after: T in optimizer steps, or a share of the run below 1 (1.0 could be either, and is refused). None
             (``official``): gates learn to the end and nothing is disconnected before the adapter is saved.
         score: what is ranked at T. "omega": the gate (paper). "credit": the first-order loss decrease that an
-            adapter's own updates bought, ``c_i = -sum_t <grad_t, p_(t+1) - p_t>``. "coverage": credit, spread over
-            blocks by ``max sum_blocks sqrt(sum c_i)``.
+            adapter's own updates bought, ``c_i = -sum_t <grad_t, p_(t+1) - p_t>``. "next-credit": the same with the
+            gradient of the next batch. "trapezoid": the mean of both. "gradient" and "cross-gradient": no adapter moves
+            before T; ``||sum_t dL/dB_t||^2``, and its part on which batches agree. "integrated": all gates raised
+            together from 0 to 1 on held-out batches at T, ``-int dL/domega_i``.
+        coverage: spread the choice over blocks, by ``max sum_blocks sqrt(sum score_i)``.
         gate_lr: learning rate of omega's SGD; 0 holds every gate at 1.
         gate_lr_scheduled: multiply ``gate_lr`` by the run's learning-rate schedule.
         rule: which K gates survive a projection (see :func:`weightlora.core.top_k`).
@@ -50,7 +58,7 @@ class WeightLoRA(AdapterMethod):
     Raises:
         ConfigError: a setting has a value that is not allowed.
 
-    Source: paper, section 3.3; the scores "credit" and "coverage" are ours.
+    Source: paper, section 3.3; scores other than omega are ours.
 
     >>> WeightLoRA(k=10, select_after=100).score
     'credit'
@@ -67,8 +75,11 @@ class WeightLoRA(AdapterMethod):
     k: int | float | None = None
     memory: str | int | None = None
     step_time: str | None = None
+    kept: str | None = None
+    share: float | None = None
     select_after: int | float | None = 0.15
     score: Score = "credit"
+    coverage: bool = False
     gate_lr: float = 0.0
     gate_lr_scheduled: bool = False
     rule: Rule = "signed"
@@ -89,7 +100,7 @@ class WeightLoRA(AdapterMethod):
             raise ConfigError(
                 f"project_every={self.project_every} is not allowed; use 1 or more, or None for only at T"
             )
-        given = [name for name in ("k", "memory", "step_time") if getattr(self, name) is not None]
+        given = [name for name in AMOUNTS if getattr(self, name) is not None]
         if len(given) > 1:
             raise ConfigError(f"{given[0]} and {given[1]} both say how many adapters live; give one of them")
         if not given:
@@ -98,10 +109,13 @@ class WeightLoRA(AdapterMethod):
             check_k_value(self.k)
         if self.memory is not None:
             parse_bytes(self.memory)
-        if self.step_time is not None:
-            parse_share(self.step_time)
-        if self.limit is not None and self.score == "coverage":
-            raise ConfigError("score='coverage' is no sum over adapters, as a budget needs; use credit or omega")
+        for name in ("step_time", "kept"):
+            if getattr(self, name) is not None:
+                parse_share(getattr(self, name))
+        if self.share is not None and not 0 < self.share <= 1:
+            raise ConfigError(f"share={self.share} is out of range; use a share of the total score, such as 0.9")
+        if self.coverage and self.k is None:
+            raise ConfigError(f"coverage spreads a number of adapters, and {given[0]} sets none; use k, or no coverage")
         if self.limit is not None and self.select_after is None:
             raise ConfigError(f"{given[0]} limits what runs after the seam, which needs select_after; give some")
 
@@ -112,12 +126,15 @@ class WeightLoRA(AdapterMethod):
             return Limit(kind="memory", amount=parse_bytes(self.memory), said=str(self.memory))
         if self.step_time is not None:
             return Limit(kind="step_time", amount=parse_share(self.step_time), said=self.step_time)
+        if self.kept is not None:
+            return Limit(kind="kept", amount=parse_share(self.kept), said=self.kept)
         return None
 
     @property
     def needs(self) -> Needs:
-        # Credit compares all adapters before and after a step.
-        return Needs(limit=self.limit, k=self.k, copies=0 if self.score == "omega" else 1)
+        worth = WORTHS.get(self.score)
+        looks, copies = (0, 0) if worth is None else (worth.batches, worth.copies)
+        return Needs(limit=self.limit, k=self.k, held_out=looks, copies=copies)
 
     def within(self: W, params: int, shapes: Shapes, rank: int, kinds: Sequence[str] = ()) -> tuple[W, int]:
         if self.limit is not None:
