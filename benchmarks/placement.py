@@ -23,9 +23,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from scipy import stats
 
+from adapter_path import write
 from benchlib.ground import Ground, Outcome, Settings
+from benchlib.judging import load, partial, value
 from benchlib.signals import all_scores
 
 RESULTS = Path(__file__).parent / "results"
@@ -138,6 +142,38 @@ class Study:
                 self.trial(f"random {number}", chosen, SET_SEED, rate)
 
 
+def judge(path: Path) -> dict[str, Any]:
+    """Every score against the random sets of one ground, and against each other."""
+    data = json.loads(path.read_text())
+    sets, scores, adapters = load(str(path))
+    blocks = [int(a["block"]) for a in adapters]
+    scores["chance"] = [random.Random(i).random() for i in range(len(adapters))]
+    loss = np.array([one["nats"] for one in sets], dtype=float)
+    known = np.array([[one["params"], len(one["set"]), min(blocks[i] for i in one["set"])] for one in sets], dtype=float)
+    names = ("parameters", "count", "lowest block")
+    found: dict[str, Any] = {
+        "ground": data["settings"], "sets": len(sets), "rate": data.get("rate"),
+        "spearman with loss": {n: float(stats.spearmanr(known[:, i], loss)[0]) for i, n in enumerate(names)},
+        "partial": {}, "between scores": {},
+    }  # fmt: skip
+    for name, values in scores.items():
+        for spread in (False, True):
+            of_sets = np.array([value(values, one["set"], blocks, spread=spread) for one in sets])
+            if np.ptp(of_sets) > 0:
+                verdict = partial(loss, of_sets, known)
+                found["partial"][name + (", spread" if spread else "")] = dataclasses.asdict(verdict)
+    for a in scores:
+        found["between scores"][a] = {b: round(float(stats.spearmanr(scores[a], scores[b])[0]), 2) for b in scores}
+    return found
+
+
+def show(found: dict[str, Any]) -> None:
+    """The verdicts as a table, the best first."""
+    print(f"{found['ground']['model']}, {found['ground']['task']}: {found['sets']} sets, {found['spearman with loss']}")
+    for name, v in sorted(found["partial"].items(), key=lambda item: item[1]["correlation"]):
+        print(f"  {name:42} {v['correlation']:+.2f} ({v['low']:+.2f}, {v['high']:+.2f})")
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
@@ -146,7 +182,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     run.add_argument("--data-dir", required=True)
     run.add_argument("--stages", default="scores,qualify,sets,direct")
     run.add_argument("--threads", type=int, default=1)
+    judged = commands.add_parser("judge")
+    judged.add_argument("--results", type=Path, default=RESULTS)
     args = parser.parse_args(argv)
+    if args.command == "judge":
+        for path in sorted(args.results.glob("placement-*-*.json")):
+            found = judge(path)
+            show(found)
+            write(path.with_name(path.name.replace("placement-", "placement-judged-")), found)
+        return 0
     torch.set_num_threads(args.threads)
     Study(args.ground, args.data_dir).run(args.stages.split(","))
     return 0

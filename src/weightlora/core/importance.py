@@ -134,7 +134,8 @@ def whitened_energy(grad_B: Tensor, second_moment: Tensor, ridge: float = 1e-6) 
         )
     G, C = grad_B.double(), second_moment.double()
     C = C + torch.eye(len(C), dtype=C.dtype, device=C.device) * (ridge * C.diagonal().mean())
-    return (torch.linalg.solve(C, G.T) * G.T).sum()
+    solved: Tensor = torch.linalg.solve(C, G.T)
+    return (solved * G.T).sum()
 
 
 def gate_points(count: int) -> tuple[list[float], list[float]]:

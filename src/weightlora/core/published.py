@@ -28,7 +28,8 @@ def alignment(output_norm: Tensor, input_norm: Tensor, weight: Tensor) -> Tensor
     >>> alignment(torch.tensor(1.0), torch.tensor(1.0), torch.eye(4))
     tensor(1., dtype=torch.float64)
     """
-    return output_norm.double() / (weight.double().norm() * input_norm.double() / weight.shape[1] ** 0.5)
+    noise: Tensor = weight.double().norm() * input_norm.double() / weight.shape[1] ** 0.5
+    return output_norm.double() / noise
 
 
 def condition_number(weight: Tensor) -> Tensor:
@@ -47,7 +48,8 @@ def condition_number(weight: Tensor) -> Tensor:
     tensor(2., dtype=torch.float64)
     """
     values = torch.linalg.svdvals(weight.double())
-    return values[0] / values[-1]
+    kappa: Tensor = values[0] / values[-1]
+    return kappa
 
 
 def sensitivity(weight: Tensor, grad_W: Tensor) -> Tensor:
@@ -92,7 +94,8 @@ def explained_variance(second_moment: Tensor, r: int) -> Tensor:
     tensor([0.7500], dtype=torch.float64)
     """
     values = torch.linalg.eigvalsh(second_moment.double()).flip(0).clamp(min=0)
-    return values[:r] / values.sum()
+    shares: Tensor = values[:r] / values.sum()
+    return shares
 
 
 def linear_cka(X: Tensor, Y: Tensor) -> Tensor:
@@ -118,4 +121,5 @@ def linear_cka(X: Tensor, Y: Tensor) -> Tensor:
     if len(X) != len(Y):
         raise ConfigError(f"{len(X)} and {len(Y)} rows; both sets of features must be of the same rows")
     X, Y = (features.double() - features.double().mean(0) for features in (X, Y))
-    return (Y.T @ X).norm() ** 2 / ((X.T @ X).norm() * (Y.T @ Y).norm())
+    alike: Tensor = (Y.T @ X).norm() ** 2 / ((X.T @ X).norm() * (Y.T @ Y).norm())
+    return alike

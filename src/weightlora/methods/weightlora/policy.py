@@ -90,7 +90,7 @@ class WeightLoRAPolicy(Policy):
             )
         scores = list(omegas) if self.worth is None else self.worth.scores().tolist()
         found = [scores[i] for i in alive]
-        facts: Mapping[str, Any] | None = None
+        facts: dict[str, Any] | None = None
         if self.budget is not None:
             kept, why, facts = self._affordable(self.budget, found, alive)
         elif method.share is not None:
