@@ -83,8 +83,7 @@ class Study:
             "settings": asked,
             "machine": {"torch": torch.__version__, "threads": torch.get_num_threads(), "device": "cpu"},
             "adapters": [
-                {"name": a, "block": b, "kind": k, "params": self.settings.rank * (layer.in_features + layer.out_features)}
-                for a, b, k in zip(g.names, self.blocks, self.kinds, strict=True)
+                {"name": a, "block": b, "kind": k} for a, b, k in zip(g.names, self.blocks, self.kinds, strict=True)
             ],
             "rates": {}, "scores": {}, "trials": [],
         }  # fmt: skip
@@ -149,7 +148,9 @@ def judge(path: Path) -> dict[str, Any]:
     blocks = [int(a["block"]) for a in adapters]
     scores["chance"] = [random.Random(i).random() for i in range(len(adapters))]
     loss = np.array([one["nats"] for one in sets], dtype=float)
-    known = np.array([[one["params"], len(one["set"]), min(blocks[i] for i in one["set"])] for one in sets], dtype=float)
+    known = np.array(
+        [[one["params"], len(one["set"]), min(blocks[i] for i in one["set"])] for one in sets], dtype=float
+    )
     names = ("parameters", "count", "lowest block")
     found: dict[str, Any] = {
         "ground": data["settings"], "sets": len(sets), "rate": data.get("rate"),

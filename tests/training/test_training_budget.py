@@ -230,10 +230,52 @@ def test_omegas_are_importances_too(tmp_path: Path) -> None:
     assert max(spent(result, ledger)) <= (most + 3 * least) // 4
 
 
+def stock_kept(out: Path) -> int:
+    """What stock PEFT LoRA on all adapters keeps of a micro-batch, as autograd counts it."""
+    phase = fit(made(out), WeightLoRA(k=1.0, select_after=4), engine="stock").phases[0]
+    assert phase.kept_activation_bytes is not None
+    return phase.kept_activation_bytes
+
+
+@pytest.mark.parametrize("share", ["0.6x", "0.8x"])
+def test_backward_keeps_its_share_of_stock_lora_in_both_phases(share: str, tmp_path: Path) -> None:
+    limit = float(share[:-1]) * stock_kept(tmp_path / "stock")
+    result, ledger = run(tmp_path / "run", WeightLoRA(kept=share, select_after=4, score="cross-gradient"))
+    selection = result.selection
+    assert selection is not None
+    assert selection.placement is not None
+    assert selection.placement["kind"] == "kept"
+    kept = [phase.kept_activation_bytes for phase in result.phases]
+    assert all(size is not None and size <= limit for size in kept)
+    assert max(size or 0 for size in kept) <= selection.placement["budget"] <= limit
+    assert selection.placement["warmup_total"] <= selection.placement["budget"]
+    # Warm-up may take a smaller micro-batch; what follows has the one that was asked for.
+    assert ledger.micro[4] == selection.placement["warmup_micro_batch"]
+    assert ledger.micro[4] < BATCH or share == "0.8x"
+    assert ledger.micro[STEPS] == BATCH
+
+
+def test_a_share_of_what_is_kept_that_nothing_fits(tmp_path: Path) -> None:
+    with pytest.raises(BudgetError, match=r"kept=0\.01x is too little: the smallest placement keeps 0"):
+        run(tmp_path, WeightLoRA(kept="0.01x", select_after=4))
+
+
+def test_the_smallest_set_that_holds_a_share_of_the_score(tmp_path: Path) -> None:
+    result, _ = run(tmp_path, WeightLoRA(share=0.7, select_after=4, score="gradient"))
+    assert result.selection is not None
+    scores = [choice.score or 0.0 for choice in result.selection.choices]
+    kept = [choice.score or 0.0 for choice in result.selection.kept]
+    assert sum(kept) >= 0.7 * sum(scores) > sum(kept) - min(kept)
+    assert sorted(scores, reverse=True)[: len(kept)] == sorted(kept, reverse=True)
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
         ({"k": 3, "memory": "1GiB"}, "k and memory both say"),
+        ({"share": 0.9, "kept": "0.5x"}, "kept and share both say"),
+        ({"share": 1.5}, "share=1.5 is out of range"),
+        ({"kept": "half"}, "'half' is no share"),
         ({"memory": "1GiB", "step_time": "0.5x"}, "memory and step_time both say"),
         ({"memory": "much"}, "'much' is not a number of bytes"),
         ({"memory": 0}, "0 is not a number of bytes"),

@@ -24,6 +24,14 @@ METHOD_HELP = {
     "coverage": (None, "spread the choice over blocks"),
     "gate_lr": ("X", "learning rate of the gates omega"),
     "growth": (None, "how new ranks begin: gaussian or qr (weightlora+)"),
+    "share": ("SHARE", "instead of K: the smallest set that holds this share of the total score, such as 0.9"),
+    "select_after": ("T", "step after which the other adapters are removed, or a share of the run (default: 0.15)"),
+    "adapter_rate": ("X", "learning rate of the adapters, as a multiple of the run's (default: the method's)"),
+    "b_rate": ("X", "learning rate of B, as a multiple of A's, as in LoRA+ (default: 1)"),
+    "score": (None, "what adapters are ranked by: credit, next-credit, trapezoid, gradient, cross-gradient, ..."),
+    "coverage": (None, "spread the choice over blocks"),
+    "gate_lr": ("X", "learning rate of the gates omega"),
+    "growth": (None, "how new ranks begin: gaussian or qr (weightlora+)"),
     "max_rank": ("N", "cap on grown ranks (weightlora+)"),
 }
 
