@@ -290,8 +290,33 @@ def test_settings_that_contradict_each_other_are_refused(settings: dict[str, Any
         WeightLoRA(**settings)
 
 
-def test_a_count_stays_the_default() -> None:
-    assert (WeightLoRA().k, WeightLoRA().limit, WeightLoRA(memory="1GiB").k) == (0.25, None, None)
+def test_half_of_what_stock_lora_keeps_is_the_default(tmp_path: Path) -> None:
+    assert (WeightLoRA().k, WeightLoRA(memory="1GiB").k) == (None, None)
+    for method in (WeightLoRA(preset="paper"), WeightLoRA(score="omega"), WeightLoRA(coverage=True)):
+        assert (method.k, method.limit) == (0.25, None)
+    limit = 0.5 * stock_kept(tmp_path / "stock")
+    result, _ = run(tmp_path / "run", WeightLoRA(select_after=4))
+    assert all((phase.kept_activation_bytes or 0) <= limit for phase in result.phases)
+    assert WeightLoRA().within(10**6, [(4, 4)] * 2, 8)[0].k == 2
+
+
+def test_where_nothing_can_be_counted_the_default_is_a_quarter(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    class Own(Trainer):
+        def _prepare_inputs(self, inputs: Any) -> Any:
+            return super()._prepare_inputs(inputs)
+
+    each = made(tmp_path)
+    each.__class__ = Own
+    with caplog.at_level("INFO", logger="weightlora"):
+        result = fit(each, WeightLoRA(select_after=4))
+    assert result.selection is not None
+    assert result.selection.k == 3 == round(result.selection.n / 4)
+    assert "not of what backward keeps, which is not counted" in caplog.text
+
+
+def test_a_budget_of_parameters_goes_with_no_other() -> None:
     with pytest.raises(ConfigError, match="params and memory both say"):
         WeightLoRA(memory="1GiB").within(1000, [(4, 4)], 8)
 

@@ -24,11 +24,15 @@ M = TypeVar("M", bound="Method")
 
 @dataclass(frozen=True, kw_only=True)
 class Limit:
-    """What survivors must stay within: of what, how much (bytes, or a share), and as the user wrote it."""
+    """What survivors must stay within: of what, how much (bytes, or a share), and as the user wrote it.
+
+    ``assumed``: nobody asked for it; where it cannot be counted, the method decides by a count.
+    """
 
     kind: Literal["memory", "step_time", "kept"]
     amount: float
     said: str
+    assumed: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -11,8 +11,8 @@ from typing import Any
 from transformers import Trainer
 
 from weightlora.cost import ActivationTrace, Estimate, Phase, Setting, counting, divisors, operations, step_cost, trace
-from weightlora.errors import BudgetError, ConfigError
-from weightlora.methods import Budget, Method, Room
+from weightlora.errors import BudgetError, ConfigError, WeightLoRAError
+from weightlora.methods import Budget, Limit, Method, Room
 from weightlora.training.predict import checkpointing_of
 from weightlora.training.trainer import first_loss, loss_of, own_code, split_batch
 from weightlora.training.undisturbed import undisturbed
@@ -30,7 +30,9 @@ class Allowed:
     budget: Budget | None = None
 
 
-def allow(trainer: Trainer, method: Method, micro_batches: MicroBatches, *, stock: bool = False) -> Allowed:
+def allow(
+    trainer: Trainer, method: Method, micro_batches: MicroBatches, *, stock: bool = False, sharded: bool = False
+) -> Allowed:
     """Count what the method's limit needs, on the model as it is: with all adapters, before any step.
 
     Memory is everything that lives at the end of a forward pass: weights, adapters, gradients, AdamW's moments and what
@@ -43,14 +45,25 @@ def allow(trainer: Trainer, method: Method, micro_batches: MicroBatches, *, stoc
         method: whose limit counts.
         micro_batches: what the user wants, before and after the seam.
         stock: adapters compute by PEFT's own forward.
+        sharded: the base will be sharded over processes.
 
     Raises:
         BudgetError: it cannot be met; the message names the smallest that can.
         ConfigError: the trainer makes its batches as it trains.
     """
     limit = method.needs.limit
-    if limit is None:
+    if limit is None or (limit.assumed and sharded):
         return Allowed(micro_batches=micro_batches)
+    try:
+        return _counted(trainer, method, limit, micro_batches, stock)
+    except WeightLoRAError as error:
+        if not limit.assumed:
+            raise
+        log.info("survivors are a share of the adapters, not of what backward keeps, which is not counted: %s", error)
+        return Allowed(micro_batches=micro_batches)
+
+
+def _counted(trainer: Trainer, method: Method, limit: Limit, micro_batches: MicroBatches, stock: bool) -> Allowed:
     kind = limit.kind
     if (own_code(trainer) or "").endswith("._prepare_inputs"):
         raise ConfigError(

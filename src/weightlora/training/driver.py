@@ -84,7 +84,7 @@ class Driver:
         needs = method.needs
         if needs.held_out and held_out is None:
             raise ScheduleError(f"{method.name} looks at rows that it does not train on; give them as held_out=")
-        if needs.limit is not None and budget is None:
+        if needs.limit is not None and budget is None and not needs.limit.assumed:
             raise ScheduleError(
                 f"{needs.limit.kind} has to be counted on the run's batches; use fit with a trainer, or k"
             )

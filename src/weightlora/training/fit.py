@@ -164,7 +164,7 @@ class _Fit:
             to_device(trainer)
         tensors, begun = self._begin(resume, overwrite)
         held_out = hold_out(trainer, method.needs.held_out)
-        allowed = allow(trainer, method, micro_batches, stock=engine == "stock")
+        allowed = allow(trainer, method, micro_batches, stock=engine == "stock", sharded=self.sharded)
         self.batches = [split_batch(trainer, size) for size in allowed.micro_batches]
         self.max_steps = planned_steps(trainer)
         model: Any = trainer.model

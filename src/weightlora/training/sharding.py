@@ -110,7 +110,7 @@ def check_method(method: Method, policy: Policy, init: str | None = None) -> Non
     if policy.setup.check is not None:
         raise ConfigError(f"{method.name} reads the base's weights, which FSDP shards; run it without FSDP")
     limit = method.needs.limit
-    if limit is not None:
+    if limit is not None and not limit.assumed:
         raise ConfigError(f"{limit.kind} is counted on a whole base, which FSDP shards; use k, or no FSDP")
 
 

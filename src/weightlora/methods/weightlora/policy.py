@@ -20,6 +20,9 @@ if TYPE_CHECKING:
     from weightlora.methods.weightlora.settings import WeightLoRA
 
 
+QUARTER = 0.25  # of the adapters live where nothing else says how many
+
+
 class WeightLoRAPolicy(Policy):
     """Gates by StoIHT, worth by what steps tell; see :class:`WeightLoRA`."""
 
@@ -97,7 +100,8 @@ class WeightLoRAPolicy(Policy):
             chosen = holding(found, method.share)
             kept, why = [alive[i] for i in chosen], f"the {len(chosen)} that hold {method.share:g} of all {self._what}"
         else:
-            chosen, why = self._most(found, alive, min(self.k, len(alive)))
+            k = check_k(QUARTER, self.adapters) if method.k is None else self.k
+            chosen, why = self._most(found, alive, min(k, len(alive)))
             kept = [alive[i] for i in chosen]
         selection = method.choose(
             self.adapters, kept, why, step=self.seam, omegas=omegas, scores=None if self.worth is None else scores

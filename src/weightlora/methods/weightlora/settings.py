@@ -13,7 +13,7 @@ from weightlora.graft import Adapter
 from weightlora.methods.base import AdapterMethod, Limit, Needs, Shapes
 from weightlora.methods.budgets import ANY_K
 from weightlora.methods.checks import check_choice, check_k_value
-from weightlora.methods.weightlora.policy import WeightLoRAPolicy
+from weightlora.methods.weightlora.policy import QUARTER, WeightLoRAPolicy
 from weightlora.methods.weightlora.presets import WEIGHTLORA
 from weightlora.methods.weightlora.worth import WORTHS, Score
 
@@ -28,8 +28,9 @@ class WeightLoRA(AdapterMethod):
     ``min over omega, A, B of L(W_i + s omega_i B_i A_i)  subject to  ||omega||_0 <= K``
 
     Args:
-        k: how many adapters live: a count (1..n), or as a float a share of n (0.25; 1.0 is all). None: a budget
-            decides; without one 0.25.
+        k: how many adapters live: a count (1..n), or as a float a share of n (0.25; 1.0 is all). None: what else is
+            given decides. Where nothing is, ``kept="0.5x"`` does under the preset `recommended`, and 0.25 under others,
+            for omega and coverage, and where nothing can be counted before training (own loops, FSDP).
         memory: instead of k, bytes that the whole run may take ("12GiB"): those survive whose importance is the highest
             in total among all sets that fit. Gates are not projected on the way. Ours, a departure from the paper.
         step_time: instead of k, operations of a step after T as a share of one with all adapters ("0.6x"). Likewise.
@@ -103,8 +104,10 @@ class WeightLoRA(AdapterMethod):
         given = [name for name in AMOUNTS if getattr(self, name) is not None]
         if len(given) > 1:
             raise ConfigError(f"{given[0]} and {given[1]} both say how many adapters live; give one of them")
-        if not given:
-            object.__setattr__(self, "k", 0.25)
+        if not given and (
+            self.preset != "recommended" or self.score == "omega" or self.coverage or self.select_after is None
+        ):
+            object.__setattr__(self, "k", QUARTER)
         if self.k is not None:
             check_k_value(self.k)
         if self.memory is not None:
@@ -114,9 +117,9 @@ class WeightLoRA(AdapterMethod):
                 parse_share(getattr(self, name))
         if self.share is not None and not 0 < self.share <= 1:
             raise ConfigError(f"share={self.share} is out of range; use a share of the total score, such as 0.9")
-        if self.coverage and self.k is None:
+        if self.coverage and given and self.k is None:
             raise ConfigError(f"coverage spreads a number of adapters, and {given[0]} sets none; use k, or no coverage")
-        if self.limit is not None and self.select_after is None:
+        if self.limit is not None and given and self.select_after is None:
             raise ConfigError(f"{given[0]} limits what runs after the seam, which needs select_after; give some")
 
     @property
@@ -128,6 +131,8 @@ class WeightLoRA(AdapterMethod):
             return Limit(kind="step_time", amount=parse_share(self.step_time), said=self.step_time)
         if self.kept is not None:
             return Limit(kind="kept", amount=parse_share(self.kept), said=self.kept)
+        if self.k is None and self.share is None:
+            return Limit(kind="kept", amount=0.5, said="0.5x", assumed=True)
         return None
 
     @property
@@ -137,7 +142,7 @@ class WeightLoRA(AdapterMethod):
         return Needs(limit=self.limit, k=self.k, held_out=looks, copies=copies)
 
     def within(self: W, params: int, shapes: Shapes, rank: int, kinds: Sequence[str] = ()) -> tuple[W, int]:
-        if self.limit is not None:
+        if self.limit is not None and not self.limit.assumed:
             raise ConfigError(f"params and {self.limit.kind} both say how many adapters live; give one of them")
         return replace(self, k=k_for_params(params, rank, shapes)), rank
 
