@@ -31,6 +31,7 @@ from adapter_path import write
 from benchlib.ground import Ground, Outcome, Settings
 from benchlib.judging import load, partial, value
 from benchlib.signals import all_scores
+from weightlora.core import place
 
 RESULTS = Path(__file__).parent / "results"
 GROUNDS = {
@@ -41,6 +42,8 @@ GROUNDS = {
 }
 RATES = (5e-4, 1e-3, 2e-3, 4e-3)
 SETS = 60
+RULES = ("credit", "gradient")  # filled in after judging, before the direct comparisons
+DIRECT_SEEDS = (1, 2, 3)
 TUNE_SEEDS = (100, 101)
 SET_SEED = 1  # of initial values and rows, in every trial of a random set
 SCORE_SEED = 1000  # scores are measured on other batches than sets are trained on
@@ -136,9 +139,52 @@ class Study:
                 self.trial("all", range(n), seed, rate)
                 for head_rate in (1e-3, 5e-3) if self.ground.heads else (1e-3,):
                     self.trial(f"none, head rate {head_rate}", [], seed, rate, head_rate=head_rate)
+        if "direct" in stages:
+            for seed in DIRECT_SEEDS:
+                for label, chosen, more in self.direct():
+                    self.trial(label, chosen, seed, rate, **more)
         if "sets" in stages:
             for number, chosen in enumerate(random_sets(self.blocks, self.kinds, SETS)):
                 self.trial(f"random {number}", chosen, SET_SEED, rate)
+
+    def direct(self) -> list[tuple[str, list[int], dict[str, Any]]]:
+        """Choices of the rules and of the controls: name, set, other settings. Each at half of what LoRA on all keeps for
+        backward, and at a tenth of the adapters."""
+        n, scores, costs = len(self.blocks), self.data["scores"][str(SCORE_SEED)], self.ground.placement_costs()
+        half, k = costs.total(range(n)) // 2, max(1, n // 10)
+        draw = random.Random(CONTROL_SEED)
+        upper = next(b for b in range(max(self.blocks) + 1) if costs.total(self._above(b)) <= half)
+        rows: list[tuple[str, list[int], dict[str, Any]]] = [("all", list(range(n)), {})]
+        rows += [("half kept, all upper", self._above(upper), {})]
+        chance = [draw.random() for _ in range(n)]
+        for rule in RULES:
+            rows += [(f"half kept, {rule}", list(place(scores[rule], costs, half).chosen), {})]
+        rows += [("half kept, chance", list(place(chance, costs, half).chosen), {})]
+        first = []
+        for rule in RULES:
+            best = sorted(range(n), key=lambda i, rule=rule: -scores[rule][i])[:k]  # type: ignore[misc]
+            first = first or best
+            rows += [(f"K={k}, {rule}", sorted(best), {})]
+        rows += [(f"K={k}, matched chance", self._matched(first, draw), {})]
+        rows += [(f"K={k}, deepest", list(range(n - k, n)), {}), ("all, rank 1", list(range(n)), {"rank": 1})]
+        wide = [
+            i
+            for i, kind in enumerate(self.kinds)
+            if kind in {"up_proj", "dense"} and "output" not in self.ground.names[i]
+        ]
+        rows += [("feed-forward in", wide, {})]
+        return rows
+
+    def _above(self, block: int) -> list[int]:
+        return [i for i, b in enumerate(self.blocks) if b >= block]
+
+    def _matched(self, chosen: Sequence[int], draw: random.Random) -> list[int]:
+        """As many of each kind, from anywhere: the same parameters."""
+        found: list[int] = []
+        for kind in sorted({self.kinds[i] for i in chosen}):
+            same = [i for i, k in enumerate(self.kinds) if k == kind]
+            found += draw.sample(same, sum(self.kinds[i] == kind for i in chosen))
+        return sorted(found)
 
 
 def judge(path: Path) -> dict[str, Any]:

@@ -17,7 +17,8 @@ import torch
 from torch import Tensor, nn
 from transformers import get_linear_schedule_with_warmup
 
-from weightlora.cost.measure import kept_bytes
+from weightlora.core import PlacementCosts
+from weightlora.cost import kept_bytes, placement_costs, trace
 from weightlora.runs.spec import RunSpec
 from weightlora.tasks import load_model, read_task
 
@@ -61,15 +62,15 @@ Observer = Callable[["Trained", int], None]
 class Trained:
     """Adapters in place on the ground's model, their factors in the order of `indices`."""
 
-    def __init__(self, ground: Ground, indices: Sequence[int], seed: int) -> None:
+    def __init__(self, ground: Ground, indices: Sequence[int], seed: int, rank: int | None = None) -> None:
         self.ground, self.indices = ground, list(indices)
         torch.manual_seed(seed)
         names = [ground.names[i] for i in self.indices]
         ground.model.__dict__.pop("peft_config", None)
         if names:
-            config = peft.LoraConfig(
-                r=ground.settings.rank, lora_alpha=ground.settings.alpha, target_modules=names, lora_dropout=0.0
-            )
+            r = rank or ground.settings.rank  # the scale alpha / r stays
+            alpha = ground.settings.alpha * r // ground.settings.rank
+            config = peft.LoraConfig(r=r, lora_alpha=alpha, target_modules=names, lora_dropout=0.0)
             peft.inject_adapter_in_model(config, ground.model)
         self.layers: list[Any] = [ground.model.get_submodule(name) for name in names]
         self.factors = [(m.lora_A["default"].weight, m.lora_B["default"].weight) for m in self.layers]
@@ -162,6 +163,17 @@ class Ground:
         """Mean loss of a batch in nats, of the answer's token where words answer."""
         return self._score(batch)[0]
 
+    def placement_costs(self) -> PlacementCosts:
+        """What backward keeps for any set, of the rows that :class:`Outcome` counts it on."""
+        self.reset()
+        self.lowest = 0
+        config = peft.LoraConfig(r=self.settings.rank, target_modules=self.names)
+        wrapped = peft.get_peft_model(self.model, config)
+        fixed = self.collate([self.train_rows[i] for i in range(self.settings.batch)])
+        costs = placement_costs(trace(wrapped, lambda: self.loss(fixed), stock=True))
+        self.reset()
+        return costs
+
     def _score(self, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
         """The mean loss, and which rows are right."""
         with torch.autocast("cpu", torch.bfloat16, enabled=self.answers is not None):
@@ -244,6 +256,7 @@ class Ground:
         observe: Observer | None = None,
         steps: int | None = None,
         judged: bool = True,
+        rank: int | None = None,
     ) -> Outcome:
         """Train LoRA on a set of adapters and judge it; AdamW, linear schedule with 6% of warm-up, clipped at 1.
 
@@ -254,11 +267,12 @@ class Ground:
             head_rate: that of a new head.
             observe: called after each backward pass (gradients not clipped yet) with the number of the step.
             steps: in place of the settings' number.
+            rank: in place of the settings' rank.
             judged: whether held-out rows are looked at; else the outcome has no score.
         """
         self.reset()
         self.lowest = min((self.block_of(i) for i in indices), default=len(self.blocks) - 1)
-        trained, began = Trained(self, indices, seed), time.perf_counter()
+        trained, began = Trained(self, indices, seed, rank), time.perf_counter()
         total = steps or self.settings.steps
         learns = [p for p in (*trained.flat(), *self.head())]
         fixed = self.collate([self.train_rows[i] for i in range(self.settings.batch)])
