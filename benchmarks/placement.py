@@ -148,8 +148,10 @@ class Study:
                 self.trial(f"random {number}", chosen, SET_SEED, rate)
 
     def direct(self) -> list[tuple[str, list[int], dict[str, Any]]]:
-        """Choices of the rules and of the controls: name, set, other settings. Each at half of what LoRA on all keeps for
-        backward, and at a tenth of the adapters."""
+        """Choices of the rules and of the controls: name, set, other settings.
+
+        Each at half of what LoRA on all keeps for backward, and at a tenth of the adapters.
+        """
         n, scores, costs = len(self.blocks), self.data["scores"][str(SCORE_SEED)], self.ground.placement_costs()
         half, k = costs.total(range(n)) // 2, max(1, n // 10)
         draw = random.Random(CONTROL_SEED)
@@ -167,11 +169,7 @@ class Study:
             rows += [(f"K={k}, {rule}", sorted(best), {})]
         rows += [(f"K={k}, matched chance", self._matched(first, draw), {})]
         rows += [(f"K={k}, deepest", list(range(n - k, n)), {}), ("all, rank 1", list(range(n)), {"rank": 1})]
-        wide = [
-            i
-            for i, kind in enumerate(self.kinds)
-            if kind in {"up_proj", "dense"} and "output" not in self.ground.names[i]
-        ]
+        wide = [i for i, name in enumerate(self.ground.names) if name.endswith(("up_proj", "intermediate.dense"))]
         rows += [("feed-forward in", wide, {})]
         return rows
 
