@@ -212,11 +212,48 @@ def judge(path: Path) -> dict[str, Any]:
     return found
 
 
-def show(found: dict[str, Any]) -> None:
-    """The verdicts as a table, the best first."""
-    print(f"{found['ground']['model']}, {found['ground']['task']}: {found['sets']} sets, {found['spearman with loss']}")
-    for name, v in sorted(found["partial"].items(), key=lambda item: item[1]["correlation"]):
-        print(f"  {name:42} {v['correlation']:+.2f} ({v['low']:+.2f}, {v['high']:+.2f})")
+def paired(data: dict[str, Any], label: str, against: str) -> tuple[float, float, int]:
+    """Mean difference of held-out nats over the seeds that both have, half of its 95% interval, and their number."""
+    by_label = {one: {t["seed"]: t["nats"] for t in data["trials"] if _is(t, one, data)} for one in (label, against)}
+    both = sorted(set(by_label[label]) & set(by_label[against]))
+    gaps = np.array([by_label[label][seed] - by_label[against][seed] for seed in both])
+    if len(gaps) < 2:
+        return float(gaps.mean()) if len(gaps) else math.nan, math.nan, len(gaps)
+    half = stats.t.ppf(0.975, len(gaps) - 1) * gaps.std(ddof=1) / math.sqrt(len(gaps))
+    return float(gaps.mean()), float(half), len(gaps)
+
+
+def _is(trial: dict[str, Any], label: str, data: dict[str, Any]) -> bool:
+    return bool(trial["label"] == label and trial["rate"] == data["rate"] and trial["seed"] in DIRECT_SEEDS)
+
+
+def show(found: dict[str, Any], data: dict[str, Any]) -> None:
+    """The verdicts as tables, the best first."""
+    print(f"## {found['ground']['model']}, {found['ground']['task']}: {found['sets']} sets\n")
+    print("Spearman with the loss:", {k: round(v, 2) for k, v in found["spearman with loss"].items()}, "\n")
+    print("| score, summed | partial correlation | 95% | spread over blocks | 95% |\n|---|---|---|---|---|")
+    verdicts = found["partial"]
+    for name in sorted((n for n in verdicts if not n.endswith(", spread")), key=lambda n: verdicts[n]["correlation"]):
+        cells = [name]
+        for key in (name, f"{name}, spread"):
+            v = verdicts.get(key)
+            cells += ["-", "-"] if v is None else [f"{v['correlation']:+.2f}", f"{v['low']:+.2f} to {v['high']:+.2f}"]
+        print("| " + " | ".join(cells) + " |")
+    print("\n| set | seeds | adapters | parameters | kept | nats | minus LoRA on all | accuracy |")
+    print("|---|---|---|---|---|---|---|---|")
+    labels = {
+        t["label"]: t for t in data["trials"] if t["seed"] in DIRECT_SEEDS and not t["label"].startswith("random ")
+    }
+    whole = max(t["kept"] for t in data["trials"])
+    for label, one in labels.items():
+        mine = [t for t in data["trials"] if _is(t, label, data)]
+        gap, half, count = paired(data, label, "all")
+        nats, right = (sum(t[key] for t in mine) / len(mine) for key in ("nats", "accuracy"))
+        print(
+            f"| {label} | {count} | {len(one['set'])} | {one['params'] / 1000:.0f} k | {one['kept'] / whole:.2f}x |"
+            f" {nats:.4f} | {gap:+.4f} ± {half:.4f} | {right:.3f} |"
+        )
+    print()
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -231,9 +268,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     judged.add_argument("--results", type=Path, default=RESULTS)
     args = parser.parse_args(argv)
     if args.command == "judge":
-        for path in sorted(args.results.glob("placement-*-*.json")):
+        for path in sorted(p for p in args.results.glob("placement-*.json") if "judged" not in p.name):
             found = judge(path)
-            show(found)
+            show(found, json.loads(path.read_text()))
             write(path.with_name(path.name.replace("placement-", "placement-judged-")), found)
         return 0
     torch.set_num_threads(args.threads)

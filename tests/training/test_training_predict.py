@@ -98,3 +98,26 @@ def test_a_run_with_a_prediction_is_the_run_without(tmp_path: Path) -> None:
 
 def test_a_form_of_its_own_is_not_predicted(tmp_path: Path) -> None:
     assert fit(trainer(tmp_path, lora("bert"), steps=4), MELoRA()).predicted == {}
+
+
+def test_the_frontier_is_what_runs_with_the_best_k_hold_and_keep(tmp_path: Path) -> None:
+    def method(k: int) -> WeightLoRA:
+        return WeightLoRA(k=k, select_after=3, score="gradient")
+
+    first = fit(trainer(tmp_path / "one", lora(dropout=0.0)), method(1))
+    points = {point.k: point for point in first.frontier}
+    assert first.selection is not None
+    n = first.selection.n
+    assert sorted(points)[0] == 1
+    assert sorted(points)[-1] == n
+    for k in (1, 2, n):
+        run = fit(trainer(tmp_path / str(k), lora(dropout=0.0)), method(k))
+        assert run.selection is not None
+        scores = [choice.score or 0.0 for choice in run.selection.choices]
+        held = sum(choice.score or 0.0 for choice in run.selection.kept)
+        assert points[k].share == pytest.approx(held / sum(scores))
+        assert points[k].kept_activation_bytes == run.phases[-1].kept_activation_bytes
+
+
+def test_no_frontier_without_scores(tmp_path: Path) -> None:
+    assert fit(trainer(tmp_path), RandomAdapters(k=2)).frontier == ()

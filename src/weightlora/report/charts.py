@@ -24,7 +24,7 @@ from weightlora.report.picture import (
 )
 from weightlora.report.runfiles import Log
 from weightlora.report.tables import PHASE_NUMBERS
-from weightlora.report.units import Unit, ratio
+from weightlora.report.units import BYTES, Unit, ratio
 from weightlora.runs.record import EVAL_LOSS, Record
 
 LEFT, RIGHT, TOP, BOTTOM = 44, 10, 26, 206
@@ -165,6 +165,32 @@ def score_picture(record: Record) -> Picture | None:
         paths=tuple(paths),
         texts=tuple(texts),
         keys=(("dot kept", "kept"), ("dot rest", "disconnected")),
+    )
+
+
+def frontier_picture(record: Record) -> Picture | None:
+    """What the best k adapters hold of the total score, against what they keep for backward; None without scores."""
+    points = [(point.kept_activation_bytes, point.share, point.k) for point in record.frontier]
+    if len(points) < 2:
+        return None
+    unit = Unit.fit([kept for kept, _, _ in points], BYTES)
+    across = Axis.around([kept / unit.factor for kept, _, _ in points], LEFT, WIDTH - RIGHT)
+    up = Axis(low=0, high=1, start=BOTTOM, end=TOP)
+    paths, texts = frame(across, up, across_name=f"kept for backward, {unit.sign}", up_name="share of the score")
+    places = [(across.at(kept / unit.factor), up.at(share), k, share) for kept, share, k in points]
+    paths.append(Path(d=line([(x, y) for x, y, _, _ in places]), look="second"))
+    for x, y, k, share in places:
+        paths.append(Path(d=dot(x, y), look="dot second", title=f"the best {k}: {share:.0%} of the score"))
+    for x, y, k, _ in places[:: max(1, len(places) // 6)]:
+        texts.append(Text(x=x + 5, y=y + 12, words=f"K={k}"))
+    return Picture(
+        name="frontier",
+        title="Share of the score against memory",
+        about="For several K, the share of the total score that the best K adapters hold, against what they keep",
+        height=HEIGHT,
+        paths=tuple(paths),
+        texts=tuple(texts),
+        keys=(),
     )
 
 

@@ -87,6 +87,7 @@ def _run_view(run: RunFiles, id: str, runs: Sequence[RunFiles]) -> RunView:
         "selection": grids.selection_picture(record) if record.adapters else None,
         "gates": charts.omega_picture(record, log, min(gates, 6000)),
         "scores": charts.score_picture(record),
+        "frontier": charts.frontier_picture(record),
         "loss": charts.loss_picture(record, log, min(losses, 400)),
         "metric": charts.metric_picture(record, log),
         "costs": charts.cost_picture(record),

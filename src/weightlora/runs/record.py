@@ -83,6 +83,20 @@ class PhaseRecord:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class Frontier:
+    """What the best ``k`` adapters by score hold of the total score, and keep for backward."""
+
+    k: int
+    share: float
+    kept_activation_bytes: int
+
+    def __post_init__(self) -> None:
+        sizes = (self.k, self.kept_activation_bytes)
+        require(all(0 <= size < 2**63 for size in sizes), f"frontier has {sizes}, out of range")
+        require(0 <= self.share <= 1.000001, f"frontier has a share of {self.share}; it must be one")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class AdapterScore:
     """One of the n adapters the run began with, and how it fared.
 
@@ -128,6 +142,7 @@ class Record:
             out, by ``split_seed`` and the share ``holdout`` if one was asked for) and ``rows``; ``also_trained_on``:
             how many of them have the texts of training rows, if any; ``checkpoint``: "best" where they chose it.
         predicted: ``{phase name: {field of PhaseRecord: number}}``, from one traced forward before the first step.
+        frontier: what the best k hold and cost, for several k; empty without scores.
         placement: where a budget decided what lives: its kind, the budget, what the survivors cost, the lowest level
             they reach, their importance, the micro-batch. Empty where a count decided.
 
@@ -163,6 +178,7 @@ class Record:
     unmet: str = dataclasses.field(default_factory=str)
     scored_on: dict[str, str | int | float] = dataclasses.field(default_factory=dict)
     predicted: dict[str, dict[str, int]] = dataclasses.field(default_factory=dict)
+    frontier: tuple[Frontier, ...] = ()
     placement: dict[str, Any] = dataclasses.field(default_factory=dict)
 
     def __post_init__(self) -> None:

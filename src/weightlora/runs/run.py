@@ -32,7 +32,7 @@ from weightlora.runs.outcome import (
     write_result,
 )
 from weightlora.runs.progress import Progress
-from weightlora.runs.record import AdapterScore, Kept, PhaseRecord, Record, collect_versions, machine
+from weightlora.runs.record import AdapterScore, Frontier, Kept, PhaseRecord, Record, collect_versions, machine
 from weightlora.runs.spec import CONFIG, RunSpec
 from weightlora.runs.together import follows
 from weightlora.training import FitResult, fit
@@ -330,6 +330,7 @@ def _last_record(record: Record, parts: Parts, result: FitResult, metrics: dict[
         why=selection.why if selection else _why_all(parts.method),
         placement={} if selection is None else dict(selection.placement or {}),
         predicted={phase: dict(numbers) for phase, numbers in result.predicted.items()},
+        frontier=tuple(Frontier(**vars(point)) for point in result.frontier),
     )
 
 

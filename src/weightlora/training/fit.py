@@ -273,6 +273,7 @@ class _Fit:
             seam_step=self.driver.seam,
             adapter_params=dict(self.driver.counts),
             predicted={} if predictor is None else predictor.phases(self.driver.selection),
+            frontier=() if predictor is None else tuple(predictor.frontier(self.driver.selection)),
             log_history=tuple(self.trainer.state.log_history),
         )
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Sequence
 
 from transformers import Trainer
@@ -11,9 +12,11 @@ from weightlora.cost import ActivationTrace, Estimate, Phase, Setting
 from weightlora.errors import AdapterError
 from weightlora.graft import Selection, checkpointed_every
 from weightlora.training.driver import Driver
+from weightlora.training.results import FrontierPoint
 from weightlora.training.trainer import checkpointing_settings, trace_step, use_batch
 
 log = logging.getLogger("weightlora")
+POINTS = 20  # of a frontier
 
 
 class Predictor:
@@ -90,6 +93,33 @@ class Predictor:
         if selection.groups:
             del final["trainable_params"]  # shared factors train once
         return {**before, "final": final}
+
+    def frontier(self, selection: Selection | None) -> list[FrontierPoint]:
+        """What the best k by score hold of the total score and keep for backward, for some twenty k.
+
+        Nothing without scores, or where nothing was traced.
+
+        Args:
+            selection: whose scores rank.
+        """
+        if self.estimate is None or selection is None or self.seam is None:
+            return []
+        scores = [0.0 if c.score is None else max(c.score, 0.0) for c in selection.choices]
+        total, n = math.fsum(scores), len(scores)
+        if not 0 < total < math.inf:
+            return []
+        order = sorted(range(n), key=lambda i: -scores[i])
+        counts = sorted({max(1, round(n ** (step / (POINTS - 1)))) for step in range(POINTS)})
+        return [
+            FrontierPoint(
+                k=k,
+                share=math.fsum(scores[i] for i in order[:k]) / total,
+                kept_activation_bytes=self.estimate.activations(
+                    Phase(name="final", live=tuple(order[:k]), inputs=self.whole.inputs and k == n), self.sizes[1]
+                ),
+            )
+            for k in counts
+        ]
 
     def _said(self, phase: Phase, size: int) -> dict[str, int]:
         assert self.estimate is not None

@@ -33,12 +33,22 @@ class PhaseResult:
 
 
 @dataclass(frozen=True, kw_only=True)
+class FrontierPoint:
+    """What the best ``k`` adapters by score hold of the total score, and keep for backward."""
+
+    k: int
+    share: float
+    kept_activation_bytes: int
+
+
+@dataclass(frozen=True, kw_only=True)
 class FitResult:
     """What :func:`fit` hands back: a plain PEFT model, what was kept and why, and what each phase cost.
 
     ``adapter_params``: numbers in adapters (heads excluded) that were ``allocated``, ``trainable`` until the seam, that
     trained at the ``peak`` of the run, and that were ``effective`` at the end, by the method's own formula.
-    ``predicted``: ``{phase: {field: number}}`` as said before the first step.
+    ``predicted``: ``{phase: {field: number}}`` as said before the first step. ``frontier``: what the best k by score
+    hold and cost, for several k.
     """
 
     model: nn.Module
@@ -50,6 +60,7 @@ class FitResult:
     seam_step: int | None
     adapter_params: Mapping[str, int] = field(default_factory=dict)
     predicted: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
+    frontier: tuple[FrontierPoint, ...] = ()
     log_history: tuple[dict[str, Any], ...] = field(default=(), repr=False)
 
 
