@@ -286,7 +286,10 @@ def test_schedules_that_cannot_run() -> None:
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"score": "luck"}, "score 'luck' is unknown; use one of omega, credit, coverage"),
+        (
+            {"score": "luck"},
+            "score 'luck' is unknown; use one of omega, credit, next-credit, trapezoid, gradient, cross-gradient, integrated",
+        ),
         ({"rule": "best"}, "rule 'best' is unknown; use one of signed, positive, magnitude"),
         ({"k_schedule": "fast"}, "k_schedule 'fast' is unknown; use one of constant, cubic, halving"),
         ({"init_A": "zero"}, "init_A 'zero' is unknown; use one of lora, official"),
