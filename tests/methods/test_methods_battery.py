@@ -288,7 +288,7 @@ def test_schedules_that_cannot_run() -> None:
     [
         (
             {"score": "luck"},
-            "score 'luck' is unknown; use one of omega, credit, next-credit, trapezoid, gradient, cross-gradient, integrated",
+            "score 'luck' is unknown; use one of omega, credit, next-credit, trapezoid, gradient, cross-gradient, ",
         ),
         ({"rule": "best"}, "rule 'best' is unknown; use one of signed, positive, magnitude"),
         ({"k_schedule": "fast"}, "k_schedule 'fast' is unknown; use one of constant, cubic, halving"),
