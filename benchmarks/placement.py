@@ -31,7 +31,7 @@ from adapter_path import write
 from benchlib.ground import Ground, Outcome, Settings
 from benchlib.judging import load, partial, value
 from benchlib.signals import all_scores
-from weightlora.core import place
+from weightlora.core import coverage, place
 
 RESULTS = Path(__file__).parent / "results"
 GROUNDS = {
@@ -42,7 +42,14 @@ GROUNDS = {
 }
 RATES = (5e-4, 1e-3, 2e-3, 4e-3)
 SETS = 60
-RULES = ("credit", "gradient")  # filled in after judging, before the direct comparisons
+# Compared directly: the rule that was the default, and the one that told random sets apart best by its sum.
+RULES = ("credit", "weight times gradient (GoRA)")
+# Stated before they were run, and corrected by Holm's procedure; all other comparisons are exploration.
+DECIDING = (
+    ("half kept, credit", "half kept, all upper"),
+    ("half kept, credit", "half kept, chance"),
+    ("half kept, credit", "all"),
+)
 DIRECT_SEEDS = (1, 2, 3)
 TUNE_SEEDS = (100, 101)
 SET_SEED = 1  # of initial values and rows, in every trial of a random set
@@ -167,6 +174,8 @@ class Study:
             best = sorted(range(n), key=lambda i, rule=rule: -scores[rule][i])[:k]  # type: ignore[misc]
             first = first or best
             rows += [(f"K={k}, {rule}", sorted(best), {})]
+        spread = coverage(scores[RULES[0]], self.blocks, k)
+        rows += [(f"K={k}, {RULES[0]}, spread", spread, {})]
         rows += [(f"K={k}, matched chance", self._matched(first, draw), {})]
         rows += [(f"K={k}, deepest", list(range(n - k, n)), {}), ("all, rank 1", list(range(n)), {"rank": 1})]
         wide = [i for i, name in enumerate(self.ground.names) if name.endswith(("up_proj", "intermediate.dense"))]
@@ -253,7 +262,18 @@ def show(found: dict[str, Any], data: dict[str, Any]) -> None:
             f"| {label} | {count} | {len(one['set'])} | {one['params'] / 1000:.0f} k | {one['kept'] / whole:.2f}x |"
             f" {nats:.4f} | {gap:+.4f} ± {half:.4f} | {right:.3f} |"
         )
+    gaps = [(a, b, *paired(data, a, b)) for a, b in DECIDING]
+    values = sorted((_p_value(data, a, b), a, b, gap, half) for a, b, gap, half, count in gaps if count > 1)
+    for rank, (p, a, b, gap, half) in enumerate(values):
+        holm = min(1.0, max((len(values) - i) * values[i][0] for i in range(rank + 1)))
+        print(f"\n{a} minus {b}: {gap:+.4f} ± {half:.4f} nats, p = {p:.3f}, {holm:.3f} by Holm")
     print()
+
+
+def _p_value(data: dict[str, Any], label: str, against: str) -> float:
+    gap, half, count = paired(data, label, against)
+    t = gap / (half / stats.t.ppf(0.975, count - 1)) if half > 0 else math.inf
+    return float(2 * stats.t.sf(abs(t), count - 1))
 
 
 def main(argv: Sequence[str] | None = None) -> int:
