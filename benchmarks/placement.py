@@ -165,6 +165,8 @@ class Study:
         upper = next(b for b in range(max(self.blocks) + 1) if costs.total(self._above(b)) <= half)
         rows: list[tuple[str, list[int], dict[str, Any]]] = [("all", list(range(n)), {})]
         rows += [("half kept, all upper", self._above(upper), {})]
+        one_each = (self._widest_above(b) for b in range(max(self.blocks) + 1))
+        rows += [("half kept, one a block", next(chosen for chosen in one_each if costs.total(chosen) <= half), {})]
         chance = [draw.random() for _ in range(n)]
         for rule in RULES:
             rows += [(f"half kept, {rule}", list(place(scores[rule], costs, half).chosen), {})]
@@ -184,6 +186,12 @@ class Study:
 
     def _above(self, block: int) -> list[int]:
         return [i for i, b in enumerate(self.blocks) if b >= block]
+
+    def _widest_above(self, block: int) -> list[int]:
+        """The adapter with the most parameters in each block from `block` up; of equal ones the first."""
+        size = self.data["scores"][str(SCORE_SEED)]["parameters"]
+        of_block = {b: [i for i in self._above(block) if self.blocks[i] == b] for b in self.blocks if b >= block}
+        return sorted(max(members, key=lambda i: size[i]) for members in of_block.values())
 
     def _matched(self, chosen: Sequence[int], draw: random.Random) -> list[int]:
         """As many of each kind, from anywhere: the same parameters."""
