@@ -23,6 +23,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import matplotlib
 import numpy as np
 import torch
 from scipy import stats
@@ -33,6 +34,9 @@ from benchlib.judging import load, partial, value
 from benchlib.signals import all_scores
 from weightlora.core import coverage, place
 
+matplotlib.use("agg")
+from matplotlib import pyplot
+
 RESULTS = Path(__file__).parent / "results"
 GROUNDS = {
     "smollm2-sst2": Settings(model="smollm2", task="sst2", steps=64, batch=8, judged_rows=218),
@@ -42,6 +46,7 @@ GROUNDS = {
 }
 RATES = (5e-4, 1e-3, 2e-3, 4e-3)
 SETS = 60
+FAR = 0.3  # nats above the best: a run that lost its way
 # Compared directly: the rule that was the default, and the one that told random sets apart best by its sum.
 RULES = ("credit", "weight times gradient (GoRA)")
 # Stated before they were run, and corrected by Holm's procedure; all other comparisons are exploration.
@@ -278,6 +283,33 @@ def show(found: dict[str, Any], data: dict[str, Any]) -> None:
     print()
 
 
+def picture(data: dict[str, Any], path: Path) -> None:
+    """Held-out loss of every set against what it keeps for backward: random sets, and what was compared directly."""
+    figure, axes = pyplot.subplots(figsize=(8, 4.5), layout="constrained")
+    whole = max(t["kept"] for t in data["trials"])
+    lowest = [min(data["adapters"][i]["block"] for i in t["set"]) for t in _random(data)]
+    spots = axes.scatter(
+        [t["kept"] / whole for t in _random(data)], [t["nats"] for t in _random(data)], c=lowest, cmap="viridis", s=24
+    )
+    figure.colorbar(spots, ax=axes, label="lowest block with an adapter")
+    labels = dict.fromkeys(t["label"] for t in data["trials"] if t["seed"] in DIRECT_SEEDS and t["set"])
+    for label in (one for one in labels if not one.startswith("random ")):
+        mine = [t for t in data["trials"] if _is(t, label, data)]
+        x, y = mine[0]["kept"] / whole, sum(t["nats"] for t in mine) / len(mine)
+        axes.plot(x, y, "k^", markersize=6)
+        axes.annotate(label, (x, y), xytext=(5, -3), textcoords="offset points", fontsize=7)
+    top = min(t["nats"] for t in data["trials"]) + FAR
+    above = sum(t["nats"] > top for t in _random(data))
+    note = f"; {above} random sets lie above" if above else ""
+    axes.set(xlabel="kept for backward, over LoRA on all", ylabel=f"held-out nats{note}", ylim=(None, top))
+    figure.savefig(path, dpi=150)
+    pyplot.close(figure)
+
+
+def _random(data: dict[str, Any]) -> list[dict[str, Any]]:
+    return [t for t in data["trials"] if t["label"].startswith("random ")]
+
+
 def _p_value(data: dict[str, Any], label: str, against: str) -> float:
     gap, half, count = paired(data, label, against)
     t = gap / (half / stats.t.ppf(0.975, count - 1)) if half > 0 else math.inf
@@ -298,7 +330,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.command == "judge":
         for path in sorted(p for p in args.results.glob("placement-*.json") if "judged" not in p.name):
             found = judge(path)
-            show(found, json.loads(path.read_text()))
+            data = json.loads(path.read_text())
+            show(found, data)
+            picture(data, path.with_suffix(".png"))
             write(path.with_name(path.name.replace("placement-", "placement-judged-")), found)
         return 0
     torch.set_num_threads(args.threads)
