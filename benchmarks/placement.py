@@ -41,8 +41,7 @@ RESULTS = Path(__file__).parent / "results"
 GROUNDS = {
     "smollm2-sst2": Settings(model="smollm2", task="sst2", steps=64, batch=8, judged_rows=218),
     "smollm2-cola": Settings(model="smollm2", task="cola", steps=64, batch=8, judged_rows=261),
-    "minilm-sst2": Settings(model="minilm", task="sst2", steps=400, batch=16, judged_rows=872, rank=8),
-    "minilm-cola": Settings(model="minilm", task="cola", steps=400, batch=16, judged_rows=1043, rank=8),
+    "minilm-sst2": Settings(model="minilm", task="sst2", steps=150, batch=16, judged_rows=436),
 }
 RATES = (5e-4, 1e-3, 2e-3, 4e-3)
 SETS = 60
