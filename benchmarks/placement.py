@@ -117,7 +117,9 @@ class Study:
         for one in self.data["trials"]:
             if (one["label"], one["seed"], one["rate"]) == (label, seed, rate):
                 return dict(one)
-        out: Outcome = self.ground.trial(indices, seed=seed, rate=rate, **more)
+        head = more.pop("head", False)
+        ground = self.ground
+        out: Outcome = ground.readout(seed) if head else ground.trial(indices, seed=seed, rate=rate, **more)
         one = {"label": label, "seed": seed, "rate": rate, "set": list(indices), **dataclasses.asdict(out)} | more
         self.data["trials"].append(one)
         self.save()
@@ -148,6 +150,8 @@ class Study:
         if "qualify" in stages:
             for seed in (1, 2):
                 self.trial("all", range(n), seed, rate)
+                if self.ground.answers is not None:
+                    self.trial("head alone", [], seed, rate, head=True)
                 for head_rate in (1e-3, 5e-3) if self.ground.heads else (1e-3,):
                     self.trial(f"none, head rate {head_rate}", [], seed, rate, head_rate=head_rate)
         if "direct" in stages:

@@ -41,7 +41,7 @@ class Settings:
     max_length: int = 96
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class Outcome:
     """``nats``: mean held-out loss; ``kept``: bytes that backward keeps of a fixed batch; ``dead``: not finite."""
 
@@ -54,6 +54,28 @@ class Outcome:
     @property
     def dead(self) -> bool:
         return not math.isfinite(self.nats)
+
+
+def _fitted(features: Tensor, classes: Tensor, decay: float) -> nn.Linear:
+    """A logistic regression, by L-BFGS."""
+    torch.manual_seed(0)
+    layer = nn.Linear(features.shape[1], int(classes.max()) + 1)
+    optimizer = torch.optim.LBFGS(layer.parameters(), max_iter=200)
+
+    def loss() -> Tensor:
+        optimizer.zero_grad()
+        value = nn.functional.cross_entropy(layer(features), classes) + decay / 2 * layer.weight.square().sum()
+        value.backward()
+        return value
+
+    optimizer.step(loss)  # type: ignore[arg-type]
+    return layer
+
+
+@torch.no_grad()
+def _nats(features: Tensor, classes: Tensor, layer: nn.Linear) -> tuple[float, float]:
+    logits = layer(features)
+    return float(nn.functional.cross_entropy(logits, classes)), float((logits.argmax(1) == classes).float().mean())
 
 
 Observer = Callable[["Trained", int], None]
@@ -245,6 +267,40 @@ class Ground:
             nats += float(loss) * len(rows)
             right += int(found.sum())
         return nats / len(order), right / len(order)
+
+    def readout(self, seed: int) -> Outcome:
+        """A linear classifier on the frozen last hidden state, of a language model: what a head alone can do.
+
+        It sees the rows that a trial with this seed sees; its weight decay is chosen on a third of them. Its nats are
+        over the classes alone, which is easier than over all words.
+        """
+        assert self.answers is not None
+        self.reset()
+        self.lowest, began = 0, time.perf_counter()
+        self.model.eval()
+        size = 32
+        judged = [
+            self.collate([self.judged_rows[i] for i in range(at, min(at + size, len(self.judged_rows)))])
+            for at in range(0, len(self.judged_rows), size)
+        ]
+        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+            known, new = (self._features(rows) for rows in (self.batches(seed, self.settings.steps), judged))
+        cut = len(known[1]) * 2 // 3
+        part, rest = (known[0][:cut], known[1][:cut]), (known[0][cut:], known[1][cut:])
+        decay = min((1e-3, 1e-2, 1e-1, 1.0), key=lambda decay: _nats(*rest, _fitted(*part, decay))[0])
+        nats, accuracy = _nats(*new, _fitted(*known, decay))
+        return Outcome(nats, accuracy, 0, 0, round(time.perf_counter() - began, 1))
+
+    def _features(self, batches: Sequence[dict[str, Any]]) -> tuple[Tensor, Tensor]:
+        """Hidden states where the answer is read, scaled to a mean square of 1, and the index of the right answer."""
+        hidden, classes = [], []
+        for batch in batches:
+            where = batch["labels"][:, 1:] != IGNORED
+            hidden.append(self._hidden(batch)[:, :-1][where].float())
+            right = batch["labels"][:, 1:][where]
+            classes.append((right[:, None] == torch.tensor(self.answers)).int().argmax(1))
+        features = torch.cat(hidden)
+        return features / features.square().mean(1, keepdim=True).sqrt(), torch.cat(classes)
 
     def trial(
         self,
