@@ -155,9 +155,13 @@ class Study:
                 for head_rate in (1e-3, 5e-3) if self.ground.heads else (1e-3,):
                     self.trial(f"none, head rate {head_rate}", [], seed, rate, head_rate=head_rate)
         if "direct" in stages:
-            for seed in DIRECT_SEEDS:
-                for label, chosen, more in self.direct():
-                    self.trial(label, chosen, seed, rate, **more)
+            rows = self.direct()
+            decide = {label for pair in DECIDING for label in pair}
+            for first in (True, False):
+                for seed in DIRECT_SEEDS:
+                    for label, chosen, more in rows:
+                        if (label in decide) == first:
+                            self.trial(label, chosen, seed, rate, **more)
         if "sets" in stages:
             for number, chosen in enumerate(random_sets(self.blocks, self.kinds, SETS)):
                 self.trial(f"random {number}", chosen, SET_SEED, rate)
