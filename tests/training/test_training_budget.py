@@ -230,16 +230,16 @@ def test_omegas_are_importances_too(tmp_path: Path) -> None:
     assert max(spent(result, ledger)) <= (most + 3 * least) // 4
 
 
-def stock_kept(out: Path) -> int:
-    """What stock PEFT LoRA on all adapters keeps of a micro-batch, as autograd counts it."""
-    phase = fit(made(out), WeightLoRA(k=1.0, select_after=4), engine="stock").phases[0]
+def all_kept(out: Path) -> int:
+    """What backward keeps of a micro-batch with all adapters, as autograd counts it."""
+    phase = fit(made(out), WeightLoRA(k=1.0, select_after=4)).phases[0]
     assert phase.kept_activation_bytes is not None
     return phase.kept_activation_bytes
 
 
 @pytest.mark.parametrize("share", ["0.6x", "0.8x"])
-def test_backward_keeps_its_share_of_stock_lora_in_both_phases(share: str, tmp_path: Path) -> None:
-    limit = float(share[:-1]) * stock_kept(tmp_path / "stock")
+def test_backward_keeps_its_share_in_both_phases(share: str, tmp_path: Path) -> None:
+    limit = float(share[:-1]) * all_kept(tmp_path / "all")
     result, ledger = run(tmp_path / "run", WeightLoRA(kept=share, select_after=4, score="cross-gradient"))
     selection = result.selection
     assert selection is not None
@@ -290,11 +290,11 @@ def test_settings_that_contradict_each_other_are_refused(settings: dict[str, Any
         WeightLoRA(**settings)
 
 
-def test_half_of_what_stock_lora_keeps_is_the_default(tmp_path: Path) -> None:
+def test_six_tenths_of_what_all_adapters_keep_is_the_default(tmp_path: Path) -> None:
     assert (WeightLoRA().k, WeightLoRA(memory="1GiB").k) == (None, None)
     for method in (WeightLoRA(preset="paper"), WeightLoRA(score="omega"), WeightLoRA(coverage=True)):
         assert (method.k, method.limit) == (0.25, None)
-    limit = 0.5 * stock_kept(tmp_path / "stock")
+    limit = 0.6 * all_kept(tmp_path / "all")
     result, _ = run(tmp_path / "run", WeightLoRA(select_after=4))
     assert all((phase.kept_activation_bytes or 0) <= limit for phase in result.phases)
     assert WeightLoRA().within(10**6, [(4, 4)] * 2, 8)[0].k == 2

@@ -12,10 +12,10 @@ from weightlora.settings import flat_name
 
 # The settings that most methods share. Every other setting of a method is a flag, too.
 METHOD_HELP = {
-    "k": ("K", "adapters to keep: a count, or a share such as 0.25 (default: 0.25; weightlora: --kept 0.5x)"),
+    "k": ("K", "adapters to keep: a count, or a share such as 0.25 (default: 0.25; weightlora: --kept 0.6x)"),
     "memory": ("SIZE", "instead of K: bytes that the whole run may take, such as 12GiB (weightlora)"),
     "step_time": ("SHARE", "instead of K: operations that a step may take after the choice, such as 0.6x of before"),
-    "kept": ("SHARE", "instead of K: bytes kept for backward after the choice, such as 0.5x of LoRA on all"),
+    "kept": ("SHARE", "instead of K: bytes kept for backward after the choice, such as 0.6x of all adapters"),
     "share": ("SHARE", "instead of K: the smallest set that holds this share of the total score, such as 0.9"),
     "select_after": ("T", "step after which the other adapters are removed, or a share of the run (default: 0.15)"),
     "adapter_rate": ("X", "learning rate of the adapters, as a multiple of the run's (default: the method's)"),

@@ -150,19 +150,18 @@ def _within_memory(trainer: Trainer, method: Method, limit: int, wanted: MicroBa
 
 
 def _within_kept(trainer: Trainer, method: Method, share: float, wanted: MicroBatches, stock: bool) -> Allowed:
-    """What backward keeps after the seam, as a share of what stock LoRA keeps; warm-up within the same."""
+    """What backward keeps after the seam, as a share of what it keeps with all adapters; warm-up within the same."""
     estimate, per_device = estimate_of(trainer, stock=stock), trainer.args.per_device_train_batch_size
     every = Phase(name="warmup", live=tuple(range(estimate.n)), inputs=estimate.setting.checkpointing)
     for size in wanted:
         split_batch(trainer, size)
     after = wanted[1] or max(wanted[0] or 0, per_device)
-    plain = estimate if stock else estimate_of(trainer, stock=True)
-    whole, costs = plain.activations(every, after), estimate.kept_placements(after, grows=method.needs.grows)
+    whole, costs = estimate.activations(every, after), estimate.kept_placements(after, grows=method.needs.grows)
     limit, smallest = int(share * whole), min(costs.total([i]) for i in every.live)
     if smallest > limit:
         raise BudgetError(
-            f"kept={share:g}x is too little: the smallest placement keeps {smallest / whole:.3f}x of what LoRA on"
-            " all keeps; allow as much",
+            f"kept={share:g}x is too little: the smallest placement keeps {smallest / whole:.3f}x of what all adapters"
+            " keep; allow as much",
             smallest=smallest,
         )
     sizes = [size for size in divisors(_effective(trainer))[::-1] if size <= after]

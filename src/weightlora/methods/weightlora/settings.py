@@ -29,13 +29,13 @@ class WeightLoRA(AdapterMethod):
 
     Args:
         k: how many adapters live: a count (1..n), or as a float a share of n (0.25; 1.0 is all). None: what else is
-            given decides. Where nothing is, ``kept="0.5x"`` does under the preset `recommended`, and 0.25 under others,
+            given decides. Where nothing is, ``kept="0.6x"`` does under the preset `recommended`, and 0.25 under others,
             for omega and coverage, and where nothing can be counted before training (own loops, FSDP).
         memory: instead of k, bytes that the whole run may take ("12GiB"): those survive whose importance is the highest
             in total among all sets that fit. Gates are not projected on the way. Ours, a departure from the paper.
         step_time: instead of k, operations of a step after T as a share of one with all adapters ("0.6x"). Likewise.
-        kept: instead of k, bytes that backward keeps after T as a share of what stock LoRA keeps on all targets
-            ("0.5x"). Likewise; warm-up runs in smaller micro-batches, so that its peak stays within the same share.
+        kept: instead of k, bytes that backward keeps after T as a share of what it keeps with all adapters
+            ("0.6x"). Likewise; warm-up runs in smaller micro-batches, so that its peak stays within the same share.
         share: instead of k, a share of the total score (0.9): the smallest set that holds it lives.
         select_after: T in optimizer steps, or a share of the run below 1 (1.0 could be either, and is refused). None
             (``official``): gates learn to the end and nothing is disconnected before the adapter is saved.
@@ -132,7 +132,7 @@ class WeightLoRA(AdapterMethod):
         if self.kept is not None:
             return Limit(kind="kept", amount=parse_share(self.kept), said=self.kept)
         if self.k is None and self.share is None:
-            return Limit(kind="kept", amount=0.5, said="0.5x", assumed=True)
+            return Limit(kind="kept", amount=0.6, said="0.6x", assumed=True)
         return None
 
     @property
