@@ -338,6 +338,7 @@ CLOSING = """## What is adapted
 
 In Python a `LoraConfig` says it, and `fit` takes what PEFT made of it:
 
+<!-- run -->
 ```python
 from peft import LoraConfig
 
