@@ -61,6 +61,20 @@ def test_nothing_heavy_is_imported_before_it_is_needed(code: str) -> None:
     assert done.stdout.splitlines()[-1] == "loaded:"
 
 
+def test_a_plan_needs_no_extra_and_a_run_names_the_one_that_it_needs(tmp_path: Path) -> None:
+    """As after a bare ``pip install``: packages of the extras are not there."""
+    code = (
+        f"import os, sys\nos.chdir({str(tmp_path)!r})\nfrom weightlora.cli.main import EXTRAS, main\n"
+        "sys.modules.update(dict.fromkeys(EXTRAS))\n"
+        "assert main(['plan', '--model', 'bert-tiny-shape', '--json', 'plan.json']) == 0\n"
+        "sys.exit(main(['train', '--task', 'docstrings', '--model', 'bert-tiny-shape']))"
+    )
+    done = python("-c", code)
+    assert done.returncode == 2, done.stderr
+    assert re.search(r"error: the package \w+ is missing; pip install 'weightlora\[tasks\]'", done.stderr)
+    assert [path.name for path in tmp_path.iterdir()] == ["plan.json"]
+
+
 def test_version_of_the_module_and_of_the_package_agree() -> None:
     done = python("-X", "importtime", "-m", "weightlora", "--version")
     assert (done.returncode, done.stdout) == (0, f"weightlora {__version__}\n")

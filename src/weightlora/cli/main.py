@@ -42,6 +42,13 @@ COMMANDS: dict[str, Command] = {
     )
 }
 
+# Packages that only some commands need, and the extra that brings each.
+EXTRAS = {
+    **dict.fromkeys(("datasets", "sklearn", "scipy", "rouge_score"), "tasks"),
+    **dict.fromkeys(("matplotlib", "jinja2"), "report"),
+    "ray": "ray",
+}
+
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command.
@@ -70,6 +77,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     except WeightLoRAError as error:
         which = f" (process {_number()})" if _number() else ""
         print(f"weightlora {name}: error: {error}{which}", file=sys.stderr)
+        return 2
+    except ModuleNotFoundError as error:
+        extra = EXTRAS.get(str(error.name).partition(".")[0])
+        if extra is None:
+            raise  # no package of the user's choice: ours to mend
+        print(f"weightlora {name}: error: {_lacking(error.name, extra)}", file=sys.stderr)
         return 2
     except OSError as error:
         if error.filename is None and not disk_is_full(error):
@@ -129,6 +142,10 @@ def _number() -> int:
     from weightlora.runs.together import follows
 
     return follows()
+
+
+def _lacking(package: str | None, extra: str) -> str:
+    return f"the package {package} is missing; pip install 'weightlora[{extra}]', or -e '.[{extra}]' in a checkout"
 
 
 def _about_file(error: OSError) -> str:

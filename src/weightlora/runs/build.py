@@ -19,10 +19,9 @@ from weightlora.errors import ConfigError
 from weightlora.graft import adapters
 from weightlora.methods import AdapterMethod, Method, PeftMethod, PlainMethod
 from weightlora.runs.spec import RunSpec
-from weightlora.runs.targets import placed, rank_numbers, targets
+from weightlora.runs.targets import TASK_TYPES, placed, rank_numbers, targets
 from weightlora.runs.together import launched
 from weightlora.tasks import (
-    Head,
     LoadedModel,
     Prepared,
     Task,
@@ -49,13 +48,6 @@ TRAINING_DEFAULTS: dict[str, Any] = {
     "disable_tqdm": True,
 }
 GENERATION = {"predict_with_generate", "generation_max_length", "generation_num_beams", "generation_config"}
-# PEFT's name of what a model is for.
-TASK_TYPES: dict[Head, str] = {
-    "sequence-classification": "SEQ_CLS",
-    "question-answering": "QUESTION_ANS",
-    "seq2seq-lm": "SEQ_2_SEQ_LM",
-    "causal-lm": "CAUSAL_LM",
-}
 FULL_LEARNING_RATE = 2e-4  # every weight moves: the adapters' rate would destroy the model; see docs/methods.md
 
 

@@ -17,8 +17,7 @@ from weightlora.cost.plan_config import DTYPES
 from weightlora.cost.plan_spec import PlanConfig
 from weightlora.errors import ConfigError
 from weightlora.graft import checkpoint_blocks, fast_path
-from weightlora.runs.build import TASK_TYPES
-from weightlora.runs.targets import placed, targets
+from weightlora.runs.targets import TASK_TYPES, placed, targets
 from weightlora.tasks.skeletons import HEADS, Skeleton, skeleton
 
 

@@ -9,6 +9,15 @@ from torch import nn
 
 from weightlora.errors import AdapterError, ConfigError
 from weightlora.tasks.layers import Layers
+from weightlora.tasks.task import Head
+
+# PEFT's name of what a model is for.
+TASK_TYPES: dict[Head, str] = {
+    "sequence-classification": "SEQ_CLS",
+    "question-answering": "QUESTION_ANS",
+    "seq2seq-lm": "SEQ_2_SEQ_LM",
+    "causal-lm": "CAUSAL_LM",
+}
 
 
 def targets(patterns: str, known: Layers) -> list[str]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -13,7 +13,9 @@ from torch import nn
 from transformers import EvalPrediction
 
 from weightlora.errors import DataError
-from weightlora.tasks.metrics import Array, Metric
+
+if TYPE_CHECKING:
+    from weightlora.tasks.metrics import Array, Metric
 
 CONFIG_KEY = "regression_targets"
 

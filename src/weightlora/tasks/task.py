@@ -9,14 +9,15 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import torch
-from datasets import Dataset
 from transformers import Trainer
 
 from weightlora.errors import DataError
-from weightlora.tasks.metrics import Metric
 from weightlora.tasks.targets import Targets
 
 if TYPE_CHECKING:
+    from datasets import Dataset  # which a plan does without
+
+    from weightlora.tasks.metrics import Metric
     from weightlora.tasks.models import LoadedModel
 
 Head = Literal["sequence-classification", "question-answering", "seq2seq-lm", "causal-lm"]

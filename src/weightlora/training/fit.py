@@ -82,9 +82,8 @@ def fit(  # noqa: PLR0913 - one argument per user setting
 ) -> FitResult:
     """Train with a method, instead of ``trainer.train()``.
 
-    Runs the trainer to step T. There the method decides, the other adapters are removed, survivors may grow, and a
-    checkpoint of the trainer's own kind is written. The trainer resumes from that: its schedule, order of rows, random
-    numbers, distributed wrapping and logging go on. This moment is the seam.
+    Runs the trainer to step T. There, at the seam, the method decides, other adapters are removed, survivors may grow,
+    and a checkpoint is written. The trainer resumes from it: schedule, rows, random numbers, wrapping and logging go on.
 
     Args:
         trainer: any ``transformers.Trainer`` (TRL's too) around a model with LoRA adapters.
