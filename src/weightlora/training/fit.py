@@ -83,7 +83,7 @@ def fit(  # noqa: PLR0913 - one argument per user setting
     """Train with a method, instead of ``trainer.train()``.
 
     Runs the trainer to step T. There, at the seam, the method decides, other adapters are removed, survivors may grow,
-    and a checkpoint is written. The trainer resumes from it: schedule, rows, random numbers, wrapping and logging go on.
+    and a checkpoint is written. The trainer resumes from it: schedule, rows, random numbers and logging go on.
 
     Args:
         trainer: any ``transformers.Trainer`` (TRL's too) around a model with LoRA adapters.
