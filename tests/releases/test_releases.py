@@ -31,7 +31,7 @@ def release(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
 
 
 def test_there_is_one() -> None:
-    assert "0.1.0" in RELEASES
+    assert "0.2.0" in RELEASES
 
 
 @pytest.mark.parametrize("name", FROM)
