@@ -35,7 +35,7 @@ def test_every_method_runs_within_one_budget(task: str, first: int, small_data: 
         (folder,) = run_folders(out, method=name)
         record = read(folder / "record.json")
         assert record["status"] == "ok", name
-        by_memory = name == "weightlora+"  # its K is what memory decides; that of weightlora follows from the parameters
+        by_memory = name == "weightlora+"  # what lives is what fits; weightlora's K follows from the parameters
         assert (record["k"] is None) == (kind.chooses_k or issubclass(kind, PlainMethod) or by_memory), name
         budget = record["budget"]
         if issubclass(kind, PlainMethod):
