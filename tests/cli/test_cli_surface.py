@@ -24,21 +24,8 @@ from weightlora import __version__
 
 HEAVY = ("torch", "transformers", "peft", "datasets", "numpy", "matplotlib", "sklearn")
 COMMANDS = (
-    *(
-        "train",
-        "resume",
-        "select",
-        "compare",
-        "sweep",
-        "reproduce",
-        "probe",
-        "memory",
-        "plan",
-        "export",
-        "push",
-        "report",
-    ),
-)
+    "train", "resume", "select", "compare", "sweep", "reproduce", "probe", "memory", "plan", "export", "push", "report",
+)  # fmt: skip
 
 
 def python(*words: object) -> subprocess.CompletedProcess[str]:

@@ -25,22 +25,10 @@ from weightlora.settings import flat_name
 COMMANDS: dict[str, Command] = {
     name: (commands.COMMANDS | studies.COMMANDS)[name]
     for name in (
-        *(
-            "train",
-            "resume",
-            "select",
-            "compare",
-            "sweep",
-            "reproduce",
-            "probe",
-            "memory",
-            "plan",
-            "export",
-            "push",
-            "report",
-        ),
+        "train", "resume", "select", "compare", "sweep", "reproduce", "probe", "memory", "plan", "export", "push",
+        "report",
     )
-}
+}  # fmt: skip
 
 # Packages that only some commands need, and the extra that brings each.
 EXTRAS = {
