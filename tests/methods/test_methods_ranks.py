@@ -88,7 +88,7 @@ def test_a_score_by_finite_differences(name: str) -> None:
         assert gain > 0
         assert float(policy.worth.credits[WATCHED]) == pytest.approx(gain, rel=1e-6)
     elif name == "gradient":
-        torch.testing.assert_close(policy.sums[WATCHED].double(), wanted[1], rtol=1e-5, atol=1e-7)
+        torch.testing.assert_close(policy.worth.sums[WATCHED].double(), wanted[1], rtol=1e-5, atol=1e-7)
     elif name == "increlora":
         assert float(policy.stats[0, WATCHED]) == pytest.approx(0.15 * product / base_weight.numel() ** 0.5, rel=1e-6)
     else:

@@ -9,12 +9,13 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from weightlora.core import one_shot, support
+from weightlora.core import support
 from weightlora.graft import Adapter
 from weightlora.methods.base import AdapterMethod
 from weightlora.methods.budgets import CountMethod
 from weightlora.methods.checks import check_k, check_least, check_warmup
 from weightlora.methods.policy import Decision, Fixed, Fresh, Policy, StepView
+from weightlora.methods.weightlora.worth import Gradient
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,23 +97,20 @@ class GradientPolicy(Policy):
         self.k = check_k(method.k, adapters)
         self.seam = check_warmup(method.batches, max_steps, "batches")
         self.held = range(len(adapters))
-        self.sums: list[Tensor] = [torch.zeros(a.d_out, a.rows) for a in adapters]
+        self.worth = Gradient(adapters)
 
     def observe(self, view: StepView) -> Sequence[Fresh]:
-        self.sums = [
-            total if B.grad is None else total.to(B.device) + B.grad.float()
-            for total, (_, B) in zip(self.sums, view.factors, strict=True)
-        ]
+        self.worth.add(view, last=view.step == self.seam)
         return ()
 
     def decide(self, omegas: Sequence[float]) -> Decision:
-        scores = torch.stack([one_shot(total / self.method.batches).double().cpu() for total in self.sums])
+        scores = self.worth.scores()
         kept = support(scores, self.k, "signed")
         why = f"the {self.k} largest squared gradients of B, mean of {self.method.batches} batches at B = 0"
         return Decision(selection=self.method.choose(self.adapters, kept, why, step=self.seam, scores=scores.tolist()))
 
     def state(self) -> dict[str, Tensor]:
-        return {f"sum.{i}": total for i, total in enumerate(self.sums)}
+        return self.worth.state()
 
     def load_state(self, state: Mapping[str, Tensor]) -> None:
-        self.sums = [state[f"sum.{i}"].clone() for i in range(len(self.adapters))]
+        self.worth.load_state(state)

@@ -144,7 +144,7 @@ class Gradient(Worth):
 
     def __init__(self, adapters: Sequence[Adapter]) -> None:
         super().__init__(adapters)
-        self.sums = [torch.zeros(a.d_out, a.rank) for a in adapters]
+        self.sums = [torch.zeros(a.d_out, a.rows) for a in adapters]
         self.energy = torch.zeros(self.n, dtype=torch.float64)
         self.steps = 0
 
