@@ -153,7 +153,14 @@ def test_a_budget_of_memory_chooses_among_experts(tmp_path: Path) -> None:
     assert (kept["final"] or 0) < result.selection.placement["total"] <= 270_000
 
 
-@pytest.mark.parametrize("chosen", [OneShotGradient(k=3, batches=3), method("top", k=3)])
+@pytest.mark.parametrize(
+    "chosen",
+    [
+        OneShotGradient(k=3, batches=3),
+        method("top", k=3),
+        *(WeightLoRA(k=3, select_after=3, score=score) for score in ("cross-gradient", "trapezoid")),
+    ],
+)
 def test_methods_that_only_remove(chosen: Method, tmp_path: Path) -> None:
     made = trainer(tmp_path, mixture(), data=texts(), steps=6)
     result = fit(made, chosen, measure=False)
@@ -166,6 +173,7 @@ def test_methods_that_only_remove(chosen: Method, tmp_path: Path) -> None:
     [
         (WeightLoRAPlus(k=3, select_after=3), "weightlora+ grows survivors"),
         (WeightLoRA(preset="paper", k=3, select_after=3), "weightlora gates adapters"),
+        (WeightLoRA(k=3, select_after=3, score="integrated"), "weightlora gates adapters"),
         (method("increlora"), "increlora makes what computes of A and B in a form of its own"),
         (method("lora_drop"), "lora_drop looks at the layers' inputs"),
     ],
