@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from benchlib.ground import Ground, Trained
-from weightlora.core import credit, cross_energy, gate_points, integrated, one_shot, whitened_energy
+from weightlora.core import credit, cross_energy, gate_points, integrated, one_shot, trapezoid, whitened_energy
 from weightlora.core.published import alignment, condition_number, explained_variance, linear_cka, sensitivity
 
 Scores = dict[str, list[float]]
@@ -193,7 +193,7 @@ class _Walk:
         return torch.stack([credit(grads[i : i + 2], deltas[i : i + 2]).double() for i in pairs])
 
     def scores(self) -> Scores:
-        both = (self.own + self.next) / 2
+        both = trapezoid(self.own, self.next)
         return {"credit": self.own.tolist(), "next-batch credit": self.next.tolist(), "trapezoid": both.tolist()}
 
     def sums(self) -> dict[str, float]:

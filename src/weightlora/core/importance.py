@@ -49,33 +49,29 @@ def credit(grads: Sequence[Tensor], deltas: Sequence[Tensor]) -> Tensor:
     return total
 
 
-def trapezoid(before: Sequence[Tensor], after: Sequence[Tensor], deltas: Sequence[Tensor]) -> Tensor:
-    r"""Decrease of the loss along an update, by the gradients at both ends: `-sum_j <(g_j + h_j) / 2, delta_j>`.
+def trapezoid(own: Tensor, after: Tensor) -> Tensor:
+    r"""Decrease of the loss along an update, by the gradients at both ends: `-<(g + h) / 2, delta>`.
 
-    :func:`credit` with gradients from before the update over-counts: it holds their batch's noise, which the update
-    followed. With gradients from after it, on the next batch, it is unbiased but misses the curvature. The mean of both
-    is the line integral of the loss up to third order in the update; on one batch the parts of all adapters add up to
-    the measured decrease.
+    :func:`credit` with the gradient g from before the update over-counts: it holds its batch's noise, which the update
+    followed. With h from after it, on the next batch, it is unbiased but misses the curvature. The mean of both is the
+    line integral of the loss up to third order in the update; on one batch the parts of all adapters add up to the
+    measured decrease.
 
     Args:
-        before: gradients g of an adapter's tensors before the update, any shapes.
-        after: gradients h after it, same shapes and order.
-        deltas: what the optimizer added, same shapes and order.
+        own: credit with the gradients from before the update, any shape.
+        after: credit of the same update with those from after it, same shape.
 
     Returns:
-        A scalar tensor, float64 if any input is, else float32.
-
-    Raises:
-        ConfigError: nothing given, or lengths or shapes differ.
+        A tensor of that shape.
 
     Source: Loss Change Allocation (Lan et al. 2019, arXiv 1909.01440). Departure: two points in place of Runge-Kutta.
 
     >>> import torch
-    >>> x, delta = torch.tensor([2.0]), torch.tensor([-1.0])
-    >>> trapezoid([2 * x], [2 * (x + delta)], [delta])  # of x ** 2 from 2 to 1
+    >>> x, delta = torch.tensor([2.0]), torch.tensor([-1.0])  # of x ** 2 from 2 to 1
+    >>> trapezoid(credit([2 * x], [delta]), credit([2 * (x + delta)], [delta]))
     tensor(3.)
     """
-    return (credit(before, deltas) + credit(after, deltas)) / 2
+    return (own + after) / 2
 
 
 def cross_energy(total: Tensor, energy: Tensor) -> Tensor:

@@ -9,7 +9,7 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
-from weightlora.core import credit, cross_energy, gate_points, integrated, one_shot
+from weightlora.core import credit, cross_energy, gate_points, integrated, one_shot, trapezoid
 from weightlora.graft import Adapter
 from weightlora.methods.policy import StepView, slope
 
@@ -126,7 +126,7 @@ class Trapezoid(NextCredit):
     def _mean(self, view: StepView, updates: list[list[Tensor]]) -> Tensor:
         after = _bought(view, updates)
         assert self.own is not None
-        return (self.own.to(after.device) + after) / 2
+        return trapezoid(self.own.to(after.device), after)
 
     def state(self) -> dict[str, Tensor]:
         return super().state() | ({} if self.own is None else {"own": self.own.cpu()})
