@@ -64,6 +64,7 @@ def allow(
 
 
 def _counted(trainer: Trainer, method: Method, limit: Limit, micro_batches: MicroBatches, stock: bool) -> Allowed:
+    """:func:`allow` for a method that has a limit."""
     kind = limit.kind
     if (own_code(trainer) or "").endswith("._prepare_inputs"):
         raise ConfigError(

@@ -112,9 +112,9 @@ class WeightLoRAPolicy(Policy):
         """The k best of those alive, and why."""
         method = self.method
         if method.coverage:
-            blocks = [-1 if (block := block_numbers(self.adapters)[i]) is None else block for i in alive]
+            blocks = [-1 if block is None else block for block in block_numbers(self.adapters)]
             why = f"{self._what}, spread over blocks: the {k} that maximise sum of sqrt per block"
-            return coverage(found, blocks, k), why
+            return coverage(found, [blocks[i] for i in alive], k), why
         rule = method.rule if self.worth is None else "signed"
         kept = support(torch.tensor(found, dtype=torch.float64), k, rule)
         if self.worth is None:
