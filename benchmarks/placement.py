@@ -33,6 +33,7 @@ from benchlib.ground import Ground, Outcome, Settings
 from benchlib.judging import load, partial, value
 from benchlib.signals import all_scores
 from weightlora.core import coverage, place
+from weightlora.runs.record import collect_versions, machine
 
 matplotlib.use("agg")
 from matplotlib import pyplot
@@ -95,7 +96,7 @@ class Study:
         self.data: dict[str, Any] = {
             "command": f"python benchmarks/placement.py run --ground {name} --data-dir DATA",
             "settings": asked,
-            "machine": {"torch": torch.__version__, "threads": torch.get_num_threads(), "device": "cpu"},
+            "threads": torch.get_num_threads(),
             "adapters": [
                 {"name": a, "block": b, "kind": k} for a, b, k in zip(g.names, self.blocks, self.kinds, strict=True)
             ],
@@ -106,6 +107,7 @@ class Study:
             if old["settings"] != asked:
                 raise SystemExit(f"{self.path} has other settings: {old['settings']}; move it away")
             self.data |= old
+        self.data["ran_with"] = {"versions": collect_versions(), "machine": machine()}
 
     def save(self) -> None:
         temporary = self.path.with_suffix(".tmp")
@@ -165,6 +167,7 @@ class Study:
         if "sets" in stages:
             for number, chosen in enumerate(random_sets(self.blocks, self.kinds, SETS)):
                 self.trial(f"random {number}", chosen, SET_SEED, rate)
+        self.save()
 
     def direct(self) -> list[tuple[str, list[int], dict[str, Any]]]:
         """Choices of the rules and of the controls: name, set, other settings.

@@ -43,17 +43,13 @@ class Settings:
 
 @dataclass(frozen=True)
 class Outcome:
-    """``nats``: mean held-out loss; ``kept``: bytes that backward keeps of a fixed batch; ``dead``: not finite."""
+    """``nats``: mean held-out loss; ``kept``: bytes that backward keeps of a fixed batch."""
 
     nats: float
     accuracy: float
     params: int
     kept: int
     seconds: float
-
-    @property
-    def dead(self) -> bool:
-        return not math.isfinite(self.nats)
 
 
 def _fitted(features: Tensor, classes: Tensor, decay: float) -> nn.Linear:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 from scipy import stats
@@ -63,11 +66,8 @@ def _partial(loss: Floats, predictor: Floats, known: Floats) -> float:
     return float(np.mean(left[0] * left[1]) / spread) if spread > 1e-9 else 0.0
 
 
-def load(path: str) -> tuple[list[dict[str, object]], dict[str, list[float]], list[dict[str, object]]]:
+def load(path: str) -> tuple[list[dict[str, Any]], dict[str, list[float]], list[dict[str, Any]]]:
     """Read a placement table: its random sets (``set``, ``nats``, ``params``, ...), scores by name, adapters."""
-    import json
-    from pathlib import Path
-
     data = json.loads(Path(path).read_text())
     sets = [one for one in data["trials"] if one["label"].startswith("random ")]
     return sets, next(iter(data["scores"].values())), data["adapters"]
