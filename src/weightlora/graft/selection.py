@@ -184,11 +184,7 @@ class Selection:
                 f"selection schema {data.get('schema_version')!r} is not supported; this release reads {SCHEMA_VERSION}"
             )
         try:
-            # Files of 0.1.0 do not know experts.
-            choices = tuple(
-                Choice(**{f.name: c[f.name] for f in fields(Choice) if f.name in c or f.name != "experts"})
-                for c in data["choices"]
-            )
+            choices = tuple(Choice(**{f.name: c[f.name] for f in fields(Choice)}) for c in data["choices"])
             selection = cls(**{**{f.name: data[f.name] for f in fields(cls)}, "choices": choices})
         except (KeyError, TypeError, AttributeError) as error:
             raise CheckpointError(f"the selection is damaged: {error}; select again or use a backup") from None
