@@ -125,6 +125,29 @@ def test_links_lead_somewhere(page: Path) -> None:
     assert dead_links(page) == []
 
 
+PROOF = re.compile(r"`(test_\w+)`|\b((?:tests|benchmarks|recipes|notebooks)/[\w./-]*\w)")
+DATED = ("CHANGELOG.md", "log.md")  # say what was there on their day
+
+
+def lost_proofs(text: str, tests: str) -> list[str]:
+    """Tests and files that a page names, and that do not exist. ``tests`` is the source of all tests."""
+    named = PROOF.findall(text)
+    return sorted(
+        {test for test, _ in named if test and f"def {test}(" not in tests}
+        | {file for _, file in named if file and "NAME" not in file and not (ROOT / file).exists()}
+    )
+
+
+def test_every_test_and_file_that_a_page_names_exists() -> None:
+    tests = "".join(path.read_text(encoding="utf-8") for path in (ROOT / "tests").rglob("test_*.py"))
+    lost = {title(page): lost_proofs(page.read_text(encoding="utf-8"), tests) for page in PAGES if page.name not in DATED}
+    assert {page: names for page, names in lost.items() if names} == {}
+    assert lost_proofs("`test_b`, `test_a`; see tests/test_docs.py, benchmarks/gone.json.", "def test_a(") == [
+        "benchmarks/gone.json",
+        "test_b",
+    ]
+
+
 SAMPLE = """\
 text
 ```python
