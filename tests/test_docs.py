@@ -140,7 +140,9 @@ def lost_proofs(text: str, tests: str) -> list[str]:
 
 def test_every_test_and_file_that_a_page_names_exists() -> None:
     tests = "".join(path.read_text(encoding="utf-8") for path in (ROOT / "tests").rglob("test_*.py"))
-    lost = {title(page): lost_proofs(page.read_text(encoding="utf-8"), tests) for page in PAGES if page.name not in DATED}
+    lost = {
+        title(page): lost_proofs(page.read_text(encoding="utf-8"), tests) for page in PAGES if page.name not in DATED
+    }
     assert {page: names for page, names in lost.items() if names} == {}
     assert lost_proofs("`test_b`, `test_a`; see tests/test_docs.py, benchmarks/gone.json.", "def test_a(") == [
         "benchmarks/gone.json",

@@ -26,6 +26,7 @@ from weightlora.runs.build import Parts, build
 from weightlora.runs.record import EVAL_LOSS
 from weightlora.runs.spec import RunSpec
 from weightlora.training import FitResult
+from weightlora.training.inside import Inside
 
 ADAPTER = "adapter"
 MODEL = "model"
@@ -88,7 +89,7 @@ def answer_in_own_units(result: FitResult, parts: Parts) -> None:
 def batch_to_compare(trainer: Trainer, parts: Parts) -> dict[str, Any]:
     """A batch to compare logits on; its first rows only where each token has a logit per word of the vocabulary."""
     rows = SAMPLE_ROWS if parts.task.head in ("seq2seq-lm", "causal-lm") else None
-    batch = trainer._prepare_inputs(next(iter(trainer.get_eval_dataloader())))
+    batch = Inside(trainer).prepared(next(iter(trainer.get_eval_dataloader())))
     return {key: value[:rows] for key, value in batch.items() if key not in trainer.label_names}
 
 

@@ -29,6 +29,7 @@ from weightlora.runs.progress import Progress
 from weightlora.runs.record import collect_versions, machine
 from weightlora.runs.spec import RunSpec
 from weightlora.training import FitResult, fit
+from weightlora.training.inside import Inside, model_of
 
 Mode = Literal["cheap", "paper"]
 PROBE = "probe.json"
@@ -183,15 +184,15 @@ class _Seed:
 
     def _products(self, trainer: Trainer, parts: Parts) -> list[float]:
         """The scalar products with the gradient of the mean loss over the probe's rows, dropout off."""
-        model: Any = trainer.model
+        model, inside = model_of(trainer), Inside(trainer)
         model.eval()
         model.zero_grad()
-        collate = trainer._get_collator_with_removed_columns(parts.prepared.collator)
+        collate = inside.collator(parts.prepared.collator)
         size = trainer.args.per_device_eval_batch_size
         for batch in DataLoader(self.rows, batch_size=size, collate_fn=collate):
             share = len(batch["labels"]) / len(self.rows)
             with trainer.accelerator.autocast(), trainer.compute_loss_context_manager():
-                loss: Any = trainer.compute_loss(model, trainer._prepare_inputs(batch))
+                loss: Any = trainer.compute_loss(model, inside.prepared(batch))
             (loss * share).backward()
         products = scalar_products(model)
         model.zero_grad()

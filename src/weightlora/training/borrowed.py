@@ -5,11 +5,11 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator
 from dataclasses import fields
-from typing import Any
 
 from transformers import Trainer
 
 from weightlora.graft import BackwardDepth
+from weightlora.training.inside import model_of
 
 # Of the trainer itself: rows may be set aside, a micro-batch be split, micro-batches be averaged.
 OWN = ("train_dataset", "_train_batch_size", "model_accepts_loss_kwargs")
@@ -27,7 +27,7 @@ def borrowed(trainer: Trainer) -> Iterator[None]:
     ``trainer.train()``. Bases of bitsandbytes are not packed for inference on a CPU any more, which would cost them
     their gradients; a base that FSDP has sharded stays sharded.
     """
-    model: Any = trainer.model
+    model = model_of(trainer)
     own = {name: getattr(trainer, name) for name in OWN}
     arguments = {field.name: getattr(trainer.args, field.name) for field in fields(trainer.args)}
     modes = [(module, module.training) for module in model.modules()]

@@ -13,6 +13,7 @@ from transformers import Trainer
 from weightlora.cost import ActivationTrace, Estimate, Phase, Setting, counting, divisors, operations, step_cost, trace
 from weightlora.errors import BudgetError, ConfigError, WeightLoRAError
 from weightlora.methods import Budget, Limit, Method, Room
+from weightlora.training.inside import Inside, model_of
 from weightlora.training.predict import checkpointing_of
 from weightlora.training.trainer import first_loss, loss_of, own_code, split_batch
 from weightlora.training.undisturbed import undisturbed
@@ -86,20 +87,20 @@ def estimate_of(trainer: Trainer, *, stock: bool = False) -> Estimate:
         stock: adapters compute by PEFT's own forward.
     """
     on, every = checkpointing_of(trainer)
-    made: Any = trainer
+    model, inside = model_of(trainer), Inside(trainer)
     longest = longest_rows(trainer)
 
     def trace_of(size: int) -> ActivationTrace:
-        collate = made._get_collator_with_removed_columns(made.data_collator)
+        collate = inside.collator()
         # The longest rows, and last the shortest: a batch with padding keeps its mask, one without has none.
         rows = [longest[i % len(longest)] for i in range(size - 1)]
         with counting(), undisturbed(trainer):
-            made.model.train()
-            inputs = made._prepare_inputs(collate([*rows, longest[-1]] if rows else [longest[0]]))
-            return trace(made.model, lambda: loss_of(trainer, inputs), stock=stock)
+            model.train()
+            inputs = inside.prepared(collate([*rows, longest[-1]] if rows else [longest[0]]))
+            return trace(model, lambda: loss_of(trainer, inputs), stock=stock)
 
     # Where only some blocks are checkpointed, all are counted in full.
-    return Estimate(made.model, trace_of, Setting(checkpointing=on and every == 1))
+    return Estimate(model, trace_of, Setting(checkpointing=on and every == 1))
 
 
 def longest_rows(trainer: Trainer) -> list[Mapping[str, Any]]:
@@ -196,7 +197,7 @@ def _too_little(estimate: Estimate, warmup: Phase, method: Method) -> BudgetErro
 
 def _within_operations(trainer: Trainer, method: Method, share: float) -> Budget:
     """Operations of forward and backward of the first micro-batch, as a share of those with all adapters."""
-    model: Any = trainer.model
+    model = model_of(trainer)
     with first_loss(trainer) as loss:
         assert loss is not None
         costs, whole = operations(model, loss, grows=method.needs.grows), step_cost(model, loss).flops

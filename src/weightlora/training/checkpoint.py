@@ -19,6 +19,7 @@ from weightlora.errors import CheckpointError
 from weightlora.files import new_folder, sweep, write_text
 from weightlora.graft import MANIFEST, STATE, Manifest, readable
 from weightlora.training.identity import RUN, Run
+from weightlora.training.inside import Inside
 from weightlora.training.whole_run import InnerCallback
 
 log = logging.getLogger("weightlora")
@@ -268,11 +269,12 @@ def train_on(trainer: Trainer, start: Path | None, until: int) -> dict[str, floa
             return dict(trainer.train(resume_from_checkpoint=str(start)).metrics)
         finally:
             trainer.remove_callback(callback)
-    trainer._load_from_checkpoint(str(start))
+    inside = Inside(trainer)
+    inside.load_checkpoint(start)
     trainer.state = TrainerState.load_from_json(str(start / TRAINER_STATE))
     trainer.state.best_model_checkpoint = None if best is None else str(best)
     if trainer.args.load_best_model_at_end and best is not None:
-        trainer._load_best_model()
+        inside.load_best()
     return {}
 
 

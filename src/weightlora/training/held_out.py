@@ -15,6 +15,7 @@ from transformers import Trainer
 from weightlora.cost.measure import isolated_rng
 from weightlora.errors import ConfigError
 from weightlora.graft import input_size, output_energy
+from weightlora.training.inside import Inside, model_of
 from weightlora.training.undisturbed import given_back
 
 SHARE = 0.2  # of the training rows, at most
@@ -100,17 +101,17 @@ def hold_out(trainer: Trainer, batches: int) -> HeldOutBatches | None:
     taken = stratified(order, _classes(data, count), held)
     parts = [_rows(data, part) for part in (sorted(taken), sorted(set(order) - set(taken)))]
     trainer.train_dataset = parts[1]
-    model: Any = trainer.model
+    model, inside = model_of(trainer), Inside(trainer)
 
     def compute(batch: Mapping[str, Any]) -> Tensor:
         with given_back(trainer), trainer.accelerator.autocast(), trainer.compute_loss_context_manager():
-            return trainer.compute_loss(model, dict(trainer._prepare_inputs(dict(batch))))  # type: ignore[return-value]
+            return trainer.compute_loss(model, inside.prepared(dict(batch)))  # type: ignore[return-value]
 
     # Not the trainer's evaluation loader, which hands each process a share.
     loader = DataLoader(
         parts[0],
         batch_size=trainer.args.per_device_eval_batch_size,
-        collate_fn=trainer._get_collator_with_removed_columns(trainer.data_collator),
+        collate_fn=inside.collator(),
     )
     return HeldOutBatches(model, list(loader), compute)
 

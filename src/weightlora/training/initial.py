@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-from typing import Any
 
 import torch
 from torch import nn
@@ -12,6 +11,7 @@ from transformers import Trainer
 from weightlora.errors import AdapterError, CheckpointError
 from weightlora.graft import check_before, layer_weights, moved_by, note_start, parameters, uncheckpointed
 from weightlora.methods import Method, Policy
+from weightlora.training.inside import model_of
 
 log = logging.getLogger("weightlora")
 
@@ -66,7 +66,7 @@ def check_checkpoints(trainer: Trainer, name: str, *, resumed: bool) -> None:
     Raises:
         CheckpointError: weights of the base train, or running statistics change, which PEFT does not save.
     """
-    model: Any = trainer.model
+    model = model_of(trainer)
     missing = uncheckpointed(model, name)
     if missing and (resumed or trainer.args.load_best_model_at_end):
         raise CheckpointError(

@@ -17,6 +17,7 @@ from transformers import Trainer
 from transformers import trainer as transformers_trainer
 from transformers.trainer_utils import has_length
 
+from weightlora.training.inside import Inside, instead
 from weightlora.training.trainer import initial_values
 
 log = logging.getLogger("weightlora")
@@ -74,17 +75,17 @@ class DataOrder:
 
         with contextlib.ExitStack() as stack:
             if again:
-                stack.enter_context(_instead(args, "ignore_data_skip", False))
-            if kept is not None and _batches_into_epoch(trainer, kept, step):
+                stack.enter_context(instead(args, "ignore_data_skip", False))
+            if kept is not None and start is not None and _batches_into_epoch(trainer, kept, step):
                 self._go_on(stack, start, step)
-            stack.enter_context(_instead(trainer, "get_train_dataloader", get_train_dataloader))
-            stack.enter_context(_instead(trainer, "get_batch_samples", get_batch_samples))
+            stack.enter_context(instead(trainer, "get_train_dataloader", get_train_dataloader))
+            stack.enter_context(instead(trainer, "get_batch_samples", get_batch_samples))
             yield
 
-    def _go_on(self, stack: contextlib.ExitStack, start: Path | None, step: int) -> None:
+    def _go_on(self, stack: contextlib.ExitStack, start: Path, step: int) -> None:
         """Give the trainer, where it skips what was seen of the epoch, the rest of its iterator."""
         trainer, loader = self.trainer, self._loader
-        skip, load_rng = transformers_trainer.skip_first_batches, trainer._load_rng_state
+        skip = transformers_trainer.skip_first_batches
         left_out = _batches_into_epoch(trainer, loader, step) - self._read
         if left_out and has_length(loader):
             log.warning(
@@ -94,10 +95,10 @@ class DataOrder:
             )
         # As without a seam: random numbers go on from the last step, through reading, to the next step. The trainer
         # would put them back once more after reading.
-        rest = _Rest(self._live, lambda: load_rng(str(start)))
-        stack.enter_context(_instead(trainer, "_load_rng_state", lambda checkpoint: None))
+        load_random_state = stack.enter_context(Inside(trainer).keeping_random_state())
+        rest = _Rest(self._live, lambda: load_random_state(start))
         stack.enter_context(
-            _instead(
+            instead(
                 transformers_trainer,
                 "skip_first_batches",
                 lambda given, count: rest if given is loader else skip(given, count),
@@ -114,18 +115,6 @@ class _Rest:
     def __iter__(self) -> Iterator[Any]:
         self.begin()
         yield from self.live
-
-
-@contextlib.contextmanager
-def _instead(thing: Any, name: str, value: Any) -> Iterator[None]:
-    """Let an attribute be another; one that the object itself did not have is taken away again."""
-    own = {name: vars(thing)[name]} if name in vars(thing) else {}
-    setattr(thing, name, value)
-    try:
-        yield
-    finally:
-        delattr(thing, name)
-        vars(thing).update(own)
 
 
 def _batches_into_epoch(trainer: Trainer, loader: Any, step: int) -> int:

@@ -15,6 +15,7 @@ from weightlora.methods import PlainMethod, TunerMethod
 from weightlora.training import checkpoint
 from weightlora.training.finite import FiniteCallback, naming_the_last_good
 from weightlora.training.identity import RUN, Run, check_folder, enter_folder
+from weightlora.training.inside import model_of
 from weightlora.training.order import DataOrder
 from weightlora.training.processes import main_alone, processes
 from weightlora.training.results import FitResult, phase_result
@@ -33,7 +34,7 @@ def train_plain(
     """A method that decides nothing (full fine-tuning, PEFT's own tuners): the trainer as it is, measured."""
     if not method.learns:
         return _untrained(trainer, method)
-    model: Any = trainer.model
+    model = model_of(trainer)
     _arrange(trainer, model, method)
     keep_unpacked(model)
     output_dir = Path(str(trainer.args.output_dir))
@@ -98,7 +99,7 @@ def _arrange(trainer: Trainer, model: Any, method: PlainMethod | TunerMethod) ->
 
 def _untrained(trainer: Trainer, method: PlainMethod | TunerMethod) -> FitResult:
     """A method that trains nothing: the model as it is, with a phase without steps."""
-    model: Any = trainer.model
+    model = model_of(trainer)
     if has_adapters(model):
         raise AdapterError(f"method {method.name!r} judges the plain model; give the trainer one without adapters")
     phase = phase_result(trainer, "final", 0, 0.0, 0, None, PeakMemory())

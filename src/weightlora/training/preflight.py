@@ -15,6 +15,7 @@ from transformers import Trainer
 from weightlora.errors import AdapterError, ConfigError
 from weightlora.graft import adapter_name, check_held, check_peft_model, check_ready, has_adapters
 from weightlora.methods import METHODS, Method
+from weightlora.training.inside import model_of
 
 
 def check_fit(trainer: Any, method: Any, resume: Any, before: Any, after: Any, log_omegas: Any) -> tuple[Any, Any]:
@@ -91,7 +92,7 @@ def check_trainers_model(trainer: Trainer) -> None:
     Raises:
         AdapterError: as :func:`check_model`; or injected adapters, or a compiled model.
     """
-    model: Any = trainer.model
+    model = model_of(trainer)
     name = adapter_name(model)
     if getattr(model, "_orig_mod", None) is not None:  # where torch.compile keeps what it has compiled
         raise AdapterError(
@@ -108,7 +109,7 @@ def check_best(trainer: Trainer) -> None:
     Raises:
         ConfigError: the adapter lies elsewhere in a checkpoint.
     """
-    model: Any = trainer.model
+    model = model_of(trainer)
     if trainer.args.load_best_model_at_end and has_adapters(model) and adapter_name(model) != "default":
         raise ConfigError(
             f"load_best_model_at_end finds the adapter called 'default' alone, and this one is {adapter_name(model)!r};"

@@ -12,6 +12,7 @@ from transformers import Trainer
 from weightlora.errors import CheckpointError
 from weightlora.graft import arrange, group_names
 from weightlora.methods import Method
+from weightlora.training.inside import model_of
 from weightlora.training.preflight import torch_optimizer
 
 
@@ -30,7 +31,7 @@ def set_rates(trainer: Trainer, method: Method) -> None:
 
     An optimizer that is there already keeps its groups: it is the user's, or has these.
     """
-    model: Any = trainer.model
+    model = model_of(trainer)
     names = {p: n for n, p in model.named_parameters() if p.requires_grad}
     if trainer.optimizer is not None or all(method.rate_of(name) == 1.0 for name in names.values()):
         return

@@ -16,6 +16,7 @@ from transformers import Trainer
 from weightlora.cost import ActivationTrace, StepCost, counting, isolated_rng, step_cost, trace
 from weightlora.errors import AdapterError, ConfigError
 from weightlora.graft import checkpoint_blocks
+from weightlora.training.inside import Inside, model_of
 from weightlora.training.observed import Observed, first_step
 from weightlora.training.undisturbed import given_back, undisturbed
 
@@ -123,13 +124,13 @@ def first_loss(trainer: Trainer) -> Iterator[Callable[[], Any] | None]:
             yield None
             return
         model.train()  # type: ignore[union-attr]
-        inputs = trainer._prepare_inputs(batch)
+        inputs = Inside(trainer).prepared(batch)
         yield lambda: loss_of(trainer, inputs)
 
 
 def loss_of(trainer: Trainer, inputs: Mapping[str, Any]) -> Any:
     """The loss of one prepared micro-batch, as the trainer computes it."""
-    model: Any = trainer.model
+    model = model_of(trainer)
     # accelerate wraps autocast around the model only inside train(); outside it must be on as well.
     with trainer.accelerator.autocast(), trainer.compute_loss_context_manager():
         return trainer.compute_loss(model, dict(inputs))
@@ -156,7 +157,7 @@ def use_batch(trainer: Trainer, split: tuple[int, int] | None) -> None:
     if split is not None:
         args = trainer.args
         args.per_device_train_batch_size, args.gradient_accumulation_steps = split
-        trainer._train_batch_size = args.train_batch_size
+        Inside(trainer).follow_batch_size()
 
 
 def split_batch(trainer: Trainer, micro_batch: int | None) -> tuple[int, int] | None:
@@ -182,13 +183,13 @@ def average_micro_batches(trainer: Trainer) -> None:
     if not trainer.model_accepts_loss_kwargs or trainer.compute_loss_func is not None:
         return
     losses: list[Any] = []
-    model: Any = trainer.model
+    model = model_of(trainer)
     for count in (1, 2):
         with undisturbed(trainer), torch.no_grad():
             batch = first_batch(trainer)
             if batch is None:
                 return
-            inputs = trainer._prepare_inputs(batch)
+            inputs = Inside(trainer).prepared(batch)
             losses.append(trainer.compute_loss(model, inputs, num_items_in_batch=torch.tensor(count)))
     if torch.equal(losses[0], losses[1]):
         trainer.model_accepts_loss_kwargs = False

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from transformers import Trainer
 
 from weightlora.cost.measure import isolated_rng
+from weightlora.training.inside import model_of
 
 CONTAINERS = (dict, list, set, deque, defaultdict, OrderedDict, Counter)
 MANY = 1000  # what longer containers hold is data: they are put back themselves, not looked into
@@ -33,7 +34,7 @@ def undisturbed(trainer: Trainer) -> Iterator[None]:
     State elsewhere (a global list, a file) is not seen: code that may have some is never run for a count alone, see
     :func:`weightlora.training.trainer.own_code`.
     """
-    model: Any = trainer.model
+    model = model_of(trainer)
     with isolated_rng(), given_back(trainer), _modules_given_back(model):
         yield
 

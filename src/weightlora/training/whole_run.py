@@ -8,11 +8,11 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-from transformers import TrainerCallback
+from transformers import Trainer, TrainerCallback
 
 from weightlora.decoding import decode_part
 from weightlora.errors import CheckpointError
+from weightlora.training.inside import Inside
 from weightlora.training.processes import mean_over_processes
 
 EVENTS = ("on_train_begin", "on_train_end", "on_epoch_begin", "on_epoch_end")
@@ -38,11 +38,11 @@ class Losses:
     logged: int
 
     @classmethod
-    def of(cls, trainer: Any) -> Losses:
+    def of(cls, trainer: Trainer) -> Losses:
         """As they will be once the trainer has logged what is due at this step."""
-        since = trainer._tr_loss.detach().clone()
+        total, since, logged = Inside(trainer).losses()
         mean_over_processes(since)
-        found = cls(total=trainer._total_loss_scalar, since=since.item(), logged=trainer._globalstep_last_logged)
+        found = cls(total=total, since=since.item(), logged=logged)
         step = trainer.state.global_step
         if not trainer.control.should_log or step <= found.logged:
             return found
@@ -65,11 +65,9 @@ class Losses:
         """For the manifest."""
         return asdict(self)
 
-    def put(self, trainer: Any) -> None:
+    def put(self, trainer: Trainer) -> None:
         """Let the trainer go on adding up from here, over a run that began at step 0."""
-        trainer._tr_loss = torch.full_like(trainer._tr_loss, self.since)
-        trainer._total_loss_scalar, trainer._globalstep_last_logged = float(self.total), int(self.logged)
-        trainer._initial_global_step = trainer._initial_num_input_tokens_seen = 0
+        Inside(trainer).begin_with(float(self.total), self.since, int(self.logged))
 
 
 class WholeRun:
