@@ -308,35 +308,36 @@ def page(told: Mapping[str, Mapping[str, str]]) -> str:
 
 INTRODUCTION = """# Model families
 
-Written by `python -m tests.families` from what has run; `tests/test_families.py` runs every row again and compares.
-Each family is one of two blocks of width 16, built from its config with random weights: this shows that the ways
-through the code fit together, and says nothing about how well a selection does there.
+This page lists the model families that were tried, and what works with each. `python -m tests.families` writes it;
+`tests/test_families.py` runs every row again and compares. Each family is a model of two blocks of width 16 with random
+weights. So the table shows that the code works there. It does not say how good a selection is.
 
-- `train`: with every adapter kept, through a seam, the weights are the stock trainer's to the bit, and what each
-  phase keeps for backward is what was foretold.
-- `gates`, `grow`: the published rule; gates learn, 3 adapters live, and they grow into the parameters of all.
-- `resume`: from the middle of warm-up and from after the seam, the weights are those of the run that was not stopped
+- `train`: if every adapter is kept, the weights are those of the stock trainer to the bit. The bytes that each phase
+  keeps for the backward pass are as predicted.
+- `gates`, `grow`: the rule of the paper. Gates (numbers that scale adapters) learn, 3 adapters are kept, and they
+  grow to the parameters of all.
+- `resume`: resumed before and after the removal of adapters, the run ends in the weights of a run that was not stopped
   (with adapters on experts: of `weightlora` with credit, which keeps half of them).
 - `native`, `portable`, `dense`, `merged`: the export is written and opened by stock PEFT or Transformers, and its
-  logits are the live model's.
-- `plan`: the planner's kept bytes, from the config alone, are those counted on real weights.
+  logits are those of the trained model.
+- `plan`: the kept bytes that the planner computes from the config are those counted on real weights.
 """
-REFUSED = "What is refused says so by name, before anything runs or is written:\n"
+REFUSED = "What is refused, and the message, which comes before anything runs or is written:\n"
 CLOSING = """## What is adapted
 
 `--targets` of every command, and of `weightlora plan` for a hub name, a folder or a `config.json`:
 
-- `all-linear` (the default): every linear layer in the blocks; of a model with several towers, those of its language
-  tower.
+- `all-linear` (the default): every linear layer in the blocks. In a model for images and text, those of its language
+  model.
 - `attention`: query, key and value projections, fused ones too (`qkv_proj` of Phi, `Wqkv` of ModernBERT).
-- `experts`: the parameters in which a mixture stacks its experts, each of them one adapter (PEFT's
-  `target_parameters`). They have no dropout (`--dropout 0`). Adapters on all experts are large: on the 64 stacks of
-  Mixtral-8x7B 13.1 million numbers per rank.
-- `vision`: linear layers in the blocks of the other tower, and in what joins it to the language tower.
+- `experts`: the parameters in which a mixture of experts stacks its experts. Each of them has one adapter (PEFT's
+  `target_parameters`), without dropout (`--dropout 0`). Adapters on all experts are large: on the 64 stacks of
+  Mixtral-8x7B, 13.1 million numbers for each rank.
+- `vision`: linear layers in the blocks of the image encoder, and in what joins it to the language model.
 - endings of names, and several of all these, comma-separated: `attention,experts`, `all-linear,vision`,
   `q_proj,down_proj`.
 
-In Python a `LoraConfig` says it, and `fit` takes what PEFT made of it:
+In Python, give them to `LoraConfig`, and the PEFT model to `fit`:
 
 <!-- run -->
 ```python
@@ -345,13 +346,14 @@ from peft import LoraConfig
 LoraConfig(target_modules=["q_proj", "v_proj"], target_parameters=["experts.gate_up_proj", "experts.down_proj"])
 ```
 
-For a model that sees, name the language tower there (`target_modules=r".*language_model.*(q_proj|v_proj)"`): PEFT's own
-"all-linear" and bare endings also mean the tower for pictures.
+For a model for images and text, name the language model there (`target_modules=r".*language_model.*(q_proj|v_proj)"`):
+PEFT's own "all-linear" and endings of names also match the image encoder.
 
-PEFT adds the adapter of a stack of experts to the whole weight. So such adapters are trained, ranked by credit,
-gradient or chance, removed, resumed and exported as `native` and `merged`; a gate has no place there, their ranks stay,
-and FSDP does not shard under them. A removed one gives back the most of all: the copy of the whole weight that PEFT
-makes for every forward pass. PEFT loads several such adapters onto one model only where all are on the same parameters.
+PEFT adds the adapter of a stack of experts to the whole weight. Such adapters can be trained, ranked by credit,
+gradient or chance, removed, resumed, and exported as `native` and `merged`. They can have no gates, their ranks
+cannot change, and FSDP does not shard the weights under them. Removing one saves much memory: the copy of the whole
+weight that PEFT makes in every forward pass. PEFT loads several such adapters onto one model only if all are on the
+same parameters.
 """
 
 

@@ -146,7 +146,7 @@ class Planner:
         if idle:
             raise PlanError(
                 f"{len(idle)} adapters compute nothing on the text that a plan is made for ({idle[0]}, ...), such as"
-                " those of a tower for pictures; plan without them"
+                " those on an image encoder; leave them out of targets"
             )
         if config.checkpointing and not self.trace.units:
             raise ConfigError(f"{config.model} has no blocks that can be checkpointed; plan without checkpointing")
