@@ -33,7 +33,7 @@ demo: $(VENV)/.stamp-demo ## train on the embedded task, beside LoRA on all adap
 	echo "next, on your own rows: $(BIN)/weightlora train --task files --train-file YOURS.csv --label-column label --k 0.25 --out runs/mine"
 
 test: $(VENV)/.stamp-test ## run the whole suite, doctests included
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist worksteal $(PYTEST_FLAGS)
+	PYTHONDONTWRITEBYTECODE= OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist worksteal $(PYTEST_FLAGS)
 
 compat: ## run the suite with the oldest and the newest PEFT and Transformers that are allowed
 	.ci/compat floor $(PYTEST_FLAGS)

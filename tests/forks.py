@@ -19,12 +19,14 @@ class Forks:
 
     def __init__(self, script: Path) -> None:
         path = os.pathsep.join([str(ROOT), str(ROOT / "src"), os.environ.get("PYTHONPATH", "")])
+        seed = "2" if os.environ.get("PYTHONHASHSEED") == "1" else "1"  # text hashes otherwise there
+        settings = {"PYTHONPATH": path, "PYTHONHASHSEED": seed, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
         self.process = subprocess.Popen(
             [sys.executable, str(script)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
-            env={**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
+            env=os.environ | settings,
         )
 
     def ask(self, job: dict[str, Any]) -> Any:

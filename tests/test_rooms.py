@@ -58,7 +58,7 @@ ROOMS: dict[str, Room] = {
     "decoding": Room(),
     "core": Room(packages=names("torch")),
     "ops": Room(packages=names("torch triton")),
-    "graft": Room(rooms=names("core ops files"), packages=names("torch peft transformers safetensors gguf")),
+    "graft": Room(rooms=names("core ops files decoding"), packages=names("torch peft transformers safetensors gguf")),
     "cost": Room(rooms=names("core graft settings"), packages=names("lazy_loader torch numpy transformers")),
     "cost.plan_spec": Room(rooms=names("settings cost.tensors"), eager=names("settings")),
     "methods": Room(rooms=names("core graft settings"), packages=names("torch")),

@@ -79,7 +79,12 @@ def _decode_items(origin: type, arguments: tuple[Any, ...], value: Any, where: s
     """A tuple from a JSON list, or a dictionary from a JSON object."""
     if origin is tuple:
         items = _expect(list, value, where)
-        return tuple(decode(arguments[0], item, f"{where}[{index}]") for index, item in enumerate(items))
+        hints = arguments[:1] * len(items) if arguments[1:] == (...,) else arguments
+        if len(hints) != len(items):
+            raise CheckpointError(f"key '{where}' must be a list of {len(hints)}, not of {len(items)}")
+        return tuple(
+            decode(hint, item, f"{where}[{index}]") for index, (hint, item) in enumerate(zip(hints, items, strict=True))
+        )
     return {key: decode(arguments[1], item, f"{where}.{key}") for key, item in _expect(dict, value, where).items()}
 
 

@@ -12,9 +12,6 @@ Which point of the common battery is tested where (every method is meant, unless
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from typing import Any
 
 import pytest
@@ -22,6 +19,7 @@ import torch
 from peft import AdaLoraConfig, get_peft_model
 from tests.builders import QKV, base, batch, batches, lora, warm
 from tests.methods.test_methods_battery import LORA, RANKED, STEPS, Loop, build, ended
+from tests.runs.killer import Killer
 from torch import Tensor, nn
 
 from weightlora.graft import adapters
@@ -200,23 +198,10 @@ def what_became_of_all() -> str:
     return "\n".join(f"{run.selection.to_json()} {[n for n, _ in run.loop.model.named_parameters()]}" for run in runs)
 
 
-ELSEWHERE = """
-import warnings; warnings.simplefilter("ignore")
-import torch; torch.set_num_threads(1)
-from tests.methods.test_methods_ranks import what_became_of_all
-print(hash("text"), what_became_of_all(), sep="\\n")
-"""
-
-
 @pytest.mark.slow
-def test_nothing_depends_on_the_order_of_sets_and_dicts() -> None:
+def test_nothing_depends_on_the_order_of_sets_and_dicts(killer: Killer) -> None:
     """Every method here, and in a process that hashes text differently."""
-    seed = "2" if os.environ.get("PYTHONHASHSEED") == "1" else "1"
-    run = subprocess.run(
-        [sys.executable, "-c", ELSEWHERE], env={**os.environ, "PYTHONHASHSEED": seed, "OMP_NUM_THREADS": "1"},
-        stdout=subprocess.PIPE, text=True, check=True, timeout=300,
-    )  # fmt: skip
-    number, _, said = run.stdout.partition("\n")
-    assert int(number) != hash("text")
-    assert said == what_became_of_all() + "\n"
-    assert said.count('"kept"') > 50
+    elsewhere = killer.call("tests.methods.test_methods_ranks:what_became_of_all")
+    assert elsewhere["hash"] != hash("text")
+    assert elsewhere["said"] == what_became_of_all()
+    assert elsewhere["said"].count('"kept"') > 50

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import importlib
 import json
 import logging
 import os
@@ -185,13 +186,35 @@ def finish(job: dict[str, Any]) -> dict[str, Any]:
     return {"code": os.waitstatus_to_exitcode(os.waitpid(job["pid"], 0)[1])}
 
 
+def call(job: dict[str, Any]) -> dict[str, Any]:
+    """What a function of the tests returns in a child: this process hashes text otherwise than the tests'."""
+    reader, writer = os.pipe()
+    pid = os.fork()
+    if pid == 0:
+        try:
+            module, _, name = job["call"].partition(":")
+            with os.fdopen(writer, "w") as stream:
+                json.dump({"hash": hash("text"), "said": getattr(importlib.import_module(module), name)()}, stream)
+        except BaseException:
+            traceback.print_exc()
+        finally:
+            os._exit(0)
+    os.close(writer)
+    with os.fdopen(reader) as stream:
+        found: dict[str, Any] = json.load(stream)
+    os.waitpid(pid, 0)
+    return found
+
+
 def main() -> None:
     prepare()
     for line in sys.stdin:
         job = json.loads(line)
-        do = life if "train" in job else start if "words" in job else finish
+        do = next(do for key, do in DO.items() if key in job)
         print(json.dumps(do(job)), flush=True)  # noqa: T201
 
+
+DO = {"train": life, "words": start, "pid": finish, "call": call}
 
 if __name__ == "__main__":
     main()

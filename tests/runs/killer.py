@@ -37,6 +37,11 @@ class Killer(Forks):
         pid: int = self.ask({"words": words, "stderr": str(stderr), "stdout": str(stdout)})["pid"]
         return pid
 
+    def call(self, function: str) -> dict[str, Any]:
+        """What "module:function" of the tests says there, and how that process hashes "text"."""
+        found: dict[str, Any] = self.ask({"call": function})
+        return found
+
     def finish(self, pid: int) -> int:
         """The exit code of such a process."""
         code: int = self.ask({"pid": pid})["code"]

@@ -14,6 +14,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from weightlora.decoding import decode
 from weightlora.errors import CheckpointError
 from weightlora.files import new_file, write_text
 from weightlora.graft.adapters import Adapter, base_of
@@ -88,40 +89,41 @@ class Manifest:
         """
         path = folder / MANIFEST
         try:
-            data = json.loads(path.read_text(encoding="utf-8"))
-            if data["schema_version"] != SCHEMA_VERSION:
-                raise CheckpointError(
-                    f"{path}: manifest schema {data['schema_version']} is not supported;"
-                    f" this release reads {SCHEMA_VERSION}"
-                )
-            if unknown := sorted(set(data) - {f.name for f in fields(cls)}):
-                raise ValueError(f"it has {unknown[0]!r}, which this release does not know")
-            manifest = cls(
-                stage=_stage(data["stage"]),
-                step=int(data["step"]),
-                adapter=str(data["adapter"]),
-                adapters=tuple((str(n), int(i), int(o), int(r)) for n, i, o, r in data["adapters"]),
-                method=dict(data["method"]),
-                selection=None if data["selection"] is None else Selection.from_dict(data["selection"]),
-                data=dict(data["data"]),
-                base=str(data["base"]),
-            )
-            if not 0 <= manifest.step < 2**53 or (manifest.stage == "final") != (manifest.selection is not None):
-                raise ValueError(f"stage {manifest.stage!r} at step {manifest.step} and the selection do not fit")
-            names = [name for name, *_ in manifest.adapters]
-            if manifest.selection is not None and [c.name for c in manifest.selection.choices] != names:
-                raise ValueError("its selection is about other adapters")
-            return manifest, load_file(folder / STATE)
+            return cls._decoded(json.loads(path.read_text(encoding="utf-8")), path), load_file(folder / STATE)
         except OSError as error:
             raise CheckpointError(
                 f"{folder}: not a whole checkpoint, {Path(error.filename or STATE).name} is missing"
             ) from None
         except SafetensorError as error:
             raise CheckpointError(f"{folder / STATE} is damaged: {error}") from None
-        except (KeyError, TypeError, ValueError, OverflowError, AttributeError, RecursionError) as error:
-            if isinstance(error, CheckpointError):
-                raise
+        except CheckpointError:
+            raise
+        except (ValueError, RecursionError) as error:  # no JSON
             raise CheckpointError(f"{path} is damaged: {error}") from None
+
+    @classmethod
+    def _decoded(cls, data: Any, path: Path) -> Manifest:
+        """The manifest that a JSON value holds, checked."""
+        if not isinstance(data, dict) or "schema_version" not in data:
+            raise CheckpointError(f"{path} is damaged: it has no key 'schema_version'")
+        if data["schema_version"] != SCHEMA_VERSION:
+            raise CheckpointError(
+                f"{path}: manifest schema {data['schema_version']} is not supported; this release reads"
+                f" {SCHEMA_VERSION}"
+            )
+        try:
+            if unknown := sorted(set(data) - {f.name for f in fields(cls)}):
+                raise CheckpointError(f"it has {unknown[0]!r}, which this release does not know")
+            manifest: Manifest = decode(cls, data, "")
+            if not 0 <= manifest.step < 2**53 or (manifest.stage == "final") != (manifest.selection is not None):
+                raise CheckpointError(f"stage {manifest.stage!r} at step {manifest.step} and the selection do not fit")
+            if manifest.selection is not None:
+                manifest.selection.check()
+                if [c.name for c in manifest.selection.choices] != [name for name, *_ in manifest.adapters]:
+                    raise CheckpointError("its selection is about other adapters")
+        except CheckpointError as error:
+            raise CheckpointError(f"{path} is damaged: {error}") from None
+        return manifest
 
 
 # Of a base model's configuration: what changes its function and no shape.
@@ -157,9 +159,3 @@ def readable(path: Path) -> bool:
             return True
     except SafetensorError:
         return False
-
-
-def _stage(value: Any) -> Stage:
-    if value not in ("warmup", "final"):
-        raise ValueError(f"stage {value!r}")
-    return value  # type: ignore[no-any-return]

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import json
 import math
-import sys
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from peft import LoraConfig
 
+from weightlora.decoding import decode
 from weightlora.errors import CheckpointError, ConfigError
 from weightlora.files import write_text
 from weightlora.graft.adapters import Adapter
@@ -184,39 +184,28 @@ class Selection:
                 f"selection schema {data.get('schema_version')!r} is not supported; this release reads {SCHEMA_VERSION}"
             )
         try:
-            choices = tuple(Choice(**{f.name: c[f.name] for f in fields(Choice)}) for c in data["choices"])
-            selection = cls(**{**{f.name: data[f.name] for f in fields(cls)}, "choices": choices})
-        except (KeyError, TypeError, AttributeError) as error:
+            selection: Selection = decode(cls, data, "")
+            selection.check()
+        except CheckpointError as error:
             raise CheckpointError(f"the selection is damaged: {error}; select again or use a backup") from None
-        selection._check()
         return selection
 
-    def _check(self) -> None:
-        """Raise CheckpointError, naming the adapter, for what no selection holds."""
-        for value, kinds, what in (
-            (self.method, str, "method"),
-            (self.preset, str, "preset"),
-            (self.why, str, "why"),
-            (self.step, int | None, "step"),
-            (self.placement, dict | None, "placement"),
-        ):
-            if not isinstance(value, kinds) or isinstance(value, bool):
-                raise CheckpointError(f"the selection is damaged: {what} is {value!r}; use a backup")
-        size = None if self.placement is None else self.placement.get("micro_batch")
-        if not (size is None or (_whole(size) and size >= 1)):
-            raise CheckpointError(f"the selection is damaged: its micro_batch is {size!r}; use a backup")
+    def check(self) -> None:
+        """Raise CheckpointError, naming the adapter, for numbers and ties that no selection holds."""
+        size = 1 if self.placement is None else self.placement.get("micro_batch") or 1
+        if type(size) is not int or size < 1:
+            raise CheckpointError(f"its micro_batch is {size!r}")
         seen: set[str] = set()
         for c in self.choices:
-            fine = isinstance(c.name, str) and isinstance(c.kept, bool)
-            fine = fine and _finite(c.omega) and _finite(c.scale) and (c.score is None or _finite(c.score))
-            if not fine:
-                raise CheckpointError(f"the selection is damaged at adapter {c.name!r}; select again or use a backup")
-            if not (_whole(c.rank) and 1 <= c.rank <= MAX_RANK):
-                raise CheckpointError(f"the selection is damaged at adapter {c.name!r}; rank must be 1 or more")
-            if not (c.experts is None or (_whole(c.experts) and c.experts >= 1)):
-                raise CheckpointError(f"the selection is damaged at adapter {c.name!r}; experts must be 1 or more")
-            if not (c.tied is None or (isinstance(c.tied, str) and c.tied in seen)):
-                raise CheckpointError(f"the selection is damaged at adapter {c.name!r}: tied to no adapter before it")
+            numbers = (c.omega, c.scale, 0.0 if c.score is None else c.score)
+            for wrong, what in (
+                (not all(map(math.isfinite, numbers)), "a number is not finite"),
+                (not 1 <= c.rank <= MAX_RANK, "rank must be 1 or more"),
+                (c.experts is not None and c.experts < 1, "experts must be 1 or more"),
+                (c.tied is not None and c.tied not in seen, "tied to no adapter before it"),
+            ):
+                if wrong:
+                    raise CheckpointError(f"adapter {c.name!r}: {what}")
             seen.add(c.name)
 
     @classmethod
@@ -240,15 +229,6 @@ class Selection:
             raise CheckpointError(f"cannot read the selection {path}: {error.strerror}") from None
         except UnicodeDecodeError as error:
             raise CheckpointError(f"the selection {path} is not text: {error.reason}") from None
-
-
-def _whole(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
-
-
-def _finite(value: Any) -> bool:
-    # Compared, not converted: a whole number from a file may be too large for a float.
-    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
 
 
 def select(
