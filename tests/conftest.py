@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import gc
 import os
-import sys
 from collections.abc import Iterator
 from pathlib import Path
-from types import SimpleNamespace
 from typing import TYPE_CHECKING
 
 import pytest
-from tests.once import ONCE, once
+from tests.once import ONCE, collect_seldom, once
 
 if TYPE_CHECKING:
     from tests.runs.killer import Killer
@@ -25,17 +22,8 @@ ROOT = Path(__file__).resolve().parents[1]
 
 @pytest.fixture(scope="module", autouse=True)
 def _frozen() -> None:
-    """Take what earlier modules have imported and built out of the garbage collector's sight.
-
-    A trainer collects garbage whenever it begins to train. Looking through all modules of torch and Transformers takes
-    it half a second, thousands of times; nothing of them is garbage. And of what is new it looks at the youngest only:
-    the rest is collected by Python in its own time, or where a test asks for it.
-    """
-    gc.collect()
-    gc.freeze()
-    trainers = sys.modules.get("accelerate.utils.memory")
-    if trainers is not None:
-        vars(trainers)["gc"] = SimpleNamespace(collect=lambda: gc.collect(0))
+    """Take what earlier modules have imported and built out of the garbage collector's sight; see ``once.py``."""
+    collect_seldom()
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -8,7 +8,6 @@ a real SIGKILL in a process of its own. Standard input: one job as JSON per line
 from __future__ import annotations
 
 import contextlib
-import gc
 import importlib
 import json
 import logging
@@ -138,7 +137,7 @@ REHEARSAL = (
 def prepare() -> None:
     """Import all that a run needs, and do one: its children then have what libraries load and work out in passing."""
     import torch
-    from tests.once import remember
+    from tests.once import collect_seldom, remember
 
     from weightlora.cli.main import main
 
@@ -147,8 +146,7 @@ def prepare() -> None:
     with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(sys.stderr):
         assert main(["train", *REHEARSAL, "--out", str(Path(folder) / "run")]) == 0
     logging.getLogger().handlers.clear()  # each child says what it has to say where its own standard error is
-    gc.collect()
-    gc.freeze()
+    collect_seldom()
 
 
 def start(job: dict[str, Any]) -> dict[str, Any]:

@@ -7,7 +7,6 @@ dies the others are killed, as torchrun does. Standard output: one answer per li
 
 from __future__ import annotations
 
-import gc
 import json
 import logging
 import os
@@ -24,7 +23,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 from tests.builders import QKV, adapter_state, base, batch, lora, trainer
 from tests.methods.test_methods_battery import LORA, build
-from tests.once import remember
+from tests.once import collect_seldom, remember
 from tests.runs.killed_run import REHEARSAL
 from tests.training.test_training_quantised import quantised
 from tests.training.test_training_trl import GROWN, bare, dpo
@@ -260,8 +259,7 @@ if __name__ == "__main__":
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # what libraries print is no answer
     rehearse()
-    gc.collect()
-    gc.freeze()
+    collect_seldom()
     for line in sys.stdin:
         answers.write(json.dumps(answer(json.loads(line))) + "\n")
         answers.flush()
