@@ -18,7 +18,7 @@ from torch import nn
 import weightlora as wl
 from weightlora.core import smallest_prefix
 from weightlora.errors import ConfigError, ScheduleError
-from weightlora.graft import adapters
+from weightlora.graft import adapters, output_energy
 from weightlora.methods import LoRADrop, Method
 from weightlora.training import attach
 from weightlora.training.held_out import HeldOutBatches, hold_out, stratified
@@ -65,7 +65,7 @@ def dense_energy(model: nn.Module, inputs: Any) -> dict[str, float]:
 def test_output_energy_is_that_of_the_dense_update() -> None:
     model = warm(lora()).train()
     held_out, state = HeldOutBatches(model, HELD_OUT), torch.get_rng_state()
-    got = held_out.output_energy(0)
+    got = held_out.watch(0, output_energy)
     want = dense_energy(model, HELD_OUT[0])
     torch.testing.assert_close(got, torch.tensor([want[a.name] for a in adapters(model)], dtype=torch.float64),
                                rtol=1e-5, atol=0.0)  # fmt: skip

@@ -33,6 +33,9 @@ HELD_OUT = [batch(4, seed=71), batch(4, seed=72)]
 # Settings that fit a run of nine steps, where a method's own do not.
 SHORT = {name: {"select_after": 4} for name in ("weightlora", "weightlora+", "lora_drop")} | {
     "gradient": {"batches": 3},
+    "domlora": {"batches": 3},
+    "cka": {"batches": 2},
+    "gora": {"batches": 2},
     "flexlora": {"clients": 2, "rounds": 2},
     "flexora": {"select_after": 4},
     "increlora": {"init_warmup": 1, "incre_interval": 2, "top_h": 3},
@@ -40,7 +43,13 @@ SHORT = {name: {"select_after": 4} for name in ("weightlora", "weightlora+", "lo
 }
 RANKED = {"adalora", "dynamic_lora", "increlora", "alora"}  # they spend ranks, not adapters
 LORA = [name for name, kind in METHODS.items() if issubclass(kind, AdapterMethod)]
-CASES = [(name, preset) for name in LORA for preset in ("recommended", "paper", "official")]
+# They go through a run by the code of another one that is here; what is their own has tests in test_placements.py.
+ALIKE = {
+    "domlora": "gradient", "eva": "gora", "plop": "cka", "aletheia": "cka", "kappatune": "cka",
+    "attention_output": "cka", "feed_forward": "cka",
+}  # fmt: skip
+HERE = [name for name in LORA if name not in ALIKE]
+CASES = [(name, preset) for name in HERE for preset in ("recommended", "paper", "official")]
 every_case = pytest.mark.parametrize(("name", "preset"), CASES, ids=["-".join(c) for c in CASES])
 
 
@@ -135,7 +144,7 @@ def test_keeps_exactly_k_and_ends_as_plain_peft(name: str, preset: str) -> None:
     assert selection.n == N
     if name in RANKED:
         assert 0 < sum(choice.rank for choice in selection.kept) <= N * RANK
-    elif name == "flexora":  # whole blocks of three
+    elif name in ("flexora", "cka"):  # whole blocks of three
         assert selection.k in (3, 6)
     else:
         assert selection.k == (K if has_k(name) else N)
@@ -157,7 +166,7 @@ def test_deterministic(name: str, preset: str) -> None:
     assert max_difference(adapter_state(again.model), ended(name, preset).state) == 0.0
 
 
-LATE = [case for case in DIFFERENT if case[0] not in ("random", "top")]  # decide while training
+LATE = [case for case in DIFFERENT if case[0] not in ("random", "top", "cka", "gora")]  # decide while training
 
 
 @pytest.mark.parametrize(("name", "preset"), LATE, ids=["-".join(c) for c in LATE])
@@ -177,7 +186,7 @@ def test_state_round_trip_in_mid_warm_up(name: str, preset: str, cut: int) -> No
     assert max_difference(adapter_state(second.model), whole.state) == 0.0
 
 
-@pytest.mark.parametrize("name", LORA)
+@pytest.mark.parametrize("name", HERE)
 def test_a_bfloat16_model_with_accumulation_goes_through_the_seam_and_on(name: str) -> None:
     """What changes shape keeps its dtype, and takes steps of two micro-batches before and after."""
     model = lora().to(torch.bfloat16)

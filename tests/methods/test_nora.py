@@ -14,7 +14,7 @@ from torch import nn
 import weightlora as wl
 from weightlora.core import major_pair
 from weightlora.errors import AdapterError, ConfigError, ScheduleError
-from weightlora.graft import adapters, layer_weights, parameters
+from weightlora.graft import adapters, input_size, layer_weights, parameters
 from weightlora.methods import Method, MiLoRA, NoRA
 from weightlora.training import attach
 from weightlora.training.held_out import HeldOutBatches
@@ -117,7 +117,7 @@ def test_activations_weigh_the_approximation() -> None:
     optimizer = torch.optim.SGD(fresh.parameters(), lr=0.1)
     with pytest.raises(ScheduleError, match="nora looks at rows that it does not train on"):
         attach(fresh, NoRA(calibration_batches=1), optimizer, max_steps=9)
-    assert len(HeldOutBatches(model, rows).input_size(0)) == 6
+    assert len(HeldOutBatches(model, rows).watch(0, input_size)) == 6
 
 
 @pytest.mark.parametrize("made", [NoRA(calibration_batches=1), MiLoRA()], ids=lambda made: made.name)

@@ -26,6 +26,7 @@ METHOD_NAMES = (
         "nora",
         "milora",
     ),
+    *("domlora", "eva", "plop", "cka", "aletheia", "kappatune", "gora", "attention_output", "feed_forward"),
     *("dora", "vera", "vb_lora"),
 )
 

@@ -34,6 +34,15 @@ from weightlora.core.merging import svd_merge
 from weightlora.core.placement import Placement, PlacementCosts, place
 from weightlora.core.prefix import smallest_prefix
 from weightlora.core.projection import Rule, support, top_k
+from weightlora.core.published import (
+    alignment,
+    condition_number,
+    explained_variance,
+    linear_cka,
+    proportional_ranks,
+    scaled_ranks,
+    sensitivity,
+)
 from weightlora.core.rounds import hand_out, one_round
 from weightlora.core.sizes import format_bytes, parse_bytes, parse_share
 from weightlora.core.triplets import (
@@ -56,12 +65,15 @@ __all__ = [
     "above_smallest",
     "adapter_params",
     "affordable",
+    "alignment",
     "block_gates",
     "component_shares",
+    "condition_number",
     "coverage",
     "credit",
     "cross_energy",
     "cubic_budget",
+    "explained_variance",
     "format_bytes",
     "gate_gradient",
     "gate_points",
@@ -73,6 +85,7 @@ __all__ = [
     "holding",
     "integrated",
     "k_for_params",
+    "linear_cka",
     "major_pair",
     "minor_pair",
     "one_round",
@@ -82,9 +95,12 @@ __all__ = [
     "parse_params",
     "parse_share",
     "place",
+    "proportional_ranks",
     "rank_for_params",
     "resolve_k",
     "rising_cuts",
+    "scaled_ranks",
+    "sensitivity",
     "smallest_prefix",
     "smooth_sensitivity",
     "support",

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable, Sequence
+
 import torch
 from torch import Tensor
 
@@ -36,10 +39,10 @@ def condition_number(weight: Tensor) -> Tensor:
     r"""Largest over smallest singular value of a weight: `sigma_1 / sigma_min`.
 
     Args:
-        weight: W, (d_out, d_in).
+        weight: W, (d_out, d_in), or a stack of such.
 
     Returns:
-        A scalar tensor, float64; infinite where W has not full rank.
+        A tensor of the stack's shape, a scalar for one W, float64; infinite where W has not full rank.
 
     Source: KappaTune (arXiv 2506.16289), which adapts the layers with the lowest.
 
@@ -48,7 +51,7 @@ def condition_number(weight: Tensor) -> Tensor:
     tensor(2., dtype=torch.float64)
     """
     values = torch.linalg.svdvals(weight.double())
-    kappa: Tensor = values[0] / values[-1]
+    kappa: Tensor = values[..., 0] / values[..., -1]
     return kappa
 
 
@@ -123,3 +126,73 @@ def linear_cka(X: Tensor, Y: Tensor) -> Tensor:
     X, Y = (features.double() - features.double().mean(0) for features in (X, Y))
     alike: Tensor = (Y.T @ X).norm() ** 2 / ((X.T @ X).norm() * (Y.T @ Y).norm())
     return alike
+
+
+def proportional_ranks(
+    importance: Sequence[float],
+    shapes: Sequence[tuple[int, int]],
+    ranks: Sequence[int],
+    params: int | None = None,
+) -> list[int]:
+    r"""Ranks that follow importance: `r_i = round(b I_i / (sum I * sqrt(d_in + d_out)))`, in `r / 2 .. 4 r`.
+
+    A rank is not above d_in or d_out either.
+
+    Args:
+        importance: I of each adapter, not negative.
+        shapes: (d_in, d_out) of each.
+        ranks: r of each, from which `b = sum sqrt(d_in + d_out) r`.
+        params: b is the largest for which the ranks cost at most so many parameters; None: b as above.
+
+    Raises:
+        ConfigError: importance is zero everywhere, or `params` does not pay for `r / 2` everywhere.
+
+    Source: GoRA (arXiv 2502.12171), equations 6 and 7; its bounds are 4 and 32 at r = 8.
+
+    >>> proportional_ranks([3.0, 1.0], [(16, 16), (16, 16)], [8, 8])
+    [12, 4]
+    >>> proportional_ranks([3.0, 1.0], [(16, 16), (16, 16)], [8, 8], params=32 * 20)
+    [15, 5]
+    """
+    total = sum(importance)
+    if not 0 < total < math.inf:
+        raise ConfigError(f"the importance of all adapters adds up to {total}; there is nothing to follow")
+    roots = [math.sqrt(d_in + d_out) for d_in, d_out in shapes]
+    whole = sum(root * rank for root, rank in zip(roots, ranks, strict=True))
+
+    def at(b: float) -> list[int]:
+        wanted = [round(b * part / total / root) for part, root in zip(importance, roots, strict=True)]
+        return [
+            max(1, rank // 2, min(want, 4 * rank, *shape))
+            for want, rank, shape in zip(wanted, ranks, shapes, strict=True)
+        ]
+
+    return at(whole) if params is None else _largest(at, 4 * len(ranks) * whole, shapes, params)
+
+
+def scaled_ranks(ranks: Sequence[int], shapes: Sequence[tuple[int, int]], params: int) -> list[int]:
+    """Ranks made smaller alike, rounded, until they cost at most `params`; those that fit stay as they are.
+
+    >>> scaled_ranks([4, 2, 0], [(8, 8), (8, 24), (8, 8)], 100)
+    [3, 1, 0]
+    """
+    return _largest(lambda share: [round(share * rank) for rank in ranks], 1.0, shapes, params)
+
+
+def _largest(
+    at: Callable[[float], list[int]], most: float, shapes: Sequence[tuple[int, int]], params: int
+) -> list[int]:
+    """The ranks that `at` gives for the largest number up to `most` at which they cost at most `params`."""
+
+    def cost(ranks: Sequence[int]) -> int:
+        return sum(rank * (d_in + d_out) for rank, (d_in, d_out) in zip(ranks, shapes, strict=True))
+
+    if cost(at(0.0)) > params:
+        raise ConfigError(f"{params} parameters are too few for these adapters; use at least {cost(at(0.0))}")
+    low, high = 0.0, most
+    if cost(at(high)) <= params:
+        return at(high)
+    for _ in range(60):
+        middle = (low + high) / 2
+        low, high = (middle, high) if cost(at(middle)) <= params else (low, middle)
+    return at(low)

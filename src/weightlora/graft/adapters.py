@@ -52,6 +52,17 @@ class Adapter:
         """``(d_in, d_out)``."""
         return self.d_in, self.d_out
 
+    @property
+    def role(self) -> str:
+        """Where it lies in its block, whichever block that is: the rest of the name, without numbers.
+
+        >>> rest = {"index": 0, "kind": "up", "d_in": 1, "d_out": 1, "rank": 1, "scale": 1.0}
+        >>> Adapter(name="layer.3.mlp.experts.1.up", block=3, **rest).role
+        'mlp.experts.up'
+        """
+        inner = self.name.removeprefix(block_path(self.name) or "")
+        return ".".join(part for part in inner.split(".") if part and not part.isdigit())
+
 
 def base_of(model: nn.Module) -> nn.Module:
     """The module in which adapter names are counted: the base model inside a PeftModel, or the model itself."""
@@ -171,6 +182,16 @@ def block_of(path: str) -> int | None:
     return int(found.group(1)) if found else None
 
 
+def block_path(path: str) -> str | None:
+    """The path of the transformer block that a module lies in; None outside blocks.
+
+    >>> block_path("bert.encoder.layer.3.attention.self.query"), block_path("classifier")
+    ('bert.encoder.layer.3', None)
+    """
+    found = _BLOCK.search(path)
+    return None if found is None else path[: found.end(1)]
+
+
 def block_numbers(live: Sequence[Adapter]) -> list[int | None]:
     """The block of each adapter, counted over the whole model; None outside blocks.
 
@@ -182,8 +203,8 @@ def block_numbers(live: Sequence[Adapter]) -> list[int | None]:
     [0, 0, 1, None]
     """
     seen: dict[str, int] = {}
-    found = [_BLOCK.search(adapter.name) for adapter in live]
-    return [None if at is None else seen.setdefault(at.string[: at.end(1)], len(seen)) for at in found]
+    found = [block_path(adapter.name) for adapter in live]
+    return [None if path is None else seen.setdefault(path, len(seen)) for path in found]
 
 
 def adapters(model: nn.Module, name: str | None = None) -> tuple[Adapter, ...]:

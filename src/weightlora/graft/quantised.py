@@ -2,10 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
+from peft.tuners.lora.layer import LoraLayer
+from peft.utils.integrations import dequantize_module_weight
 from torch import Tensor, nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+from transformers.pytorch_utils import Conv1D
+
+from weightlora.errors import AdapterError
+from weightlora.graft.adapters import bare_parameter, experts_of, is_sharded, linear_shape, lora_layers
 
 
 def keep_unpacked(model: nn.Module) -> int:
@@ -52,3 +59,38 @@ def stored(tensor: Tensor) -> list[Tensor]:
         return [tensor]
     names, _ = tensor.__tensor_flatten__()
     return [part for name in names for part in stored(getattr(tensor, name))]
+
+
+def whole_weight(layer: LoraLayer) -> Tensor:
+    """The frozen weight under an adapter as numbers: dequantised, and whole where FSDP has sharded it; to be read only.
+
+    Returns:
+        ``(d_out, d_in)``; of experts the stack as it is, ``(experts, ..., ...)``.
+
+    Raises:
+        AdapterError: the layer keeps no weight that can be read (GPTQ).
+    """
+    base: Any = layer.get_base_layer()
+    if experts_of(layer) is not None:
+        weight: Any = bare_parameter(layer)
+    elif isinstance(getattr(base, "weight", None), Tensor) or hasattr(base, "W_q"):
+        weight = dequantize_module_weight(base)
+    else:
+        weight = None
+    if weight is not None and is_sharded(weight):
+        weight = weight.full_tensor()
+    if isinstance(base, Conv1D):
+        weight = weight.T
+    shape = linear_shape(base)
+    if weight is None or (shape is not None and tuple(weight.shape) != shape[::-1]):
+        raise AdapterError(
+            f"the weights of a {type(base).__name__} cannot be read as numbers; use an unquantised base, or one by"
+            " bitsandbytes, HQQ or torchao"
+        )
+    found: Tensor = weight.detach()
+    return found
+
+
+def whole_weights(model: nn.Module, name: str) -> Iterator[Tensor]:
+    """:func:`whole_weight` of every adapter in module order, one at a time."""
+    return (whole_weight(layer) for _, layer in lora_layers(model, name))

@@ -1,16 +1,32 @@
-"""What can be seen only while the model computes: the size of an adapter's output, the dense gradient of its update."""
+"""What can be seen only while the model computes: sizes of inputs and outputs, features of blocks, dense gradients.
+
+Each function but :class:`ProductWatch` is a context: what it yields is filled in place while the model runs inside.
+"""
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from weightlora.graft.adapters import factors, lora_layers
+from weightlora.core import alignment
+from weightlora.graft.adapters import adapters, base_of, block_path, factors, lora_layers
+from weightlora.graft.quantised import whole_weight
 from weightlora.graft.variant import computing_factors
+
+
+@contextlib.contextmanager
+def _each(layers: Sequence[nn.Module], hook: Callable[[int], Any], **options: Any) -> Iterator[None]:
+    """A forward hook on every module, made for its place in the list."""
+    handles = [layer.register_forward_hook(hook(index), **options) for index, layer in enumerate(layers)]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 @contextlib.contextmanager
@@ -34,12 +50,8 @@ def output_energy(model: nn.Module, name: str = "default") -> Iterator[Tensor]:
 
         return see
 
-    handles = [layer.register_forward_hook(hook(index)) for index, layer in enumerate(layers)]
-    try:
+    with _each(layers, hook):
         yield total
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 @contextlib.contextmanager
@@ -63,12 +75,100 @@ def input_size(model: nn.Module, name: str = "default") -> Iterator[list[tuple[T
 
         return see
 
-    handles = [layer.register_forward_hook(hook(index)) for index, layer in enumerate(layers)]
-    try:
+    with _each(layers, hook):
         yield sums
+
+
+@contextlib.contextmanager
+def feature_alignment(model: nn.Module, name: str = "default") -> Iterator[Tensor]:
+    """Note ``mean ||W z|| / (||W||_F mean ||z|| / sqrt(d_in))`` over all tokens of every adapted layer, padding too.
+
+    Yields:
+        ``(n,)`` float64 in module order, filled in place; see :func:`weightlora.core.alignment`.
+    """
+    layers: list[Any] = [layer for _, layer in lora_layers(model, name)]
+    found = torch.zeros(len(layers), dtype=torch.float64)
+
+    def hook(index: int) -> Any:
+        def see(base: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+            y, x = output.detach().float(), inputs[0].detach().float()
+            if getattr(base, "bias", None) is not None:
+                y = y - base.bias.detach().float()
+            # In the hook, where a base that FSDP shards is whole.
+            W = whole_weight(layers[index])
+            found[index] = float(alignment(y.norm(dim=-1).mean(), x.norm(dim=-1).mean(), W))
+
+        return see
+
+    with _each([layer.get_base_layer() for layer in layers], hook):
+        yield found
+
+
+@contextlib.contextmanager
+def block_features(model: nn.Module, name: str = "default") -> Iterator[list[tuple[Tensor, Tensor]]]:
+    """Note what goes into every block that holds adapters, and what comes out: the mean over each row's tokens.
+
+    Padding is left out where the model is given an ``attention_mask`` of the features' own length.
+
+    Yields:
+        For each block in module order ``(rows, width)`` float32 twice, set while the model runs.
+    """
+    paths = list(dict.fromkeys(path for a in adapters(model, name) if (path := block_path(a.name)) is not None))
+    found = [(torch.empty(0), torch.empty(0)) for _ in paths]
+    masks: list[Tensor | None] = [None]
+
+    def note_mask(_model: Any, _args: Any, kwargs: dict[str, Any]) -> None:
+        masks[0] = kwargs.get("attention_mask")
+
+    def pooled(x: Tensor) -> Tensor:
+        x, mask = x.detach().float(), masks[0]
+        if mask is None or mask.shape != x.shape[:2]:
+            return x.mean(1)
+        weights = mask.to(x).unsqueeze(-1)
+        return (x * weights).sum(1) / weights.sum(1).clamp(min=1)
+
+    def hook(index: int) -> Any:
+        def see(_block: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+            before = args[0] if args else kwargs["hidden_states"]
+            after = output[0] if isinstance(output, tuple) else output
+            found[index] = pooled(before), pooled(after)
+
+        return see
+
+    handle = model.register_forward_pre_hook(note_mask, with_kwargs=True)
+    try:
+        with _each([base_of(model).get_submodule(path) for path in paths], hook, with_kwargs=True):
+            yield found
     finally:
-        for handle in handles:
-            handle.remove()
+        handle.remove()
+
+
+@contextlib.contextmanager
+def dense_gradients(model: nn.Module, name: str = "default", *, see: Callable[[int, Tensor], None]) -> Iterator[None]:
+    """Show ``dL/dW = g^T x`` of every adapted layer, by its index, while a loss goes backward through the model.
+
+    Args:
+        model: with plain adapters.
+        name: of PEFT's adapter.
+        see: is given the index and the gradient ``(d_out, d_in)``, float32, which is formed for one layer at a time.
+    """
+    layers: list[Any] = [layer for _, layer in lora_layers(model, name)]
+
+    def hook(index: int) -> Any:
+        def forward(_layer: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+            x = inputs[0].detach()
+            if torch.is_grad_enabled() and output.requires_grad:
+                output.register_hook(lambda grad: see(index, _dense(grad, x, torch.float32)))  # type: ignore[no-untyped-call]
+
+        return forward
+
+    with _each(layers, hook):
+        yield
+
+
+def _dense(grad: Tensor, x: Tensor, dtype: torch.dtype) -> Tensor:
+    """``g^T x`` over all tokens, (d_out, d_in)."""
+    return grad.reshape(-1, grad.shape[-1]).to(dtype).T @ x.reshape(-1, x.shape[-1]).to(dtype)
 
 
 class ProductWatch:
@@ -96,7 +196,7 @@ class ProductWatch:
 
             def backward(grad: Tensor) -> None:
                 A, B, _ = computing_factors(layer, self.name)
-                G = grad.reshape(-1, grad.shape[-1]).to(A.dtype).T @ x.reshape(-1, x.shape[-1]).to(A.dtype)
+                G = _dense(grad, x, A.dtype)
                 self.products[index] += layer.scaling[self.name] * ((B @ A).detach() * G).abs().sum().double()
 
             output.register_hook(backward)  # type: ignore[no-untyped-call]

@@ -23,6 +23,17 @@ from weightlora.methods.lora_drop import LoRADrop
 from weightlora.methods.melora import MELoRA
 from weightlora.methods.milora import MiLoRA
 from weightlora.methods.nora import NoRA
+from weightlora.methods.placements import (
+    CKA,
+    EVA,
+    Aletheia,
+    AttentionOutput,
+    DomLoRA,
+    FeedForward,
+    GoRA,
+    KappaTune,
+    PLoP,
+)
 from weightlora.methods.plain import FullFineTuning, HeadOnly, ZeroShot
 from weightlora.methods.policy import (
     Budget,
@@ -64,6 +75,15 @@ METHODS: dict[str, type[Method]] = {
         TiedLoRA,
         NoRA,
         MiLoRA,
+        DomLoRA,
+        EVA,
+        PLoP,
+        CKA,
+        Aletheia,
+        KappaTune,
+        GoRA,
+        AttentionOutput,
+        FeedForward,
         DoRA,
         VeRA,
         VBLoRA,
@@ -88,9 +108,10 @@ def method(name: str, preset: str = "recommended", **settings: Any) -> Method:
 
 
 __all__ = [
-    "METHODS", "ALoRA", "AdaLoRA", "AdapterMethod", "Budget", "Decision", "DeepestAdapters", "DoRA", "DynamicLoRA",
-    "Fixed", "FlexLoRA", "Flexora", "Fresh", "FullFineTuning", "GrowthPlan", "HeadOnly", "HeldOut", "IncreLoRA",
-    "Limit", "LoRA", "LoRADrop", "MELoRA", "Method", "MiLoRA", "Needs", "NoRA", "OneShotGradient", "PeftMethod",
-    "PlainMethod", "Policy", "RandomAdapters", "Restarting", "Room", "Setup", "StepView", "TiedLoRA", "TunerMethod",
-    "VBLoRA", "VeRA", "WeightLoRA", "WeightLoRAPlus", "ZeroShot", "method",
+    "CKA", "EVA", "METHODS", "ALoRA", "AdaLoRA", "AdapterMethod", "Aletheia", "AttentionOutput", "Budget", "Decision",
+    "DeepestAdapters", "DoRA", "DomLoRA", "DynamicLoRA", "FeedForward", "Fixed", "FlexLoRA", "Flexora", "Fresh",
+    "FullFineTuning", "GoRA", "GrowthPlan", "HeadOnly", "HeldOut", "IncreLoRA", "KappaTune", "Limit", "LoRA",
+    "LoRADrop", "MELoRA", "Method", "MiLoRA", "Needs", "NoRA", "OneShotGradient", "PLoP", "PeftMethod", "PlainMethod",
+    "Policy", "RandomAdapters", "Restarting", "Room", "Setup", "StepView", "TiedLoRA", "TunerMethod", "VBLoRA",
+    "VeRA", "WeightLoRA", "WeightLoRAPlus", "ZeroShot", "method",
 ]  # fmt: skip

@@ -15,7 +15,7 @@ from weightlora.methods.base import AdapterMethod
 from weightlora.methods.budgets import CountMethod
 from weightlora.methods.checks import check_k, check_least, check_warmup
 from weightlora.methods.policy import Decision, Fixed, Fresh, Policy, StepView
-from weightlora.methods.weightlora.worth import Gradient
+from weightlora.methods.weightlora.worth import Gradient, Worth
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,6 +77,7 @@ class OneShotGradient(CountMethod):
     """
 
     name: ClassVar[str] = "gradient"
+    worth: ClassVar[type[Worth]] = Gradient
 
     batches: int = 8
 
@@ -97,7 +98,7 @@ class GradientPolicy(Policy):
         self.k = check_k(method.k, adapters)
         self.seam = check_warmup(method.batches, max_steps, "batches")
         self.held = range(len(adapters))
-        self.worth = Gradient(adapters)
+        self.worth = method.worth(adapters)
 
     def observe(self, view: StepView) -> Sequence[Fresh]:
         self.worth.add(view, last=view.step == self.seam)
@@ -106,7 +107,7 @@ class GradientPolicy(Policy):
     def decide(self, omegas: Sequence[float]) -> Decision:
         scores = self.worth.scores()
         kept = support(scores, self.k, "signed")
-        why = f"the {self.k} largest squared gradients of B, mean of {self.method.batches} batches at B = 0"
+        why = f"the {self.k} largest of {len(self.adapters)} by {self.worth.meaning}, {self.method.batches} batches"
         return Decision(selection=self.method.choose(self.adapters, kept, why, step=self.seam, scores=scores.tolist()))
 
     def state(self) -> dict[str, Tensor]:

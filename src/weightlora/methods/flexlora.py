@@ -23,6 +23,8 @@ class FlexLoRA(AdapterMethod):
 
     ``dW = sum_i w_i s B_i A_i``; its SVD gives client i ``B = U_r S_r / s``, ``A = V_r^T`` in its own rank r_i.
 
+    Not the entropy-guided FlexLoRA of Liu et al. 2026 (arXiv 2601.22905), which moves ranks between layers.
+
     Args:
         clients: how many. rounds: how often the server averages. Both share the run's steps out evenly.
         ranks: r_i of each client; None: the model's r for all, where one round is LoRA with its factors re-balanced.

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from weightlora.core import smallest_prefix
 from weightlora.errors import ConfigError, ScheduleError
-from weightlora.graft import Adapter
+from weightlora.graft import Adapter, output_energy
 from weightlora.methods.base import Needs
 from weightlora.methods.budgets import SpendingMethod, spread
 from weightlora.methods.checks import check_least, check_warmup
@@ -84,7 +84,7 @@ class LoRADropPolicy(Restarting):
         if view.step == self.seam:
             assert view.held_out is not None
             batches = range(len(view.held_out))
-            self.energies = torch.stack([view.held_out.output_energy(index) for index in batches]).sum(0)
+            self.energies = torch.stack([view.held_out.watch(index, output_energy) for index in batches]).sum(0)
         return ()
 
     def importance(self) -> list[float]:

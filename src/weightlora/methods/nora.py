@@ -13,7 +13,7 @@ from torch import Tensor
 
 from weightlora.core import major_pair
 from weightlora.errors import AdapterError, ConfigError
-from weightlora.graft import Adapter, Form, Nest
+from weightlora.graft import Adapter, Form, Nest, input_size
 from weightlora.methods.base import AdapterMethod, Needs, Shapes
 from weightlora.methods.checks import check_least
 from weightlora.methods.milora import check_dense, check_ranks
@@ -96,8 +96,9 @@ class NoRA(AdapterMethod):
         def start(factors: Factors, weights: Weights, held_out: HeldOut | None) -> None:
             sizes: list[Tensor | None] = [None] * len(weights)
             if self.calibration_batches and held_out is not None:
-                seen = [held_out.input_size(index) for index in range(len(held_out))]
-                sizes = [torch.stack(layer).mean(0) ** self.exponent for layer in zip(*seen, strict=True)]
+                seen = [held_out.watch(index, input_size) for index in range(len(held_out))]
+                means = [[size / max(1.0, float(count)) for size, count in batch] for batch in seen]
+                sizes = [torch.stack(layer).mean(0) ** self.exponent for layer in zip(*means, strict=True)]
             with torch.no_grad():
                 for pair, r, W, size in zip(factors, outer, weights, sizes, strict=True):
                     for factor, value in zip(pair, major_pair(W, r, size), strict=True):

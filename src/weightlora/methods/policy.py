@@ -8,18 +8,20 @@ policy declares in its :class:`Setup`. Nobody has to look whether a method was o
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, TypeVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from weightlora.core import PlacementCosts, total_params
 from weightlora.graft import Adapter, Form, Gates, RankGates, Selection
 
 Factors = Sequence[tuple[Tensor, Tensor]]
 Weights = Sequence[Tensor]
+Seen = TypeVar("Seen")
 
 
 class HeldOut(Protocol):
@@ -32,12 +34,16 @@ class HeldOut(Protocol):
         """The model's mean loss on one batch, as it is now; with a graph where the caller's grad mode allows."""
         ...
 
-    def output_energy(self, index: int) -> Tensor:
-        """``sum over tokens of ||dW_i x||^2`` of every adapter on one batch, ``(n,)`` float64."""
+    def watch(
+        self, index: int, look: Callable[[nn.Module], AbstractContextManager[Seen]], *, backward: bool = False
+    ) -> Seen:
+        """What one of `graft`'s contexts (``output_energy``, ``input_size``, ...) has seen of one batch, with the loss
+        taken backward or without."""
         ...
 
-    def input_size(self, index: int) -> Sequence[Tensor]:
-        """``mean over tokens of |x_j|`` of every adapter's inputs on one batch, each ``(d_in,)`` float32."""
+    def directions(self, rho: float) -> Sequence[Tensor]:
+        """Of every adapter's inputs the directions that explain most variance among all adapters' directions, as many
+        in all as there are ranks and at most `rho` times an adapter's own, each ``(count, d_in)``."""
         ...
 
 
@@ -138,9 +144,11 @@ def lora_params(live: Sequence[Adapter]) -> int:
 
 @dataclass(frozen=True, kw_only=True)
 class Setup:
-    """What a policy declares. The first five are done to the model before the first step, in this order.
+    """What a policy declares. The first six are done to the model before the first step, in this order.
 
     Args:
+        look: measures the model as it is, once, where a run is not resumed: it is given the frozen weights one at a
+            time, and the held-out batches. The policy may declare another setup from what it has seen.
         check: refuses base layers by their weights, ``(d_out, d_in)`` each, which are read only.
         ranks: rank and scale to give each adapter; what is added is zero in A and in B. Empty: those it has.
         ties: groups of adapters that share A and B from the start, by index.
@@ -154,6 +162,7 @@ class Setup:
         count: the parameter formula: numbers that the method has trained for these plain adapters.
     """
 
+    look: Callable[[Iterator[Tensor], HeldOut | None], None] | None = None
     check: Callable[[Weights], None] | None = None
     ranks: Sequence[tuple[int, float]] = ()
     ties: Sequence[Sequence[int]] = ()

@@ -38,6 +38,7 @@ from weightlora.graft import (
     start_state,
     stock_path,
     tie,
+    whole_weights,
 )
 from weightlora.methods import AdapterMethod, Budget, Fresh, HeldOut, StepView
 from weightlora.methods.checks import check_k
@@ -138,6 +139,9 @@ class Driver:
             optimizer: follows, where there is one already.
             fresh: also set initial values (not when resuming).
         """
+        look = self.policy.setup.look
+        if fresh and look is not None:
+            look(whole_weights(self.model, self.name), self.held_out)
         setup, names = self.policy.setup, [adapter.name for adapter in self.adapters]
         changes: dict[nn.Parameter, Change] = {}
         if setup.ranks:
@@ -358,7 +362,8 @@ class Driver:
         self.selection = selection.with_ranks(adapters(self.model, self.name))
         trains = {p for pair in parameters(self.model, self.name).values() for p in pair if p.requires_grad}
         after = 0 if self.policy.seam is None else sum(p.numel() for p in trains)  # what is folded at the end is over
-        self.counts["peak"] = max(decision.peak or self.counts["trainable"], after)
+        before = 0 if self.policy.seam == 0 else decision.peak or self.counts["trainable"]
+        self.counts["peak"] = max(before, after)
         self.settle()
         self._factors = tuple(parameters(self.model, self.name).values())
         for pair in self._factors:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import contextlib
 import operator
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
+from contextlib import AbstractContextManager
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -14,10 +15,11 @@ from transformers import Trainer
 
 from weightlora.cost.measure import isolated_rng
 from weightlora.errors import ConfigError
-from weightlora.graft import input_size, output_energy
+from weightlora.graft import adapter_name, input_directions, parameters
 from weightlora.training.inside import Inside, model_of
 from weightlora.training.undisturbed import given_back
 
+Seen = TypeVar("Seen")
 SHARE = 0.2  # of the training rows, at most
 
 
@@ -57,15 +59,19 @@ class HeldOutBatches:
         with self._unseen():
             return self.compute(self.batches[index])
 
-    def output_energy(self, index: int) -> Tensor:
-        with self._unseen(), torch.no_grad(), output_energy(self.model) as total:
-            self.compute(self.batches[index])
-            return total.clone()
+    def watch(
+        self, index: int, look: Callable[[nn.Module], AbstractContextManager[Seen]], *, backward: bool = False
+    ) -> Seen:
+        with self._unseen(), torch.set_grad_enabled(backward), look(self.model) as seen:
+            loss = self.compute(self.batches[index])
+            if backward:
+                pairs = parameters(self.model, adapter_name(self.model)).values()
+                torch.autograd.grad(loss, [B for _, B in pairs], allow_unused=True)  # .grad stays as it is
+        return seen
 
-    def input_size(self, index: int) -> list[Tensor]:
-        with self._unseen(), torch.no_grad(), input_size(self.model) as sizes:
-            self.compute(self.batches[index])
-            return [size / max(1.0, float(count)) for size, count in sizes]
+    def directions(self, rho: float) -> Sequence[Tensor]:
+        with self._unseen():
+            return input_directions(self.model, self.batches, self.compute, rho)
 
 
 def rows_to_hold_out(rows: int, batches: int, batch_size: int) -> int:

@@ -167,6 +167,15 @@ class Gradient(Worth):
         self.energy, self.steps = state["energy"].clone(), int(state["steps"])
 
 
+class GradientEnergy(Gradient):
+    """``sum_t ||dL_t/dB||^2`` at B = 0: of every batch by itself, so that no two cancel."""
+
+    meaning = "sum over batches of the squared gradient of B, at B = 0"
+
+    def scores(self) -> Tensor:
+        return self.energy.cpu()
+
+
 class CrossGradient(Gradient):
     """``sum_(s != t) <dL/dB_s, dL/dB_t>`` at B = 0: what batches agree on."""
 

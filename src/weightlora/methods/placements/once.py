@@ -1,0 +1,124 @@
+"""What the published placements share: they look once, before the first step, and keep what their rule names."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from weightlora.graft import Adapter
+from weightlora.methods.base import AdapterMethod, Needs
+from weightlora.methods.budgets import SpendingMethod, spread
+from weightlora.methods.checks import check_least
+from weightlora.methods.policy import Decision, GrowthPlan, HeldOut, Policy, Setup
+
+
+@dataclass(frozen=True, kw_only=True)
+class OneLook(AdapterMethod):
+    """A rule in two halves: what it measures of the model as it is, and which adapters stay for what it found."""
+
+    presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {"paper": {}, "official": {}}  # the class's own defaults
+
+    def begin(self, adapters: tuple[Adapter, ...], max_steps: int) -> Policy:
+        return OneLookPolicy(self, adapters)
+
+    @abstractmethod
+    def measure(self, adapters: Sequence[Adapter], weights: Iterator[Tensor], held_out: HeldOut | None) -> list[float]:
+        """The score of every adapter; more is better.
+
+        Args:
+            adapters: all of them.
+            weights: their frozen weights ``(d_out, d_in)``, one at a time.
+            held_out: rows that the run does not train on, where the method needs some.
+        """
+
+    @abstractmethod
+    def keep(self, adapters: Sequence[Adapter], scores: Sequence[float]) -> tuple[Sequence[int], str]:
+        """Which adapters stay, by index, and why."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Placement(OneLook, SpendingMethod):
+    """Settings of a rule that says itself how many adapters stay.
+
+    Args:
+        spend: parameters: what stays gets ranks for them, one and the same but for one more where the score is largest
+            (`--params` sets it). None: the ranks it has.
+        seed: of the initial values, where ranks grow.
+    """
+
+    chooses_k: ClassVar[bool] = True
+
+    seed: int = 0
+
+    @property
+    def needs(self) -> Needs:
+        return Needs(grows=self.spend is not None)
+
+
+@dataclass(frozen=True, kw_only=True)
+class SeeingPlacement(Placement):
+    """Settings of such a rule that sees the model at work, on `batches` batches of rows that it does not train on."""
+
+    batches: int = 8
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_least(self, 1, "batches")
+
+    @property
+    def needs(self) -> Needs:
+        return Needs(held_out=self.batches, grows=self.spend is not None)
+
+
+class OneLookPolicy(Policy):
+    """Looks where a run begins, and decides before its first step; see :class:`OneLook`."""
+
+    seam = 0
+
+    def __init__(self, method: OneLook, adapters: tuple[Adapter, ...]) -> None:
+        self.spend = method.spend if isinstance(method, SpendingMethod) else None
+        super().__init__(adapters, Setup(look=self.look, restarts=self.spend is not None))
+        self.method = method
+        self.scores: list[float] = []
+
+    def look(self, weights: Iterator[Tensor], held_out: HeldOut | None) -> None:
+        """Measure; nothing is changed."""
+        self.scores = self.method.measure(self.adapters, weights, held_out)
+
+    def decide(self, omegas: Sequence[float]) -> Decision:
+        kept, why = self.method.keep(self.adapters, self.scores)
+        selection = self.method.choose(self.adapters, sorted(kept), why, step=0, scores=self.scores)
+        if not isinstance(self.method, Placement) or self.spend is None:
+            return Decision(selection=selection)
+        growth = self._growth(sorted(kept), self.spend)
+        return Decision(selection=selection, growth=growth, restart=torch.Generator().manual_seed(self.method.seed))
+
+    def _growth(self, kept: Sequence[int], spend: int) -> GrowthPlan:
+        order = ranked([self.scores[i] for i in kept])
+        return spread(spend, [(self.adapters[i],) for i in kept], order)
+
+
+def ranked(scores: Sequence[float]) -> list[int]:
+    """Indices by falling score; the earlier first where two are equal.
+
+    >>> ranked([1.0, 3.0, 3.0])
+    [1, 2, 0]
+    """
+    return sorted(range(len(scores)), key=lambda i: (-scores[i], i))
+
+
+def means(values: Sequence[float], groups: Sequence[str]) -> dict[str, float]:
+    """The mean of every group's values.
+
+    >>> means([1.0, 2.0, 3.0], ["a", "b", "a"])
+    {'a': 2.0, 'b': 2.0}
+    """
+    members: dict[str, list[float]] = {}
+    for value, group in zip(values, groups, strict=True):
+        members.setdefault(group, []).append(value)
+    return {group: sum(found) / len(found) for group, found in members.items()}
