@@ -1,7 +1,8 @@
-"""What people switch on in TRL's SFT and GRPO: NEFTune, masked losses, a reward by a rule, a reference."""
+"""What people switch on in TRL's SFT and GRPO: NEFTune, masked losses, packing, a reward by a rule, a reference."""
 
 from __future__ import annotations
 
+import itertools
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from weightlora.graft.adapters import lora_layers
 from weightlora.graft.export import export
 from weightlora.methods import WeightLoRA
 from weightlora.training import fit
+from weightlora.training.identity import IN_USE
 
 trl = pytest.importorskip("trl")
 pytestmark = pytest.mark.filterwarnings("ignore:.gradient_checkpointing_:FutureWarning")
@@ -55,11 +57,27 @@ def sft(out: Path, rows: list[dict[str, Any]], **arguments: Any) -> Any:
     return made
 
 
+def apart(each: Any) -> float:
+    """The largest difference of logits between a batch of rows in one sequence and each row on its own."""
+    batch = each.data_collator([each.train_dataset[i] for i in range(4)])
+    starts = [*(batch["position_ids"][0] == 0).nonzero().flatten().tolist(), batch["input_ids"].shape[1]]
+    assert len(starts) > 4
+    model = each.model.eval()
+    with torch.no_grad():
+        together = model(**{key: value for key, value in batch.items() if key != "labels"}).logits
+        alone = [model(input_ids=batch["input_ids"][:, i:j]).logits for i, j in itertools.pairwise(starts)]
+    return float((together - torch.cat(alone, dim=1)).abs().max())
+
+
 MODES: dict[str, tuple[Any, dict[str, Any]]] = {
     "NEFTune": (texts, {"neftune_noise_alpha": 5.0}),
     "assistant only": (chats, {"assistant_only_loss": True}),
     "completion only": (lambda: [{"prompt": r["prompt"], "completion": r["chosen"]} for r in pairs(prompt=True)], {}),
+    "packed": (texts, {"packing": True, "max_length": 16}),
+    "packed, wrapped": (texts, {"packing": True, "packing_strategy": "wrapped", "max_length": 16}),
+    "padding-free": (texts, {"padding_free": True, "max_length": None}),
 }
+MEASURED = ("NEFTune", "packed")
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -73,15 +91,17 @@ def test_a_mode_is_trls_own_and_goes_through_the_seam(mode: str, tmp_path: Path)
     assert max_difference(adapter_state(plain.model), adapter_state(all_kept.model)) == 0.0
     assert torch.equal(losses(plain), losses(all_kept))
     chosen = sft(tmp_path / "c", rows(), **arguments)
-    result = fit(chosen, CHOSEN)
+    result = fit(chosen, CHOSEN, measure=mode in MEASURED)
     assert torch.allclose(losses(plain)[:3], losses(chosen)[:3], atol=1e-4)
     assert [(phase.name, phase.steps) for phase in result.phases] == [("warmup", 3), ("final", 3)]
-    assert all(phase.kept_activation_bytes for phase in result.phases)
+    assert all(phase.kept_activation_bytes for phase in result.phases) is (mode in MEASURED)
     assert len(adapters(chosen.model)) == 2
     assert len(losses(chosen)) == 6
     assert bool(losses(chosen).isfinite().all())
     hooks = chosen.model.get_input_embeddings()._forward_hooks.values()
     assert not any("neftune" in hook.__name__ for hook in hooks)
+    if chosen.padding_free:  # no row sees another one, through the survivors either
+        assert apart(chosen) < 1e-5
 
 
 @pytest.mark.parametrize(
@@ -101,12 +121,20 @@ def test_what_trl_refuses_it_refuses_in_its_own_words(
 
 @pytest.mark.filterwarnings("ignore:.use_liger_kernel=True. is deprecated:FutureWarning")
 def test_liger_says_itself_that_it_is_not_there(tmp_path: Path) -> None:
+    """Before the first step, and the model is the one that was given."""
     from transformers.utils import is_liger_kernel_available
 
     if is_liger_kernel_available():
         pytest.skip("liger-kernel is installed; its kernels need a GPU")
+    each = sft(tmp_path, texts(), use_liger_kernel=True)
+    kinds = {name: type(module) for name, module in each.model.named_modules()}
+    state = {name: value.clone() for name, value in each.model.state_dict().items()}
     with pytest.raises(ImportError, match=r"liger-kernel >= 0\.3\.0 is not available"):
-        fit(sft(tmp_path, texts(), use_liger_kernel=True), CHOSEN)
+        fit(each, CHOSEN)
+    assert {name: type(module) for name, module in each.model.named_modules()} == kinds
+    assert max_difference(state, each.model.state_dict()) == 0.0
+    assert each.state.global_step == 0
+    assert [path.name for path in tmp_path.rglob("*")] == [IN_USE]  # whose folder it is
 
 
 # reinforcement learning

@@ -43,8 +43,11 @@ def initial_values(trainer: Trainer, loader: Any) -> tuple[Any, ...]:
 def own_code(trainer: Trainer) -> str | None:
     """What a loss is computed by that neither Transformers nor TRL has written, or that makes batches as it trains.
 
-    It may keep state anywhere, so that calling it once more than training does could be seen. None if there is no such.
+    It may keep state anywhere, so that calling it once more than training does could be seen. Liger's kernels are put
+    in as training begins: before, another computation would be counted. None if there is no such.
     """
+    if trainer.args.use_liger_kernel:
+        return "what use_liger_kernel puts in"
     if trainer.compute_loss_func is not None:
         return "compute_loss_func"
     for name, homes in (("compute_loss", ("transformers", "trl")), ("_prepare_inputs", ("transformers",))):
