@@ -1,4 +1,4 @@
-"""What ``make docs`` adds to the pages: the command line's reference, made from the parsers that read the commands."""
+"""What ``make docs`` adds: the command line's reference, made from the parsers, and a link to the glossary."""
 
 from __future__ import annotations
 
@@ -7,13 +7,17 @@ from collections.abc import Iterator
 from typing import Any
 
 MARK = "<!-- commands -->"
+GLOSSARY = "glossary.md"
 OF_A_RUN = ("task", "model and adapters", "training", "method", "settings of the method")
 _CELLS = str.maketrans({"|": "\\|", "<": "&lt;", "\n": " "})
 
 
-def on_page_markdown(markdown: str, **_: Any) -> str:
-    """Put the reference where a page asks for it. MkDocs calls this for every page."""
-    return markdown.replace(MARK, commands()) if MARK in markdown else markdown
+def on_page_markdown(markdown: str, page: Any = None, **_: Any) -> str:
+    """Put the reference where a page asks for it, and the glossary below it. MkDocs calls this for every page."""
+    made = markdown.replace(MARK, commands()) if MARK in markdown else markdown
+    if page is None or page.file.src_uri == GLOSSARY:
+        return made
+    return f"{made}\n\n[Glossary]({'../' * page.file.src_uri.count('/')}{GLOSSARY}): the words of these pages.\n"
 
 
 def commands() -> str:

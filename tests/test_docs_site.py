@@ -22,6 +22,12 @@ from weightlora.runs.spec import RunSpec
 from weightlora.settings import typed
 
 SHELL = re.compile(r"^```(?:text|bash)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+OWN_WORDS = """\
+adapter, adapter path, answer tokens, base, bit for bit, budget, checkpoint, coverage, credit, decision, deepest,
+disconnect, engine, export, factors, fold, form, gate, growth, head, held out, K, kept activations, kept bytes,
+live, lowest, manifest, method, micro-batch, nats, omega, phase, placement, plan, policy, preset, profile, rank,
+recipe, record, report, room, score, seal, seam, selection, setting, setup, spec, stock, study, surgery, survivor,
+T, task, trial, warm-up"""
 START = [ROOT / "README.md", ROOT / "docs" / "index.md", *sorted((ROOT / "docs" / "start").glob("*.md"))]
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.py"))
 MOST_WORDS = 35
@@ -115,6 +121,13 @@ def test_sentences_are_short(page: Path) -> None:
 def test_a_long_sentence_is_found() -> None:
     page = f"# Title\n\nShort `x y` [one](a.md). {'word ' * 36}end.\n\n```text\n{'word ' * 99}\n```\n- an item\n"
     assert [len(said.split()) for said in sentences(page)] == [2, 3, 37, 2]
+
+
+def test_words_of_our_own_are_in_the_glossary() -> None:
+    glossary = (ROOT / "docs" / "glossary.md").read_text(encoding="utf-8")
+    explained = {word.strip().removeprefix("to ") for marked in re.findall(r"\*{1,2}([^*]+)\*{1,2}", glossary)
+                 for word in marked.split(",")}  # fmt: skip
+    assert set(" ".join(OWN_WORDS.split()).split(", ")) - explained == set()
 
 
 def cells(script: str) -> list[tuple[str, str]]:

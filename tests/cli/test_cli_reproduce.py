@@ -94,7 +94,7 @@ def test_small_keeps_the_share_of_adapters(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (("table9",), "'table9' is no experiment of this release; there are table1, table2"),
+        (("table9",), "'table9' is not an experiment; use one of table1, table2"),
         (("table1", "--task", "squad"), "this table has no task 'squad'; it has mnli, sst2, cola"),
         (("table1", "--methods", "dora"), "this table has no method 'dora'; it has Full Fine-Tuning, LoRA"),
         (("table1", "--scale", "tiny"), "argument --scale: invalid choice: 'tiny'"),

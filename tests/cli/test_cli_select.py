@@ -75,7 +75,7 @@ def test_the_block_for_another_trainer(small_data: Path, tmp_path: Path, capsys:
 
     for words, told in (
         (("--from", out, "--format", "llama-factory"), "llama-factory has no setting for task_type"),
-        (("--from", out, "--k", "3"), "--from trains nothing, so 'k' has no place beside it"),
+        (("--from", out, "--k", "3"), "--from trains nothing, so 'k' has no effect; drop it"),
         (("--from", tmp_path), "cannot read the selection"),
     ):
         assert weightlora("select", *words) == 2

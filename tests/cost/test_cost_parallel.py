@@ -150,5 +150,5 @@ def test_what_is_refused() -> None:
         PlanConfig(devices=0)
     with pytest.raises(ConfigError, match="ddp"):
         PlanConfig(sharding="zero2")
-    with pytest.raises(ConfigError, match="a probe runs on one device, and devices=4"):
+    with pytest.raises(ConfigError, match="--probe runs on one device, and the plan is for 4"):
         calibrate(CONFIG, planner(), "cpu")

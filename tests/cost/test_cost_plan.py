@@ -158,7 +158,7 @@ def test_a_higher_lowest_survivor_takes_less() -> None:
     config = replace(SMALL, lowest=1)
     assert planner(config).plan().final.total < planner().plan().final.total
     assert planner(config).plan().final.lowest == "bert.encoder.layer.1"
-    with pytest.raises(ConfigError, match="lowest=2 is no block with a target; use 0 to 1"):
+    with pytest.raises(ConfigError, match="lowest=2 is not a block with adapters; use 0 to 1"):
         planner_for(replace(SMALL, lowest=2), traces=planner().traces)
 
 
@@ -234,8 +234,8 @@ def test_a_measured_overhead_is_added() -> None:
 @pytest.mark.parametrize(
     ("changes", "device", "message"),
     [
-        ({}, "cuda", "torch sees no CUDA device"),
-        ({"device": "cuda"}, "cpu", "assumes the kernels of cuda"),
+        ({}, "cuda", "torch finds no CUDA device"),
+        ({"device": "cuda"}, "cpu", "is for the kernels of cuda"),
         ({"quantization": "4bit"}, "cpu", "random weights, which are not quantised"),
     ],
 )

@@ -145,13 +145,13 @@ def test_refuses_an_embedding_alone_or_beside_others(targets: list[str]) -> None
 def test_refuses_a_layer_under_two_names() -> None:
     linear = nn.Linear(4, 4)
     net = get_peft_model(nn.Sequential(linear, nn.Tanh(), linear), LoraConfig(r=2, target_modules=["0"]))
-    refused(net, "0 and 2 are one and the same layer, so an adapter on it has no place of its own; leave both out")
+    refused(net, "0 and 2 are the same layer under two names, which cannot have an adapter each; leave both out")
     net = nn.Sequential(
         get_peft_model(nn.Sequential(linear), LoraConfig(r=2, target_modules=["0"])).base_model.model[0]
     )
     net.append(net[0])
     net.peft_config = {"default": LoraConfig(r=2)}  # type: ignore[assignment]
-    refused(net, "0 and 1 are one and the same layer", "default")
+    refused(net, "0 and 1 are the same layer under two names", "default")
 
 
 def test_asks_a_layer_both_ways_whether_it_honours_variants() -> None:

@@ -147,7 +147,7 @@ def test_blocks_are_counted_over_the_model_and_outsiders_stay() -> None:
     loop = Loop.start(Flexora(select_after=4), model).run(4)
     assert any("pooler" in a.name for a in adapters(model))
     loop.run(6)
-    with pytest.raises(ScheduleError, match="the adapters lie in 1; put them in 2 or more"):
+    with pytest.raises(ScheduleError, match="the adapters are in 1; put them into 2 or more"):
         Loop.start(Flexora(select_after=4), lora(layers=1))
 
 

@@ -249,5 +249,5 @@ def test_outputs_that_say_nothing_are_refused() -> None:
     optimizer.step()
     with pytest.raises(ScheduleError, match="outputs are all zero or not finite after 1 steps"):
         tuner.step()
-    with pytest.raises(ScheduleError, match="lora_drop looks at rows that it does not train on"):
+    with pytest.raises(ScheduleError, match="lora_drop needs batches that the run does not train on"):
         attach(model, LoRADrop(select_after=1), optimizer, max_steps=3)

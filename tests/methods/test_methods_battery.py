@@ -288,7 +288,7 @@ def test_schedules_that_cannot_run() -> None:
         ScheduleError, "score='omega' ranks gates that learn; set gate_lr", lambda: start(WeightLoRA(score="omega"))
     )
     refused(ScheduleError, r"weightlora\+ grows at the seam", lambda: start(WeightLoRAPlus(select_after=None)))
-    refused(ScheduleError, "full has no adapters to decide on", lambda: start(method("full")))
+    refused(ScheduleError, "full uses no adapters, so attach has nothing to do", lambda: start(method("full")))
     start(WeightLoRA(k=N, score="omega", select_after=2))  # nothing to rank: gates held at 1 are allowed
 
 

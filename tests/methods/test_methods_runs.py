@@ -149,7 +149,9 @@ def test_what_is_no_lora_says_so_and_is_saved_in_its_own_format(name: str, tmp_p
     made = made_for(name, "recommended")
     each = trainer(tmp_path / "run", model_for(made), steps=3)
     result = fit(each, made, measure=False)
-    with pytest.raises(AdapterError, match=r"is no plain LoRA, so no profile can hold this adapter; save it in PEFT's"):
+    with pytest.raises(
+        AdapterError, match=r"is not plain LoRA, so no export profile can hold this adapter; save it in PEFT's"
+    ):
         wl.export(result, tmp_path / "out", sample=batch())
     assert not (tmp_path / "out").exists()
     save_own_format(each.model, tmp_path / "own", None)

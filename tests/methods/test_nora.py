@@ -115,7 +115,7 @@ def test_activations_weigh_the_approximation() -> None:
         assert torch.allclose(reached, torch.linalg.svdvals(W.double() * S)[3:].square().sum().sqrt(), rtol=1e-5)
     fresh = lora()
     optimizer = torch.optim.SGD(fresh.parameters(), lr=0.1)
-    with pytest.raises(ScheduleError, match="nora looks at rows that it does not train on"):
+    with pytest.raises(ScheduleError, match="nora needs batches that the run does not train on"):
         attach(fresh, NoRA(calibration_batches=1), optimizer, max_steps=9)
     assert len(HeldOutBatches(model, rows).watch(0, input_size)) == 6
 
@@ -143,7 +143,10 @@ def test_a_quantised_base_is_refused_before_anything_is_touched(made: Method, tm
 
 
 def test_ranks_and_settings_that_cannot_be() -> None:
-    with pytest.raises(AdapterError, match=r"rank 17 on .*query is more than the 16 singular values that nora finds"):
+    with pytest.raises(
+        AdapterError,
+        match=r"rank 17 on .*query is more than the 16 singular values of its weight, from which nora starts",
+    ):
         Loop.start(NoRA(outer_rank=17))
     with pytest.raises(AdapterError, match=r"outer_rank=3 is below the rank 4 of .*query; use 4 or more"):
         Loop.start(NoRA(outer_rank=3))
@@ -157,7 +160,7 @@ def test_a_budget_is_kept(params: int) -> None:
     made, rank = NoRA().within(params, [(16, 16)] * 6, 4)
     loop = Loop.start(made, lora(rank=rank))
     assert loop.tuner._driver.counts["trainable"] <= params
-    with pytest.raises(ConfigError, match="11 parameters are too few for 6 nests; use at least 12"):
+    with pytest.raises(ConfigError, match="11 parameters are too few for nora of rank 1 on 6 layers; use at least 12"):
         NoRA().within(11, [(16, 16)] * 6, 4)
 
 

@@ -83,7 +83,7 @@ def test_a_path_without_runs_says_what_to_give(tmp_path: Path) -> None:
         report([tmp_path / "gone"])
     with pytest.raises(ConfigError, match=r"holds no run: there is no record.json in it or below"):
         report([tmp_path])
-    with pytest.raises(ConfigError, match="name one run"):
+    with pytest.raises(ConfigError, match="name one or more run directories"):
         report([])
 
 

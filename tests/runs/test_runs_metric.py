@@ -92,7 +92,7 @@ def test_no_words_no_zero_shot(small_data: Path, tmp_path: Path, capsys: pytest.
     flags = ("--task", "sst2", "--data-dir", small_data, *TINY, *STEPS, "--method", "zero-shot")
     assert weightlora("train", *flags, "--out", tmp_path / "run") == 2
     told = capsys.readouterr().err
-    assert "gets a new head (classifier) that knows nothing; use a model that answers in words" in told
+    assert "gets a new head (classifier) with random weights; use a model that answers in words" in told
     assert not (tmp_path / "run").exists()
     settings = {"task": "sst2", "data_dir": str(small_data)}
     assert "zero-shot" not in all_methods(spec(model="bert-tiny-shape", **settings))

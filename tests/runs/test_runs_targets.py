@@ -33,7 +33,7 @@ def test_words_of_a_mixture(tmp_path: Path) -> None:
     assert len(found["target_parameters"]) == 4
     with pytest.raises(ConfigError, match=r"adapters on experts \(model.layers.0.* have no dropout; use --dropout 0"):
         placed(both, model, 0.05)
-    with pytest.raises(AdapterError, match="this model has no vision to adapt; use all-linear"):
+    with pytest.raises(AdapterError, match="targets 'vision' matches nothing in this model; use all-linear"):
         targets("vision", model)
     with pytest.raises(AdapterError, match="no linear layer ends in 'gate_up_proj'; use all-linear, attention, or end"):
         targets("gate_up_proj", model)

@@ -135,7 +135,7 @@ def test_long_texts_are_cut_and_the_question_stays(loaded: LoadedModel, tmp_path
         ({"words": "1="}, "label_words has '1='"),
         ({"prompt": "{texts}:"}, r"must name columns of task 'files': \{text\}"),
         ({"prompt": "Label:"}, "must name columns"),
-        ({"prompt": "{text:"}, "is no text with columns in braces"),
+        ({"prompt": "{text:"}, "is not a text with columns in braces"),
     ],
 )
 def test_what_cannot_be_asked(file: Path, loaded: LoadedModel, settings: dict[str, str], message: str) -> None:
@@ -178,7 +178,7 @@ def test_who_tells_the_classes(loaded: LoadedModel, data_dir: Path, tmp_path: Pa
         ({"task": "stsb", "classify_by": "answer"}, "predicts a number, which has no answer tokens"),
         ({"task": "gsm8k", "classify_by": "answer"}, "classify_by belongs to classification, not to task 'gsm8k'"),
         ({"task": "gsm8k", "prompt": "{question}"}, "prompt belongs to classification"),
-        ({"model": "minilm", "label_words": "negative=bad"}, "label_words is for classes told by answer tokens"),
+        ({"model": "minilm", "label_words": "negative=bad"}, "label_words is for a model that answers in words"),
         ({"classify_by": "ask"}, "classify_by='ask' is unknown; use head, answer"),
     ):
         with pytest.raises(WeightLoRAError, match=message):

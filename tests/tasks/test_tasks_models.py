@@ -151,7 +151,7 @@ def test_a_checkpoint_of_another_model_is_refused(tmp_path: Path) -> None:
     loaded.model.bert.encoder.layer = loaded.model.bert.encoder.layer[:1]
     loaded.model.save_pretrained(tmp_path)  # one layer in the file, two in its config
     loaded.tokenizer.save_pretrained(tmp_path)
-    with pytest.raises(ConfigError, match=r"its checkpoint lacks 'bert.encoder.layer.1\..*'; it does not fit Bert"):
+    with pytest.raises(ConfigError, match=r"its checkpoint lacks 'bert.encoder.layer.1\..*', which Bert"):
         load_model(str(tmp_path), num_labels=2)
 
 
@@ -244,7 +244,7 @@ def test_a_language_model_comes_back_from_its_folder_with_its_own_head(tmp_path:
     classifier.model.save_pretrained(tmp_path / "classifier")
     classifier.tokenizer.save_pretrained(tmp_path / "classifier")
     if head == "causal-lm":  # its head is not tied to the embeddings, and it is not there
-        with pytest.raises(ConfigError, match=r"lacks 'lm_head.weight'; it is no causal-lm"):
+        with pytest.raises(ConfigError, match=r"lacks 'lm_head.weight', so it is no causal-lm model"):
             load_model(str(tmp_path / "classifier"), head=head)
 
 

@@ -275,14 +275,17 @@ def test_the_smallest_set_that_holds_a_share_of_the_score(tmp_path: Path) -> Non
         ({"k": 3, "memory": "1GiB"}, "k and memory both say"),
         ({"share": 0.9, "kept": "0.5x"}, "kept and share both say"),
         ({"share": 1.5}, "share=1.5 is out of range"),
-        ({"kept": "half"}, "'half' is no share"),
+        ({"kept": "half"}, "'half' is not a share"),
         ({"memory": "1GiB", "step_time": "0.5x"}, "memory and step_time both say"),
         ({"memory": "much"}, "'much' is not a number of bytes"),
         ({"memory": 0}, "0 is not a number of bytes"),
-        ({"step_time": "0.5"}, "'0.5' is no share"),
-        ({"step_time": "2x"}, "'2x' is no share"),
-        ({"memory": "1GiB", "coverage": True}, "coverage spreads a number of adapters, and memory sets none"),
-        ({"memory": "1GiB", "select_after": None}, "needs select_after"),
+        ({"step_time": "0.5"}, "'0.5' is not a share"),
+        ({"step_time": "2x"}, "'2x' is not a share"),
+        (
+            {"memory": "1GiB", "coverage": True},
+            "coverage=True spreads a number of adapters, and memory gives no number",
+        ),
+        ({"memory": "1GiB", "select_after": None}, "makes no choice; give select_after"),
     ],
 )
 def test_settings_that_contradict_each_other_are_refused(settings: dict[str, Any], message: str) -> None:

@@ -366,6 +366,6 @@ def test_a_scaler_of_accelerates_is_refused() -> None:
     optimizer: Any = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
     optimizer = Accelerator(cpu=True).prepare(optimizer)
     optimizer.scaler = torch.amp.GradScaler("cpu")
-    with pytest.raises(ConfigError, match="fp16 training scales gradients"):
+    with pytest.raises(ConfigError, match="fp16 training scales the gradients"):
         attach(model, TWO, optimizer)
     assert not optimizer.optimizer._optimizer_step_pre_hooks

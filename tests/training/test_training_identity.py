@@ -89,7 +89,7 @@ def test_a_checkpoint_of_another_run_is_refused_by_name(name: str, old: dict[str
     shutil.rmtree(out / "checkpoint-6")
     shutil.copytree(old[name] / "checkpoint-6", out / "checkpoint-6")
     before = contents(out)
-    with pytest.raises(CheckpointError, match=r"checkpoint-6 is not of the run that .* is in use for; remove it"):
+    with pytest.raises(CheckpointError, match=r"checkpoint-6 belongs to another run than .*; remove it"):
         run(out, name, True, rate=1e-3)
     assert contents(out) == before
 

@@ -217,13 +217,13 @@ def two(init: str) -> PeftModel:
     ("make", "made", "says"),
     [
         (lambda: half("pissa"), KEPT, r"'pissa' moved .*query \(torch.bfloat16\).*dtype=torch.float32"),
-        (loftq, KEPT, "'loftq' moved .* not known to the bit; use init_lora_weights=True, 'pissa' or 'olora'"),
-        (lambda: warm(initialised("pissa")), KEPT, "not at its initial values any more.*fresh get_peft_model"),
-        (lambda: warm(initialised("olora")), KEPT, "not at its initial values any more.*fresh get_peft_model"),
+        (loftq, KEPT, "'loftq' moved .* not known exactly; use init_lora_weights=True, 'pissa' or 'olora'"),
+        (lambda: warm(initialised("pissa")), KEPT, "no longer at its initial values.*fresh get_peft_model"),
+        (lambda: warm(initialised("olora")), KEPT, "no longer at its initial values.*fresh get_peft_model"),
         (lambda: two("olora"), KEPT, "holds 2 adapters"),
-        (lambda: initialised("pissa"), method("adalora"), "adalora gives them values of its own"),
-        (lambda: initialised("pissa"), method("lora_drop"), "gives them values of its own"),
-        (lambda: initialised("pissa"), WeightLoRA(k=2, select_after=3, init_A="official"), "values of its own"),
+        (lambda: initialised("pissa"), method("adalora"), "adalora gives them new values"),
+        (lambda: initialised("pissa"), method("lora_drop"), "gives them new values"),
+        (lambda: initialised("pissa"), WeightLoRA(k=2, select_after=3, init_A="official"), "gives them new values"),
         (lambda: lora(bias="lora_only"), KEPT, "bias='lora_only'.*would go on training; use bias='none', or 'all'"),
     ],
 )
@@ -251,7 +251,7 @@ def test_a_sharded_base_cannot_be_given_anything_back() -> None:
 def test_nothing_is_disconnected_whose_part_of_the_base_nobody_noted() -> None:
     model = initialised("pissa")
     before = weights(model)
-    with pytest.raises(AdapterError, match="what it took was not noted before training"):
+    with pytest.raises(AdapterError, match="that part was not recorded before training"):
         disconnect(model, ["bert.encoder.layer.0.attention.self.query"])
     assert max_difference(weights(model), before) == 0.0
 

@@ -147,7 +147,7 @@ def test_what_is_refused_before_the_first_step(tmp_path: Path) -> None:
     refused(trainer(tmp_path, auto_find_batch_size=True), "auto_find_batch_size begins training anew .* set it to Fa")
     scaled = trainer(tmp_path)
     scaled.accelerator.scaler = torch.amp.GradScaler("cpu")  # what fp16=True makes on a GPU
-    refused(scaled, "fp16 training scales gradients, and gates and credits would read them scaled; use bf16")
+    refused(scaled, "fp16 training scales the gradients that gates and scores are computed from; use bf16")
     refused(trainer(tmp_path, data=Once(examples(8))), "train_dataset is an iterator, .* starts at the beginning")
 
 

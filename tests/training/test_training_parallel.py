@@ -273,7 +273,7 @@ def test_processes_that_nobody_connected(together: Together, tmp_path: Path) -> 
 def test_engines_that_are_refused(tmp_path: Path) -> None:
     flat = trainer(tmp_path)
     flat.args.fsdp_plugin_args = {"fsdp_version": 1}  # which Accelerate takes on a GPU only
-    with pytest.raises(ConfigError, match="FSDP1 flattens adapters and base into one parameter"):
+    with pytest.raises(ConfigError, match="FSDP1 puts adapters and base into one flat parameter"):
         fit(flat, LoRA())
     several = trainer(tmp_path)
     several.args._n_gpu = 2  # what Transformers notes where it sees two GPUs in one process
@@ -281,7 +281,7 @@ def test_engines_that_are_refused(tmp_path: Path) -> None:
         fit(several, LoRA())
     scaled = trainer(tmp_path)
     scaled.accelerator.scaler = torch.amp.GradScaler("cpu")
-    with pytest.raises(ConfigError, match=r"fp16 training scales gradients.*; use bf16"):
+    with pytest.raises(ConfigError, match=r"fp16 training scales the gradients.*; use bf16"):
         fit(scaled, LoRA())
     assert not list(tmp_path.iterdir())
 
@@ -355,7 +355,7 @@ def test_a_length_in_epochs_stays_what_it_was(together: Together, tmp_path: Path
 def test_a_command_that_shares_no_work(together: Together, tmp_path: Path) -> None:
     words = ["compare", *COMMAND, "--out", str(tmp_path / "out")]
     assert together.codes(tmp_path, processes=2, kind="command", words=words) == [2, 2]
-    assert "2 processes were started, and only train and resume share their work" in said(tmp_path)
+    assert "2 processes were started, but only train and resume can use several" in said(tmp_path)
     assert not (tmp_path / "out").exists()
 
 

@@ -261,7 +261,7 @@ def test_the_best_checkpoint_of_an_adapter_with_a_name_of_its_own(name: str, tmp
     if name == "default":
         assert wl.fit(made, METHOD, measure=False).selection is not None
         return
-    with pytest.raises(ConfigError, match="finds the adapter called 'default' alone, and this one is 'mine'"):
+    with pytest.raises(ConfigError, match="loads only an adapter called 'default', and this one is 'mine'"):
         wl.fit(made, METHOD)
     assert made.state.global_step == 0
     made.args.load_best_model_at_end = False

@@ -107,5 +107,5 @@ def test_a_model_without_a_head_is_refused(tmp_path: Path) -> None:
     with pytest.raises(AdapterError, match="trains the plain model"):
         fit(each, wl.HeadOnly())
     each.model = base("bert").base_model
-    with pytest.raises(AdapterError, match="has no head of its own to train"):
+    with pytest.raises(AdapterError, match="has no new head to train"):
         fit(each, wl.HeadOnly())

@@ -269,5 +269,5 @@ def test_a_limit_is_refused_where_batches_are_made_by_training(tmp_path: Path) -
         args=args, train_dataset=Dataset.from_list([{"prompt": "w1 w2"}] * 8), reward_funcs=lambda **_: [1.0] * 4,
         model=get_peft_model(bare(LlamaForCausalLM), lora("CAUSAL_LM")), processing_class=tokenizer(),
     )  # fmt: skip
-    with pytest.raises(ConfigError, match="GRPOTrainer makes them as it trains; use k"):
+    with pytest.raises(ConfigError, match="GRPOTrainer makes its batches during training; use k"):
         fit(made, WeightLoRA(memory=2**30, select_after=3))

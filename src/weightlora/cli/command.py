@@ -103,7 +103,7 @@ def option_out(parser: argparse.ArgumentParser, default: str | None, metavar: st
 
 def option_overwrite(parser: argparse.ArgumentParser) -> None:
     """Add --overwrite."""
-    parser.add_argument("--overwrite", action="store_true", help="replace what is in --out")
+    parser.add_argument("--overwrite", action="store_true", help="replace the run that is in --out")
 
 
 def option_dry_run(parser: argparse.ArgumentParser) -> None:

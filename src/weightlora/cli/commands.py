@@ -91,7 +91,7 @@ def select(given: Given) -> int:
     options = given.options
     if options.source is not None:
         if given.settings:
-            raise ConfigError(f"--from trains nothing, so {next(iter(given.settings))!r} has no place beside it")
+            raise ConfigError(f"--from trains nothing, so {next(iter(given.settings))!r} has no effect; drop it")
         selection, block = placement(options.source, options.format or "peft")
         given.show(selection.to_json(), block)
         return 0
@@ -231,7 +231,7 @@ def _add_select(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--format",
         choices=("peft", "trl", "axolotl", "llama-factory", "unsloth"),
-        help="print the block to paste into that trainer's own file, too",
+        help="also print the block to paste into this trainer's own file",
     )
     parser.add_argument(
         "--from",
@@ -242,7 +242,11 @@ def _add_select(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_plan(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--memory", metavar="SIZE", help="what there is, such as 16GiB: find what fits, or refuse")
+    parser.add_argument(
+        "--memory",
+        metavar="SIZE",
+        help="memory of a device, such as 16GiB: find the micro-batch that fits, or say what would fit",
+    )
     parser.add_argument("--layers", action="store_true", help="show what each block keeps, too")
     parser.add_argument(
         "--probe", action="store_true", help="run one step on random weights, and correct the plan by it"

@@ -14,17 +14,20 @@ from weightlora.settings import flat_name
 METHOD_HELP = {
     "k": ("K", "adapters to keep: a count, or a share such as 0.25 (default: 0.25; weightlora: --kept 0.6x)"),
     "memory": ("SIZE", "instead of K: bytes that the whole run may take, such as 12GiB (weightlora)"),
-    "step_time": ("SHARE", "instead of K: operations that a step may take after the choice, such as 0.6x of before"),
-    "kept": ("SHARE", "instead of K: bytes kept for backward after the choice, such as 0.6x of all adapters"),
-    "share": ("SHARE", "instead of K: the smallest set that holds this share of the total score, such as 0.9"),
-    "select_after": ("T", "step after which the other adapters are removed, or a share of the run (default: 0.15)"),
+    "step_time": ("SHARE", "instead of K: operations of a step, as a share of a step with all adapters, such as 0.7x"),
+    "kept": (
+        "SHARE",
+        "instead of K: bytes kept for the backward pass, as a share of what all adapters keep, such as 0.6x",
+    ),
+    "share": ("SHARE", "instead of K: as few adapters as hold this share of the total score, such as 0.9"),
+    "select_after": ("T", "step after which adapters are chosen, or a share of the run (default: 0.15)"),
     "adapter_rate": ("X", "learning rate of the adapters, as a multiple of the run's (default: the method's)"),
     "b_rate": ("X", "learning rate of B, as a multiple of A's, as in LoRA+ (default: 1)"),
     "score": (None, "what adapters are ranked by: credit, next-credit, trapezoid, gradient, cross-gradient, ..."),
-    "coverage": (None, "spread the choice over blocks"),
-    "gate_lr": ("X", "learning rate of the gates omega"),
-    "growth": (None, "how new ranks begin: gaussian or qr (weightlora+)"),
-    "max_rank": ("N", "cap on grown ranks (weightlora+)"),
+    "coverage": (None, "true: spread the choice over the blocks"),
+    "gate_lr": ("X", "learning rate of the gates (omega), the numbers that scale adapters"),
+    "growth": (None, "initial values of new ranks: gaussian or qr (weightlora+)"),
+    "max_rank": ("N", "highest rank that an adapter may grow to (weightlora+)"),
 }
 
 
@@ -86,9 +89,9 @@ def add_run(parser: argparse.ArgumentParser) -> None:
     for name, (metavar, text) in METHOD_HELP.items():
         group.add_argument(_flag(name), default=argparse.SUPPRESS, metavar=metavar, help=text)
     parser.epilog = (
-        (parser.epilog or "") + "\nRECIPE.yaml holds flags as YAML (task: sst2); the command line has the last word."
-        "\nevery other setting of the method is a flag, too (docs/methods.md): --threshold 0.9, --batches 16;"
-        "\nand every flag of transformers.TrainingArguments, under its own name: --learning_rate 3e-4,"
+        (parser.epilog or "") + "\nRECIPE.yaml holds flags as YAML (task: sst2); flags on the command line override it."
+        "\nEvery other setting of the method is a flag, too (docs/methods.md): --threshold 0.9, --batches 16."
+        "\nSo is every field of transformers.TrainingArguments, under its own name: --learning_rate 3e-4,"
         "\n--max-steps 200, --per_device_train_batch_size 8, --bf16, --gradient_checkpointing, --report_to ..."
     )
 

@@ -120,7 +120,7 @@ def _check_processes(name: str, words: Sequence[str]) -> None:
 
     if launched() > 1 and (not COMMANDS[name].shared or "--dry-run" in words):
         raise ConfigError(
-            f"{launched()} processes were started, and only train and resume share their work; start"
+            f"{launched()} processes were started, but only train and resume can use several; start"
             f" `weightlora {name}` in one process, without torchrun or accelerate launch"
         )
 

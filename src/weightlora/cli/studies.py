@@ -147,14 +147,16 @@ def _unwatched() -> bool:
 def _add_where(parser: argparse.ArgumentParser) -> None:
     """Where runs run, and whether they run at all."""
     parser.add_argument(
-        "--ray", metavar="ADDRESS", help="run on a Ray cluster: auto, local, or host:port (pip install weightlora[ray])"
+        "--ray",
+        metavar="ADDRESS",
+        help="run on a Ray cluster: auto, local, or host:port (needs the extra: pip install 'weightlora[ray]')",
     )
-    parser.add_argument("--ray-cpus", type=float, metavar="N", help="CPUs that one run takes there (default: 1)")
+    parser.add_argument("--ray-cpus", type=float, metavar="N", help="with --ray: CPUs for each run (default: 1)")
     parser.add_argument(
         "--ray-gpus",
         type=float,
         metavar="N",
-        help="GPUs that one run takes there, also 0.5 (default: 1 if there are any)",
+        help="with --ray: GPUs for each run, also 0.5 (default: 1 if the cluster has any)",
     )
     option_dry_run(parser)
 

@@ -207,7 +207,9 @@ def holding(scores: Sequence[float], share: float) -> list[int]:
     _check_finite(scores)
     order = sorted((i for i, score in enumerate(scores) if score > 0), key=lambda i: (-scores[i], i))
     if not order:
-        raise ConfigError("no score is above zero, so no set holds a share of them; train longer before the choice")
+        raise ConfigError(
+            "no score is above zero, so there is no share of them to keep; train longer before the choice"
+        )
     wanted, held = share * math.fsum(scores[i] for i in order), 0.0
     for count, index in enumerate(order, 1):
         held += scores[index]

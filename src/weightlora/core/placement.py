@@ -135,7 +135,9 @@ def place(importance: Sequence[float], costs: PlacementCosts, budget: int) -> Pl
         raise ConfigError(f"importances at {bad} are not finite; training diverged before the choice")
     worth = [i for i, value in enumerate(importance) if value > 0]
     if not worth:
-        raise ConfigError("no importance is positive, so there is nothing worth its cost; check what was measured")
+        raise ConfigError(
+            "no importance is positive, so no adapter is worth its cost; train longer before the choice, or give k"
+        )
     alone = {i: costs.total([i]) for i in worth}
     fitting = [i for i in worth if alone[i] <= budget]
     if not fitting:

@@ -56,5 +56,5 @@ def parse_share(text: str) -> float:
     match = _SHARE.fullmatch(text.strip()) if isinstance(text, str) else None
     share = 0.0 if match is None else float(match[1])
     if not 0 < share <= 1:
-        raise ConfigError(f"{text!r} is no share of a step's time; write for example 0.6x, above 0x and at most 1x")
+        raise ConfigError(f"{text!r} is not a share; write for example 0.6x, above 0x and at most 1x")
     return share

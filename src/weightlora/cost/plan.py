@@ -140,7 +140,7 @@ class Planner:
         self.lowest = self.blocks[0] if config.lowest is None else config.lowest
         if self.lowest not in self.blocks:
             raise ConfigError(
-                f"lowest={self.lowest} is no block with a target; use {self.blocks[0]} to {self.blocks[-1]}"
+                f"lowest={self.lowest} is not a block with adapters; use {self.blocks[0]} to {self.blocks[-1]}"
             )
         idle = [a.name for a in self.trace.adapters if not self.trace.pieces(a.index)]
         if idle:

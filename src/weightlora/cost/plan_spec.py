@@ -45,28 +45,34 @@ class PlanConfig:
         "minilm (default), smollm2, deberta-v3-base, bart-large, llama-3-8b, a hub name, a folder, a config",
     )
     head: str | None = setting(None, f"{', '.join(HEADS)} (default: by the config)", choices=HEADS)
-    num_labels: int = setting(2, "of a classification (default: 2)", metavar="N", least=1)
+    num_labels: int = setting(2, "number of classes (default: 2)", metavar="N", least=1)
     targets: str = setting(
-        "all-linear", "all-linear (default), attention, experts, vision, or endings of module names, comma-separated"
+        "all-linear",
+        "layers with adapters: all-linear (default), attention, experts, vision, or endings of module names,"
+        " comma-separated",
     )
     r: int = setting(8, "rank of every adapter (default: 8)", least=1)
-    k: int | float = setting(0.25, "survivors: a count, or a share such as 0.25 (default: 0.25)", metavar="K")
-    lowest: int | None = setting(None, "block of the lowest survivor (default: the worst case)", metavar="BLOCK")
-    dtype: str | None = setting(None, f"of the weights: {', '.join(DTYPES)} (default: the config's)", choices=DTYPES)
+    k: int | float = setting(0.25, "adapters to keep: a count, or a share such as 0.25 (default: 0.25)", metavar="K")
+    lowest: int | None = setting(None, "block of the lowest kept adapter (default: the first block)", metavar="BLOCK")
+    dtype: str | None = setting(
+        None, f"dtype of the weights: {', '.join(DTYPES)} (default: the config's)", choices=DTYPES
+    )
     autocast: bool = setting(False, "compute in bfloat16 over float32 weights, as train's --bf16 does")
-    quantization: str | None = setting(None, "of frozen weights: 8bit, 4bit or 4bit-double")
+    quantization: str | None = setting(None, "quantisation of the frozen weights: 8bit, 4bit or 4bit-double")
     dropout: float = setting(0.05, "LoRA dropout (default: 0.05)", least=0, below=1)
     batch: int = setting(16, "examples per optimizer step (default: 16)", metavar="N", least=1)
     length: int = setting(128, "tokens per example (default: 128)", metavar="N", least=1)
     optimizer: str = setting(
-        "adamw_torch", "as --optim of train: adamw_torch (default), sgd, adafactor, adamw_8bit, ..."
+        "adamw_torch", "the optimizer, as --optim of train: adamw_torch (default), sgd, adafactor, adamw_8bit, ..."
     )
     checkpointing: bool = setting(False, "gradient checkpointing of every block")
-    engine: str = setting("auto", "auto (default), or stock for PEFT's own forward")
-    device: str = setting("cuda", "whose kernels are assumed: cuda (default) or cpu", choices=("cuda", "cpu"))
-    devices: int = setting(1, "train on so many; all figures are per device (default: 1)", metavar="N", least=1)
+    engine: str = setting("auto", "code that computes the adapters: auto (default), or stock (PEFT's own)")
+    device: str = setting("cuda", "device whose kernels are assumed: cuda (default) or cpu", choices=("cuda", "cpu"))
+    devices: int = setting(1, "number of devices; all figures are for one of them (default: 1)", metavar="N", least=1)
     sharding: str = setting(
-        "ddp", f"how devices share: {', '.join(SHARDINGS)} (default: ddp); a model, not measured", choices=SHARDINGS
+        "ddp",
+        f"how devices share the work: {', '.join(SHARDINGS)} (default: ddp); a model, not measured",
+        choices=SHARDINGS,
     )
     gated: bool = setting(True)
 

@@ -100,7 +100,7 @@ def train_heads(model: nn.Module, heads: Sequence[str] | None = None) -> None:
         heads = [name for name, module in model.named_children() if body is not model and module is not body]
     if not heads:
         raise AdapterError(
-            f"{type(model).__name__} has no head of its own to train: what it answers with was pretrained; use adapters"
+            f"{type(model).__name__} has no new head to train: its head was pretrained; use a method with adapters"
         )
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(any(name.startswith(f"{head}.") for head in heads))
@@ -254,7 +254,7 @@ def adapters(model: nn.Module, name: str | None = None) -> tuple[Adapter, ...]:
             )
         )
     if not found:
-        raise AdapterError(f"adapter {name!r} touches no linear layer; check target_modules of its LoraConfig")
+        raise AdapterError(f"adapter {name!r} is on no linear layer; check target_modules of its LoraConfig")
     return tuple(found)
 
 
@@ -317,8 +317,8 @@ def _check_shared(model: nn.Module, name: str) -> None:
         home = homes.get(id(module))
         if home is not None and not path.startswith(f"{home}."):
             raise AdapterError(
-                f"{home} and {path.removesuffix('.base_layer')} are one and the same layer, so an adapter on it has no"
-                " place of its own; leave both out of target_modules"
+                f"{home} and {path.removesuffix('.base_layer')} are the same layer under two names, which cannot have"
+                " an adapter each; leave both out of target_modules"
             )
 
 

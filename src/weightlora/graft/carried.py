@@ -203,8 +203,8 @@ def find_outside(model: nn.Module, root: nn.Module, name: str | None, carried: S
         total = sum(t.numel() for t in state.values())
         if sum(state[key].numel() for key in why if key in state and not _inside(key, carried)) > total / 2:
             raise ExportError(
-                f"most weights of the base differ from those of {name} ({next(iter(why))}, ...), so that this adapter"
-                " would not do there; use profile 'merged', or correct base_model_name_or_path"
+                f"most weights of the base differ from those of {name} ({next(iter(why))}, ...), so this adapter does"
+                " not fit it; use profile 'merged', or correct base_model_name_or_path"
             )
         rows = _new_rows(root, state, stock)
     tensors = {key: value for key, value in state.items() if key in why and not _inside(key, carried)}

@@ -98,7 +98,10 @@ def _names(root: nn.Module, pairs: Mapping[str, Any]) -> tuple[str, dict[str, st
         raise ExportError(f"llama.cpp has no tensor for an adapter on {lost[0]}; use {_CONVERTER}")
     tied = [path for path in pairs if root.get_submodule(path) is _output(root)]
     if tied and root.config.tie_word_embeddings:  # type: ignore[union-attr]
-        raise ExportError(f"{tied[0]} is tied to the embedding, where llama.cpp takes no adapter for it; leave it out")
+        raise ExportError(
+            f"{tied[0]} is tied to the embedding, and llama.cpp reads no adapter for a tied layer; leave it out"
+            " of target_modules"
+        )
     return arch, names
 
 

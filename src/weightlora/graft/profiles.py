@@ -198,11 +198,13 @@ def _check_settings(model: nn.Module, name: str, config: LoraConfig) -> None:
     init = moved_by(model, name)
     if init is not None and any(taken(layer, name) is None for _, layer in lora_layers(model, name)):
         raise ExportError(
-            f"init_lora_weights={init!r} moved a part of the base into the adapter, which no longer fits a stock base,"
-            " and nobody noted what it took; use profile 'merged', or train with weightlora.fit or attach"
+            f"init_lora_weights={init!r} moved a part of the base into the adapter, so it no longer fits a stock base,"
+            " and that part was not recorded; use profile 'merged', or train with weightlora.fit or attach"
         )
     if config.layer_replication:
-        raise ExportError("layer_replication changes the layers of the base, which do not travel; use profile 'merged'")
+        raise ExportError(
+            "layer_replication changes the layers of the base, which an adapter cannot hold; use profile 'merged'"
+        )
 
 
 def _check_carried(

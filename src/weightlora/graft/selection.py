@@ -128,7 +128,9 @@ class Selection:
             overrides: any field of ``LoraConfig`` (``task_type``, ``lora_dropout``, ``modules_to_save``, ...).
         """
         if not self.kept:
-            raise CheckpointError("the selection keeps no adapter, so there is no LoraConfig for it")
+            raise CheckpointError(
+                "the selection keeps no adapter, so there is no LoraConfig for it; select again with k of 1 or more"
+            )
         rank, alpha = common(self.kept)
         settings: dict[str, Any] = {
             "r": rank,

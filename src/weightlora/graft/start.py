@@ -76,24 +76,23 @@ def _check_returnable(path: str, layer: LoraLayer, name: str, init: str) -> None
     said = f"init_lora_weights={init!r} moved a part of the base into the adapters"
     if not init.lower().startswith(_TAKE):
         raise AdapterError(
-            f"{said}, and what a removed adapter took is not known to the bit; use init_lora_weights=True, 'pissa' or"
-            " 'olora'"
+            f"{said}, and for this value the part is not known exactly; use init_lora_weights=True, 'pissa' or 'olora'"
         )
     weight = getattr(layer.get_base_layer(), "weight", None)
     if type(weight) not in (nn.Parameter, Tensor) or weight.dtype not in (torch.float32, torch.float64):  # type: ignore[union-attr]
         kind = getattr(weight, "dtype", type(weight).__name__)
         raise AdapterError(
-            f"{said}, and the base weight of {path} ({kind}) rounds too much for it to be given back exactly; load the"
+            f"{said}, and the base weight of {path} ({kind}) rounds too much for it to be added back exactly; load the"
             " base with dtype=torch.float32 (bf16=True still computes in bfloat16), or use init_lora_weights=True"
         )
     if len(layer.lora_A) > 1:
         raise AdapterError(
-            f"{said}, and {path} holds {len(layer.lora_A)} adapters, so that giving it back would change the others;"
+            f"{said}, and {path} holds {len(layer.lora_A)} adapters, so adding it back would change the others;"
             " use init_lora_weights=True, or one adapter"
         )
     if not _is_initial(layer, name, init):
         raise AdapterError(
-            f"{said}, and the adapter on {path} is not at its initial values any more, so that what it took is not"
+            f"{said}, and the adapter on {path} is no longer at its initial values, so that part is not"
             " known; start from a fresh get_peft_model(...), and load trained weights (or resume) after that"
         )
 
@@ -141,7 +140,7 @@ def give_back(model: nn.Module, path: str, layer: LoraLayer, name: str) -> None:
         delattr(layer.lora_A[name], _TAKEN)
     elif (init := moved_by(model, name)) is not None:
         raise AdapterError(
-            f"init_lora_weights={init!r} moved a part of {path} into its adapter, and what it took was not noted"
+            f"init_lora_weights={init!r} moved a part of {path} into its adapter, and that part was not recorded"
             " before training; remove adapters with weightlora.fit or attach"
         )
 

@@ -94,7 +94,10 @@ def fold(model: nn.Module, omegas: Mapping[str, float], name: str = "default") -
         if omega == 1.0:
             continue
         if omega == 0.0 or not torch.isfinite(torch.tensor(omega)):
-            raise AdapterError(f"omega of {path} is {omega}; only a non-zero finite gate can be folded, disconnect it")
+            raise AdapterError(
+                f"omega of {path} is {omega}; only a non-zero finite gate can be folded into B; remove this"
+                " adapter instead"
+            )
         B = factors(layer, name)[1]
         with torch.no_grad():
             B.mul_(omega)
@@ -188,7 +191,10 @@ def resize(
 def _refuse_experts(path: str, layer: LoraLayer) -> None:
     """Raise AdapterError where A and B stack the pairs of several matrices, which no other rank fits."""
     if experts_of(layer) is not None:
-        raise AdapterError(f"{path} is a bare parameter (experts, a router), and the rank of its adapter cannot change")
+        raise AdapterError(
+            f"{path} is a bare parameter (experts, a router), and the rank of its adapter cannot change; leave"
+            " it out of target_parameters, or use a method that does not change ranks"
+        )
 
 
 def tie(model: nn.Module, groups: Sequence[Sequence[str]], name: str = "default") -> dict[nn.Parameter, Change]:

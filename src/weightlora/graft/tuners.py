@@ -72,8 +72,8 @@ def refuse_own_format(model: nn.Module) -> None:
     found = _kinds(model)
     if found and "LORA" not in found:
         raise AdapterError(
-            f"{', '.join(sorted(found))} is no plain LoRA, so no profile can hold this adapter; save it in PEFT's own"
-            " format with model.save_pretrained(FOLDER)"
+            f"{', '.join(sorted(found))} is not plain LoRA, so no export profile can hold this adapter; save it"
+            " in PEFT's own format with model.save_pretrained(FOLDER)"
         )
 
 

@@ -205,7 +205,9 @@ def sample_logits(model: nn.Module, sample: Mapping[str, Any] | None) -> tuple[M
     else:
         live = logits(model, sample)
     if live.isnan().any():
-        raise ExportError("the live model's logits on the sample are NaN, so there is nothing to compare with")
+        raise ExportError(
+            "the model's logits on the sample are NaN, so the export cannot be verified; train again with a lower rate"
+        )
     return sample, live
 
 

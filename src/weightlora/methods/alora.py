@@ -126,7 +126,9 @@ class ALoRAPolicy(Policy):
         batch = past // self.every % len(view.held_out)
         scores = (exact_scores if self.method.scoring == "exact" else gradient_scores)(view, batch)
         if not bool(scores.isfinite().all()):
-            raise ScheduleError(f"importances at step {view.step} are not finite: training diverged; lower the rate")
+            raise ScheduleError(
+                f"scores at step {view.step} are not finite: training diverged; lower the learning rate"
+            )
         return self._move(view.factors, scores)
 
     def _move(self, factors: Factors, scores: Tensor) -> list[Fresh]:

@@ -84,7 +84,7 @@ class FlexoraPolicy(Restarting):
         count = len({block for block in self.blocks if block is not None})
         if count < 2:
             raise ScheduleError(
-                f"flexora chooses among transformer blocks and the adapters lie in {count}; put them in 2 or more"
+                f"flexora chooses among transformer blocks, and the adapters are in {count}; put them into 2 or more"
             )
         self.alpha = torch.zeros(count, dtype=torch.float64, requires_grad=True)
         self.adam = torch.optim.Adam([self.alpha], lr=method.alpha_lr)

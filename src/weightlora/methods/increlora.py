@@ -253,7 +253,7 @@ class IncreLoRAPolicy(Policy):
         counts = [float(len(ranks)) for ranks in self.pool.live()]
         kept = [i for i, count in enumerate(counts) if count]
         if not kept:
-            raise ScheduleError("every rank gate is still 0, so no adapter would be left; train at least one step")
+            raise ScheduleError("every rank's E is still 0, so no adapter would be left; train at least one step")
         aim = f"a target of {self.target}" if self.method.spend is None else f"{self.method.spend} parameters"
         why = f"{int(sum(counts))} ranks of {aim} are live, {int(max(counts))} on the most important"
         selection = self.method.choose(self.adapters, kept, why, step=self.seam, scores=counts)

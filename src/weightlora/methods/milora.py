@@ -67,8 +67,8 @@ def check_ranks(method: str, ranks: Sequence[int], adapters: Sequence[Adapter]) 
     for a, rank in zip(adapters, ranks, strict=True):
         if rank > min(a.shape):
             raise AdapterError(
-                f"rank {rank} on {a.name} is more than the {min(a.shape)} singular values that {method} finds there;"
-                f" use at most {min(a.shape)}"
+                f"rank {rank} on {a.name} is more than the {min(a.shape)} singular values of its weight, from"
+                f" which {method} starts; use at most {min(a.shape)}"
             )
 
 

@@ -72,7 +72,8 @@ class NoRA(AdapterMethod):
         each = params // (2 * max(1, len(shapes)))  # r r' of one layer
         if each < 1:
             raise ConfigError(
-                f"{params} parameters are too few for {len(shapes)} nests; use at least {2 * len(shapes)}"
+                f"{params} parameters are too few for nora of rank 1 on {len(shapes)} layers; use at least"
+                f" {2 * len(shapes)}"
             )
         least = min(min(shape) for shape in shapes)
         inner = min(rank, isqrt(each), least)

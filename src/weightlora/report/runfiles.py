@@ -74,7 +74,11 @@ def find_runs(paths: Sequence[Path]) -> Found:
             except CheckpointError as error:
                 left_out.append(str(error))
     if not runs:
-        raise ConfigError(left_out[0] if left_out else "name one run directory, record file or folder of runs, or more")
+        raise ConfigError(
+            left_out[0]
+            if left_out
+            else "nothing to report on; name one or more run directories, record files or folders of runs"
+        )
     return Found(runs=tuple(runs.values()), left_out=tuple(dict.fromkeys(left_out)))
 
 

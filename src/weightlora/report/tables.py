@@ -155,7 +155,7 @@ def comparison_table(records: Sequence[Record]) -> Table:
         ConfigError: no records, or records of different tasks, models or metrics, which have no common mean.
     """
     if not records:
-        raise ConfigError("there are no records to compare; name one run directory or more")
+        raise ConfigError("there are no records to compare; name one or more run directories")
     for field in ("task", "model", "metric"):
         found = sorted({getattr(record, field) for record in records} - {""})  # "": it failed before it knew
         if len(found) > 1:

@@ -218,8 +218,8 @@ def _with_method(spec: RunSpec) -> tuple[Task, LoadedModel, Method, int, PreTrai
     chosen, rank = within_budget(spec, spec.make_method(), loaded)
     if not chosen.learns and loaded.heads:
         raise ConfigError(
-            f"method {chosen.name!r} asks the model as it is, and for {spec.task.data_name} model {spec.model.name!r}"
-            f" gets a new head ({', '.join(loaded.heads)}) that knows nothing; use a model that answers in words"
+            f"method {chosen.name!r} does not train, but for {spec.task.data_name} model {spec.model.name!r}"
+            f" gets a new head ({', '.join(loaded.heads)}) with random weights; use a model that answers in words"
         )
     if isinstance(chosen, PlainMethod):
         chosen.freeze(loaded.model, loaded.heads)
@@ -240,7 +240,7 @@ def training_arguments(spec: RunSpec, output_dir: Path, prepared: Prepared | Non
     own = {} if prepared is None else prepared.training
     generates = prepared is None or "predict_with_generate" in own
     if not generates and (idle := GENERATION & set(spec.training.arguments)):
-        raise ConfigError(f"{sorted(idle)[0]} is set, but task {spec.task.name!r} generates no text; drop it")
+        raise ConfigError(f"{sorted(idle)[0]} is set, but task {spec.task.name!r} generates no text; drop that setting")
     if (
         prepared is not None
         and prepared.ordered

@@ -50,7 +50,7 @@ class ProbeSpec(_FigureSpec):
         "cheap (default): all adapters in one run; paper: one adapter at a time, n runs of T steps for each seed",
         choices=("cheap", "paper"),
     )
-    seeds: tuple[int, ...] = setting((0, 1, 2), "comma-separated (default: 0,1,2)", metavar="S,S,...")
+    seeds: tuple[int, ...] = setting((0, 1, 2), "seeds, comma-separated (default: 0,1,2)", metavar="S,S,...")
     gradient_rows: int = setting(
         512, "training rows that the gradient is taken over (default: 512)", metavar="N", least=1
     )
@@ -61,7 +61,7 @@ class ProbeSpec(_FigureSpec):
             raise ConfigError(f"seeds={','.join(map(str, self.seeds))} must be different numbers, such as 0,1,2")
         if self.run.method.name not in ("weightlora", "weightlora+"):
             raise ConfigError(
-                f"a probe stars what weightlora selects; method {self.run.method.name!r} cannot be probed"
+                f"a probe marks what weightlora selects, so it takes no method {self.run.method.name!r}; use weightlora"
             )
 
 

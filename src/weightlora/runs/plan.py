@@ -117,13 +117,18 @@ def calibrate(config: PlanConfig, planner: Planner, device: str, micro_batch: in
             or several.
     """
     if config.quantization is not None:
-        raise ConfigError("a probe runs on random weights, which are not quantised; plan without it, or unquantised")
+        raise ConfigError("--probe runs on random weights, which are not quantised; drop --probe, or --quantization")
     if device == "cuda" and not torch.cuda.is_available():
-        raise ConfigError("torch sees no CUDA device to probe; plan without the probe")
+        raise ConfigError("torch finds no CUDA device for --probe; drop --probe, or use --device cpu")
     if config.devices > 1:
-        raise ConfigError(f"a probe runs on one device, and devices={config.devices}; plan without it, or for one")
+        raise ConfigError(
+            f"--probe runs on one device, and the plan is for {config.devices}; drop --probe, or use --devices 1"
+        )
     if device != config.device:
-        raise ConfigError(f"the plan assumes the kernels of {config.device}; a probe on {device} cannot correct it")
+        raise ConfigError(
+            f"the plan is for the kernels of {config.device}, which a probe on {device} cannot"
+            " correct; use the same device"
+        )
     phase = planner.warmup()
     with isolated_rng():
         bones, model = adapted(config, device)

@@ -159,7 +159,7 @@ def _check_folder(folder: Path, overwrite: bool) -> None:
         raise CheckpointError(
             f"{folder} holds an unfinished run; go on with `weightlora resume {folder}`, or --overwrite it"
         )
-    raise CheckpointError(f"{folder} is not empty and holds no run; choose another --out")
+    raise CheckpointError(f"{folder} is not empty and holds no run, so nothing in it is replaced; choose another --out")
 
 
 @contextlib.contextmanager

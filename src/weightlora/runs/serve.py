@@ -43,10 +43,14 @@ def export_run(
 
 def _export(spec: RunSpec, folder: Path, out: Path, profile: str, overwrite: bool, about: str) -> Export:
     if not (folder / ADAPTER).is_dir():
-        raise CheckpointError(f"{folder} has no adapter to export: method {spec.method.name!r} trains the model itself")
+        raise CheckpointError(
+            f"{folder} has no adapter to export: method {spec.method.name!r} trains the model"
+            " itself; open its model/ folder instead"
+        )
     if issubclass(METHODS[spec.method.name], TunerMethod):
         raise CheckpointError(
-            f"{folder / ADAPTER} is an adapter in PEFT's own format: {spec.method.name} is no plain LoRA, so no profile"
+            f"{folder / ADAPTER} is an adapter in PEFT's own format: {spec.method.name} is not plain LoRA, so no"
+            " export profile"
             " can hold it; open it with peft.PeftModel.from_pretrained"
         )
     task = read_task(spec.task, spec.model.name)

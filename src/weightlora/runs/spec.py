@@ -29,8 +29,8 @@ class ModelSpec:
         targets: "all-linear", "attention", "experts" (of a mixture), "vision", or endings of module names,
             comma-separated.
         r, alpha, dropout: of every adapter.
-        params: a budget of adapter parameters ("123k"), or None. The method's own knobs (rank, K, ...) are turned for
-            it, and the scale ``alpha / r`` stays what `alpha` and `r` say.
+        params: a budget of adapter parameters ("123k"), or None. It sets the method's rank or K; the scale
+            ``alpha / r`` stays that of `alpha` and `r`.
 
     Raises:
         ConfigError: a value that is not allowed.
@@ -42,13 +42,15 @@ class ModelSpec:
         flag="model",
     )
     targets: str = setting(
-        "all-linear", "all-linear (default), attention, experts, vision, or endings of module names, comma-separated"
+        "all-linear",
+        "layers with adapters: all-linear (default), attention, experts, vision, or endings of module names,"
+        " comma-separated",
     )
     r: int = setting(8, "rank of every adapter (default: 8)", least=1)
     alpha: float = setting(32, "LoRA alpha (default: 32)", above=0, use="a positive number (the paper uses 32)")
     dropout: float = setting(0.05, "LoRA dropout (default: 0.05)", least=0, below=1)
     params: str | None = setting(
-        None, "adapter parameters to spend, such as 123k: sets the method's rank or K", metavar="N"
+        None, "number of adapter parameters, such as 123k: sets the method's rank or K", metavar="N"
     )
 
     def __post_init__(self) -> None:
@@ -105,7 +107,8 @@ class TrainingSpec:
     )
     final_micro_batch: int | None = setting(None, "examples per forward pass after adapters were removed", metavar="N")
     engine: str = setting(
-        "auto", "how adapters compute: auto (default), autograd, triton, reference, or stock (PEFT's own forward)"
+        "auto",
+        "code that computes the adapters: auto (default), autograd, triton, reference, or stock (PEFT's own)",
     )
     arguments: dict[str, Any] = setting({}, flag="training")
 
@@ -326,4 +329,4 @@ def _settings_of(name: str, given: Mapping[str, Any], lenient: bool) -> dict[str
 def _check_finite(values: Mapping[str, Any]) -> None:
     for name, value in values.items():
         if isinstance(value, float) and not math.isfinite(value):
-            raise ConfigError(f"{name}={value} is not a finite number; use one")
+            raise ConfigError(f"{name}={value} is not allowed; use a finite number")

@@ -31,7 +31,10 @@ def targets(patterns: str, known: Layers) -> list[str]:
     for pattern in (part.strip() for part in patterns.split(",")):
         if pattern in words:
             if not words[pattern]:
-                raise AdapterError(f"this model has no {pattern} to adapt; use all-linear, attention, or name endings")
+                raise AdapterError(
+                    f"targets {pattern!r} matches nothing in this model; use all-linear,"
+                    " attention, or endings of module names"
+                )
             chosen |= set(words[pattern])
             continue
         for ending in known.attention_targets if pattern == "attention" else (pattern,):

@@ -36,7 +36,7 @@ class Cluster:
             raise ConfigError("the address of the Ray cluster is empty; use auto, local, or host:port")
         for name, value in (("cpus", self.cpus), ("gpus", self.gpus)):
             if value is not None and not 0 <= value < 1000:
-                raise ConfigError(f"ray_{name}={value} is not allowed; use what one run takes, such as 1")
+                raise ConfigError(f"ray_{name}={value} is not allowed; use the number for one run, such as 1")
 
 
 def spread(
@@ -81,7 +81,7 @@ def _import_ray() -> Any:
     try:
         import ray
     except ImportError:
-        raise ConfigError("Ray is not installed; run: pip install weightlora[ray], or leave --ray out") from None
+        raise ConfigError("Ray is not installed; run: pip install 'weightlora[ray]', or leave --ray out") from None
     return ray
 
 

@@ -47,7 +47,7 @@ class Reproduction:
 def check_experiment(name: str) -> None:
     """Raise ConfigError unless an experiment of this name is here."""
     if name not in (*TABLES, *FIGURES):
-        raise ConfigError(f"{name!r} is no experiment of this release; there are {', '.join((*TABLES, *FIGURES))}")
+        raise ConfigError(f"{name!r} is not an experiment; use one of {', '.join((*TABLES, *FIGURES))}")
 
 
 def reproduction(table: str, given: Overlay, *, small: bool) -> Reproduction:

@@ -18,9 +18,11 @@ class GridSpec:
         ConfigError: a value that is not allowed.
     """
 
-    tasks: Listed = setting(None, "tasks (default: the one of --task)", metavar="T,T,...")
-    methods: Listed = setting(None, "each NAME or NAME:PRESET; or all", metavar="M,M,...")
-    ranks: Listed = setting(None, "ranks, each with rows of its own (default: the one of --r)", metavar="R,R,...")
+    tasks: Listed = setting(None, "tasks to compare on (default: the one of --task)", metavar="T,T,...")
+    methods: Listed = setting(None, "methods to compare, each NAME or NAME:PRESET; or all", metavar="M,M,...")
+    ranks: Listed = setting(
+        None, "ranks to compare; each is a row of the table (default: the one of --r)", metavar="R,R,..."
+    )
     learning_rates: Listed = setting(None, "learning rates to choose from, for each task and method", metavar="X,X,...")
     tune: Listed = setting(
         None,
@@ -28,11 +30,11 @@ class GridSpec:
         metavar="X,X,...",
     )
     lr_warmups: Listed = setting(
-        None, "warm-ups of the learning rate to choose from, steps or shares", metavar="N,N,..."
+        None, "learning-rate warm-ups to choose from, in steps or as shares of the run", metavar="N,N,..."
     )
-    seeds: Listed = setting("0,1,2", "of the reported runs (default: 0,1,2)", metavar="S,S,...")
+    seeds: Listed = setting("0,1,2", "seeds of the runs that are reported (default: 0,1,2)", metavar="S,S,...")
     selection_seeds: Listed = setting(
-        None, "of the runs that choose (default: the first of --seeds)", metavar="S,S,..."
+        None, "seeds of the runs that choose settings (default: the first of --seeds)", metavar="S,S,..."
     )
     metric: str | None = setting(
         None,

@@ -198,7 +198,7 @@ def _cannot_start(grid: Grid, folder: Path) -> dict[str, str]:
             errors[cell.row] = error
     if errors and len(errors) == len(grid.cells):
         row, why = next(iter(errors.items()))
-        raise ConfigError(f"nothing of this can start; {row}: {why}") from why
+        raise ConfigError(f"no run can start; {row}: {why}") from why
     return {row: str(why) for row, why in errors.items()}
 
 

@@ -67,7 +67,9 @@ class AnswerTokens(Classification):
         try:
             named = {name for _, name, _, _ in string.Formatter().parse(self.prompt) if name is not None}
         except ValueError as error:
-            raise ConfigError(f"prompt={self.prompt!r} is no text with columns in braces ({error})") from None
+            raise ConfigError(
+                f"prompt={self.prompt!r} is not a text with columns in braces, such as '{{sentence}}' ({error})"
+            ) from None
         if not named or named - set(self.text_columns):
             there = ", ".join(f"{{{column}}}" for column in self.text_columns)
             raise ConfigError(f"prompt={self.prompt!r} must name columns of task {self.name!r}: {there}")

@@ -61,7 +61,9 @@ def load_task(name: str, **options: Any) -> Task:
         spec = TaskSpec(name=name, **options)
     except TypeError as error:
         option = str(error).rpartition("argument ")[2]
-        raise ConfigError(f"a task has no option {option}; see weightlora.tasks.TaskSpec") from None
+        raise ConfigError(
+            f"a task has no option {option}; the options are the fields of weightlora.tasks.TaskSpec"
+        ) from None
     return read_task(spec)
 
 
@@ -94,7 +96,8 @@ def _told(spec: TaskSpec, task: Classification, model: str | None) -> Task:
         return by_answer_tokens(task, spec.prompt, spec.label_words)
     if asked := spec.options("prompt", "label_words"):
         raise ConfigError(
-            f"{next(iter(asked))} is for classes told by answer tokens, and here a head tells them; drop it"
+            f"{next(iter(asked))} is for a model that answers in words, and here a new head predicts the class;"
+            " drop it, or pass classify_by='answer'"
         )
     return task
 

@@ -286,7 +286,8 @@ def find_heads(name: str, head: Head, model: PreTrainedModel, missing: set[str])
     if head in LANGUAGE:
         if missing:
             raise ConfigError(
-                f"model {name!r}: its checkpoint lacks {sorted(missing)[0]!r}; it is no {head}, pass one that is"
+                f"model {name!r}: its checkpoint lacks {sorted(missing)[0]!r}, so it is no {head} model; pass"
+                " one that is"
             )
         return ()
     base = model.base_model_prefix
@@ -297,7 +298,9 @@ def find_heads(name: str, head: Head, model: PreTrainedModel, missing: set[str])
         if parts[0] != base:
             continue
         if any(part.isdigit() for part in parts) or len(parts) < 3:
-            raise ConfigError(f"model {name!r}: its checkpoint lacks {key!r}; it does not fit {type(model).__name__}")
+            raise ConfigError(
+                f"model {name!r}: its checkpoint lacks {key!r}, which {type(model).__name__} needs; pass another model"
+            )
         inside[".".join(parts[:2])] = None
     return (*inside, *heads)
 

@@ -34,7 +34,7 @@ def is_file_task(name: str) -> bool:
 
 @dataclass(frozen=True, kw_only=True)
 class TaskSpec:
-    """Describe a task and the rows of it: which data, which columns, how many rows, how they are told.
+    """Describe a task and its rows: which data, which columns, how many rows, and what predicts the class.
 
     Args:
         name: ``cola``, ``sst2``, ``mrpc``, ``qqp``, ``stsb``, ``mnli`` (matched), ``qnli``, ``rte``; the embedded
@@ -49,13 +49,13 @@ class TaskSpec:
         pair_column: its second text column, if any.
         label_column: its label column.
         regression: whether that label is a number to predict.
-        max_train_samples: keep so many random training rows, in random order.
-        max_eval_samples: keep so many random validation rows, in random order.
-        holdout: leave the validation rows unread and hold out this part of the training rows instead, stratified by
-            class, questions on one text together: the honest place to tune a learning rate.
-        split_seed: of every random choice of rows. Runs of every seed see the same rows: seeds vary the model and the
-            order, not the task.
-        max_length: tokens per input; 0: what is usual for the task (128 for classification, 384 for SQuAD, ...).
+        max_train_samples: number of random training rows to keep, in random order.
+        max_eval_samples: number of random validation rows to keep, in random order.
+        holdout: hold out this part of the training rows to evaluate on, and do not read the validation rows. Stratified
+            by class, questions on one text together. Use it to tune a learning rate.
+        split_seed: seed of every random choice of rows. Runs with different seeds use the same rows: a seed changes
+            the model and the order of rows, not the task.
+        max_length: tokens per input; 0: the task's default (128 for classification, 384 for SQuAD, ...).
         classify_by: "head" or "answer" (tokens); None: answer tokens for a pretrained decoder, else a new head.
         prompt, label_words: as :func:`weightlora.tasks.by_answer_tokens`.
         doc_stride, max_answer_length, null_score_diff_threshold: as :class:`weightlora.tasks.QuestionAnswering`.
@@ -84,9 +84,9 @@ class TaskSpec:
     label_column: str = setting("label", "column with the label (default: label)")
     regression: bool = setting(False, "the label is a number to predict", only=(OWN_TABLE,))
     max_train_samples: int | None = setting(None, "train on N random rows", metavar="N", least=1, use=_ROWS)
-    max_eval_samples: int | None = setting(None, "judge by N random rows", metavar="N", least=1, use=_ROWS)
+    max_eval_samples: int | None = setting(None, "evaluate on N random rows", metavar="N", least=1, use=_ROWS)
     holdout: float | None = setting(
-        None, "judge by this share of the training rows, and leave the validation rows unread",
+        None, "evaluate on this share of the training rows, held out, and do not read the validation rows",
         metavar="SHARE", above=0, below=1,
         use="a part of the training rows such as 0.1",
     )  # fmt: skip
@@ -100,22 +100,27 @@ class TaskSpec:
     )
     classify_by: str | None = setting(
         None,
-        "what names the class: a new head, or the words that a causal model answers with (default: answer for a"
-        " pretrained one such as smollm2, else head)",
+        "what predicts the class: a new head, or a language model that answers with a word (default: answer for a"
+        " pretrained causal model such as smollm2, else head)",
         choices=("head", "answer"),
     )
     prompt: str | None = setting(
-        None, "the prompt that is answered, with columns in braces, such as '{sentence}\\nSentiment:'", metavar="TEXT"
+        None,
+        "with answer: the prompt, with columns in braces, such as '{sentence}\\nSentiment:'",
+        metavar="TEXT",
     )
     label_words: str | None = setting(
-        None, "the words that stand for classes (default: the classes' names)", metavar="CLASS=WORD,..."
+        None, "with answer: the word for each class (default: the names of the classes)", metavar="CLASS=WORD,..."
     )
     doc_stride: int | None = setting(
-        None, "squad: tokens that windows share (default: a third)", metavar="N", only=SQUAD
+        None, "squad: tokens by which windows overlap (default: a third)", metavar="N", only=SQUAD
     )
     max_answer_length: int | None = setting(None, "squad: tokens per answer (default: 30)", metavar="N", only=SQUAD)
     null_score_diff_threshold: float | None = setting(
-        None, "squad_v2: how far 'no answer' must lead to be given (default: 0)", metavar="X", only=("squad_v2",)
+        None,
+        "squad_v2: how much better 'no answer' must score to be given (default: 0)",
+        metavar="X",
+        only=("squad_v2",),
     )
     max_target_length: int | None = setting(
         None, "tokens per summary (default: 160) or generated answer (gsm8k: 256)", metavar="N",

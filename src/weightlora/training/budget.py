@@ -69,8 +69,8 @@ def _counted(trainer: Trainer, method: Method, limit: Limit, micro_batches: Micr
     kind = limit.kind
     if (own_code(trainer) or "").endswith("._prepare_inputs"):
         raise ConfigError(
-            f"{kind}= is counted on the run's batches before training, and {type(trainer).__name__} makes them as it"
-            " trains; use k"
+            f"{kind}= has to be counted on batches before training, and {type(trainer).__name__} makes its batches"
+            " during training; use k"
         )
     if kind == "step_time":
         return Allowed(micro_batches=micro_batches, budget=_within_operations(trainer, method, limit.amount))

@@ -84,10 +84,11 @@ class Driver:
         refuse_tied(self.adapters)
         needs = method.needs
         if needs.held_out and held_out is None:
-            raise ScheduleError(f"{method.name} looks at rows that it does not train on; give them as held_out=")
+            raise ScheduleError(f"{method.name} needs batches that the run does not train on; pass them as held_out=")
         if needs.limit is not None and budget is None and not needs.limit.assumed:
             raise ScheduleError(
-                f"{needs.limit.kind} has to be counted on the run's batches; use fit with a trainer, or k"
+                f"{needs.limit.kind} has to be counted on the run's batches, which attach does not know; use fit"
+                " with a trainer, or k"
             )
         self.policy = method.begin(self.adapters, max_steps)
         look_before(model, self.name, method, self.policy)

@@ -106,7 +106,8 @@ class GlobalBatch:
             return False
         if averages(trainer):
             raise CheckpointError(
-                f"{where} was trained with the sum over {self.parts} micro-batches (the model ignores how many there"
+                f"{where} was trained with gradients summed over {self.parts} micro-batches (the model ignores"
+                " how many there"
                 f" are, and the trainer adds them up); here a step has {now.parts}: resume with processes x"
                 f" accumulation = {self.parts} and no micro_batch, so that gradients stay as large as they were"
             )

@@ -98,10 +98,12 @@ def hold_out(trainer: Trainer, batches: int) -> HeldOutBatches | None:
     try:
         count = len(data)
     except TypeError:
-        raise ConfigError("the method sets training rows aside, which needs a train_dataset with a length") from None
+        raise ConfigError(
+            "the method holds out training rows, which needs a train_dataset with a length; give one"
+        ) from None
     held = rows_to_hold_out(count, batches, trainer.args.per_device_eval_batch_size)
     if held < 1:
-        raise ConfigError(f"{count} training rows are too few to set some aside; use 5 or more")
+        raise ConfigError(f"{count} training rows are too few to hold some out; use 5 or more")
     generator = torch.Generator().manual_seed(trainer.args.seed)
     order = torch.randperm(count, generator=generator).tolist()
     taken = stratified(order, _classes(data, count), held)

@@ -98,7 +98,7 @@ def check_folder(
         marker = Run.read(output_dir / IN_USE)
         if start is not None and marker is not None and own != marker.id:
             raise CheckpointError(
-                f"{start} is not of the run that {output_dir} is in use for; remove it, or go on from it with"
+                f"{start} belongs to another run than {output_dir}; remove it, or resume it with"
                 f" resume={str(start)!r} and another output_dir"
             )
         return []

@@ -28,7 +28,7 @@ def look_before(model: nn.Module, name: str, method: Method, policy: Policy) -> 
     if init is not None and _begins_elsewhere(model, name, policy):
         raise AdapterError(
             f"init_lora_weights={init!r} moved a part of the base into the adapters, and {method.name} gives them"
-            " values of its own, so that this part would be lost; use init_lora_weights=True"
+            " new values, so that part would be lost; use init_lora_weights=True"
         )
     lines = check_before(model, name)
     note_start(model, name)

@@ -167,7 +167,7 @@ def attach(
     """
     check_method(method)
     if not isinstance(method, AdapterMethod):
-        raise ScheduleError(f"{method.name} has no adapters to decide on; train the model as it is")
+        raise ScheduleError(f"{method.name} uses no adapters, so attach has nothing to do; train the model without it")
     given, optimizer = optimizer, torch_optimizer(optimizer)
     check_model(model, optimizer)
     if method.shares and max_steps is None:
@@ -175,7 +175,7 @@ def attach(
             f"{method.shares[0]} is a share of the run; give attach(..., max_steps=N), or a number of steps"
         )
     if isinstance(given, AcceleratedOptimizer) and given.scaler is not None:
-        raise ConfigError("fp16 training scales gradients, and gates and credits would read them scaled; use bf16")
+        raise ConfigError("fp16 training scales the gradients that gates and scores are computed from; use bf16")
     steps = UNKNOWN_LENGTH if max_steps is None else count("max_steps", max_steps)
     unseen = HeldOutBatches(model, held_out) if held_out else None
     return Tuner(Driver(model, method, steps, engine=engine, held_out=unseen), given)

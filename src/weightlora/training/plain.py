@@ -101,7 +101,9 @@ def _untrained(trainer: Trainer, method: PlainMethod | TunerMethod) -> FitResult
     """A method that trains nothing: the model as it is, with a phase without steps."""
     model = model_of(trainer)
     if has_adapters(model):
-        raise AdapterError(f"method {method.name!r} judges the plain model; give the trainer one without adapters")
+        raise AdapterError(
+            f"method {method.name!r} evaluates the plain model; give the trainer a model without adapters"
+        )
     phase = phase_result(trainer, "final", 0, 0.0, 0, None, PeakMemory())
     return FitResult(
         model=model, method=method, selection=None, phases=(phase,), metrics={}, max_steps=0, seam_step=None
@@ -116,6 +118,6 @@ def _check_same_run(start: Path, method: PlainMethod | TunerMethod, model: Any) 
     made_by = max(1, len(list(start.glob("rng_state_*.pth"))))
     if made_by != processes():
         raise CheckpointError(
-            f"{start} was made by {made_by} processes, and this run has {processes()}; {method.name} keeps no"
-            f" record of its batch: resume on {made_by}"
+            f"{start} was made by {made_by} processes, and this run has {processes()}; {method.name} can only be"
+            f" resumed by as many: resume on {made_by}"
         )

@@ -112,7 +112,7 @@ def check_best(trainer: Trainer) -> None:
     model = model_of(trainer)
     if trainer.args.load_best_model_at_end and has_adapters(model) and adapter_name(model) != "default":
         raise ConfigError(
-            f"load_best_model_at_end finds the adapter called 'default' alone, and this one is {adapter_name(model)!r};"
+            f"load_best_model_at_end loads only an adapter called 'default', and this one is {adapter_name(model)!r};"
             " give it that name, or set load_best_model_at_end=False"
         )
 

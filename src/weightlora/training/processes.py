@@ -87,7 +87,7 @@ def check_alike(grads: Sequence[Tensor], step: int) -> None:
     if not torch.equal(most, -least):
         raise ScheduleError(
             f"the gradients of step {step} differ between processes; wrap the model in DistributedDataParallel after"
-            " attach(), and again when tuner.step() returns a selection: the surgery has replaced parameters"
+            " attach(), and again when tuner.step() returns a selection, because it has replaced parameters"
         )
 
 

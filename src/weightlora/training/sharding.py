@@ -59,7 +59,7 @@ def check_sharding(trainer: Trainer) -> None:
         version = int(plugin.fsdp_version)
     if version == 1:
         raise ConfigError(
-            "FSDP1 flattens adapters and base into one parameter, which cannot be cut or grown; use FSDP2:"
+            "FSDP1 puts adapters and base into one flat parameter, from which none can be removed; use FSDP2:"
             " fsdp_config={'version': 2}, or fsdp_version: 2 for accelerate launch"
         )
     if plugin is None:
@@ -99,8 +99,9 @@ def check_method(method: Method, policy: Policy, init: str | None = None) -> Non
     """
     if init is not None:
         raise ConfigError(
-            f"init_lora_weights={init!r} moved the base's weights, which a removed adapter gives back, and FSDP shards;"
-            " run without FSDP, or use init_lora_weights=True"
+            f"init_lora_weights={init!r} moved a part of the base's weights into the adapters, which cannot be"
+            " added back under FSDP; run"
+            " without FSDP, or use init_lora_weights=True"
         )
     if any(adapter.experts is not None for adapter in policy.adapters):
         raise ConfigError(

@@ -95,7 +95,7 @@ def trace_step(trainer: Trainer, *, stock: bool = False) -> ActivationTrace | No
     """
     own = own_code(trainer)
     if own is not None:
-        raise AdapterError(f"{own} is called by training alone")
+        raise AdapterError(f"{own} may only be called by training")
     with first_loss(trainer) as loss:
         return None if loss is None else trace(trainer.model, loss, stock=stock)  # type: ignore[arg-type]
 
@@ -202,8 +202,8 @@ def check_trainer(trainer: Trainer) -> None:
     """Refuse, with the remedy, what would give wrong numbers or fail later."""
     if trainer.is_deepspeed_enabled:
         raise ConfigError(
-            "DeepSpeed is not supported: it owns the optimizer and its copies of what trains, which surgery would have"
-            " to cut and grow; drop the DeepSpeed configuration and start with torchrun (DDP), or shard the base with"
+            "DeepSpeed is not supported, because adapters cannot be removed from the copies of parameters that its"
+            " optimizer keeps; drop the DeepSpeed configuration and start with torchrun (DDP), or shard the base with"
             " FSDP2 (fsdp=True)"
         )
     started = get_int_from_env(["WORLD_SIZE"], 1)
@@ -213,9 +213,12 @@ def check_trainer(trainer: Trainer) -> None:
             " GPU set use_cpu=True in the trainer's arguments (--use-cpu)"
         )
     if trainer.args.n_gpu > 1:
-        raise ConfigError("DataParallel is not supported: start one process per GPU with torchrun, or show it one GPU")
+        raise ConfigError(
+            "DataParallel is not supported: start one process per GPU with torchrun, or set"
+            " CUDA_VISIBLE_DEVICES to one GPU"
+        )
     if trainer.accelerator.scaler is not None:
-        raise ConfigError("fp16 training scales gradients, and gates and credits would read them scaled; use bf16")
+        raise ConfigError("fp16 training scales the gradients that gates and scores are computed from; use bf16")
     if trainer.model_init is not None:
         raise ConfigError("model_init rebuilds the model inside train(); give the trainer a finished model instead")
     if trainer.args.auto_find_batch_size:

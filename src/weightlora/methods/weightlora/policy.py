@@ -136,8 +136,8 @@ class WeightLoRAPolicy(Policy):
             worth[i] = score
         if max(worth) <= 0:
             raise ScheduleError(
-                f"no adapter has a positive {self.method.score} after {self.horizon} steps, so none is worth its cost;"
-                " lower the learning rate, or raise select_after"
+                f"no adapter has a positive {self.method.score} score after {self.horizon} steps, so none is"
+                " worth its cost; lower the learning rate, or raise select_after"
             )
         chosen, words, facts = most_important(worth, budget, self.adapters)
         return list(chosen), f"the most {self._what}, within {words}", facts

@@ -103,7 +103,7 @@ class WeightLoRA(AdapterMethod):
             )
         given = [name for name in AMOUNTS if getattr(self, name) is not None]
         if len(given) > 1:
-            raise ConfigError(f"{given[0]} and {given[1]} both say how many adapters live; give one of them")
+            raise ConfigError(f"{given[0]} and {given[1]} both say how many adapters are kept; give one of them")
         if not given and (
             self.preset != "recommended" or self.score == "omega" or self.coverage or self.select_after is None
         ):
@@ -118,9 +118,14 @@ class WeightLoRA(AdapterMethod):
         if self.share is not None and not 0 < self.share <= 1:
             raise ConfigError(f"share={self.share} is out of range; use a share of the total score, such as 0.9")
         if self.coverage and given and self.k is None:
-            raise ConfigError(f"coverage spreads a number of adapters, and {given[0]} sets none; use k, or no coverage")
+            raise ConfigError(
+                f"coverage=True spreads a number of adapters, and {given[0]} gives no number; use k, or coverage=False"
+            )
         if self.limit is not None and given and self.select_after is None:
-            raise ConfigError(f"{given[0]} limits what runs after the seam, which needs select_after; give some")
+            raise ConfigError(
+                f"{given[0]} limits what is kept after the choice, and select_after=None makes no choice; give"
+                " select_after"
+            )
 
     @property
     def limit(self) -> Limit | None:
@@ -143,7 +148,7 @@ class WeightLoRA(AdapterMethod):
 
     def within(self: W, params: int, shapes: Shapes, rank: int, kinds: Sequence[str] = ()) -> tuple[W, int]:
         if self.limit is not None and not self.limit.assumed:
-            raise ConfigError(f"params and {self.limit.kind} both say how many adapters live; give one of them")
+            raise ConfigError(f"params and {self.limit.kind} both say how many adapters are kept; give one of them")
         return replace(self, k=k_for_params(params, rank, shapes)), rank
 
     def begin(self, adapters: tuple[Adapter, ...], max_steps: int) -> WeightLoRAPolicy:
