@@ -53,7 +53,7 @@ class Fitted(Protocol):
 
 @dataclass(frozen=True, kw_only=True)
 class Export:
-    """What was written, and how well it reproduces the live model.
+    """Say what was written, and how well it reproduces the trained model.
 
     ``max_difference`` of the logits is at most ``tolerance``. ``rank`` is the highest rank in the file (None: merged).
     ``notes`` are sentences for people.
@@ -80,32 +80,32 @@ def export(
 ) -> Export:
     """Write the adapter (or merged model) to a folder, load it again with stock software, and compare the logits.
 
-    The folder appears only when it is whole and verified. The live model is not changed. It may still be before the
-    seam: gates are then folded into B, and adapters whose gate is zero are left out.
+    The folder appears only when it is whole and verified. The model is not changed. If no choice has been made yet,
+    gates are multiplied into B, and adapters whose gate is zero are left out.
 
-    Weights are compared with the stock base, opened by its name or folder without network. What differs there and lies
-    in no adapter or saved module (weights of the base that trained, BatchNorm's statistics, resized embeddings) goes
-    into ``native`` and ``merged``; ``portable``, ``dense`` and ``gguf`` refuse it by name.
+    Weights are compared with the unchanged base, read from its folder or the cache without network. Other weights that
+    differ from it (trained weights of the base, BatchNorm's statistics, resized embeddings) are written by ``native``
+    and ``merged``; ``portable``, ``dense`` and ``gguf`` refuse them by name.
 
     - ``native``: stock PEFT with the ranks and scales as trained, and trained heads inside.
-    - ``portable`` (vLLM, SGLang, llama.cpp): one rank r with ``lora_alpha == r``, every scale folded into B, no
-      patterns, no ``modules_to_save``, a list of full names as targets, and zero adapters that complete q/k/v and
-      gate/up wherever one of them is live. A trained head cannot travel; it goes to ``head.safetensors``.
-    - ``dense``: portable, with zero adapters at the same places of all other blocks.
-    - ``gguf``: one file for llama.cpp (Llama, Mistral, Qwen2, Qwen3; needs the package gguf), ranks as trained. What is
-      reloaded is the file, brought back to PEFT's names.
-    - ``merged``: a plain Transformers model with the deltas added into its weights, heads included.
+    - ``portable`` (vLLM, SGLang): one rank r with ``lora_alpha == r``, every scale multiplied into B, no
+      patterns, no ``modules_to_save``, a list of full names as targets. If one of q, k, v (or of gate, up) has an
+      adapter, the others get one of zeros. A trained head is written beside it, to ``head.safetensors``.
+    - ``dense``: portable, with adapters of zeros at the same places of all other blocks.
+    - ``gguf``: one file for llama.cpp (Llama, Mistral, Qwen2, Qwen3; needs the package gguf), ranks as trained. The
+      check reads that file.
+    - ``merged``: a plain Transformers model with each adapter's update added to its weights, heads included.
 
     Args:
         result: what ``wl.fit`` returned, or a PEFT model. A model without adapters can be exported as ``merged``.
         out: the folder; new, empty, or an earlier export.
-        profile: one of the four.
+        profile: one of the five above.
         sample: a batch (dict of tensors) to compare logits on; None: random token ids.
         adapter: PEFT's adapter name; default: the active one.
-        base: merge into this full-precision model of the same structure instead of the base under the adapters
-            (quantised, say); a note says how far its logits are from the live model's.
-        overwrite: replace whatever `out` holds.
-        about: Markdown for ``README.md``, such as what the run measured; it is put at the end.
+        base: merge into this full-precision model of the same structure, for example if the base under the adapters is
+            quantised; a note says how far its logits are from those of the trained model.
+        overwrite: replace whatever is in `out`.
+        about: Markdown that is put at the end of ``README.md``, such as what the run measured.
 
     Returns:
         An :class:`Export`.

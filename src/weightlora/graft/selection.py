@@ -24,7 +24,7 @@ MAX_RANK = 2**20  # more than any layer has rows: a number beyond it would only 
 
 @dataclass(frozen=True, kw_only=True)
 class Choice:
-    """One adapter as the selection saw it: its gate and score at the seam, and the rank and scale it goes on with.
+    """Describe one adapter in a selection: its gate and score at the choice, and its rank and scale after it.
 
     ``tied`` is the name of the adapter whose A and B it uses from then on (None: its own). ``experts``: as in
     :class:`~weightlora.graft.adapters.Adapter`; not None for a bare parameter.
@@ -44,9 +44,9 @@ class Choice:
 class Selection:
     """What a method decided, in module order.
 
-    ``choices`` lists all n adapters; :attr:`kept` the survivors. ``step`` is the optimizer step of the seam (0: before
-    training; None: only at the end). ``why`` is one sentence for people. ``placement``: where a budget decided, what it
-    was and what the survivors cost (None: a count decided).
+    ``choices`` lists all n adapters; :attr:`kept` those that were kept. ``step`` is the optimizer step of the
+    choice (0: before training; None: at the end). ``why`` is one sentence for people. ``placement``: the budget,
+    and what the kept adapters cost; None if a number of adapters was given.
 
     >>> s = Selection(method="random", preset="recommended", step=0, why="drawn at random", choices=(
     ...     Choice(name="a", kept=True, omega=1.0, score=None, rank=4, scale=2.0),
@@ -154,7 +154,7 @@ class Selection:
             overrides: any field of ``LoraConfig``, as in :meth:`lora_config`.
 
         Raises:
-            ConfigError: that file has no place for it (ranks that differ, in ``trl`` and ``llama-factory``).
+            ConfigError: that file has no setting for it (ranks that differ, in ``trl`` and ``llama-factory``).
             CheckpointError: the selection keeps no adapter.
         """
         title = f"{self.k} of {self.n} adapters, chosen by {self.method} ({self.preset})"

@@ -20,7 +20,7 @@ from weightlora.methods.weightlora.worth import Gradient, Worth
 
 @dataclass(frozen=True, kw_only=True)
 class LoRA(AdapterMethod):
-    """Plain LoRA on every adapter: the reference row. ``y = W x + s B A x``. Source: Hu et al. 2021."""
+    """Train plain LoRA on every adapter: the reference row. ``y = W x + s B A x``. Source: Hu et al. 2021."""
 
     name: ClassVar[str] = "lora"
 
@@ -30,11 +30,11 @@ class LoRA(AdapterMethod):
 
 @dataclass(frozen=True, kw_only=True)
 class RandomAdapters(CountMethod):
-    """RLoRA, the paper's ablation: K adapters drawn uniformly before training, the rest disconnected.
+    """Keep K adapters drawn uniformly before training, and remove the others: RLoRA, the paper's ablation.
 
     Args:
         k: a count or a share of n.
-        seed: of the method's own generator: the set depends on nothing else.
+        seed: of the method's own generator, on which alone the set depends.
 
     Source: paper, section 4.4. Departs from the authors' code, in which some adapters could not be drawn.
     """
@@ -52,7 +52,7 @@ class RandomAdapters(CountMethod):
 
 @dataclass(frozen=True, kw_only=True)
 class DeepestAdapters(CountMethod):
-    """The K deepest adapters: cheapest in the backward pass, chosen without looking at the task. A control of ours."""
+    """Keep the K adapters in the last layers, which cost least in the backward pass. A control of ours."""
 
     name: ClassVar[str] = "top"
 
@@ -63,15 +63,15 @@ class DeepestAdapters(CountMethod):
 
 @dataclass(frozen=True, kw_only=True)
 class OneShotGradient(CountMethod):
-    """K by one-shot gradient dot product: no gate, no training of adapters before the choice. A control of ours.
+    """Keep the K adapters with the largest gradients of B, before any adapter has trained. A control of ours.
 
     For a few steps adapters are held at B = 0 while their gradients add up; then
     ``score_i = ||sum_t dL/dB_i||_F^2 = |<dL/ddW_i, s B_i A_i>|`` after one unit step from B = 0, and the K largest
-    live.
+    are kept.
 
     Args:
         k: a count or a share of n.
-        batches: how many optimizer steps to look at. They count as training steps (a head learns in them).
+        batches: number of optimizer steps to sum over. They count as training steps, because a head learns in them.
 
     Source: the scalar product of the paper's Figure 2, read at the first step.
     """

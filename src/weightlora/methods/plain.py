@@ -14,7 +14,7 @@ from weightlora.methods.base import PlainMethod
 
 @dataclass(frozen=True, kw_only=True)
 class FullFineTuning(PlainMethod):
-    """Full fine-tuning: no adapters, every weight trains. The upper reference of a table."""
+    """Train every weight, without adapters: the upper reference of a table."""
 
     name: ClassVar[str] = "full"
     trains: ClassVar[str] = "every weight trains"
@@ -25,7 +25,7 @@ class FullFineTuning(PlainMethod):
 
 @dataclass(frozen=True, kw_only=True)
 class HeadOnly(PlainMethod):
-    """No adapters: the head alone trains, on the features of the frozen base. What adapters have to be better than."""
+    """Train only the head, on the features of the frozen base. Adapters should be better than this."""
 
     name: ClassVar[str] = "head"
     trains: ClassVar[str] = "no adapters: the head alone trains"
@@ -36,7 +36,7 @@ class HeadOnly(PlainMethod):
 
 @dataclass(frozen=True, kw_only=True)
 class ZeroShot(PlainMethod):
-    """No training at all: the model is judged as it is, where it answers in words. A control of ours."""
+    """Train nothing: evaluate the model as it is, on tasks that it answers in words. A control of ours."""
 
     name: ClassVar[str] = "zero-shot"
     learns: ClassVar[bool] = False

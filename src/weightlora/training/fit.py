@@ -36,26 +36,27 @@ def fit(  # noqa: PLR0913 - one argument per user setting
 ) -> FitResult:
     """Train with a method, instead of ``trainer.train()``.
 
-    Runs the trainer to step T. There, at the seam, the method decides, other adapters are removed, survivors may grow,
-    and a checkpoint is written. The trainer resumes from it: schedule, rows, random numbers and logging go on.
+    Runs the trainer to step T. There, at the seam, the method chooses the adapters to keep (the survivors), the others
+    are removed, survivors may grow, and a checkpoint is written. The trainer resumes from it: schedule, rows, random
+    numbers and logging go on.
 
     Args:
         trainer: any ``transformers.Trainer`` (TRL's too) around a model with LoRA adapters.
         method: for example ``WeightLoRA(k=10, select_after=100)``.
-        resume: True goes on from the latest whole checkpoint in ``output_dir`` (from the start if there is none); a
-            path from that one. Method, base and number of steps must be the run's.
-        overwrite: remove the checkpoints of other runs from ``output_dir``, which is refused otherwise.
+        resume: True goes on from the latest whole checkpoint in ``output_dir``, or begins if there is none; a path
+            goes on from that checkpoint. Method, base and number of steps must be those of the run.
+        overwrite: remove the checkpoints of other runs from ``output_dir``. Without it such a folder is refused.
         micro_batch, final_micro_batch: examples per device and forward pass, before and after the seam. Accumulation
-            changes with them so that the effective batch, and with it the number of steps, stays what the trainer's
-            arguments say; the gradient is then the mean over that batch. None: leave it.
-        measure: count kept activation bytes and FLOPs of one micro-batch per phase, without a trace: by an extra
-            forward and backward, or, where the loss is the user's own, in the first step that runs.
-        log_omegas: how much of omega goes to the trainer's log during warm-up.
-        select_only: stop at the seam, with the survivors chosen and nothing trained further.
-        engine: how adapters compute while they train. "autograd": keeps only x, shared by q, k and v, and the
-            rank-r product. "triton": the same with CUDA kernels. "auto": triton where it can run, else autograd.
-            "reference": PEFT's formula, readable. "stock": PEFT's own forward, for comparison. The result is stock
-            PEFT in every case.
+            is adapted, so that the effective batch and the number of steps stay those of the trainer's arguments; the
+            gradient is the mean over that batch. None: the trainer's batch size.
+        measure: count kept activation bytes and FLOPs of one micro-batch per phase, by an extra forward and backward
+            pass, or, if the loss function is your own, in the first step that runs. Training is not changed by it.
+        log_omegas: which gates go to the trainer's log: "summary" (how many are on, largest, smallest) or "all".
+        select_only: stop at the seam: adapters are chosen, and nothing is trained after that.
+        engine: the code that computes the adapters. "autograd": keeps only x, shared by q, k and v, and the
+            rank-r product. "triton": the same with CUDA kernels. "auto": triton if it can run, else autograd.
+            "reference": PEFT's formula, readable. "stock": PEFT's own forward, for comparison. The result is a stock
+            PEFT model in every case.
 
     Returns:
         A :class:`FitResult`; ``trainer.model`` is a plain PEFT model with the survivors only. The trainer's arguments
@@ -66,8 +67,9 @@ def fit(  # noqa: PLR0913 - one argument per user setting
         AdapterError, ScheduleError, CheckpointError, ConfigError: before the first step; nothing was changed or
             written.
         AdapterError: at the first step after the seam, where a survivor gets no gradient.
-        DivergedError: a loss, gradient, gate or score became NaN or infinite; nothing was saved or selected since.
-            Every step is watched on the device, and read at steps that log, save or evaluate, and before a selection.
+        DivergedError: a loss, gradient, gate or score became NaN or infinite; nothing was saved or selected after
+            that. Every step checks on the device; the result is read at steps that log, save or evaluate, and before
+            a selection.
 
     Source: paper, section 3.3 (T steps, then disconnect; "the batch size can be increased"). Departs from it in
     resuming through a checkpoint, which is what makes a killed run continue to the same adapter.

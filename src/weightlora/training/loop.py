@@ -66,8 +66,8 @@ class Tuner:
             The selection in the call that made it, else None.
 
         Raises:
-            ScheduleError: ``optimizer.step()`` was not called since the last ``tuner.step()``. (Where Accelerate's
-                optimizer still accumulates, its ``step`` is none, and this one counts none.)
+            ScheduleError: ``optimizer.step()`` was not called since the last ``tuner.step()``. (While Accelerate's
+                optimizer accumulates, its ``step`` does nothing, and this one counts nothing.)
             AdapterError: at the first step after the seam no gradient reaches a survivor.
             DivergedError: a gradient became NaN or infinite. Every step is watched on the device; what was seen is
                 read at every tenth step, at the seam, in :meth:`state_dict` and in :meth:`finish`.
@@ -101,7 +101,7 @@ class Tuner:
         return dict(zip((a.name for a in self._driver.adapters), self._driver.omegas(), strict=True))
 
     def finish(self) -> Selection:
-        """End the run: select now if the method never did, and leave a plain PEFT model.
+        """End the run: select now if the method has not yet, and leave a plain PEFT model.
 
         Gradient checkpointing, and the hooks that let inputs require gradients, are again as the seam found them.
         """
@@ -139,12 +139,12 @@ def attach(
     Args:
         model: a model with LoRA adapters (``peft.get_peft_model``).
         method: for example ``WeightLoRA(k=10, select_after=100)``.
-        optimizer: holds the adapters' parameters; at the seam it is changed in place. What ``accelerator.prepare`` has
-            made of one is fine; ``tuner.step()`` may then be called after each of its steps, also while it accumulates.
-        max_steps: optimizer steps of the whole run; needed only where the method counts in shares of it.
-        engine: how adapters compute, as :func:`fit`.
-        held_out: batches that the loop does not train on, for a method that looks at some; ``model(**batch).loss`` is
-            asked for. (:func:`fit` sets training rows aside itself.)
+        optimizer: holds the adapters' parameters; at the seam it is changed in place. It may come from
+            ``accelerator.prepare``; then call ``tuner.step()`` after each of its steps, also while it accumulates.
+        max_steps: optimizer steps of the whole run; needed only if the method has settings that are shares of it.
+        engine: the code that computes the adapters, as in :func:`fit`.
+        held_out: batches that the loop does not train on, for methods that need some; they are used as
+            ``model(**batch).loss``. (:func:`fit` holds out training rows itself.)
 
     Returns:
         A :class:`Tuner`.

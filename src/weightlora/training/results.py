@@ -43,12 +43,12 @@ class FrontierPoint:
 
 @dataclass(frozen=True, kw_only=True)
 class FitResult:
-    """What :func:`fit` hands back: a plain PEFT model, what was kept and why, and what each phase cost.
+    """Hold what :func:`fit` returns: a plain PEFT model, what was kept and why, and what each phase cost.
 
-    ``adapter_params``: numbers in adapters (heads excluded) that were ``allocated``, ``trainable`` until the seam, that
-    trained at the ``peak`` of the run, and that were ``effective`` at the end, by the method's own formula.
-    ``predicted``: ``{phase: {field: number}}`` as said before the first step. ``frontier``: what the best k by score
-    hold and cost, for several k.
+    ``adapter_params``: parameters of adapters, without heads, by the method's own formula: ``allocated``, ``trainable``
+    until the seam, trained at the ``peak`` of the run, and ``effective`` at the end. ``predicted``: ``{phase: {field:
+    number}}``, as computed before the first step. ``frontier``: for several k, the share of the total score that the
+    best k adapters have, and what they cost.
     """
 
     model: nn.Module

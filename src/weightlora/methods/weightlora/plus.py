@@ -23,18 +23,18 @@ P = TypeVar("P", bound="WeightLoRAPlus")
 
 @dataclass(frozen=True, kw_only=True)
 class WeightLoRAPlus(WeightLoRA):
-    """WeightLoRA, then the survivors' ranks grow until the parameters of all n adapters are spent again.
+    """Select as WeightLoRA, then let the kept adapters grow in rank to the parameters that all n had.
 
-    ``[B, 0] [A; N] = B A``: the value is preserved and PEFT's scale held, so the loss does not jump.
+    ``[B, 0] [A; N] = B A``: the update stays the same, and so does PEFT's scale, so the loss does not jump.
 
     Args:
         growth: "gaussian" or "qr" (paper, section 3.4).
         noise: "normal", or the official code's "uniform".
         orthonormal: with "qr", orthonormalise the new directions (the paper prints them raw).
-        remainder: "drop" keeps one rank for all (servers want that); "top" hands left-over ranks to the best adapters.
-        max_rank: cap on the grown rank (for example 64, a server's limit).
-        comeback: whether a gate that a projection before T has set to 0 may rise again (the paper's rule). False: the
-            adapter is out for good, as in the official code, which removes it.
+        remainder: "drop" keeps one rank for all (servers need that); "top" gives left-over ranks to the best adapters.
+        max_rank: highest rank after growth (for example 64, a server's limit).
+        comeback: whether a gate that a projection before T has set to 0 may rise again (the paper's rule). False: it
+            stays 0, as in the official code, which removes the adapter.
         seed: of the generator that draws new directions.
 
     Source: paper, section 3.4.

@@ -23,38 +23,40 @@ W = TypeVar("W", bound="WeightLoRA")
 
 @dataclass(frozen=True, kw_only=True)
 class WeightLoRA(AdapterMethod):
-    """Train all n adapters for T steps, keep K, disconnect the rest, train on.
+    """Train all n adapters for T steps, keep K of them, remove the others, and train on.
 
     ``min over omega, A, B of L(W_i + s omega_i B_i A_i)  subject to  ||omega||_0 <= K``
 
     Args:
-        k: how many adapters live: a count (1..n), or as a float a share of n (0.25; 1.0 is all). None: what else is
-            given decides. Where nothing is, ``kept="0.6x"`` does under the preset `recommended`, and 0.25 under others,
-            for omega and coverage, and where nothing can be counted before training (own loops, FSDP).
-        memory: instead of k, bytes that the whole run may take ("12GiB"): those survive whose importance is the highest
-            in total among all sets that fit. Gates are not projected on the way. Ours, a departure from the paper.
-        step_time: instead of k, operations of a step after T as a share of one with all adapters ("0.6x"). Likewise.
-        kept: instead of k, bytes that backward keeps after T as a share of what it keeps with all adapters
-            ("0.6x"). Likewise; warm-up runs in smaller micro-batches, so that its peak stays within the same share.
-        share: instead of k, a share of the total score (0.9): the smallest set that holds it lives.
+        k: how many adapters to keep: a count (1..n), or as a float a share of n (0.25; 1.0 is all). None: give
+            `memory`, `step_time`, `kept` or `share`. If none of them is given, it is ``kept="0.6x"`` under the preset
+            `recommended`, and ``k=0.25`` under other presets, for omega and coverage, and if nothing can be counted
+            before training (your own loop, FSDP).
+        memory: instead of k, bytes that the whole run may take ("12GiB"). Of all sets that fit, the one with the
+            highest total score is kept. Gates are not projected before T. Ours, a departure from the paper.
+        step_time: instead of k, operations of a step after T as a share of one with all adapters ("0.7x").
+        kept: instead of k, bytes kept for the backward pass after T as a share of those with all adapters ("0.6x").
+            Warm-up uses smaller micro-batches, so that its peak stays within the same share.
+        share: instead of k, a share of the total score (0.9): as few adapters as have it are kept.
         select_after: T in optimizer steps, or a share of the run below 1 (1.0 could be either, and is refused). None
-            (``official``): gates learn to the end and nothing is disconnected before the adapter is saved.
+            (``official``): gates learn to the end, and nothing is removed before the adapter is saved.
         score: what is ranked at T. "omega": the gate (paper). "credit": the first-order loss decrease that an
             adapter's own updates bought, ``c_i = -sum_t <grad_t, p_(t+1) - p_t>``. "next-credit": the same with the
-            gradient of the next batch. "trapezoid": the mean of both. "gradient" and "cross-gradient": no adapter moves
-            before T; ``||sum_t dL/dB_t||^2``, and its part on which batches agree. "integrated": all gates raised
-            together from 0 to 1 on held-out batches at T, ``-int dL/domega_i``.
+            gradient of the next batch. "trapezoid": the mean of both. "gradient": no adapter moves before T, and the
+            score is ``||sum_t dL/dB_t||^2``; "cross-gradient": only the part of it that different batches share.
+            "integrated": at T, all gates are raised together from 0 to 1 on held-out batches, ``-int dL/domega_i``.
         coverage: spread the choice over blocks, by ``max sum_blocks sqrt(sum score_i)``.
         gate_lr: learning rate of omega's SGD; 0 holds every gate at 1.
         gate_lr_scheduled: multiply ``gate_lr`` by the run's learning-rate schedule.
         rule: which K gates survive a projection (see :func:`weightlora.core.top_k`).
-        project_every: project omega every so many steps; None: only at T, and there only if omega is the score.
-        k_schedule: how many gates a projection leaves, on the way to T.
+        project_every: steps between projections of omega, which leave K gates on; None: only at T, if omega is the
+            score.
+        k_schedule: how many gates a projection before T leaves on.
         drift: let Adam's momentum and weight decay move adapters whose gate is 0.
         init_A: "lora" (PEFT's scale) or "official" (sqrt(d_in / r) times larger).
 
-    The defaults are the preset ``recommended``; ``WeightLoRA(preset="paper", k=10)`` has the paper's, and what is given
-    beside it wins. :attr:`label` says what differs from the preset; selections and records carry it.
+    The defaults are the preset ``recommended``; ``WeightLoRA(preset="paper", k=10)`` has the paper's. Settings that you
+    give override the preset's. :attr:`label` says what differs from the preset; selections and records have it.
 
     Raises:
         ConfigError: a setting has a value that is not allowed.
