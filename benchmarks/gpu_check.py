@@ -80,8 +80,8 @@ def errors(name: str, base: torch.dtype, adapter: torch.dtype, p: float, args: a
         "B": SCALE * gate * dense @ A.T,
         "gate": SCALE * (dense * update).sum(),
     }
-    got = dict(zip(want, (out, *grads), strict=True))
-    return {key: float((got[key].double() - value).norm() / value.norm()) for key, value in want.items()}
+    got = {key: found.detach().double() for key, found in zip(want, (out, *grads), strict=True)}
+    return {key: float((got[key] - value).norm() / value.norm()) for key, value in want.items()}
 
 
 def captured(args: argparse.Namespace) -> dict[str, bool]:

@@ -141,33 +141,61 @@ class Study:
         return min(near, key=lambda rate: first[rate] + second[rate])
 
     def run(self, stages: Sequence[str]) -> None:
-        n = len(self.blocks)
+        """The stages, in the order in which they tell the most."""
         rate = self.tuned()
         self.data["rate"] = rate
-        if "scores" in stages and str(SCORE_SEED) not in self.data["scores"]:
-            scores, sums = all_scores(self.ground, SCORE_SEED, rate, steps=self.settings.steps // 2, batches=12)
-            self.data["scores"][str(SCORE_SEED)] = scores
-            self.data.setdefault("sums", {})[str(SCORE_SEED)] = sums
-            self.save()
-        if "qualify" in stages:
-            for seed in (1, 2):
-                self.trial("all", range(n), seed, rate)
-                if self.ground.answers is not None:
-                    self.trial("head alone", [], seed, rate, head=True)
-                for head_rate in (1e-3, 5e-3) if self.ground.heads else (1e-3,):
-                    self.trial(f"none, head rate {head_rate}", [], seed, rate, head_rate=head_rate)
-        if "direct" in stages:
-            rows = self.direct()
-            decide = {label for pair in DECIDING for label in pair}
-            for first in (True, False):
-                for seed in DIRECT_SEEDS:
-                    for label, chosen, more in rows:
-                        if (label in decide) == first:
-                            self.trial(label, chosen, seed, rate, **more)
-        if "sets" in stages:
-            for number, chosen in enumerate(random_sets(self.blocks, self.kinds, SETS)):
-                self.trial(f"random {number}", chosen, SET_SEED, rate)
+        for name, stage in (
+            ("scores", self._scores),
+            ("qualify", self._qualify),
+            ("direct", self._direct),
+            ("sets", self._sets),
+            ("longer", self._longer),
+            ("rates", self._rates),
+        ):
+            if name in stages:
+                stage(rate)
         self.save()
+
+    def _scores(self, rate: float) -> None:
+        if str(SCORE_SEED) in self.data["scores"]:
+            return
+        scores, sums = all_scores(self.ground, SCORE_SEED, rate, steps=self.settings.steps // 2, batches=12)
+        self.data["scores"][str(SCORE_SEED)] = scores
+        self.data.setdefault("sums", {})[str(SCORE_SEED)] = sums
+        self.save()
+
+    def _qualify(self, rate: float) -> None:
+        for seed in (1, 2):
+            self.trial("all", range(len(self.blocks)), seed, rate)
+            if self.ground.answers is not None:
+                self.trial("head alone", [], seed, rate, head=True)
+            for head_rate in (1e-3, 5e-3) if self.ground.heads else (1e-3,):
+                self.trial(f"none, head rate {head_rate}", [], seed, rate, head_rate=head_rate)
+
+    def _direct(self, rate: float) -> None:
+        """What was stated before comes first."""
+        decide = {label for pair in DECIDING for label in pair}
+        rows = sorted(self.direct(), key=lambda row: row[0] not in decide)
+        for seed in DIRECT_SEEDS:
+            for label, chosen, more in rows:
+                self.trial(label, chosen, seed, rate, **more)
+
+    def _sets(self, rate: float) -> None:
+        for number, chosen in enumerate(random_sets(self.blocks, self.kinds, SETS)):
+            self.trial(f"random {number}", chosen, SET_SEED, rate)
+
+    def _longer(self, rate: float) -> None:
+        """Whether training was long enough for LoRA on all."""
+        for seed in DIRECT_SEEDS:
+            steps = self.settings.steps * 3 // 2
+            self.trial("all, half as many steps more", range(len(self.blocks)), seed, rate, steps=steps)
+
+    def _rates(self, rate: float) -> None:
+        """Whether a smaller set wants another rate than all."""
+        label, chosen, more = next(row for row in self.direct() if row[0] == DECIDING[0][0])
+        for seed in TUNE_SEEDS:
+            for other in RATES:
+                self.trial(label, chosen, seed, other, **more)
 
     def direct(self) -> list[tuple[str, list[int], dict[str, Any]]]:
         """Choices of the rules and of the controls: name, set, other settings.
@@ -276,7 +304,7 @@ def show(found: dict[str, Any], data: dict[str, Any]) -> None:
     labels = {
         t["label"]: t for t in data["trials"] if t["seed"] in DIRECT_SEEDS and not t["label"].startswith("random ")
     }
-    whole = max(t["kept"] for t in data["trials"])
+    whole = _whole(data)
     for label, one in labels.items():
         mine = [t for t in data["trials"] if _is(t, label, data)]
         gap, half, count = paired(data, label, "all")
@@ -294,26 +322,40 @@ def show(found: dict[str, Any], data: dict[str, Any]) -> None:
 
 
 def picture(data: dict[str, Any], path: Path) -> None:
-    """Held-out loss of every set against what it keeps for backward: random sets, and what was compared directly."""
-    figure, axes = pyplot.subplots(figsize=(8, 4.5), layout="constrained")
-    whole = max(t["kept"] for t in data["trials"])
+    """Held-out loss of every set against what it keeps for backward: random sets, and by number what was compared
+    directly."""
+    figure, (axes, side) = pyplot.subplots(1, 2, figsize=(9, 4.5), layout="constrained", width_ratios=(3, 1))
+    whole = _whole(data)
     lowest = [min(data["adapters"][i]["block"] for i in t["set"]) for t in _random(data)]
     spots = axes.scatter(
         [t["kept"] / whole for t in _random(data)], [t["nats"] for t in _random(data)], c=lowest, cmap="viridis", s=24
     )
     figure.colorbar(spots, ax=axes, label="lowest block with an adapter")
     labels = dict.fromkeys(t["label"] for t in data["trials"] if t["seed"] in DIRECT_SEEDS and t["set"])
-    for label in (one for one in labels if not one.startswith("random ")):
+    names: list[str] = []
+    placed: list[tuple[float, float]] = []
+    for number, label in enumerate((one for one in labels if not one.startswith("random ")), 1):
         mine = [t for t in data["trials"] if _is(t, label, data)]
-        x, y = mine[0]["kept"] / whole, sum(t["nats"] for t in mine) / len(mine)
-        axes.plot(x, y, "k^", markersize=6)
-        axes.annotate(label, (x, y), xytext=(5, -3), textcoords="offset points", fontsize=7)
+        at = mine[0]["kept"] / whole, sum(t["nats"] for t in mine) / len(mine)
+        axes.plot(*at, "^", color="black", markersize=5)
+        near = sum(abs(at[0] - x) < 0.03 and abs(at[1] - y) < 0.02 for x, y in placed)
+        offset = ((0, 6), (11, -3), (-11, -3), (0, -13), (11, 6), (-11, 6), (11, -13))[min(near, 6)]
+        axes.annotate(str(number), at, xytext=offset, textcoords="offset points", fontsize=8, ha="center")
+        placed.append(at)
+        names.append(f"{number:2}  {label}")
+    side.axis("off")
+    side.text(0, 1, "\n".join(names), va="top", fontsize=8, linespacing=1.5, transform=side.transAxes)
     top = min(t["nats"] for t in data["trials"]) + FAR
     above = sum(t["nats"] > top for t in _random(data))
     note = f"; {above} random sets lie above" if above else ""
     axes.set(xlabel="kept for backward, over LoRA on all", ylabel=f"held-out nats{note}", ylim=(None, top))
     figure.savefig(path, dpi=150)
     pyplot.close(figure)
+
+
+def _whole(data: dict[str, Any]) -> int:
+    """What LoRA on all keeps for backward."""
+    return int(next(t["kept"] for t in data["trials"] if t["label"] == "all" and t["rate"] == data["rate"]))
 
 
 def _random(data: dict[str, Any]) -> list[dict[str, Any]]:
@@ -332,7 +374,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     run = commands.add_parser("run")
     run.add_argument("--ground", choices=sorted(GROUNDS), required=True)
     run.add_argument("--data-dir", required=True)
-    run.add_argument("--stages", default="scores,qualify,sets,direct")
+    run.add_argument("--stages", default="scores,qualify,sets,direct,longer,rates")
     run.add_argument("--threads", type=int, default=1)
     judged = commands.add_parser("judge")
     judged.add_argument("--results", type=Path, default=RESULTS)

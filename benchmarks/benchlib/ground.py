@@ -43,7 +43,7 @@ class Settings:
 
 @dataclass(frozen=True)
 class Outcome:
-    """``nats``: mean held-out loss; ``kept``: bytes that backward keeps of a fixed batch."""
+    """``nats``: mean held-out loss; ``kept``: bytes that backward keeps of a fixed batch, dropout off."""
 
     nats: float
     accuracy: float
@@ -328,6 +328,7 @@ class Ground:
         total = steps or self.settings.steps
         learns = [p for p in (*trained.flat(), *self.head())]
         fixed = self.collate([self.train_rows[i] for i in range(self.settings.batch)])
+        self.model.eval()  # masks of dropout are left out, whatever the model did before
         kept = kept_bytes(self.model, lambda: self.loss(fixed)) if learns else 0
         if learns:
             groups = [{"params": trained.flat(), "lr": rate}, {"params": self.head(), "lr": head_rate}]

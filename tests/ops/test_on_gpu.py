@@ -1,12 +1,13 @@
-"""The visit to a GPU, rehearsed on the CPU: every stage runs, says how it ended, and is not run twice."""
+"""The visit to a GPU, rehearsed on the CPU: every stage runs, says how it ended, and is not run twice.
+
+The rehearsal itself is called in ``triton_interpreted.py``.
+"""
 
 from __future__ import annotations
 
 import importlib.util
 import json
-import os
-import subprocess
-import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -14,19 +15,13 @@ import pytest
 import carry
 import on_gpu
 
-ROOT = Path(__file__).resolve().parents[2]
 pytestmark = pytest.mark.slow
 
 
-def test_the_rehearsal(tmp_path: Path) -> None:
-    command = [sys.executable, str(ROOT / "benchmarks" / "on_gpu.py"), "--rehearse", "--out", str(tmp_path)]
-    environment = {
-        **os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1",
-        "PYTHONPATH": os.pathsep.join([str(ROOT / "src"), os.environ.get("PYTHONPATH", "")]),
-    }  # fmt: skip
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=280, check=False)
-    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
-    assert f"at most {on_gpu.VISIT} s" in done.stdout
+def rehearsal(tmp_path: Path, said: Callable[[], str]) -> None:
+    """All stages in this process, which ``triton_interpreted.py`` runs: the kernels are interpreted there."""
+    on_gpu.main(["--rehearse", "--out", str(tmp_path)])
+    assert f"at most {on_gpu.VISIT} s" in said()
     for stage in on_gpu.STAGES:
         assert on_gpu.outcome(tmp_path, stage)["status"] == "done"
         assert json.loads((tmp_path / f"{stage.name}.json").read_text())["provenance"]["command"].startswith("python")

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import logging
 import math
+from pathlib import Path
 
 import pytest
 import torch
+from tests.ops.test_on_gpu import rehearsal
 from tests.ops.test_ops_engines import GATES, NAMES, formula, inputs, upstream
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
@@ -210,3 +212,7 @@ def test_in_a_model() -> None:
 
 def test_interpreting() -> None:
     assert triton_path.INTERPRETED
+
+
+def test_the_visit_to_a_gpu(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    rehearsal(tmp_path, lambda: capsys.readouterr().out)
