@@ -13,14 +13,13 @@ import torch
 from peft import EvaConfig, LoraConfig, PeftModel, get_peft_model, initialize_lora_eva_weights
 from peft.helpers import find_kappa_target_modules
 from tests.builders import adapter_state, base, batch, lora, max_difference, trainer
-from tests.graft.test_graft_experts import mixture
 from tests.methods.test_methods_battery import HELD_OUT, Loop
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModel, PreTrainedModel
 
 import weightlora as wl
 from weightlora.core import proportional_ranks, scaled_ranks
-from weightlora.errors import AdapterError, ConfigError, ScheduleError
+from weightlora.errors import ConfigError, ScheduleError
 from weightlora.graft import Selection, adapters, parameters
 from weightlora.methods import (
     CKA,
@@ -322,21 +321,6 @@ def test_a_run_of_each_spends_its_budget(method: Any, tmp_path: Path) -> None:
         assert whole.adapter_params["peak"] == spent
     assert all(not getattr(m, "lora_variant", None) for m in whole.model.modules())
     assert all(not m._forward_hooks and not m._forward_pre_hooks for m in whole.model.modules())
-
-
-def test_experts_are_ranked_where_that_can_be_done() -> None:
-    for method, kept in ((FeedForward(), 4), (KappaTune(k=3), 3)):
-        made = mixture()
-        optimizer = torch.optim.SGD([p for p in made.parameters() if p.requires_grad], lr=0.1)
-        selection = wl.attach(made, method, optimizer).selection
-        assert selection is not None
-        assert selection.k == kept
-        if isinstance(method, FeedForward):
-            assert all("experts" in name for name in selection.names)
-    made = mixture()
-    optimizer = torch.optim.SGD([p for p in made.parameters() if p.requires_grad], lr=0.1)
-    with pytest.raises(AdapterError, match=r"cka looks at the layers' inputs, which cannot be done to .*experts"):
-        wl.attach(made, CKA(), optimizer, held_out=[{}])
 
 
 @pytest.mark.parametrize(

@@ -73,6 +73,11 @@ def whole_weight(layer: LoraLayer) -> Tensor:
     base: Any = layer.get_base_layer()
     if experts_of(layer) is not None:
         weight: Any = bare_parameter(layer)
+    elif hasattr(getattr(base, "weight", None), "SCB"):
+        # bitsandbytes' 8 bits, with the scales where its last forward has put them; PEFT's helper would replace the
+        # parameter, and lose what training needs.
+        scales = base.weight.SCB if base.state.SCB is None else base.state.SCB
+        weight = base.weight.data * scales.unsqueeze(1) / 127
     elif isinstance(getattr(base, "weight", None), Tensor) or hasattr(base, "W_q"):
         weight = dequantize_module_weight(base)
     else:
