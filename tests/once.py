@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import gc
-import importlib
 import sys
 from collections.abc import Callable
 from types import SimpleNamespace
@@ -14,7 +13,6 @@ import jinja2
 
 ONCE: tuple[tuple[Any, str], ...] = (
     (jinja2.Environment, "compile"),  # the template of PEFT's model card, whenever an adapter is saved
-    (importlib.import_module("weightlora.report.selection_map"), "_length"),  # how long a picture's labels are
 )
 
 

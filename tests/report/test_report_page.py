@@ -16,7 +16,7 @@ from tests.report.runs import log_of, unfinished, write_checkpoint, write_run
 
 from weightlora.errors import ConfigError
 from weightlora.report import report
-from weightlora.report.page import TEMPLATES
+from weightlora.report.picture import TEMPLATES
 from weightlora.report.runfiles import find_runs, read_run
 from weightlora.runs.record import Record
 

@@ -7,7 +7,6 @@ from collections.abc import Mapping, Sequence
 
 from weightlora.report.layout import Grid, Place, layout
 from weightlora.report.picture import FONT, LETTER, WIDTH, Path, Picture, Text, box, star
-from weightlora.report.selection_map import shown_values
 from weightlora.runs.record import AdapterScore, Record
 
 LEVELS = 9  # steps of the colour ramp, q0 to q8
@@ -45,6 +44,22 @@ def selection_picture(record: Record) -> Picture:
         texts=tuple(texts),
         keys=tuple(keys),
     )
+
+
+def shown_values(record: Record) -> tuple[str, tuple[float, ...]]:
+    """What the colours mean and their values, one per adapter in order (NaN: undefined).
+
+    Omega, unless all are equal and the method's scores are not.
+    """
+    omegas = tuple(adapter.omega for adapter in record.adapters)
+    scores = tuple(math.nan if adapter.score is None else adapter.score for adapter in record.adapters)
+    if len(_finite(omegas)) <= 1 < len(_finite(scores)):
+        return f"score (all omega {'equal' if _finite(omegas) else 'undefined'})", scores
+    return "gate omega", omegas
+
+
+def _finite(values: tuple[float, ...]) -> set[float]:
+    return {value for value in values if math.isfinite(value)}
 
 
 def frequency_picture(label: str, adapters: Sequence[AdapterScore], counts: Mapping[str, int], runs: int) -> Picture:

@@ -15,14 +15,13 @@ from typing import TYPE_CHECKING, Any
 from weightlora import __version__
 from weightlora.errors import ConfigError
 from weightlora.files import write_text
+from weightlora.report.picture import TEMPLATES
 from weightlora.report.runfiles import Found, RunFiles, find_runs
 
 if TYPE_CHECKING:
     from jinja2 import Environment
 
     from weightlora.report.views import ComparisonView, RunView
-
-TEMPLATES = Path(__file__).parent / "templates"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

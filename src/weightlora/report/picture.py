@@ -9,7 +9,9 @@ import dataclasses
 import itertools
 import math
 from collections.abc import Iterable, Sequence
+from pathlib import Path as Files
 
+TEMPLATES = Files(__file__).parent / "templates"
 WIDTH = 360
 FONT = 11
 LETTER = 6.3  # a wide guess at a letter's width at that size; nobody knows which font a reader has

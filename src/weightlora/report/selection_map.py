@@ -1,30 +1,32 @@
-"""A picture of what a run kept: layers from bottom to top, module kinds from left to right, omega as colour."""
+"""What a run kept, as a PNG: the page's own picture with its style sheet, drawn by matplotlib, with a title above."""
 
 from __future__ import annotations
 
 import io
-import math
 import os
+import re
 import textwrap
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from weightlora.errors import ConfigError
 from weightlora.files import new_file
-from weightlora.report.layout import Grid, Place, layout
+from weightlora.report import picture
+from weightlora.report.grids import LEFT, selection_picture
+from weightlora.report.picture import FONT, LETTER, Picture, Text
 from weightlora.runs.record import Record
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
-    from matplotlib.cm import ScalarMappable
     from matplotlib.figure import Figure
 
-WIDTH = 6.4  # inches, as are all lengths below; the picture is to be read at half of it too
+INCHES = 6.4  # the picture's width, to be read at half of it too
 DPI = 200
-FONT = 11
-LEFT, RIGHT, TOP = 0.72, 1.05, 0.62
-COLUMN = 1.05  # the widest a column may be
-_NO_ADAPTER: dict[str, Any] = {"facecolor": "#e4e4e4", "edgecolor": "#9a9a9a", "hatch": "////", "linewidth": 0.0}
+MARGIN = 6  # of nothing around, in the picture's units, as are all lengths below
+LINE = 15
+ANCHORS = {"start": "left", "mid": "center", "end": "right"}
+Style = dict[str, str]
 
 
 def selection_map(record: Record, path: str | os.PathLike[str]) -> Path:
@@ -32,8 +34,8 @@ def selection_map(record: Record, path: str | os.PathLike[str]) -> Path:
 
     One cell per adapter: its layer on the vertical axis (the lowest at the bottom), its kind on the horizontal one,
     its gate omega as colour. Where all gates are equal they say nothing, so the method's score is drawn instead; the
-    colour bar names which. Survivors carry a star and a frame; a hatched cell has no adapter. Equal records give equal
-    bytes. No global state of matplotlib is changed, and no window system is needed.
+    line below the picture names which. Survivors carry a star and a frame; a dashed cell has no adapter. Equal records
+    give equal bytes. No global state of matplotlib is changed, and no window system is needed.
 
     Returns:
         ``path``.
@@ -53,7 +55,7 @@ def selection_map(record: Record, path: str | os.PathLike[str]) -> Path:
         raise ConfigError("a picture needs matplotlib: pip install 'weightlora[report]'") from error
     stream = io.BytesIO()
     with style.context("default"):  # the user's own style would change sizes and colours
-        figure = _figure(record)
+        figure = _figure(selection_picture(record), _title(record))
         FigureCanvasAgg(figure)
         figure.savefig(stream, format="png", metadata={"Software": None})
     with new_file(Path(path)) as temporary:
@@ -61,205 +63,116 @@ def selection_map(record: Record, path: str | os.PathLike[str]) -> Path:
     return Path(path)
 
 
-def shown_values(record: Record) -> tuple[str, tuple[float, ...]]:
-    """What the colours mean and their values, one per adapter in order (NaN: undefined).
-
-    Omega, unless all are equal and the method's scores are not.
-    """
-    omegas = tuple(adapter.omega for adapter in record.adapters)
-    scores = tuple(math.nan if adapter.score is None else adapter.score for adapter in record.adapters)
-    if len(_finite(omegas)) <= 1 < len(_finite(scores)):
-        return f"score (all omega {'equal' if _finite(omegas) else 'undefined'})", scores
-    return "gate omega", omegas
-
-
-def _finite(values: tuple[float, ...]) -> set[float]:
-    return {value for value in values if math.isfinite(value)}
-
-
-def _figure(record: Record) -> Figure:
-    """The whole picture. Every length is reckoned in inches, so that no shape of model squeezes the text."""
-    from matplotlib.figure import Figure
-
-    places = layout(record.adapters)
-    grid = Grid.of(places)
-    span, height = max(grid.columns.values()) + 1, max(grid.rows.values()) + 1
-    width = min(WIDTH - LEFT - RIGHT, max(COLUMN * span, 1.2))
-    labels, rotated = _column_labels(grid, width / span)
-    lines = max(label.count("\n") + 1 for label in labels)
-    below = max(_length(line) for label in labels for line in label.split("\n")) if rotated else lines * 0.19
-    below += 0.1 + 0.26 * (len(grid.towers) > 1)
-    legend = 0.44
-    tall = max(height * (0.34 if height <= 14 else 0.25 if height <= 40 else 0.16), 0.6)
-    title = _title(record)
-    top = TOP + 0.2 * (title.count("\n") - 1)
-    total = top + tall + below + legend
-    figure = Figure(figsize=(WIDTH, total), dpi=DPI, facecolor="white")
-    left = LEFT + (WIDTH - LEFT - RIGHT - width) / 2
-    bottom = (below + legend) / total
-    axes = figure.add_axes((left / WIDTH, bottom, width / WIDTH, tall / total))
-    mappable = _draw_cells(axes, record, places, grid)
-    _draw_survivors(axes, record, places, grid, inset=(0.04 / (width / span), 0.04 / (tall / height)))
-    _draw_axes(axes, grid, labels, rotated, below / tall)
-    bar = figure.add_axes(((left + width + 0.16) / WIDTH, bottom, 0.17 / WIDTH, tall / total))
-    _draw_bar(figure, bar, mappable, record, tall)
-    figure.text(0.5, 1 - 0.1 / total, title, ha="center", va="top", fontsize=FONT + 1, parse_math=False)
-    gaps = len(places) < len(grid.columns) * len(grid.rows)
-    _draw_legend(figure, dropped=len(record.kept) < len(places), gaps=gaps)
-    return figure
-
-
-def _title(record: Record) -> str:
+def _title(record: Record) -> list[str]:
     """Two facts, wrapped to the picture's width: what was kept of what, and in which run."""
     alive = f"{len(record.kept)} of {record.n_adapters} adapters kept"
     model = record.model
     if model.count("/") > 1 or "\\" in model:  # a folder: its last name says enough
         model = model.replace("\\", "/").rstrip("/").rpartition("/")[2]
     lines = f"{record.method} ({record.preset}): {alive}", f"{record.task}, {model}, seed {record.seed}"
-    return "\n".join("\n".join(textwrap.wrap(line, 58)) for line in lines)
+    return [part for line in lines for part in textwrap.wrap(line, 52)]
 
 
-def _column_labels(grid: Grid, column: float) -> tuple[list[str], bool]:
-    """The kinds as tick labels, and whether they must stand upright to fit a column of that many inches."""
-    kinds = [kind for _, kind in grid.columns]
-    flat = [kind.replace(".", ".\n") for kind in kinds]
-    rotated = max(_length(line) for label in flat for line in label.split("\n")) > column - 0.06
-    if not rotated:
-        return flat, False
-    return [_halved(kind) if column > 0.45 and len(kind) > 16 else kind for kind in kinds], True
+def _figure(shown: Picture, title: Sequence[str]) -> Figure:
+    """A picture in the page's light colours, one unit being as many points as fit `INCHES`."""
+    from matplotlib.figure import Figure
+
+    width = shown.width + 2 * MARGIN
+    above, below = LINE * len(title) + 2 * MARGIN, LINE + 2 * MARGIN
+    height = above + shown.height + below
+    figure = Figure(figsize=(INCHES, INCHES * height / width), dpi=DPI, facecolor="white")
+    axes = figure.add_axes((0, 0, 1, 1))
+    axes.set_xlim(-MARGIN, shown.width + MARGIN)
+    axes.set_ylim(shown.height + below, -above)
+    axes.axis("off")
+    scale, styles = INCHES * 72 / width, _styles()
+    for path in shown.paths:
+        _draw(axes, path.d, path.look, styles, scale)
+    for text in shown.texts:
+        _write(axes, text, styles, scale)
+    for number, line in enumerate(title, 1):
+        text = Text(x=shown.width / 2, y=LINE * number - above + MARGIN, words=line, look="mid strong")
+        _write(axes, text, styles, scale)
+    left: float = LEFT
+    for look, words in shown.keys:
+        y = shown.height + LINE
+        outline = picture.star(left + 6, y - 4, 6) if look == "star" else picture.box(left, y - 8, 12, 8)
+        _draw(axes, outline, look, styles, scale)
+        _write(axes, Text(x=left + 17, y=y, words=words), styles, scale)
+        left += 36 + LETTER * len(words)
+    return figure
 
 
-def _halved(kind: str) -> str:
-    """``kind`` on two lines, broken at the dot nearest its middle."""
-    dots = [index for index, letter in enumerate(kind) if letter == "."]
-    if not dots:
-        return kind
-    middle = min(dots, key=lambda index: abs(index - len(kind) / 2))
-    return kind[: middle + 1] + "\n" + kind[middle + 1 :]
+def _styles() -> dict[str, Style]:
+    """What the page's style sheet says of each look, the light colours in place."""
+    text = (picture.TEMPLATES / "report.css").read_text(encoding="utf-8")
+    colours = dict(re.findall(r"--([\w-]+): (#\w+)", text.partition("@media")[0]))
+    found: dict[str, Style] = {"": {"ink": colours["ink"], "muted": colours["muted"]}}
+    for look, body in re.findall(r"(?<![\w.])\.([\w-]+) \{([^}]*)\}", text):
+        said = dict(re.findall(r"([\w-]+): ([^;]+);", body + ";"))
+        found[look] = {name: re.sub(r"var\(--([\w-]+)\)", lambda m: colours[m[1]], v) for name, v in said.items()}
+    return found
 
 
-def _length(line: str) -> float:
-    """How long a line of text is at the picture's size."""
-    from matplotlib.textpath import TextPath
+def _draw(axes: Axes, d: str, look: str, styles: dict[str, Style], scale: float) -> None:
+    """One outline; its edge lies below its filling where the sheet says so."""
+    from matplotlib.patches import PathPatch
+    from matplotlib.path import Path as Outline
 
-    return float(TextPath((0, 0), line.replace("$", "S"), size=FONT).get_extents().width) / 72
-
-
-def _draw_cells(axes: Axes, record: Record, places: tuple[Place, ...], grid: Grid) -> ScalarMappable:
-    """One rectangle per cell, hatched where there is no adapter, with "?" where there is no value."""
-    from matplotlib import colormaps
-    from matplotlib.cm import ScalarMappable
-    from matplotlib.colors import Normalize
-    from matplotlib.patches import Rectangle
-
-    _, values = shown_values(record)
-    known = _finite(values) or {0.0}
-    low, high = min(known), max(known)
-    if low == high:
-        low, high = low - 0.5, high + 0.5
-    colours = colormaps["cividis"]
-    mappable = ScalarMappable(norm=Normalize(low, high), cmap=colours)
-    value_at = {
-        (grid.columns[place.tower, place.kind], grid.rows[place.block]): value
-        for place, value in zip(places, values, strict=True)
-    }
-    for x in grid.columns.values():
-        for y in grid.rows.values():
-            if (x, y) not in value_at:
-                axes.add_patch(Rectangle((x - 0.5, y - 0.5), 1, 1, **_NO_ADAPTER))
-    for (x, y), value in value_at.items():
-        colour = colours((value - low) / (high - low)) if math.isfinite(value) else "white"
-        axes.add_patch(Rectangle((x - 0.5, y - 0.5), 1, 1, facecolor=colour, edgecolor="white", linewidth=0.8))
-        if not math.isfinite(value):
-            axes.text(x - 0.25, y, "?", ha="center", va="center", fontsize=FONT - 1)
-    return mappable
+    said: Style = {}
+    for name in look.split():
+        said |= styles.get(name, {})
+    face, edge = said.get("fill", "none"), said.get("stroke", "none")
+    wide = float(said.get("stroke-width", 1))
+    dashes = tuple(float(part) / wide for part in said.get("stroke-dasharray", "").split())
+    outline = Outline(*_vertices(d))
+    parts = [(face, edge)] if said.get("paint-order") != "stroke" else [("none", edge), (face, "none")]
+    for filled, drawn in parts:
+        patch = PathPatch(outline, facecolor=filled, edgecolor=drawn, linewidth=wide * scale, joinstyle="round")
+        if dashes:
+            patch.set_linestyle((0, dashes))
+        axes.add_patch(patch)
 
 
-def _draw_survivors(
-    axes: Axes, record: Record, places: tuple[Place, ...], grid: Grid, inset: tuple[float, float]
-) -> None:
-    """A star and a frame for each kept adapter, both black and white, so that any colour shows them."""
-    from matplotlib.patches import Rectangle
+def _vertices(d: str) -> tuple[list[tuple[float, float]], list[int]]:
+    """The points of an outline in the words that this package writes: M, l, h, v and z, and matplotlib's codes.
 
-    kept = {entry.name for entry in record.kept}
-    across, up = inset
-    for place in places:
-        if place.adapter.name not in kept:
+    >>> _vertices("M1 2h3v-1.5z")
+    ([(1.0, 2.0), (4.0, 2.0), (4.0, 0.5), (1.0, 2.0)], [1, 2, 2, 79])
+    """
+    points: list[tuple[float, float]] = []
+    codes: list[int] = []
+    begin = (0.0, 0.0)
+    for word, rest in re.findall(r"([Mlhvz])([^Mlhvz]*)", d):
+        numbers = [float(text) for text in re.findall(r"-?\d*\.?\d+", rest)]
+        if word == "z":
+            points.append(begin)
+            codes.append(79)
             continue
-        x, y = grid.columns[place.tower, place.kind], grid.rows[place.block]
-        corner = (x - 0.5 + across, y - 0.5 + up)
-        for colour, thick in (("black", 3.6), ("white", 1.5)):
-            frame = Rectangle(corner, 1 - 2 * across, 1 - 2 * up, fill=False, edgecolor=colour, linewidth=thick)
-            axes.add_patch(frame).set_zorder(3)
-        axes.plot(x, y, zorder=4, **_star(10))
+        steps = [(n, 0.0) for n in numbers] if word == "h" else [(0.0, n) for n in numbers]
+        if word in "Ml":
+            steps = list(zip(numbers[::2], numbers[1::2], strict=True))
+        for x, y in steps:
+            at = (x, y) if word == "M" else (points[-1][0] + x, points[-1][1] + y)
+            begin = at if word == "M" else begin
+            points.append(at)
+            codes.append(1 if word == "M" else 2)
+    return points, codes
 
 
-def _star(size: float) -> dict[str, Any]:
-    """The survivors' mark as arguments of a line without a line."""
-    return {
-        "marker": "*",
-        "markersize": size,
-        "markerfacecolor": "white",
-        "markeredgecolor": "black",
-        "markeredgewidth": 0.9,
-        "linestyle": "none",
-    }
-
-
-def _draw_axes(axes: Axes, grid: Grid, labels: list[str], rotated: bool, below: float) -> None:
-    """Limits, ticks and names; ``below`` is the depth of the labels as a fraction of the axes' height."""
-    axes.set_xlim(-0.5, max(grid.columns.values()) + 0.5)
-    axes.set_ylim(-0.5, max(grid.rows.values()) + 0.5)
-    axes.set_xticks(list(grid.columns.values()), labels, fontsize=FONT, parse_math=False)
-    if rotated:
-        axes.tick_params(axis="x", rotation=90)
-    count = len(grid.rows)
-    every = 1 if count <= 14 else 2 if count <= 40 else 5
-    shown = {block: y for block, y in grid.rows.items() if block is None or block % every == 0}
-    names = ["other" if block is None else str(block) for block in shown]
-    axes.set_yticks(list(shown.values()), names, fontsize=FONT)
-    axes.set_ylabel("layer", fontsize=FONT)
-    axes.tick_params(length=0)
-    axes.spines[:].set_visible(False)
-    if len(grid.towers) < 2:
-        return
-    for tower, xs in grid.towers.items():
-        place: dict[str, Any] = {"xytext": (0, 2), "textcoords": "offset points", "ha": "center", "va": "bottom"}
-        axes.annotate(
-            tower, ((xs[0] + xs[-1]) / 2, -below), xycoords=("data", "axes fraction"), fontsize=FONT,
-            fontweight="bold", parse_math=False, **place,
-        )  # fmt: skip
-
-
-def _draw_bar(figure: Figure, bar: Axes, mappable: ScalarMappable, record: Record, tall: float) -> None:
-    """The colour bar, with few enough ticks for its height, and the name of what it shows."""
-    from matplotlib.ticker import MaxNLocator
-
-    label, values = shown_values(record)
-    known = _finite(values)
-    colours = figure.colorbar(mappable, cax=bar)
-    if len(known) == 1:  # one value has no scale
-        colours.set_ticks(list(known), labels=[f"{value:.3g}" for value in known])
-    else:
-        colours.locator = MaxNLocator(nbins=max(2, min(6, int(tall / 0.35))))
-        colours.update_ticks()
-    bar.tick_params(labelsize=FONT - 1, length=3)
-    colours.set_label(label, fontsize=FONT if tall > _length(label) else FONT - 2)
-    colours.outline.set_visible(False)
-
-
-def _draw_legend(figure: Figure, dropped: bool, gaps: bool) -> None:
-    """What the marks mean, in one line at the foot."""
-    from matplotlib.lines import Line2D
-    from matplotlib.patches import Patch
-
-    grey = "#7b7b78"
-    star = Line2D([], [], **_star(9))
-    marks: list[tuple[Any, str]] = [((Patch(facecolor=grey, edgecolor="black", linewidth=1.6), star), "kept")]
-    if dropped:
-        marks.append((Patch(facecolor=grey), "disconnected"))
-    if gaps:
-        marks.append((Patch(**_NO_ADAPTER), "no adapter"))
-    handles: list[Any] = [handle for handle, _ in marks]
-    names = [name for _, name in marks]
-    figure.legend(handles, names, loc="lower center", ncols=3, fontsize=FONT, frameon=False, borderaxespad=0.2)
+def _write(axes: Axes, text: Text, styles: dict[str, Style], scale: float) -> None:
+    looks = text.look.split()
+    strong = "strong" in looks
+    axes.text(
+        text.x,
+        text.y,
+        text.words,
+        fontsize=0.95 * FONT * scale,
+        color=styles[""]["ink" if strong else "muted"],
+        fontweight="bold" if strong else "normal",
+        ha=next((ANCHORS[look] for look in looks if look in ANCHORS), "left"),
+        va="baseline",
+        rotation=-text.turn,
+        rotation_mode="anchor",
+        parse_math=False,
+    )
