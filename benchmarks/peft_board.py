@@ -22,6 +22,8 @@ import json
 import platform
 import random
 import re
+import shlex
+import sys
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -39,6 +41,7 @@ from transformers import AutoTokenizer, LlamaForCausalLM, PreTrainedModel, get_c
 
 from weightlora import Selection
 from weightlora.files import write_text
+from weightlora.runs.record import collect_versions, machine
 from weightlora.tasks.smollm2 import smollm2_folder
 
 TEMPLATE = "Question: {query} Think step by step.\nAnswer:"
@@ -216,6 +219,7 @@ def run(base: PreTrainedModel, tokenizer: Any, folder: Path, data: dict[str, Any
     info["file_size"] = (folder / "adapter" / "adapter_model.safetensors").stat().st_size
     name = f"{folder.parent.name}/{folder.name}"
     plain = {key: sorted(value) if isinstance(value, set) else value for key, value in config.to_dict().items()}
+    plain["base_model_name_or_path"] = params.model_id  # not the folder where this machine has it
     result = {
         "run_info": {
             "created_at": began.isoformat(timespec="seconds"), "total_time": time.perf_counter() - start,
@@ -248,6 +252,7 @@ def main() -> None:
     parser.add_argument("--max-steps", type=int, default=20)
     parser.add_argument("--test-rows", type=int, default=16)
     parser.add_argument("--max-new-tokens", type=int, default=96)
+    parser.add_argument("--result", type=Path, help="also write the run with what choosing took and where it ran")
     given = parser.parse_args()
     if given.chosen is None or given.experiment is None:
         print("SKIPPED: there is no selection to take there; name one, and --experiment")
@@ -271,7 +276,15 @@ def main() -> None:
             "test": read(test, given.test_rows), "texts": texts}  # fmt: skip
     folder = smollm2_folder()
     base = LlamaForCausalLM.from_pretrained(folder, dtype=torch.float32)
-    print(f"result: {run(base, AutoTokenizer.from_pretrained(folder), given.experiment, data, params)}")
+    written = run(base, AutoTokenizer.from_pretrained(folder), given.experiment, data, params)
+    print(f"result: {written}")
+    if given.result is not None:
+        cost_file = given.experiment / "selection_cost.json"
+        whole = {"benchmark": "peft_board", "command": f"python benchmarks/peft_board.py {shlex.join(sys.argv[1:])}",
+                 "selection_cost": json.loads(cost_file.read_text(encoding="utf-8")),
+                 "result": json.loads(written.read_text(encoding="utf-8")),
+                 "test_rows": len(data["test"]), "versions": collect_versions(), "machine": machine()}  # fmt: skip
+        write_text(given.result, json.dumps(whole, indent=1) + "\n")
 
 
 if __name__ == "__main__":
