@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
-from tests.once import ONCE, collect_seldom, once
+from tests.once import collect_seldom, remember
 
 if TYPE_CHECKING:
     from tests.runs.killer import Killer
@@ -30,8 +30,7 @@ def _frozen() -> None:
 def _worked_out_once() -> Iterator[None]:
     """What thousands of runs work out alike is worked out once, see ``once.py``."""
     with pytest.MonkeyPatch.context() as patch:
-        for owner, name in ONCE:
-            patch.setattr(owner, name, once(owner, name))
+        remember(patch.setattr)
         yield
 
 
