@@ -60,6 +60,7 @@ ROOMS: dict[str, Room] = {
     "ops": Room(packages=names("torch triton")),
     "graft": Room(rooms=names("core ops files decoding"), packages=names("torch peft transformers safetensors gguf")),
     "cost": Room(rooms=names("core graft settings"), packages=names("lazy_loader torch numpy transformers")),
+    "cost.results": Room(rooms=names("decoding")),
     "cost.plan_spec": Room(rooms=names("settings cost.tensors"), eager=names("settings")),
     "methods": Room(rooms=names("core graft settings"), packages=names("torch")),
     "training": Room(
@@ -86,7 +87,7 @@ ROOMS: dict[str, Room] = {
     ),
     "study": Room(rooms=names(f"{INNER} files settings"), packages=names("ray")),
     "study.spec": Room(rooms=names("settings"), eager=names("settings")),
-    "runs.record": Room(rooms=names("files decoding")),
+    "runs.record": Room(rooms=names("files decoding cost.results")),
     "report": Room(rooms=names("runs.record files decoding"), packages=names("matplotlib jinja2")),
     "cli": Room(
         rooms=names(f"{INNER} study report files settings") | {""},

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from weightlora.runs.record import AdapterScore, Kept, PhaseRecord, Record
+from weightlora.runs.record import AdapterScore, Kept, PhaseResult, Record
 
 BERT = (
     "attention.self.query",
@@ -56,7 +56,7 @@ def scores(spots: Sequence[Spot], kept: Sequence[int], omega: Callable[[int], fl
     )
 
 
-def phase(name: str, **changes: Any) -> PhaseRecord:
+def phase(name: str, **changes: Any) -> PhaseResult:
     fields: dict[str, Any] = {
         "name": name,
         "steps": 100,
@@ -68,7 +68,7 @@ def phase(name: str, **changes: Any) -> PhaseRecord:
         "flops_per_step": 280_300_000_000,
         "trainable_params": 61_440,
     }
-    return PhaseRecord(**(fields | changes))
+    return PhaseResult(**(fields | changes))
 
 
 def make_record(shape: str = "bert", k: int | None = None, **changes: Any) -> Record:

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from weightlora.errors import ConfigError
 from weightlora.report import Table, comparison_table, run_summary
 from weightlora.report.units import BYTES, COUNT, FLOPS, SECONDS, Unit, human, ratio
-from weightlora.runs.record import PhaseRecord, Record
+from weightlora.runs.record import PhaseResult, Record
 
 Make = Callable[..., Record]
 
@@ -102,7 +102,7 @@ def test_times_of_different_machines_are_not_compared(make: Make) -> None:
 
 
 def test_presets_are_rows_and_lora_of_the_same_preset_is_the_baseline(make: Make) -> None:
-    def phases(seconds: float) -> tuple[PhaseRecord, ...]:
+    def phases(seconds: float) -> tuple[PhaseResult, ...]:
         return (dataclasses.replace(make().phases[-1], steps=10, seconds=seconds),)
 
     records = [

@@ -19,7 +19,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from weightlora.errors import CheckpointError, ConfigError
-from weightlora.runs.record import AdapterScore, Kept, PhaseRecord, Record, collect_versions, machine
+from weightlora.runs.record import AdapterScore, Kept, PhaseResult, Record, collect_versions, machine
 
 texts = st.text(max_size=8)
 counts = st.integers(0, 2**53)
@@ -30,7 +30,7 @@ plain_json = st.recursive(
     max_leaves=6,
 )
 phases = st.builds(
-    PhaseRecord,
+    PhaseResult,
     name=texts,
     steps=counts,
     seconds=st.floats(0, 1e9),
@@ -92,7 +92,7 @@ def example(**changes: Any) -> Record:
         AdapterScore(name=f"layer.{i}.query", block=i, kind="query", omega=0.5 * i, score=None, kept=i == 2)
         for i in range(3)
     )
-    final = PhaseRecord(
+    final = PhaseResult(
         name="final",
         steps=4,
         seconds=2.0,

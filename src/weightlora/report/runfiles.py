@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from weightlora.errors import CheckpointError, ConfigError, WeightLoRAError
-from weightlora.runs.record import AdapterScore, Kept, PhaseRecord, Record
+from weightlora.runs.record import AdapterScore, Kept, PhaseResult, Record
 
 RECORD = "record.json"
 MANIFEST = "weightlora.json"
@@ -178,7 +178,7 @@ def _latest_checkpoint(folder: Path) -> tuple[Path | None, int | None]:
 def _completed(record: Record, manifest: dict[str, Any]) -> Record:
     """A record that was not finished, with the phases and the selection that its latest checkpoint knows."""
     try:
-        phases = tuple(PhaseRecord(**phase) for phase in manifest["data"].get("phases", ()))
+        phases = tuple(PhaseResult(**phase) for phase in manifest["data"].get("phases", ()))
         selection = manifest.get("selection")
         whole = dataclasses.replace(record, phases=record.phases or phases)
         if not record.adapters and selection is not None:

@@ -13,7 +13,7 @@ from typing import Any
 from weightlora.errors import ConfigError
 from weightlora.report.layout import layout
 from weightlora.report.units import BYTES, COUNT, FLOPS, MISSING, SECONDS, Scale, Unit, human, mean_and_spread, ratio
-from weightlora.runs.record import EVAL_LOSS, PhaseRecord, Record, metric_words
+from weightlora.runs.record import EVAL_LOSS, PhaseResult, Record, metric_words
 
 BASELINE = "lora"
 _BREAK = "~"  # where a heading's word may be broken when columns are side by side
@@ -36,7 +36,7 @@ _TITLES = {
     "seconds_per_step": "time per step",
     "relative_time": f"time vs {BASELINE}",
 }
-PHASE_NUMBERS: tuple[tuple[str, Callable[[PhaseRecord], float | None], Scale], ...] = (
+PHASE_NUMBERS: tuple[tuple[str, Callable[[PhaseResult], float | None], Scale], ...] = (
     ("trainable parameters", lambda phase: phase.trainable_params, COUNT),
     ("kept activations", lambda phase: phase.kept_activation_bytes, BYTES),
     ("FLOPs per step", lambda phase: phase.flops_per_step, FLOPS),
@@ -233,7 +233,7 @@ def _row(label: str, group: Sequence[Record]) -> dict[str, Any]:
     }
 
 
-def _final(records: Sequence[Record], number: Callable[[PhaseRecord], float | None]) -> float | None:
+def _final(records: Sequence[Record], number: Callable[[PhaseResult], float | None]) -> float | None:
     """The mean of a number of the final phases; None unless every run has it."""
     found = [number(record.final_phase) if record.final_phase else None for record in records]
     known = [value for value in found if value is not None]
@@ -351,7 +351,7 @@ def _kept_names(record: Record, most: int = 12) -> list[str]:
     return names if len(names) <= most else [*names[:most], f"and {len(names) - most} more"]
 
 
-def phase_rows(phases: Sequence[PhaseRecord]) -> list[list[str]]:
+def phase_rows(phases: Sequence[PhaseResult]) -> list[list[str]]:
     """A heading, then one row per number: a column per phase and, with two or more, the last against the first.
 
     >>> phase_rows([])[0]
@@ -370,20 +370,20 @@ def phase_rows(phases: Sequence[PhaseRecord]) -> list[list[str]]:
     return table
 
 
-def _phase_lines(phases: Sequence[PhaseRecord]) -> list[str]:
+def _phase_lines(phases: Sequence[PhaseResult]) -> list[str]:
     """The phases' numbers in columns."""
     table = phase_rows(phases)
     widths = [max(len(row[column]) for row in table) for column in range(len(table[0]))]
     return ["  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]) for row in table]
 
 
-def _batch(phase: PhaseRecord) -> str:
+def _batch(phase: PhaseResult) -> str:
     if phase.micro_batch is None:
         return MISSING
     return f"{phase.micro_batch} x {phase.accumulation}" if phase.accumulation else str(phase.micro_batch)
 
 
-def _warmup_share(phases: Sequence[PhaseRecord]) -> str:
+def _warmup_share(phases: Sequence[PhaseResult]) -> str:
     """What the phase before the seam took of the whole, since it is the price of the selection."""
     first, steps, seconds = phases[0], sum(phase.steps for phase in phases), sum(phase.seconds for phase in phases)
     text = f"{first.name} took {first.steps} of {steps} steps"

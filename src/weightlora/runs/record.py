@@ -15,6 +15,7 @@ import sys
 from pathlib import Path
 from typing import Any, Literal
 
+from weightlora.cost.results import FrontierPoint, PhaseResult
 from weightlora.decoding import decode, kind_of, refuse_constant, require, to_plain
 from weightlora.errors import CheckpointError, ConfigError
 from weightlora.files import write_text
@@ -40,60 +41,6 @@ class Kept:
 
     def __post_init__(self) -> None:
         require(self.rank >= 1, f"kept adapter {self.name!r} has rank {self.rank}; a rank is 1 or more")
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class PhaseRecord:
-    """What one phase (a stretch of training in which no tensor changes shape) did and cost.
-
-    Args:
-        name: ``"warmup"``, ``"final"``, ...
-        steps: optimizer steps done.
-        seconds: wall time of those steps.
-        micro_batch: examples in one forward pass.
-        accumulation: forward passes in one optimizer step.
-        kept_activation_bytes: bytes autograd keeps for the backward pass of one micro-batch, parameters excluded.
-        peak_memory_bytes: the device's peak, where the device can tell.
-        flops_per_step: floating point operations of one optimizer step, all its micro-batches together.
-        trainable_params: numbers the optimizer moves.
-    """
-
-    name: str
-    steps: int
-    seconds: float
-    micro_batch: int | None
-    accumulation: int | None
-    kept_activation_bytes: int | None
-    peak_memory_bytes: int | None
-    flops_per_step: int | None
-    trainable_params: int
-
-    def __post_init__(self) -> None:
-        for field in dataclasses.fields(self):
-            value = getattr(self, field.name)
-            if isinstance(value, (int, float)) and value < 0:
-                raise ConfigError(f"phase {self.name!r}: {field.name} is {value}; it cannot be negative")
-            if isinstance(value, int) and value >= 2**63:  # as in a checkpoint's manifest
-                raise ConfigError(f"phase {self.name!r}: {field.name} has {value.bit_length()} bits; 63 are enough")
-
-    @property
-    def seconds_per_step(self) -> float | None:
-        """Wall time of one optimizer step in seconds; None before the first step."""
-        return self.seconds / self.steps if self.steps else None
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Frontier:
-    """What the best ``k`` adapters by score hold of the total score, and keep for backward."""
-
-    k: int
-    share: float
-    kept_activation_bytes: int
-
-    def __post_init__(self) -> None:
-        sizes = (self.k, self.kept_activation_bytes)
-        require(all(0 <= size < 2**63 for size in sizes), f"frontier has {sizes}, out of range")
-        require(0 <= self.share <= 1.000001, f"frontier has a share of {self.share}; it must be one")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -141,7 +88,7 @@ class Record:
         scored_on: the rows behind ``metrics``: ``split`` ("validation", or "train" for training rows that were held
             out, by ``split_seed`` and the share ``holdout`` if one was asked for) and ``rows``; ``also_trained_on``:
             how many of them have the texts of training rows, if any; ``checkpoint``: "best" where they chose it.
-        predicted: ``{phase name: {field of PhaseRecord: number}}``, from one traced forward before the first step.
+        predicted: ``{phase name: {field of PhaseResult: number}}``, from one traced forward before the first step.
         frontier: what the best k hold and cost, for several k; empty without scores.
         placement: where a budget decided what lives: its kind, the budget, what the survivors cost, the lowest level
             they reach, their importance, the micro-batch. Empty where a count decided.
@@ -165,7 +112,7 @@ class Record:
     trainable_params: dict[str, int]
     metrics: dict[str, float]
     metric: str
-    phases: tuple[PhaseRecord, ...]
+    phases: tuple[PhaseResult, ...]
     seam_step: int | None
     max_steps: int | None
     why: str
@@ -178,7 +125,7 @@ class Record:
     unmet: str = dataclasses.field(default_factory=str)
     scored_on: dict[str, str | int | float] = dataclasses.field(default_factory=dict)
     predicted: dict[str, dict[str, int]] = dataclasses.field(default_factory=dict)
-    frontier: tuple[Frontier, ...] = ()
+    frontier: tuple[FrontierPoint, ...] = ()
     placement: dict[str, Any] = dataclasses.field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -233,12 +180,12 @@ class Record:
         return self if metric is None else dataclasses.replace(self, metric=metric)
 
     @property
-    def first_phase(self) -> PhaseRecord | None:
+    def first_phase(self) -> PhaseResult | None:
         """The phase before the seam, or the only one."""
         return self.phases[0] if self.phases else None
 
     @property
-    def final_phase(self) -> PhaseRecord | None:
+    def final_phase(self) -> PhaseResult | None:
         """The phase after the last seam, or the only one."""
         return self.phases[-1] if self.phases else None
 

@@ -32,7 +32,7 @@ from weightlora.runs.outcome import (
     write_result,
 )
 from weightlora.runs.progress import Progress
-from weightlora.runs.record import AdapterScore, Frontier, Kept, PhaseRecord, Record, collect_versions, machine
+from weightlora.runs.record import AdapterScore, Kept, Record, collect_versions, machine
 from weightlora.runs.spec import CONFIG, RunSpec
 from weightlora.runs.together import follows
 from weightlora.training import FitResult, fit
@@ -315,7 +315,6 @@ def _first_record(parts: Parts, spec: RunSpec, argv: Sequence[str]) -> Record:
 
 def _last_record(record: Record, parts: Parts, result: FitResult, metrics: dict[str, float]) -> Record:
     selection = result.selection
-    phases = tuple(PhaseRecord(**vars(phase)) for phase in result.phases)
     return replace(
         record,
         status="ok",
@@ -323,14 +322,14 @@ def _last_record(record: Record, parts: Parts, result: FitResult, metrics: dict[
         k=_fixed_k(parts, selection, record.n_adapters),
         kept=_kept(parts, selection),
         adapters=() if selection is None else _scores(selection),
-        trainable_params={"warmup": phases[0].trainable_params, "final": phases[-1].trainable_params},
+        trainable_params={"warmup": result.phases[0].trainable_params, "final": result.phases[-1].trainable_params},
         metrics=metrics,
-        phases=phases,
+        phases=result.phases,
         seam_step=result.seam_step,
         why=selection.why if selection else _why_all(parts.method),
         placement={} if selection is None else dict(selection.placement or {}),
         predicted={phase: dict(numbers) for phase, numbers in result.predicted.items()},
-        frontier=tuple(Frontier(**vars(point)) for point in result.frontier),
+        frontier=result.frontier,
     )
 
 

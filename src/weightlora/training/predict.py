@@ -9,10 +9,10 @@ from collections.abc import Sequence
 from transformers import Trainer
 
 from weightlora.cost import ActivationTrace, Estimate, Phase, Setting
+from weightlora.cost.results import FrontierPoint
 from weightlora.errors import AdapterError
 from weightlora.graft import Selection, checkpointed_every
 from weightlora.training.driver import Driver
-from weightlora.training.results import FrontierPoint
 from weightlora.training.trainer import checkpointing_settings, trace_step, use_batch
 
 log = logging.getLogger("weightlora")

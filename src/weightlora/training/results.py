@@ -11,34 +11,11 @@ from torch import nn
 from transformers import Trainer
 
 from weightlora.cost.measure import PeakMemory, StepCost
+from weightlora.cost.results import FrontierPoint, PhaseResult
 from weightlora.decoding import decode_part
-from weightlora.errors import CheckpointError
+from weightlora.errors import CheckpointError, ConfigError
 from weightlora.graft import Selection
 from weightlora.methods import Method
-
-
-@dataclass(frozen=True, kw_only=True)
-class PhaseResult:
-    """One phase as it ran. ``seconds`` does not count work that was lost because a process died before a checkpoint."""
-
-    name: Literal["warmup", "final"]
-    steps: int
-    seconds: float
-    micro_batch: int
-    accumulation: int
-    trainable_params: int
-    kept_activation_bytes: int | None
-    flops_per_step: int | None
-    peak_memory_bytes: int | None
-
-
-@dataclass(frozen=True, kw_only=True)
-class FrontierPoint:
-    """What the best ``k`` adapters by score hold of the total score, and keep for backward."""
-
-    k: int
-    share: float
-    kept_activation_bytes: int
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,10 +71,11 @@ def read_progress(data: Mapping[str, Any], where: Path) -> tuple[float, list[Pha
     Raises:
         CheckpointError: they are damaged.
     """
-    phases = decode_part(tuple[PhaseResult, ...], {"phases": [], **data}, "phases", where)
+    try:
+        phases = decode_part(tuple[PhaseResult, ...], {"phases": [], **data}, "phases", where)
+    except ConfigError as error:
+        raise CheckpointError(f"{where}: the manifest is damaged: {error}") from None
     spent: float = decode_part(float, {"seconds": 0.0, **data}, "seconds", where)
-    numbers = [spent, *(value for phase in phases for name, value in vars(phase).items() if name != "name")]
-    for number in numbers:
-        if number is not None and not 0 <= number < 2**63:
-            raise CheckpointError(f"{where}: the manifest is damaged: {number!r} is no cost of a phase")
+    if not 0 <= spent < 2**63:
+        raise CheckpointError(f"{where}: the manifest is damaged: {spent!r} is no cost of a phase")
     return spent, list(phases)
