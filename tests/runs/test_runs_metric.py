@@ -107,7 +107,7 @@ def test_the_pretrained_decoder_by_name(small_data: Path, tmp_path: Path) -> Non
     rows = read_rows(small_data / "sst2" / "train.jsonl")[:8]
     texts = [{"prompt": f"{row['sentence']}\nSentiment:", "completion": " good"} for row in rows]
     own = write_rows(tmp_path / "own.jsonl", texts)
-    steps = ("--model", "smollm2", "--max-steps", "3", "--per-device-train-batch-size", "2", "--max-eval-samples", "4")
+    steps = ("--model", "smollm2", "--max-steps", "3", "--per-device-train-batch-size", "2", "--max-eval-samples", "2")
     steps += ("--max-length", "24", "--targets", "v_proj")
     seam = ("--task", "sst2", "--data-dir", small_data, "--k", "21", "--select-after", "2")
     assert weightlora("train", "--task", own, "--method", "lora", *steps, "--out", tmp_path / "own") == 0
