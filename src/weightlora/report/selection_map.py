@@ -57,7 +57,7 @@ def selection_map(record: Record, path: str | os.PathLike[str]) -> Path:
     with style.context("default"):  # the user's own style would change sizes and colours
         figure = _figure(selection_picture(record), _title(record))
         FigureCanvasAgg(figure)
-        figure.savefig(stream, format="png", metadata={"Software": None})
+        figure.savefig(stream, format="png", metadata={"Software": None}, pil_kwargs={"compress_level": 3})
     with new_file(Path(path)) as temporary:
         temporary.write_bytes(stream.getvalue())
     return Path(path)
@@ -131,7 +131,7 @@ def _draw(axes: Axes, d: str, look: str, styles: dict[str, Style], scale: float)
         patch = PathPatch(outline, facecolor=filled, edgecolor=drawn, linewidth=wide * scale, joinstyle="round")
         if dashes:
             patch.set_linestyle((0, dashes))
-        axes.add_patch(patch)
+        axes.add_artist(patch)  # as a patch it would move the limits
 
 
 def _vertices(d: str) -> tuple[list[tuple[float, float]], list[int]]:
