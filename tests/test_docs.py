@@ -71,12 +71,14 @@ def title(page: Path) -> str:
 @pytest.fixture
 def own_trainer() -> dict[str, Any]:
     """What a reader has already: a model, rows and arguments."""
-    from transformers import BertConfig, BertForSequenceClassification, TrainingArguments
+    from transformers import LlamaConfig, LlamaForCausalLM, TrainingArguments
 
-    config = BertConfig(vocab_size=50, hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=32)
-    rows = [{"input_ids": [1, 2 + i % 7, 3], "labels": i % 2} for i in range(32)]
+    config = LlamaConfig(
+        vocab_size=50, hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=32
+    )
+    rows = [{"input_ids": [1, 2 + i % 7, 3], "labels": [1, 2 + i % 7, 3]} for i in range(32)]
     args = TrainingArguments("out", max_steps=8, per_device_train_batch_size=4, report_to="none", use_cpu=True)
-    return {"model": BertForSequenceClassification(config), "rows": rows, "args": args}
+    return {"model": LlamaForCausalLM(config), "rows": rows, "args": args}
 
 
 @pytest.fixture

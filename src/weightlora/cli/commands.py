@@ -47,7 +47,7 @@ def _report(given: Given, record: Any, folder: Path) -> int:
     run = shlex.quote(str(folder))
     said.append(f"next: weightlora report {run}   (what was kept, why, and what it saved, as one page)")
     if (folder / ADAPTER).exists():
-        said.append(f"      weightlora export {run} --profile portable   (for vLLM, SGLang; gguf for llama.cpp)")
+        said.append(f"      weightlora export {run} --profile merged   (or portable: vLLM, SGLang; gguf: llama.cpp)")
     given.show(record.to_json(), run_summary(record), *said)
     return 0
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import difflib
 from collections.abc import Mapping, Sequence
 from dataclasses import fields
 from typing import Any
@@ -112,7 +113,10 @@ def given_settings(parsed: argparse.Namespace, rest: Sequence[str], parser: argp
     except ConfigError as error:
         parser.error(str(error))  # one usage line: ours
     if unknown:
-        parser.error(f"unrecognized arguments: {' '.join(unknown)}")
+        flags = [*parser._option_string_actions, *others._option_string_actions]
+        near = difflib.get_close_matches(unknown[0].partition("=")[0], flags, n=1)
+        hint = f"; did you mean {near[0]}?" if near else ""
+        parser.error(f"unrecognized arguments: {' '.join(unknown)}{hint}")
     return {**found, **vars(settings), **training}
 
 

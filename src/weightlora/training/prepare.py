@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -26,6 +27,8 @@ from weightlora.training.resuming import OptimizerOrder
 from weightlora.training.sharding import asked_for, check_method, to_device
 from weightlora.training.trainer import planned_steps, split_batch
 from weightlora.training.whole_run import Losses
+
+log = logging.getLogger("weightlora")
 
 Split = tuple[int, int] | None  # micro-batch and accumulation; None: as the trainer has them
 
@@ -171,6 +174,8 @@ def _start(
     if folder is None:
         return None, tuple(others)
     start = Start.read(folder)
+    structure = "the survivors alone" if start.after_the_seam else "all adapters"
+    log.info("going on from %s, with %s", folder.name, structure)
     start.batch.keep(trainer, folder)
     return start, tuple(others)
 
