@@ -71,7 +71,7 @@ def _examples(count: int) -> str:
 def _phase_rows(plan: Plan) -> list[tuple[str, ...]]:
     phases = plan.warmup, plan.final
     rows: list[tuple[str, ...]] = [
-        ("", f"warm-up: all {plan.n}", f"final: {plan.k} of {plan.n}, the dearest"),
+        ("", f"warm-up: all {plan.n}", f"final: {plan.k} of {plan.n}, worst case"),
         ("lowest adapter in", *(phase.lowest for phase in phases)),
         ("micro-batch x accumulation", *(f"{phase.micro_batch} x {phase.accumulation}" for phase in phases)),
         ("trained numbers", *(f"{phase.trainable_params:,}" for phase in phases)),
