@@ -113,10 +113,15 @@ def test_two_processes_decide_and_train_as_one(one: Path, two: Path) -> None:
 
 
 @pytest.mark.slow
-# Placements by hand find no part of theirs on q, k and v; they are `top` by other names.
+# Placements by hand find no part of theirs on q, k and v; they are `top` by other names. The others look by the code of
+# those that are here; `kappatune` (it reads weights) and `eva` (PEFT's own) have ways of their own.
 @pytest.mark.parametrize(
-    "name", [name for name, kind in METHODS.items() if kind.learns and not issubclass(kind, PartPlacement)]
-)
+    "name",
+    [
+        name for name, kind in METHODS.items()
+        if kind.learns and not issubclass(kind, PartPlacement) and name not in ("domlora", "plop", "aletheia")
+    ],
+)  # fmt: skip
 def test_every_method(together: Together, tmp_path: Path, name: str) -> None:
     """One process is two: with the base in parts where the method can, whole otherwise."""
     whole_base = not issubclass(METHODS[name], AdapterMethod) or name in ("nora", "milora")
