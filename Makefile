@@ -8,7 +8,7 @@ BIN    := $(VENV)/bin
 PIP_FLAGS ?=
 JOBS   ?= 2
 # The demo's settings beyond the defaults of `weightlora compare`, and where it goes (numbered when that is taken).
-DEMO_FLAGS ?= --k 9 --max-length 48 --max-steps 240
+DEMO_FLAGS ?= --max-length 48 --max-steps 240
 DEMO_OUT   ?= runs/demo
 PYTEST_FLAGS ?=
 
