@@ -13,6 +13,6 @@ PAGE = Path(__file__).resolve().parents[2] / "docs" / "example-report.html"
 
 
 def test_the_example_page_is_todays(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where it is not: ``weightlora report runs/demo --out ../../../docs/example-report.html`` in tests/report/example."""
+    """Else, in tests/report/example: ``weightlora report runs/demo --out ../../../docs/example-report.html``."""
     monkeypatch.chdir(EXAMPLE)
     assert report(["runs/demo"]).html == PAGE.read_text(encoding="utf-8")
