@@ -78,7 +78,7 @@ def decode(hint: Any, value: Any, where: str) -> Any:
 def _decode_items(origin: type, arguments: tuple[Any, ...], value: Any, where: str) -> Any:
     """A tuple from a JSON list, or a dictionary from a JSON object."""
     if origin is tuple:
-        items = _expect(list, value, where)
+        items = value if isinstance(value, tuple) else _expect(list, value, where)
         hints = arguments[:1] * len(items) if arguments[1:] == (...,) else arguments
         if len(hints) != len(items):
             raise CheckpointError(f"key '{where}' must be a list of {len(hints)}, not of {len(items)}")
@@ -118,4 +118,4 @@ def _expect(kind: type, value: Any, where: str) -> Any:
 
 def kind_of(value: Any) -> str:
     """What JSON calls a value."""
-    return _NAMES[type(value)]
+    return _NAMES.get(type(value), type(value).__name__)

@@ -18,7 +18,7 @@ import pytest
 import torch
 from peft import AdaLoraConfig, get_peft_model
 from tests.builders import QKV, base, batch, batches, lora, warm
-from tests.methods.test_methods_battery import LORA, RANKED, STEPS, Loop, build, ended
+from tests.methods.test_methods_battery import HERE, RANKED, STEPS, Loop, build, ended
 from tests.runs.killer import Killer
 from torch import Tensor, nn
 
@@ -194,7 +194,7 @@ def test_an_adapter_that_lost_all_its_ranks_is_gone(name: str, preset: str) -> N
 
 def what_became_of_all() -> str:
     """Every method's selection and the names of what it trained."""
-    runs = [ended(name, "recommended") for name in LORA]
+    runs = [ended(name, "recommended") for name in HERE]
     return "\n".join(f"{run.selection.to_json()} {[n for n, _ in run.loop.model.named_parameters()]}" for run in runs)
 
 

@@ -189,14 +189,14 @@ def call(job: dict[str, Any]) -> dict[str, Any]:
     reader, writer = os.pipe()
     pid = os.fork()
     if pid == 0:
+        module, _, name = job["call"].partition(":")
         try:
-            module, _, name = job["call"].partition(":")
-            with os.fdopen(writer, "w") as stream:
-                json.dump({"hash": hash("text"), "said": getattr(importlib.import_module(module), name)()}, stream)
+            said = getattr(importlib.import_module(module), name)()
         except BaseException:
-            traceback.print_exc()
-        finally:
-            os._exit(0)
+            said = traceback.format_exc()
+        with os.fdopen(writer, "w") as stream:
+            json.dump({"hash": hash("text"), "said": said}, stream)
+        os._exit(0)
     os.close(writer)
     with os.fdopen(reader) as stream:
         found: dict[str, Any] = json.load(stream)

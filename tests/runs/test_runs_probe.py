@@ -134,7 +134,7 @@ def test_what_cannot_be_probed_is_refused(
 
 
 def test_only_what_selects_with_weightlora_can_be_probed() -> None:
-    with pytest.raises(ConfigError, match="method 'random' cannot be probed"):
+    with pytest.raises(ConfigError, match="it takes no method 'random'"):
         ProbeSpec(run=spec(method="random"))
 
 

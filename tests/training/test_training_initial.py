@@ -244,7 +244,7 @@ def test_what_cannot_be_given_back_is_refused_before_the_first_step(
 def test_a_sharded_base_cannot_be_given_anything_back() -> None:
     policy = KEPT.begin(adapters(lora()), 20)
     check_method(KEPT, policy, None)
-    with pytest.raises(ConfigError, match=r"'pissa' moved the base's weights.*FSDP shards"):
+    with pytest.raises(ConfigError, match=r"'pissa' moved a part of the base's weights.*under FSDP"):
         check_method(KEPT, policy, "pissa")
 
 

@@ -169,7 +169,7 @@ def test_what_attach_refuses() -> None:
     with pytest.raises(AdapterError, match="has no LoRA adapters; wrap it first"):
         attach(plain, WeightLoRA(k=2, select_after=3), adamw(plain))
     model = lora()
-    with pytest.raises(ScheduleError, match="full has no adapters"):
+    with pytest.raises(ScheduleError, match="full uses no adapters"):
         attach(model, FullFineTuning(), adamw(model))
 
 

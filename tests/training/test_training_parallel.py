@@ -217,7 +217,7 @@ def test_sums_over_micro_batches_are_not_resumed_as_means(together: Together, tm
     arguments = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 4}
     assert together.codes(tmp_path, processes=1, dies=8, arguments=arguments) == [-signal.SIGKILL]
     other = {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 1}
-    assert "the sum over 4 micro-batches" in together.refused(tmp_path, resume=True, arguments=other)
+    assert "accumulation = 4 and no micro_batch" in together.refused(tmp_path, resume=True, arguments=other)
 
 
 def test_omega_is_reduced_once_per_optimizer_step(together: Together, tmp_path: Path) -> None:
