@@ -47,6 +47,15 @@ def edit(**changes: object) -> Callable[[Path], None]:
     return change
 
 
+def edit_selection(**changes: object) -> Callable[[Path], None]:
+    def change(folder: Path) -> None:
+        data = json.loads((folder / MANIFEST).read_text())
+        data["selection"] |= changes
+        (folder / MANIFEST).write_text(json.dumps(data))
+
+    return change
+
+
 def cut(name: str) -> Callable[[Path], None]:
     return lambda folder: (folder / name).write_bytes((folder / name).read_bytes()[:-9])
 
@@ -68,6 +77,8 @@ def remove(name: str) -> Callable[[Path], None]:
         (edit(step="soon"), "weightlora.json is damaged"),
         (edit(adapters=[["a", 1]]), "weightlora.json is damaged"),
         (edit(selection={"schema_version": 1}), "weightlora.json is damaged: it has no key 'selection.method'"),
+        (edit_selection(schema_version=9), "selection schema 9 is not supported"),
+        (edit_selection(placement={"micro_batch": 0}), "its micro_batch is 0"),
         (lambda folder: (folder / MANIFEST).write_text("null"), "weightlora.json is damaged"),
         (lambda folder: (folder / MANIFEST).write_text("{}"), "it has no key 'schema_version'"),
         (lambda folder: (folder / MANIFEST).write_bytes(b"\xff\xfe"), "weightlora.json is damaged"),

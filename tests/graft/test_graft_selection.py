@@ -118,6 +118,9 @@ def without(key: str) -> dict[str, Any]:
         (json.dumps({**good(), "choices": [{"name": "a"}]}), "it has no key 'choices.0..kept'"),
         (json.dumps({**good(), "choices": 7}), "the selection is damaged"),
         (json.dumps({**good(), "choices": [{**good()["choices"][0], "rank": 0}]}), "rank must be 1 or more"),
+        (json.dumps({**good(), "placement": {"micro_batch": 0}}), "its micro_batch is 0"),
+        (json.dumps({**good(), "placement": {"micro_batch": False}}), "its micro_batch is False"),
+        (json.dumps({**good(), "placement": {"micro_batch": 2.0}}), "its micro_batch is 2.0"),
     ],
 )
 def test_damaged_selections(tmp_path: Path, text: str, message: str) -> None:

@@ -289,7 +289,7 @@ def test_contradictions_are_refused(changes: dict[str, Any], message: str) -> No
 def test_parts_validate_themselves() -> None:
     with pytest.raises(ConfigError, match="'a' has rank 0; a rank is 1 or more"):
         Kept(name="a", omega=1.0, rank=0)
-    with pytest.raises(ConfigError, match=r"phase 'final': seconds is -1\.0; it cannot be negative"):
+    with pytest.raises(ConfigError, match=r"phase 'final': seconds is -1\.0; it cannot be negative or undefined"):
         dataclasses.replace(example().phases[0], seconds=-1.0)
     with pytest.raises(ConfigError, match="steps has 1329 bits; 63 are enough"):
         dataclasses.replace(example().phases[0], steps=10**400)

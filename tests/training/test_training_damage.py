@@ -16,6 +16,7 @@ from weightlora.errors import CheckpointError
 from weightlora.methods import WeightLoRA
 from weightlora.training import fit
 from weightlora.training.checkpoint import SEAL, damage, folders, resolve
+from weightlora.training.results import read_progress
 
 FILES = ("README.md", "adapter_config.json", "adapter_model.safetensors", "checksums.json", "optimizer.pt",
          "rng_state.pth", "scheduler.pt", "trainer_state.json", "training_args.bin", "weightlora.json",
@@ -139,3 +140,12 @@ def test_code_in_a_checkpoint_is_never_run(
             run(tmp_path / "run", resume=folder)
         assert "\n" not in str(caught.value)
     assert not trap.exists()
+
+
+@pytest.mark.parametrize(("name", "value"), [("seconds", None), ("steps", -1), ("flops_per_step", 2**63)])
+def test_a_manifest_with_a_number_that_no_phase_has_is_damaged(name: str, value: Any) -> None:
+    phase = {"name": "warmup", "steps": 3, "seconds": 1.0, "micro_batch": 4, "accumulation": 1, "trainable_params": 9,
+             "kept_activation_bytes": 8, "flops_per_step": 7, "peak_memory_bytes": None}  # fmt: skip
+    assert read_progress({"phases": [phase], "seconds": 2.0}, Path("here"))[0] == 2.0
+    with pytest.raises(CheckpointError, match="here: the manifest is damaged"):
+        read_progress({"phases": [phase | {name: value}], "seconds": 2.0}, Path("here"))

@@ -40,8 +40,8 @@ class PhaseResult:
     def __post_init__(self) -> None:
         for field in fields(self):
             value = getattr(self, field.name)
-            if isinstance(value, (int, float)) and value < 0:
-                raise ConfigError(f"phase {self.name!r}: {field.name} is {value}; it cannot be negative")
+            if isinstance(value, (int, float)) and not value >= 0:  # NaN is no cost either
+                raise ConfigError(f"phase {self.name!r}: {field.name} is {value}; it cannot be negative or undefined")
             if isinstance(value, int) and value >= 2**63:
                 raise ConfigError(f"phase {self.name!r}: {field.name} has {value.bit_length()} bits; 63 are enough")
 

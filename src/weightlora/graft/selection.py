@@ -181,10 +181,7 @@ class Selection:
         """
         if not isinstance(data, dict):
             raise CheckpointError(f"a selection must be a JSON object, not {type(data).__name__}")
-        if data.get("schema_version") != SCHEMA_VERSION:
-            raise CheckpointError(
-                f"selection schema {data.get('schema_version')!r} is not supported; this release reads {SCHEMA_VERSION}"
-            )
+        _check_schema(data.get("schema_version"))
         try:
             selection: Selection = decode(cls, data, "")
             selection.check()
@@ -194,8 +191,9 @@ class Selection:
 
     def check(self) -> None:
         """Raise CheckpointError, naming the adapter, for numbers and ties that no selection holds."""
-        size = 1 if self.placement is None else self.placement.get("micro_batch") or 1
-        if type(size) is not int or size < 1:
+        _check_schema(self.schema_version)
+        size = None if self.placement is None else self.placement.get("micro_batch")
+        if size is not None and (type(size) is not int or size < 1):
             raise CheckpointError(f"its micro_batch is {size!r}")
         seen: set[str] = set()
         for c in self.choices:
@@ -231,6 +229,11 @@ class Selection:
             raise CheckpointError(f"cannot read the selection {path}: {error.strerror}") from None
         except UnicodeDecodeError as error:
             raise CheckpointError(f"the selection {path} is not text: {error.reason}") from None
+
+
+def _check_schema(version: object) -> None:
+    if version != SCHEMA_VERSION:
+        raise CheckpointError(f"selection schema {version!r} is not supported; this release reads {SCHEMA_VERSION}")
 
 
 def select(
