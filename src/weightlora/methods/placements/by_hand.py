@@ -39,19 +39,18 @@ def part_of(adapter: Adapter) -> str:
 
 @dataclass(frozen=True, kw_only=True)
 class PartPlacement(Placement):
-    """Settings of a method that keeps one part of every block, and looks at nothing."""
+    """Settings of a method that keeps the part of every block that it is named after, and looks at nothing."""
 
-    part: ClassVar[str]
     words: ClassVar[str]
 
     def begin(self, adapters: tuple[Adapter, ...], max_steps: int) -> Policy:
-        if not any(part_of(a) == self.part for a in adapters):
+        if not any(part_of(a) == self.name for a in adapters):
             kinds = ", ".join(sorted({a.role for a in adapters}))
             raise ScheduleError(f"{self.name} keeps {self.words}, and none has an adapter; they are on {kinds}")
         return super().begin(adapters, max_steps)
 
     def measure(self, adapters: Sequence[Adapter], weights: Iterator[Tensor], held_out: HeldOut | None) -> list[float]:
-        return [float(part_of(a) == self.part) for a in adapters]
+        return [float(part_of(a) == self.name) for a in adapters]
 
     def keep(self, adapters: Sequence[Adapter], scores: Sequence[float]) -> tuple[Sequence[int], str]:
         kept = [a.index for a in adapters if scores[a.index]]
@@ -77,7 +76,6 @@ class AttentionOutput(PartPlacement):
     """
 
     name: ClassVar[str] = "attention_output"
-    part: ClassVar[str] = "attention_output"
     words: ClassVar[str] = "the attention's output"
 
 
@@ -98,5 +96,4 @@ class FeedForward(PartPlacement):
     """
 
     name: ClassVar[str] = "feed_forward"
-    part: ClassVar[str] = "feed_forward"
     words: ClassVar[str] = "the feed-forward layers"
