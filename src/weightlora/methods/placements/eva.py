@@ -12,14 +12,12 @@ from torch import Tensor
 from weightlora.core import scaled_ranks
 from weightlora.errors import ConfigError
 from weightlora.graft import Adapter
-from weightlora.methods.base import Needs
-from weightlora.methods.budgets import SpendingMethod
-from weightlora.methods.checks import check_least
+from weightlora.methods.placements.once import SeeingMethod
 from weightlora.methods.policy import Decision, Factors, HeldOut, Policy, Setup, Weights
 
 
 @dataclass(frozen=True, kw_only=True)
-class EVA(SpendingMethod):
+class EVA(SeeingMethod):
     """PEFT's EVA, measured and carried out before the first step: ranks go to the directions, over all layers, that
     explain the largest share of their layer's input variance; A starts as these directions, B as 0.
 
@@ -48,17 +46,11 @@ class EVA(SpendingMethod):
     presets: ClassVar[dict[str, dict[str, float]]] = {"paper": {"rho": 2.0}, "official": {"rho": 2.0}}
 
     rho: float = 2.0
-    batches: int = 8
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_least(self, 1, "batches")
         if not 1 <= self.rho < float("inf"):
             raise ConfigError(f"rho={self.rho!r} is not allowed; use 1 (ranks stay where they are) or more")
-
-    @property
-    def needs(self) -> Needs:
-        return Needs(held_out=self.batches)
 
     def begin(self, adapters: tuple[Adapter, ...], max_steps: int) -> Policy:
         return EVAPolicy(self, adapters)

@@ -12,14 +12,12 @@ from torch import Tensor
 
 from weightlora.core import proportional_ranks, sensitivity
 from weightlora.graft import Adapter, dense_gradients
-from weightlora.methods.base import Needs
-from weightlora.methods.budgets import SpendingMethod
-from weightlora.methods.checks import check_least
+from weightlora.methods.placements.once import SeeingMethod
 from weightlora.methods.policy import Decision, HeldOut, Policy, Setup
 
 
 @dataclass(frozen=True, kw_only=True)
-class GoRA(SpendingMethod):
+class GoRA(SeeingMethod):
     """``I_i = mean |W_i * dL/dW_i|`` before the first step; ranks follow it, and all adapters live.
 
     ``r_i = round(b I_i / (sum I sqrt(d_in + d_out)))``, ``b = sum sqrt(d_in + d_out) r``, not below r / 2 nor above
@@ -46,16 +44,7 @@ class GoRA(SpendingMethod):
     name: ClassVar[str] = "gora"
     presets: ClassVar[dict[str, dict[str, int]]] = {"paper": {"batches": 64}, "official": {"batches": 64}}
 
-    batches: int = 8
     seed: int = 0
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_least(self, 1, "batches")
-
-    @property
-    def needs(self) -> Needs:
-        return Needs(held_out=self.batches)
 
     def begin(self, adapters: tuple[Adapter, ...], max_steps: int) -> Policy:
         return GoRAPolicy(self, adapters)

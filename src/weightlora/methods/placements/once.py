@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 import torch
@@ -42,6 +42,21 @@ class OneLook(AdapterMethod):
 
 
 @dataclass(frozen=True, kw_only=True)
+class SeeingMethod(SpendingMethod):
+    """Settings of a method that sees the model at work, on `batches` batches of rows that it does not train on."""
+
+    batches: int = 8
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_least(self, 1, "batches")
+
+    @property
+    def needs(self) -> Needs:
+        return replace(super().needs, held_out=self.batches)
+
+
+@dataclass(frozen=True, kw_only=True)
 class Placement(OneLook, SpendingMethod):
     """Settings of a rule that says itself how many adapters stay.
 
@@ -57,22 +72,12 @@ class Placement(OneLook, SpendingMethod):
 
     @property
     def needs(self) -> Needs:
-        return Needs(grows=self.spend is not None)
+        return replace(super().needs, grows=self.spend is not None)
 
 
 @dataclass(frozen=True, kw_only=True)
-class SeeingPlacement(Placement):
-    """Settings of such a rule that sees the model at work, on `batches` batches of rows that it does not train on."""
-
-    batches: int = 8
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_least(self, 1, "batches")
-
-    @property
-    def needs(self) -> Needs:
-        return Needs(held_out=self.batches, grows=self.spend is not None)
+class SeeingPlacement(SeeingMethod, Placement):
+    """Settings of such a rule that sees the model at work."""
 
 
 class OneLookPolicy(Policy):
