@@ -107,7 +107,7 @@ class Running:
         driver.finish(trainers_optimizer(self.trainer))
         return FitResult(
             model=model_of(self.trainer),
-            method=self.prepared.method,
+            method=self.driver.method,
             selection=driver.selection,
             phases=tuple(self.phases),
             metrics=dict(self.whole.metrics or {}),
@@ -127,7 +127,7 @@ class Running:
             return
         self.driver.start(trainers_optimizer(self.trainer), fresh=start is None)
         if order is not None:
-            order.count(self.prepared.method)
+            order.count(self.driver.method)
             order.follow()
         if self.driver.seam == 0:
             self.driver.operate(trainers_optimizer(self.trainer))
@@ -137,9 +137,9 @@ class Running:
         driver, selection, order = self.driver, start.manifest.selection, self.prepared.order
         assert selection is not None
         assert order is not None
-        order.count(self.prepared.method)
-        ranks, scales = ({c.name: getattr(c, part) for c in selection.kept} for part in ("rank", "scale"))
-        reshape(driver.model, ranks, scales, driver.name)
+        order.count(self.driver.method)
+        kept = selection.kept
+        reshape(driver.model, {c.name: c.rank for c in kept}, {c.name: c.scale for c in kept}, driver.name)
         tie(driver.model, selection.groups, driver.name)
         order.follow()
         driver.selection, driver.step = selection, start.manifest.step
@@ -163,7 +163,7 @@ class Running:
         trainer, driver, model = self.trainer, self.driver, model_of(self.trainer)
         if self.prepared.sharded:
             leave_to_fsdp(model)
-        set_rates(trainer, self.prepared.method)
+        set_rates(trainer, self.driver.method)
         if self.measure:
             checkpoint_as_in_training(trainer)
             driver.settle()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 from torch import Tensor
@@ -82,7 +82,6 @@ class Prepared:
     """
 
     trainer: Trainer
-    method: AdapterMethod
     driver: Driver
     run: Run
     start: Start | None
@@ -91,7 +90,7 @@ class Prepared:
     max_steps: int
     batch: GlobalBatch
     sharded: bool
-    order: OptimizerOrder | None = field(repr=False)
+    order: OptimizerOrder | None
 
     @property
     def output_dir(self) -> Path:
@@ -149,7 +148,6 @@ def prepare(
         averaged = start.batch.add_up(trainer, split, output_dir)
     return Prepared(
         trainer=trainer,
-        method=method,
         driver=driver,
         run=run,
         start=start,
