@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
 import io
 import os
 import re
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -26,6 +27,7 @@ DPI = 200
 MARGIN = 6  # of nothing around, in the picture's units, as are all lengths below
 LINE = 15
 ANCHORS = {"start": "left", "mid": "center", "end": "right"}
+MOVE, LINE_TO, CLOSE = 1, 2, 79  # as matplotlib counts the steps of an outline
 Style = dict[str, str]
 
 
@@ -85,43 +87,54 @@ def _figure(shown: Picture, title: Sequence[str]) -> Figure:
     axes.set_xlim(-MARGIN, shown.width + MARGIN)
     axes.set_ylim(shown.height + below, -above)
     axes.axis("off")
-    scale, styles = INCHES * 72 / width, _styles()
+    scale, sheet = INCHES * 72 / width, _Sheet.of_the_page()
     for path in shown.paths:
-        _draw(axes, path.d, path.look, styles, scale)
+        _draw(axes, path.d, sheet.looks(path.look), scale)
     for text in shown.texts:
-        _write(axes, text, styles, scale)
+        _write(axes, text, sheet, scale)
     for number, line in enumerate(title, 1):
         text = Text(x=shown.width / 2, y=LINE * number - above + MARGIN, words=line, look="mid strong")
-        _write(axes, text, styles, scale)
+        _write(axes, text, sheet, scale)
     left: float = LEFT
     for look, words in shown.keys:
         y = shown.height + LINE
         outline = picture.star(left + 6, y - 4, 6) if look == "star" else picture.box(left, y - 8, 12, 8)
-        _draw(axes, outline, look, styles, scale)
-        _write(axes, Text(x=left + 17, y=y, words=words), styles, scale)
+        _draw(axes, outline, sheet.looks(look), scale)
+        _write(axes, Text(x=left + 17, y=y, words=words), sheet, scale)
         left += 36 + LETTER * len(words)
     return figure
 
 
-def _styles() -> dict[str, Style]:
-    """What the page's style sheet says of each look, the light colours in place."""
-    text = (picture.TEMPLATES / "report.css").read_text(encoding="utf-8")
-    colours = dict(re.findall(r"--([\w-]+): (#\w+)", text.partition("@media")[0]))
-    found: dict[str, Style] = {"": {"ink": colours["ink"], "muted": colours["muted"]}}
-    for look, body in re.findall(r"(?<![\w.])\.([\w-]+) \{([^}]*)\}", text):
-        said = dict(re.findall(r"([\w-]+): ([^;]+);", body + ";"))
-        found[look] = {name: re.sub(r"var\(--([\w-]+)\)", lambda m: colours[m[1]], v) for name, v in said.items()}
-    return found
+@dataclasses.dataclass(frozen=True)
+class _Sheet:
+    """The page's style sheet: its light colours, and what it says of each look."""
+
+    colours: Style
+    rules: Mapping[str, Style]
+
+    @classmethod
+    def of_the_page(cls) -> _Sheet:
+        text = (picture.TEMPLATES / "report.css").read_text(encoding="utf-8")
+        colours = dict(re.findall(r"--([\w-]+): (#\w+)", text.partition("@media")[0]))
+        rules = {}
+        for look, body in re.findall(r"(?<![\w.])\.([\w-]+) \{([^}]*)\}", text):
+            said = dict(re.findall(r"([\w-]+): ([^;]+);", body + ";"))
+            rules[look] = {name: re.sub(r"var\(--([\w-]+)\)", lambda m: colours[m[1]], v) for name, v in said.items()}
+        return cls(colours, rules)
+
+    def looks(self, names: str) -> Style:
+        """What all of these looks come to; the last has the last word."""
+        found: Style = {}
+        for name in names.split():
+            found |= self.rules.get(name, {})
+        return found
 
 
-def _draw(axes: Axes, d: str, look: str, styles: dict[str, Style], scale: float) -> None:
+def _draw(axes: Axes, d: str, said: Style, scale: float) -> None:
     """One outline; its edge lies below its filling where the sheet says so."""
     from matplotlib.patches import PathPatch
     from matplotlib.path import Path as Outline
 
-    said: Style = {}
-    for name in look.split():
-        said |= styles.get(name, {})
     face, edge = said.get("fill", "none"), said.get("stroke", "none")
     wide = float(said.get("stroke-width", 1))
     dashes = tuple(float(part) / wide for part in said.get("stroke-dasharray", "").split())
@@ -147,7 +160,7 @@ def _vertices(d: str) -> tuple[list[tuple[float, float]], list[int]]:
         numbers = [float(text) for text in re.findall(r"-?\d*\.?\d+", rest)]
         if word == "z":
             points.append(begin)
-            codes.append(79)
+            codes.append(CLOSE)
             continue
         steps = [(n, 0.0) for n in numbers] if word == "h" else [(0.0, n) for n in numbers]
         if word in "Ml":
@@ -156,11 +169,11 @@ def _vertices(d: str) -> tuple[list[tuple[float, float]], list[int]]:
             at = (x, y) if word == "M" else (points[-1][0] + x, points[-1][1] + y)
             begin = at if word == "M" else begin
             points.append(at)
-            codes.append(1 if word == "M" else 2)
+            codes.append(MOVE if word == "M" else LINE_TO)
     return points, codes
 
 
-def _write(axes: Axes, text: Text, styles: dict[str, Style], scale: float) -> None:
+def _write(axes: Axes, text: Text, sheet: _Sheet, scale: float) -> None:
     looks = text.look.split()
     strong = "strong" in looks
     axes.text(
@@ -168,7 +181,7 @@ def _write(axes: Axes, text: Text, styles: dict[str, Style], scale: float) -> No
         text.y,
         text.words,
         fontsize=0.95 * FONT * scale,
-        color=styles[""]["ink" if strong else "muted"],
+        color=sheet.colours["ink" if strong else "muted"],
         fontweight="bold" if strong else "normal",
         ha=next((ANCHORS[look] for look in looks if look in ANCHORS), "left"),
         va="baseline",
