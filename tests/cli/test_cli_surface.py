@@ -85,6 +85,21 @@ def test_without_a_command_there_is_help_and_code_2(capsys: pytest.CaptureFixtur
     assert all(re.search(rf"^ +{command}( |$)", said, re.MULTILINE) for command in COMMANDS)
 
 
+@pytest.mark.parametrize(
+    ("words", "hint"),
+    [
+        (("report", "runs", "--jsn", "x"), "--jsn x; did you mean --json?"),
+        (("train", "--text-colum", "x"), "--text-colum x; did you mean --text-column?"),
+        (("train", "--qqq=1"), "--qqq=1\n"),
+    ],
+)
+def test_a_misspelled_flag_gets_the_nearest(
+    capsys: pytest.CaptureFixture[str], words: tuple[str, ...], hint: str
+) -> None:
+    assert weightlora(*words) == 2
+    assert f"unrecognized arguments: {hint}" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("command", COMMANDS)
 def test_every_command_has_help_with_an_example(capsys: pytest.CaptureFixture[str], command: str) -> None:
     assert weightlora(command, "--help") == 0

@@ -6,7 +6,7 @@ import argparse
 import difflib
 from collections.abc import Mapping, Sequence
 from dataclasses import fields
-from typing import Any
+from typing import Any, NoReturn
 
 from weightlora.errors import ConfigError
 from weightlora.settings import flat_name
@@ -113,11 +113,16 @@ def given_settings(parsed: argparse.Namespace, rest: Sequence[str], parser: argp
     except ConfigError as error:
         parser.error(str(error))  # one usage line: ours
     if unknown:
-        flags = [*parser._option_string_actions, *others._option_string_actions]
-        near = difflib.get_close_matches(unknown[0].partition("=")[0], flags, n=1)
-        hint = f"; did you mean {near[0]}?" if near else ""
-        parser.error(f"unrecognized arguments: {' '.join(unknown)}{hint}")
+        refuse_unknown(parser, unknown, others)
     return {**found, **vars(settings), **training}
+
+
+def refuse_unknown(parser: argparse.ArgumentParser, words: Sequence[str], *more: argparse.ArgumentParser) -> NoReturn:
+    """End with the usage error for words that nobody takes, and with the flag of these parsers nearest to the first."""
+    flags = [flag for each in (parser, *more) for flag in each._option_string_actions]
+    near = difflib.get_close_matches(words[0].partition("=")[0], flags, n=1)
+    hint = f"; did you mean {near[0]}?" if near else ""
+    parser.error(f"unrecognized arguments: {' '.join(words)}{hint}")
 
 
 def _flag(name: str) -> str:

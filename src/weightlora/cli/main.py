@@ -17,7 +17,7 @@ from typing import NoReturn
 from weightlora import __version__
 from weightlora.cli import commands, studies
 from weightlora.cli.command import Command, Given
-from weightlora.cli.flags import add_run, add_spec, dashed, given_settings
+from weightlora.cli.flags import add_run, add_spec, dashed, given_settings, refuse_unknown
 from weightlora.errors import ConfigError, WeightLoRAError
 from weightlora.files import disk_is_full
 from weightlora.settings import flat_name
@@ -101,7 +101,7 @@ def _read(name: str, words: Sequence[str], options: argparse.Namespace) -> Given
             parser.set_defaults(**{action.dest: beneath.pop(action.dest)})
     _, rest = parser.parse_known_args(words, options)
     if rest and not command.takes_run:
-        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+        refuse_unknown(parser, rest)
     if options.json is not None and Path(options.json).is_dir():
         raise ConfigError(f"{options.json} is a folder; give --json a file, or - for standard output")
     if name == "report":  # which loads none of the libraries
