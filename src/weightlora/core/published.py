@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+from weightlora.core.budget import adapter_params
 from weightlora.errors import ConfigError
 
 
@@ -185,7 +186,7 @@ def _largest(
     """The ranks that `at` gives for the largest number up to `most` at which they cost at most `params`."""
 
     def cost(ranks: Sequence[int]) -> int:
-        return sum(rank * (d_in + d_out) for rank, (d_in, d_out) in zip(ranks, shapes, strict=True))
+        return sum(adapter_params(rank, *shape) for rank, shape in zip(ranks, shapes, strict=True) if rank)
 
     if cost(at(0.0)) > params:
         raise ConfigError(f"{params} parameters are too few for these adapters; use at least {cost(at(0.0))}")
