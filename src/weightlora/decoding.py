@@ -72,7 +72,7 @@ def decode(hint: Any, value: Any, where: str) -> Any:
         raise CheckpointError(f"key '{where}' is {value!r}; allowed are {', '.join(arguments)}")
     if hint is float:
         return _decode_float(value, where)
-    return value if hint is Any or origin is Literal else _expect(hint, value, where)
+    return value if hint in (Any, object) or origin is Literal else _expect(hint, value, where)
 
 
 def _decode_items(origin: type, arguments: tuple[Any, ...], value: Any, where: str) -> Any:

@@ -9,7 +9,6 @@ import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 # Known here without loading a method.
 METHOD_NAMES = (
@@ -40,11 +39,11 @@ class Given:
     """
 
     options: argparse.Namespace
-    recipe: Mapping[str, Any] = field(default_factory=dict)
-    flags: Mapping[str, Any] = field(default_factory=dict)
+    recipe: Mapping[str, object] = field(default_factory=dict)
+    flags: Mapping[str, object] = field(default_factory=dict)
 
     @property
-    def settings(self) -> dict[str, Any]:
+    def settings(self) -> dict[str, object]:
         """Recipe and flags together."""
         return {**self.recipe, **self.flags}
 
@@ -61,7 +60,7 @@ class Given:
         except BrokenPipeError:  # whoever reads has read enough, as `| head` does; how it went is still to be told
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
-    def show_json(self, result: Any, *lines: str) -> None:
+    def show_json(self, result: object, *lines: str) -> None:
         """:meth:`show` plain data."""
         self.show(json.dumps(result, indent=1, allow_nan=False), *lines)
 

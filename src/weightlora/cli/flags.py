@@ -6,7 +6,7 @@ import argparse
 import difflib
 from collections.abc import Mapping, Sequence
 from dataclasses import fields
-from typing import Any, NoReturn
+from typing import NoReturn
 
 from weightlora.errors import ConfigError
 from weightlora.settings import flat_name
@@ -42,7 +42,7 @@ def dashed(words: Sequence[str]) -> list[str]:
     return [name.replace("_", "-") + equals + value for name, equals, value in flags]
 
 
-def words_of(settings: Mapping[str, Any]) -> list[str]:
+def words_of(settings: Mapping[str, object]) -> list[str]:
     """Write settings as words of a command line.
 
     >>> words_of({"max_steps": 9, "seeds": [0, 1], "regression": True, "holdout": None})
@@ -97,7 +97,9 @@ def add_run(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def given_settings(parsed: argparse.Namespace, rest: Sequence[str], parser: argparse.ArgumentParser) -> dict[str, Any]:
+def given_settings(
+    parsed: argparse.Namespace, rest: Sequence[str], parser: argparse.ArgumentParser
+) -> dict[str, object]:
     """The settings of a run that the command line names, as a mapping; what nobody knows is a usage error."""
     from weightlora.methods import METHODS
     from weightlora.runs.spec import PARTS, training_values

@@ -7,7 +7,6 @@ import gc
 import random
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
@@ -99,7 +98,7 @@ class KeptTensors:
         self._excluded = {t.untyped_storage().data_ptr() for t in own}
         self._held: Held[Saved] = Held()
 
-    def hooks(self) -> contextlib.AbstractContextManager[Any]:
+    def hooks(self) -> contextlib.AbstractContextManager[object]:
         """A context in which what is saved is noted; :meth:`let_go` once nobody goes back through it."""
         return torch.autograd.graph.saved_tensors_hooks(lambda t: self._held.add(Saved(t)), lambda saved: saved.tensor)
 

@@ -37,7 +37,7 @@ def operations(model: nn.Module, loss: Callable[[], Tensor], *, grows: bool = Fa
     counter = FlopCounterMode(display=False)
     arrivals, tokens = [0] * len(layers), [0] * len(layers)
 
-    def watch(index: int) -> Any:
+    def watch(index: int) -> object:
         def arrived(_grad: Tensor) -> None:
             arrivals[index] = counter.get_total_flops()
 

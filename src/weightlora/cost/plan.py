@@ -18,7 +18,7 @@ from weightlora.graft import base_of
 OUTSIDE = "logits and loss"
 # What of a configuration decides a trace. The rank does not: it scales what it touches.
 _TRACED = ("model", "head", "num_labels", "targets", "dtype", "autocast", "dropout", "length", "engine", "device")
-Traces = dict[tuple[Any, ...], Traced]
+Traces = dict[tuple[object, ...], Traced]
 
 
 @dataclass(frozen=True, kw_only=True)

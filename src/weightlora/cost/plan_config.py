@@ -14,10 +14,10 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 
 def changes_of(config: PlanConfig, dtype: torch.dtype) -> list[dict[str, Any]]:
     """Changes to a configuration that save memory, from the least to the most intrusive."""
-    steps: list[dict[str, Any]] = []
+    steps: list[dict[str, object]] = []
     if config.r > 1:
         steps.append({"r": max(1, config.r // 4)})
-    base: dict[str, Any] = {} if config.checkpointing else {"checkpointing": True}
+    base: dict[str, object] = {} if config.checkpointing else {"checkpointing": True}
     steps += [base] if base else []
     if dtype == torch.float32:
         base = {**base, "dtype": "bfloat16", **({"autocast": False} if config.autocast else {})}
@@ -32,7 +32,7 @@ def changes_of(config: PlanConfig, dtype: torch.dtype) -> list[dict[str, Any]]:
     return steps
 
 
-def flag(name: str, value: Any) -> str:
+def flag(name: str, value: object) -> str:
     """A change as it is written on the command line."""
     if isinstance(value, bool):
         return f"--{name}" if value else f"no --{name}"

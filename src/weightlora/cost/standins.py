@@ -36,7 +36,7 @@ def stand_ins(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
 @contextlib.contextmanager
 def standing_in(model: nn.Module, tensors: Mapping[str, Tensor]) -> Iterator[None]:
     """Put tensors in the place of a model's own, by name, and its own back under every name that a module has."""
-    before: dict[tuple[int, str], tuple[dict[str, Any], Any]] = {}
+    before: dict[tuple[int, str], tuple[dict[str, object], object]] = {}
     try:
         for key, tensor in tensors.items():
             path, _, leaf = key.rpartition(".")
@@ -73,11 +73,11 @@ class KnownMasks(TorchFunctionMode):
         super().__init__()
         self.stands_for: dict[int, Tensor] = {}
 
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_function__(self, func: Any, types: object, args: Any = (), kwargs: Any = None) -> Any:
         if func is Tensor.__getitem__ and isinstance(args[0], FakeTensor):
             items = args[1] if isinstance(args[1], tuple) else (args[1],)
             if any(_is_known_mask(item) for item in items):
-                known: list[Any] = []
+                known: list[object] = []
                 for item in items:
                     known += self._positions(item) if _is_known_mask(item) else [item]
                 args = (args[0], tuple(known))
@@ -96,7 +96,7 @@ class CudaKernels(TorchFunctionMode):
     else memory-efficient attention; neither keeps probabilities.
     """
 
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_function__(self, func: Any, types: object, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         if func in (F.dropout, torch.dropout):
             return _fused_dropout(*args, **kwargs)
@@ -113,7 +113,7 @@ def _fused_attention(
     q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor | None = None, dropout_p: float = 0.0, is_causal: bool = False,
     scale: float | None = None, enable_gqa: bool = False,
 ) -> Tensor:  # fmt: skip
-    ops: Any = torch.ops.aten
+    ops = torch.ops.aten
     if attn_mask is None and q.dtype.itemsize == 2:
         out: Tensor = ops._scaled_dot_product_flash_attention(q, k, v, dropout_p, is_causal, scale=scale)[0]
         return out
@@ -140,7 +140,7 @@ class ComposedWeights(TorchFunctionMode):
         self.composed: dict[int, int] = {}
         self._alive: list[Tensor] = []  # so that no address is used twice
 
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_function__(self, func: Any, types: object, args: Any = (), kwargs: Any = None) -> object:
         out = func(*args, **(kwargs or {}))
         if func in (torch.baddbmm, Tensor.__add__, Tensor.add, torch.add) and isinstance(args[0], FakeTensor):
             index = self.parameters.get(identity(args[0]))
@@ -153,14 +153,14 @@ class ComposedWeights(TorchFunctionMode):
 class GroupedProducts(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """The grouped product of experts in any dtype: torch runs it so, and knows its shape without data for one alone."""
 
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(self, func: Any, types: object, args: Any = (), kwargs: Any = None) -> object:
         if func is torch.ops.aten._grouped_mm.default:
             rows, weights = args[:2]
             return rows.new_empty(rows.shape[0], weights.shape[-1])
         return func(*args, **(kwargs or {}))
 
 
-def _is_known_mask(item: Any) -> bool:
+def _is_known_mask(item: object) -> bool:
     return isinstance(item, Tensor) and not isinstance(item, FakeTensor) and item.dtype == torch.bool
 
 

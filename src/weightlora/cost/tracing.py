@@ -126,7 +126,7 @@ class _Recorder:
         self.sizes: list[int] = []
         self.modules: list[str] = []
         self.ranked: set[int] = set()
-        self.alive: list[Any] = []  # so that no address is used twice
+        self.alive: list[object] = []  # so that no address is used twice
         self.parameters: set[int] = set()
         self.bits: dict[int, int] = {}
         self.seeds: list[int] = []
@@ -186,7 +186,7 @@ class _Recorder:
 
     @contextlib.contextmanager
     def hooks(self) -> Iterator[None]:
-        handles: list[Any] = []
+        handles = []
         try:
             for path, module in base_of(self.model).named_modules():
                 handles += _around(module, partial(self.stack.append, path), self.stack.pop)
@@ -210,15 +210,15 @@ class _Recorder:
     def _own(self, owner: int) -> None:
         self.owner = owner
 
-    def _enter(self, index: int, _module: nn.Module, args: tuple[Any, ...]) -> None:
+    def _enter(self, index: int, _module: nn.Module, args: tuple[object, ...]) -> None:
         self.unit = index
         # What a checkpoint saves are the positional arguments.
         self.unit_inputs[index] = [self._storage(arg) for arg in args if isinstance(arg, Tensor)]
 
-    def _leave(self, *_: Any) -> None:
+    def _leave(self, *_: object) -> None:
         self.unit = -1
 
-    def _require_grad(self, _module: nn.Module, _args: Any, out: Tensor) -> None:
+    def _require_grad(self, _module: nn.Module, _args: object, out: Tensor) -> None:
         if out.grad_fn is None:
             out.requires_grad_()
             self.bits[id(out)] = 1 << (len(self.found) + 1)
@@ -252,7 +252,7 @@ class _Recorder:
         """Every saved tensor that backward would read, with the bit set of leaves it is needed for."""
         if value.grad_fn is None:
             return
-        reach: dict[Any, int] = {}
+        reach: dict[object, int] = {}
         names: dict[type, list[str]] = {}
         for node in _bottom_up(value.grad_fn):
             edges = [0 if below is None else reach[below] for below, _ in node.next_functions]
@@ -268,14 +268,14 @@ class _Recorder:
                 needed = _union([edges[i] for i in rules[key]]) if key in rules else reach[node]
                 yield from ((event, needed) for event in self._opened_by(node, key))
 
-    def _opened_by(self, node: Any, key: str) -> list[_Event]:
+    def _opened_by(self, node: object, key: str) -> list[_Event]:
         """What reading an attribute of a node unpacks."""
         self.opened = []
         getattr(node, key)
         return self.opened
 
 
-def _around(module: nn.Module, before: Callable[[], Any], after: Callable[[], Any]) -> list[Any]:
+def _around(module: nn.Module, before: Callable[[], object], after: Callable[[], object]) -> list[Any]:
     """Hooks that look at nothing. They hand back None, so that they change nothing either."""
     return [
         module.register_forward_pre_hook(lambda *_: (before(), None)[1]),
@@ -289,7 +289,7 @@ def _union(masks: Iterable[int]) -> int:
 
 def _bottom_up(root: Any) -> Iterator[Any]:
     """Every node of the graph, after all that it depends on."""
-    done: set[Any] = set()
+    done: set[object] = set()
     stack = [(root, False)]
     while stack:
         node, ready = stack.pop()

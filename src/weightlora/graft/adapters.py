@@ -341,7 +341,7 @@ def honours_variants(layer: LoraLayer) -> bool:
 @contextlib.contextmanager
 def switched_off(model: nn.Module, name: str) -> Iterator[None]:
     """Inside, the layers of adapter `name` compute their base alone; nothing else changes, heads included."""
-    layers: list[Any] = [layer for _, layer in lora_layers(model, name)]
+    layers = [layer for _, layer in lora_layers(model, name)]
     before = [layer._disable_adapters for layer in layers]
     for layer in layers:
         layer._disable_adapters = True
@@ -363,7 +363,7 @@ def layer_weights(model: nn.Module, name: str) -> tuple[Tensor, ...]:
 
     Empty where a quantised layer keeps no tensor of that name (GPTQModel's has something else there).
     """
-    bases: list[Any] = [layer.get_base_layer() for _, layer in lora_layers(model, name)]
+    bases = [layer.get_base_layer() for _, layer in lora_layers(model, name)]
     found = [getattr(base, "weight", None) for base in bases]
     weights = [weight.detach() if isinstance(weight, Tensor) else torch.empty(0) for weight in found]
     return tuple(weight.T if isinstance(base, Conv1D) else weight for base, weight in zip(bases, weights, strict=True))

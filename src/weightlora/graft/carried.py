@@ -39,7 +39,7 @@ class Outside:
         return f"{', '.join(first)}{', ...' if len(self.tensors) > 3 else ''}"
 
 
-def base_name(root: nn.Module, config: Any) -> str | None:
+def base_name(root: nn.Module, config: object) -> str | None:
     """The base model's hub name or folder, if anybody knows it."""
     name = getattr(config, "base_model_name_or_path", None) or root.__dict__.get("name_or_path")
     return str(name) if name else None

@@ -24,7 +24,7 @@ def _stay_off() -> None:
     """Stands in for ``enable_input_require_grads``, which nothing needs once checkpointing is non-reentrant."""
 
 
-def checkpoint_blocks(model: nn.Module, settings: dict[str, Any] | None = None, **layers: Any) -> None:
+def checkpoint_blocks(model: nn.Module, settings: dict[str, object] | None = None, **layers: object) -> None:
     """Switch gradient checkpointing on, by the name that the installed release of Transformers has for it.
 
     Args:
@@ -91,7 +91,7 @@ def _is_input_hook(hook: Any) -> bool:
     return getattr(hook, "__name__", "") in _HOOK_NAMES
 
 
-def _non_reentrant(module: nn.Module) -> Any:
+def _non_reentrant(module: nn.Module) -> object:
     """The function by which a module checkpoints, without reentry; None where it is not known how."""
     function = getattr(module, _FUNCTION, None)
     if function is checkpoint:
@@ -170,7 +170,7 @@ class GradientCheck:
         modules: list[Any] = [base_of(model), *self.layers.values()] if watched else []
         self._handles = [module.register_forward_hook(self._note) for module in modules]
 
-    def _note(self, module: nn.Module, *_: Any) -> None:
+    def _note(self, module: nn.Module, *_: object) -> None:
         if module.training and not torch.compiler.is_compiling():
             self._called.add(id(module))
 

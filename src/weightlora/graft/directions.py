@@ -19,8 +19,8 @@ PASSES = 100  # over the batches, until directions hold still; PEFT itself goes 
 
 def input_directions(
     model: nn.Module,
-    batches: Sequence[Mapping[str, Any]],
-    compute: Callable[[Mapping[str, Any]], object],
+    batches: Sequence[Mapping[str, object]],
+    compute: Callable[[Mapping[str, object]], object],
     rho: float,
 ) -> list[Tensor]:
     """Right singular vectors of every adapted layer's inputs, as many as EVA gives it ranks.

@@ -8,7 +8,7 @@ import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, Protocol, get_args
+from typing import Literal, Protocol, get_args
 
 import peft
 import torch
@@ -72,7 +72,7 @@ def export(
     out: str | Path,
     profile: str = "native",
     *,
-    sample: Mapping[str, Any] | None = None,
+    sample: Mapping[str, object] | None = None,
     adapter: str | None = None,
     base: nn.Module | None = None,
     overwrite: bool = False,
@@ -166,7 +166,7 @@ def export(
 
 
 def _written(
-    live: Live, folder: Path, profile: str, sample: Mapping[str, Any]
+    live: Live, folder: Path, profile: str, sample: Mapping[str, object]
 ) -> tuple[int, tuple[str, ...], Tensor, tuple[str, ...]]:
     """Write an adapter; its highest rank, notes, the logits of what was written, and what PEFT warned of."""
     if profile != "gguf":
@@ -178,7 +178,7 @@ def _written(
 
 
 def _reloaded(
-    root: nn.Module, folder: Path, sample: Mapping[str, Any], live: Live | None = None
+    root: nn.Module, folder: Path, sample: Mapping[str, object], live: Live | None = None
 ) -> tuple[Tensor, tuple[str, ...]]:
     """Logits of the adapter in `folder` on a plain copy of `root`, and what PEFT warned of.
 
@@ -191,7 +191,7 @@ def _reloaded(
     return logits(model, sample), said
 
 
-def _rounding(live: Live, sample: Mapping[str, Any], truth: Tensor, again: Tensor) -> str | None:
+def _rounding(live: Live, sample: Mapping[str, object], truth: Tensor, again: Tensor) -> str | None:
     """A warning where half precision has rounded away as much as the adapters do, or half of it."""
     with switched_off(live.root, live.name):
         without = logits(live.root, sample)
@@ -204,7 +204,7 @@ def _rounding(live: Live, sample: Mapping[str, Any], truth: Tensor, again: Tenso
     )
 
 
-def _on(base: nn.Module, live: Live, sample: Mapping[str, Any]) -> Tensor:
+def _on(base: nn.Module, live: Live, sample: Mapping[str, object]) -> Tensor:
     """What a model merged into another base must compute: that base with the adapter on it."""
     if live.config is None:
         raise ExportError("the model has no adapters, so there is nothing to merge into base=; leave it out")
@@ -222,7 +222,7 @@ def _other_base(own: Tensor, again: Tensor) -> str:
     )
 
 
-def _check_types(result: Any, out: Any, sample: Any, base: Any) -> None:
+def _check_types(result: object, out: object, sample: object, base: object) -> None:
     model = result if isinstance(result, nn.Module) else getattr(result, "model", result)
     for name, value, kinds, words in (
         ("result", model, nn.Module, "what fit returned, or a PEFT model"),

@@ -113,7 +113,7 @@ def observed_path(
         note: called with each ``h = A x``.
         drops: called with the index of each adapter that would drop something; nothing is dropped, no seed is drawn.
     """
-    layers: list[Any] = [layer for _, layer in lora_layers(model, name)]
+    layers = [layer for _, layer in lora_layers(model, name)]
     before = [(layer.lora_variant.get(name), layer.cast_input_dtype_enabled) for layer in layers]
     for index, layer in enumerate(layers):
         layer.lora_variant[name] = _ObservedVariant(note, drops, index)

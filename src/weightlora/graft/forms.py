@@ -171,7 +171,7 @@ class Formed:
             sync_config(model, name, shown)
 
     def _show_plain(self, index: int) -> Any:
-        def hook(layer: nn.Module, state: dict[str, Any], prefix: str, _meta: Any) -> None:
+        def hook(layer: nn.Module, state: dict[str, object], prefix: str, _meta: object) -> None:
             A, B = self.form.effective(index, *factors(layer, self.name))  # type: ignore[arg-type]
             gate = self.form.gate(index)
             for key, factor in (("A", A), ("B", B if gate is None else B * gate.to(B))):
@@ -179,7 +179,7 @@ class Formed:
 
         return hook
 
-    def _keep_own(self, layer: nn.Module, state: dict[str, Any], prefix: str, *_: Any) -> None:
+    def _keep_own(self, layer: nn.Module, state: dict[str, object], prefix: str, *_: object) -> None:
         for key, factor in zip("AB", factors(layer, self.name), strict=True):  # type: ignore[arg-type]
             full = f"{prefix}lora_{key}.{self.name}.weight"
             if full in state:
@@ -331,7 +331,7 @@ def scalar_products(model: nn.Module, name: str = "default") -> Tensor:
     tensor([0.], dtype=torch.float64)
     """
     found = []
-    layers: list[Any] = [layer for _, layer in lora_layers(model, name)]
+    layers = [layer for _, layer in lora_layers(model, name)]
     for layer in layers:
         variant, B = layer.lora_variant.get(name), factors(layer, name)[1]
         if isinstance(variant, FormVariant) and isinstance(variant.form, Omega) and variant.form.omega.requires_grad:

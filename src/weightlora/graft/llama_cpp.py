@@ -80,7 +80,7 @@ def gguf_as_peft(live: Live, folder: Path, out: Path) -> None:
     write_adapter(replace(live, pairs=pairs), out, "native")
 
 
-def _names(root: nn.Module, pairs: Mapping[str, Any]) -> tuple[str, dict[str, str]]:
+def _names(root: nn.Module, pairs: Mapping[str, object]) -> tuple[str, dict[str, str]]:
     """llama.cpp's architecture, and its names of the adapted layers."""
     if importlib.util.find_spec("gguf") is None:
         raise ExportError("profile 'gguf' needs the package gguf, not installed here; run: pip install gguf")

@@ -41,7 +41,7 @@ class Manifest:
     step: int
     adapter: str
     adapters: tuple[tuple[str, int, int, int], ...]
-    method: dict[str, Any]
+    method: dict[str, object]
     base: str
     selection: Selection | None = None
     data: dict[str, Any] = field(default_factory=dict)
@@ -102,7 +102,7 @@ class Manifest:
             raise CheckpointError(f"{path} is damaged: {error}") from None
 
     @classmethod
-    def _decoded(cls, data: Any, path: Path) -> Manifest:
+    def _decoded(cls, data: object, path: Path) -> Manifest:
         """The manifest that a JSON value holds, checked."""
         if not isinstance(data, dict) or "schema_version" not in data:
             raise CheckpointError(f"{path} is damaged: it has no key 'schema_version'")

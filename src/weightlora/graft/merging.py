@@ -32,7 +32,7 @@ def merge(live: Live, base: nn.Module | None) -> tuple[PreTrainedModel, tuple[st
     for path, pair in live.pairs.items():
         where, leaf = (path, "weight") if pair.experts is None else path.rsplit(".", 1)
         linear = _submodule(plain, where)
-        weight: Any = getattr(linear, leaf, None)
+        weight = getattr(linear, leaf, None)
         # A tensor of a class of its own, such as torchao's, may say that it is floating and yet round what it is given.
         own_kind = type(weight) not in (nn.Parameter, Tensor)
         if quantised or not isinstance(weight, Tensor) or own_kind or not weight.is_floating_point():
@@ -61,7 +61,7 @@ def merge(live: Live, base: nn.Module | None) -> tuple[PreTrainedModel, tuple[st
 
 def _merge_tokens(plain: nn.Module, live: Live) -> bool:
     """Put trained rows into embeddings; returns whether one was tied to something that keeps the old rows."""
-    made: dict[int, tuple[Any, nn.Parameter]] = {}
+    made: dict[int, tuple[object, nn.Parameter]] = {}
     for path, wrapper in live.tokens.items():
         module: Any = _submodule(plain, path)
         old, rows = module.weight, wrapper.token_adapter.trainable_tokens_delta[live.name].detach()

@@ -5,7 +5,6 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -37,7 +36,7 @@ class Change(ABC):
             optimizer.state[target] = carried
         return target
 
-    def _entry(self, key: str, value: Any, old: nn.Parameter) -> Any:
+    def _entry(self, key: str, value: object, old: nn.Parameter) -> object:
         """One entry of the state after the change, or None where there is no rule for it."""
         if not isinstance(value, Tensor) or value.dim() == 0:
             return value

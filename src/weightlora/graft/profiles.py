@@ -8,7 +8,6 @@ from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import torch
 from peft import LoraConfig
@@ -208,7 +207,7 @@ def _check_settings(model: nn.Module, name: str, config: LoraConfig) -> None:
 
 
 def _check_carried(
-    profile: str, root: nn.Module, heads: Mapping[str, nn.Module], tokens: Mapping[str, Any], outside: Outside, *,
+    profile: str, root: nn.Module, heads: Mapping[str, nn.Module], tokens: Mapping[str, object], outside: Outside, *,
     other_base: bool,
 ) -> None:  # fmt: skip
     """Everything beside the adapters must be one that travels in a profile for servers, or into another base."""

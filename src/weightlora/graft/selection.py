@@ -132,7 +132,7 @@ class Selection:
                 "the selection keeps no adapter, so there is no LoraConfig for it; select again with k of 1 or more"
             )
         rank, alpha = common(self.kept)
-        settings: dict[str, Any] = {
+        settings: dict[str, object] = {
             "r": rank,
             "lora_alpha": alpha,
             "target_modules": [c.name for c in self.kept if c.experts is None],
@@ -146,7 +146,7 @@ class Selection:
             config.target_modules = settings["target_modules"]
         return config
 
-    def to(self, trainer: str, **overrides: Any) -> str:
+    def to(self, trainer: str, **overrides: object) -> str:
         """Write the placement as the block to paste into another trainer's own file.
 
         Args:
@@ -160,7 +160,7 @@ class Selection:
         title = f"{self.k} of {self.n} adapters, chosen by {self.method} ({self.preset})"
         return trainer_block(self.lora_config(**overrides), trainer, title)
 
-    def to_dict(self) -> dict[str, Any]:
+    def to_dict(self) -> dict[str, object]:
         """Turn into plain data."""
         return asdict(self)
 
@@ -173,7 +173,7 @@ class Selection:
         return write_text(Path(path), self.to_json() + "\n")
 
     @classmethod
-    def from_dict(cls, data: Any) -> Selection:
+    def from_dict(cls, data: object) -> Selection:
         """Read plain data back.
 
         Raises:

@@ -116,7 +116,7 @@ def trainer_block(config: LoraConfig, trainer: str, title: str = "") -> str:
     return "\n".join(lines)
 
 
-def _settings(config: LoraConfig) -> dict[str, Any]:
+def _settings(config: LoraConfig) -> dict[str, object]:
     """The fields that matter: always four, then those that differ from PEFT's defaults."""
     found = {f.name: getattr(config, f.name) for f in fields(config)}
     usual = {f.name: getattr(LoraConfig(), f.name) for f in fields(LoraConfig)}
@@ -125,7 +125,7 @@ def _settings(config: LoraConfig) -> dict[str, Any]:
     return {name: _data(found[name]) for name in (*_ALWAYS, *(name for name in others if found[name] not in ([], {})))}
 
 
-def _data(value: Any) -> Any:
+def _data(value: object) -> object:
     """Plain data: an enumeration's value, and 16 for 16.0."""
     value = getattr(value, "value", value)
     if isinstance(value, dict):
@@ -158,11 +158,11 @@ def _short(value: Any) -> str:
     return text if len(text) <= 60 else text[:57] + "..."
 
 
-def _scalar(value: Any) -> str:
+def _scalar(value: object) -> str:
     return value if isinstance(value, str) and _PLAIN.fullmatch(value) else json.dumps(value)
 
 
-def _yaml(key: str, value: Any, *, joined: bool) -> list[str]:
+def _yaml(key: str, value: object, *, joined: bool) -> list[str]:
     if isinstance(value, list) and joined:
         return [f"{key}: {_scalar(','.join(value))}"]
     if isinstance(value, list):
@@ -172,7 +172,7 @@ def _yaml(key: str, value: Any, *, joined: bool) -> list[str]:
     return [f"{key}: {_scalar(value)}"]
 
 
-def _python(key: str, value: Any) -> list[str]:
+def _python(key: str, value: object) -> list[str]:
     if isinstance(value, list):
         return [f"    {key}=[", *(f"        {_literal(each)}," for each in value), "    ],"]
     if isinstance(value, dict):
@@ -180,6 +180,6 @@ def _python(key: str, value: Any) -> list[str]:
     return [f"    {key}={_literal(value)},"]
 
 
-def _literal(value: Any) -> str:
+def _literal(value: object) -> str:
     """Python, with the double quotes of people's own code."""
     return json.dumps(value) if isinstance(value, str) else repr(value)

@@ -25,7 +25,7 @@ def dora_config(lora: Any) -> peft.LoraConfig:
     return config
 
 
-def tuner_config(kind: str, lora: Any, **settings: Any) -> peft.PeftConfig:
+def tuner_config(kind: str, lora: Any, **settings: object) -> peft.PeftConfig:
     """A configuration of another tuner on the targets, heads and task of a ``LoraConfig``.
 
     >>> from peft import LoraConfig

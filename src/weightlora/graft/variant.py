@@ -36,19 +36,19 @@ class PathVariant(LoraVariant):
         delta: Tensor = module.get_delta_weight(name)
         return delta
 
-    def forward(self, module: Any, active_adapter: str, x: Tensor, result: Tensor, **_: Any) -> Tensor:  # type: ignore[override]
+    def forward(self, module: Any, active_adapter: str, x: Tensor, result: Tensor, **_: object) -> Tensor:  # type: ignore[override]
         A, B, omega = self.computing(module, active_adapter)
         dropout = module.lora_dropout[active_adapter]
         p = dropout.p if isinstance(dropout, nn.Dropout) and module.training else 0.0
         return self.path(x, result, A, B, omega, module.scaling[active_adapter], p)
 
-    def merge_safe(self, module: Any, active_adapter: str, orig_weight: Tensor) -> Tensor:  # type: ignore[override]
+    def merge_safe(self, module: object, active_adapter: str, orig_weight: Tensor) -> Tensor:  # type: ignore[override]
         return orig_weight + self.delta(module, active_adapter).to(orig_weight.dtype)
 
-    def merge_unsafe(self, module: Any, active_adapter: str, orig_weight: Tensor) -> None:  # type: ignore[override]
+    def merge_unsafe(self, module: object, active_adapter: str, orig_weight: Tensor) -> None:  # type: ignore[override]
         orig_weight.data += self.delta(module, active_adapter).to(orig_weight.dtype)
 
-    def unmerge(self, module: Any, active_adapter: str, orig_weight: Tensor) -> Tensor:  # type: ignore[override]
+    def unmerge(self, module: object, active_adapter: str, orig_weight: Tensor) -> Tensor:  # type: ignore[override]
         return orig_weight - self.delta(module, active_adapter).to(orig_weight.dtype)
 
 

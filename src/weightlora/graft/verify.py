@@ -156,7 +156,7 @@ def make_sample(model: nn.Module) -> dict[str, Tensor]:
     return sample
 
 
-def _first(token: Any) -> int | None:
+def _first(token: object) -> int | None:
     value = token[0] if isinstance(token, (list, tuple)) and token else token
     return value if isinstance(value, int) else None
 
@@ -186,7 +186,7 @@ def logits(model: nn.Module, sample: Mapping[str, Any]) -> Tensor:
     return found.detach().clone()
 
 
-def sample_logits(model: nn.Module, sample: Mapping[str, Any] | None) -> tuple[Mapping[str, Any], Tensor]:
+def sample_logits(model: nn.Module, sample: Mapping[str, object] | None) -> tuple[Mapping[str, object], Tensor]:
     """The batch to compare on (made up where none is given) and the live model's logits on it.
 
     Raises:

@@ -68,7 +68,7 @@ def input_size(model: nn.Module, name: str = "default") -> Iterator[list[tuple[T
         sums.append((torch.zeros(A.shape[1], device=A.device), torch.zeros((), device=A.device)))
 
     def hook(index: int) -> Any:
-        def see(_layer: Any, inputs: tuple[Any, ...], _output: Any) -> None:
+        def see(_layer: object, inputs: tuple[Any, ...], _output: Any) -> None:
             x = inputs[0].detach().reshape(-1, inputs[0].shape[-1]).float().abs()
             sums[index][0].add_(x.sum(0))
             sums[index][1].add_(x.shape[0])
@@ -86,10 +86,10 @@ def feature_alignment(model: nn.Module, name: str = "default") -> Iterator[Tenso
     Yields:
         ``(n,)`` float64 in module order, filled in place; see :func:`weightlora.core.alignment`.
     """
-    layers: list[Any] = [layer for _, layer in lora_layers(model, name)]
+    layers = [layer for _, layer in lora_layers(model, name)]
     found = torch.zeros(len(layers), dtype=torch.float64)
 
-    def hook(index: int) -> Any:
+    def hook(index: int) -> object:
         def see(base: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
             y, x = output.detach().float(), inputs[0].detach().float()
             if getattr(base, "bias", None) is not None:
@@ -117,7 +117,7 @@ def block_features(model: nn.Module, name: str = "default") -> Iterator[list[tup
     found = [(torch.empty(0), torch.empty(0)) for _ in paths]
     masks: list[Tensor | None] = [None]
 
-    def note_mask(_model: Any, _args: Any, kwargs: dict[str, Any]) -> None:
+    def note_mask(_model: object, _args: object, kwargs: dict[str, Any]) -> None:
         masks[0] = kwargs.get("attention_mask")
 
     def pooled(x: Tensor) -> Tensor:
@@ -128,7 +128,7 @@ def block_features(model: nn.Module, name: str = "default") -> Iterator[list[tup
         return (x * weights).sum(1) / weights.sum(1).clamp(min=1)
 
     def hook(index: int) -> Any:
-        def see(_block: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        def see(_block: object, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
             before = args[0] if args else kwargs["hidden_states"]
             after = output[0] if isinstance(output, tuple) else output
             found[index] = pooled(before), pooled(after)
@@ -155,7 +155,7 @@ def dense_gradients(model: nn.Module, name: str = "default", *, see: Callable[[i
     layers: list[Any] = [layer for _, layer in lora_layers(model, name)]
 
     def hook(index: int) -> Any:
-        def forward(_layer: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        def forward(_layer: object, inputs: tuple[Any, ...], output: Tensor) -> None:
             x = inputs[0].detach()
             if torch.is_grad_enabled() and output.requires_grad:
                 output.register_hook(lambda grad: see(index, _dense(grad, x, torch.float32)))  # type: ignore[no-untyped-call]
@@ -188,7 +188,7 @@ class ProductWatch:
         self.products = torch.zeros(len(self._layers), dtype=torch.float64, device=device)
         self._handles = [layer.register_forward_hook(self._see(index)) for index, layer in enumerate(self._layers)]
 
-    def _see(self, index: int) -> Any:
+    def _see(self, index: int) -> object:
         def forward(layer: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
             if not (torch.is_grad_enabled() and output.requires_grad and layer.training):
                 return

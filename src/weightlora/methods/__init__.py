@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import difflib
-from typing import Any
 
 from weightlora.errors import ConfigError
 from weightlora.methods.adalora import AdaLoRA
@@ -91,7 +90,7 @@ METHODS: dict[str, type[Method]] = {
 }
 
 
-def method(name: str, preset: str = "recommended", **settings: Any) -> Method:
+def method(name: str, preset: str = "recommended", **settings: object) -> Method:
     """The method called `name` with a preset's values and your own settings on top.
 
     Raises:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -38,7 +38,7 @@ class AdaLoRA(RankMethod):
 
     name: ClassVar[str] = "adalora"
     rate: ClassVar[float] = 3.0  # measured; see docs/methods.md
-    presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {
+    presets: ClassVar[Mapping[str, Mapping[str, object]]] = {
         "recommended": {},
         "paper": {"shrink": False},
         "official": {"shrink": False},  # its schedules are steps, task by task; the shares are ours

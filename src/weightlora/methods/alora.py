@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal, get_args
+from typing import ClassVar, Literal, get_args
 
 import torch
 from torch import Tensor
@@ -52,7 +52,7 @@ class ALoRA(SpendingMethod):
     """
 
     name: ClassVar[str] = "alora"
-    presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {
+    presets: ClassVar[Mapping[str, Mapping[str, object]]] = {
         # 1 epoch, then 8 rounds of a quarter: 3 in all.
         "paper": {"select_after": 1 / 3, "round_steps": 1 / 12, "rounds": 8, "scoring": "exact"},
     }

@@ -56,7 +56,7 @@ class Needs:
 class _FromPreset(ABCMeta):
     """Fills what the caller leaves out from the preset that he names, before any default of the class."""
 
-    def __call__(cls: type[M], *values: Any, **given: Any) -> M:  # type: ignore[misc]  # a metaclass's self is a class
+    def __call__(cls: type[M], *values: object, **given: Any) -> M:  # type: ignore[misc]  # a metaclass's self is a class
         known = [*cls.settings(), "preset"]
         allowed = ", ".join(sorted(known, key=lambda name: (name == "preset", name)))
         if values:
@@ -78,7 +78,7 @@ class Method(ABC, metaclass=_FromPreset):
     """
 
     name: ClassVar[str]
-    presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {}
+    presets: ClassVar[Mapping[str, Mapping[str, object]]] = {}
     learns: ClassVar[bool] = True  # whether anything trains
     chooses_k: ClassVar[bool] = False  # how many adapters survive is an outcome, and differs from run to run
     spending: ClassVar[str] = "ranks are whole numbers"  # why a budget of parameters may not be met
@@ -151,7 +151,7 @@ class Method(ABC, metaclass=_FromPreset):
             ConfigError: the budget is too small; the message says what is needed.
         """
 
-    def to_dict(self) -> dict[str, Any]:
+    def to_dict(self) -> dict[str, object]:
         """The method's name and settings as plain data."""
         return {"name": self.name, **asdict(self)}
 
@@ -187,7 +187,7 @@ class PeftMethod(Method):
         return math.prod(factors) * (self.b_rate if "lora_B" in name else 1.0)
 
     @abstractmethod
-    def peft_config(self, lora: Any, shapes: Shapes) -> Any:
+    def peft_config(self, lora: object, shapes: Shapes) -> Any:
         """The PEFT configuration to build the model with.
 
         Args:
@@ -200,7 +200,7 @@ class PeftMethod(Method):
 class AdapterMethod(PeftMethod):
     """A method on plain LoRA adapters: its policy decides which of them live."""
 
-    def peft_config(self, lora: Any, shapes: Shapes) -> Any:
+    def peft_config(self, lora: object, shapes: Shapes) -> object:
         return lora
 
     def within(self: M, params: int, shapes: Shapes, rank: int, kinds: Sequence[str] = ()) -> tuple[M, int]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any
 
 from weightlora.core import resolve_k
 from weightlora.errors import ConfigError, ScheduleError
@@ -23,7 +22,7 @@ def check_choice(name: str, value: str, allowed: tuple[str, ...]) -> None:
         raise ConfigError(f"{name} {value!r} is unknown; use one of {', '.join(allowed)}")
 
 
-def check_least(method: Any, least: int, *names: str) -> None:
+def check_least(method: object, least: int, *names: str) -> None:
     """Refuse a number below `least` in one of a method's settings."""
     for name in names:
         value, usual = getattr(method, name), getattr(type(method), name)

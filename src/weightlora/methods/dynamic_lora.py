@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -36,7 +36,7 @@ class DynamicLoRA(RankMethod):
     """
 
     name: ClassVar[str] = "dynamic_lora"
-    presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {
+    presets: ClassVar[Mapping[str, Mapping[str, object]]] = {
         "recommended": {},
         "paper": {"shrink": False, "deltaT": 100},
         "official": {"shrink": False, "deltaT": 100},

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -48,7 +48,7 @@ class Flexora(SpendingMethod):
 
     name: ClassVar[str] = "flexora"
     chooses_k: ClassVar[bool] = True
-    presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {
+    presets: ClassVar[Mapping[str, Mapping[str, object]]] = {
         "paper": {"select_after": 0.25, "outer_batches": 8},  # 1 epoch, then 3; 8 batches after each step
         "official": {"select_after": 0.25, "outer_batches": 8},
     }

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -44,7 +44,7 @@ class IncreLoRA(SpendingMethod):
     """
 
     name: ClassVar[str] = "increlora"
-    presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {
+    presets: ClassVar[Mapping[str, Mapping[str, object]]] = {
         "recommended": {},
         "paper": {"shrink": False},
         "official": {"shrink": False},

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -48,7 +48,7 @@ class LoRADrop(SpendingMethod):
     """
 
     name: ClassVar[str] = "lora_drop"
-    presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {
+    presets: ClassVar[Mapping[str, Mapping[str, object]]] = {
         "paper": {"select_after": 0.1, "threshold": 0.9},  # the sample is 10% of the rows; T = 0.9
     }
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 
@@ -39,7 +39,7 @@ class MELoRA(AdapterMethod):
 
     name: ClassVar[str] = "melora"
     # Official: r=8, n=2 for GLUE (alpha 16), which is the default; r=1, n=8 for instruction tuning.
-    presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {"paper": {"minis": 2}, "official": {"minis": 2}}
+    presets: ClassVar[Mapping[str, Mapping[str, object]]] = {"paper": {"minis": 2}, "official": {"minis": 2}}
 
     minis: int = 2
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 from weightlora.core import total_params
 from weightlora.errors import ConfigError
@@ -36,7 +36,10 @@ class TiedLoRA(AdapterMethod):
 
     name: ClassVar[str] = "tied_lora"
     rate: ClassVar[float] = 3.0  # measured; see docs/methods.md
-    presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {"paper": {"variant": "tl6"}, "official": {"variant": "tl6"}}
+    presets: ClassVar[Mapping[str, Mapping[str, object]]] = {
+        "paper": {"variant": "tl6"},
+        "official": {"variant": "tl6"},
+    }
 
     variant: str = "tl6"
 
@@ -77,7 +80,7 @@ class TiedLoRA(AdapterMethod):
 
 def sharers(adapters: Sequence[Adapter]) -> list[list[int]]:
     """Positions of the adapters that can share factors: same kind, shape, rank and scale."""
-    groups: dict[tuple[Any, ...], list[int]] = {}
+    groups: dict[tuple[object, ...], list[int]] = {}
     for position, a in enumerate(adapters):
         groups.setdefault((a.kind, a.shape, a.rank, a.scale), []).append(position)
     return list(groups.values())

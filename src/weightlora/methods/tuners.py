@@ -27,7 +27,7 @@ class DoRA(TunerMethod):
     def rank(self, built: int) -> int:
         return built
 
-    def peft_config(self, lora: Any, shapes: Shapes) -> Any:
+    def peft_config(self, lora: object, shapes: Shapes) -> object:
         return dora_config(lora)
 
     def within(self: M, params: int, shapes: Shapes, rank: int, kinds: Sequence[str] = ()) -> tuple[M, int]:
@@ -53,7 +53,7 @@ class VeRA(TunerMethod):
     kind: ClassVar[str] = "VERA"
     spending: ClassVar[str] = "above a rank of 1024 the frozen pair costs more operations than the layers it sits on"
     rates: ClassVar[Mapping[str, float]] = {"vera_lambda": 10.0}
-    presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {"official": {"r": 1024}}
+    presets: ClassVar[Mapping[str, Mapping[str, object]]] = {"official": {"r": 1024}}
     MAX_RANK: ClassVar[int] = 1024  # what the official script uses; more is all cost
 
     r: int = 256
@@ -67,7 +67,7 @@ class VeRA(TunerMethod):
     def rank(self, built: int) -> int:
         return self.r
 
-    def peft_config(self, lora: Any, shapes: Shapes) -> Any:
+    def peft_config(self, lora: Any, shapes: Shapes) -> object:
         return tuner_config(
             self.kind, lora, r=self.r, d_initial=self.d_initial, projection_prng_key=self.key,
             vera_dropout=lora.lora_dropout, save_projection=True,
@@ -96,7 +96,7 @@ class VBLoRA(TunerMethod):
     kind: ClassVar[str] = "VBLORA"
     rate: ClassVar[float] = 10.0  # measured; see docs/methods.md
     rates: ClassVar[Mapping[str, float]] = {"vblora_logits": 10.0}
-    presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {"official": {"vector_length": 256}}
+    presets: ClassVar[Mapping[str, Mapping[str, object]]] = {"official": {"vector_length": 256}}
 
     r: int = 4
     num_vectors: int = 90
@@ -127,7 +127,7 @@ class VBLoRA(TunerMethod):
             )
         return self.vector_length
 
-    def peft_config(self, lora: Any, shapes: Shapes) -> Any:
+    def peft_config(self, lora: Any, shapes: Shapes) -> object:
         return tuner_config(
             self.kind, lora, r=self.r, num_vectors=self.num_vectors, vector_length=self.length(shapes),
             topk=self.topk, vblora_dropout=lora.lora_dropout,

@@ -28,7 +28,7 @@ except ImportError:  # to be read and documented only; weightlora.ops.why_no_tri
 PROGRAMS = 396
 
 
-def _jit(kernel: Any) -> Any:
+def _jit(kernel: object) -> Any:
     # Sizes that vary without a gain from knowing them: each new value would compile a kernel anew.
     varies = ["tokens", "rank", "part", "seed", "threshold", "groups"]
     if triton is None:
@@ -222,7 +222,7 @@ def tile(kernel: str, block: int) -> tuple[int, int]:
     return tokens, width
 
 
-def _options(kernel: str, rank: int, p: float) -> dict[str, Any]:
+def _options(kernel: str, rank: int, p: float) -> dict[str, object]:
     block = _block(rank)
     tokens, width = tile(kernel, block)
     return {"BT": tokens, "BD": width, "BR": block, "DROP": p > 0.0, "PRECISION": _FLOAT32}

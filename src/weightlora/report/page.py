@@ -10,7 +10,7 @@ import math
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from weightlora import __version__
 from weightlora.errors import ConfigError
@@ -132,7 +132,7 @@ def _facts(found: Found, comparisons: Sequence[ComparisonView], runs: Sequence[R
     return json.dumps(data, indent=1, allow_nan=False) + "\n"
 
 
-def _run_facts(run: RunFiles, view: RunView) -> dict[str, Any]:
+def _run_facts(run: RunFiles, view: RunView) -> dict[str, object]:
     record = run.record
     finite = record.score is not None and math.isfinite(record.score)
     return {

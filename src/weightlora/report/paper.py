@@ -73,7 +73,7 @@ def _row(data: Mapping[str, Any], cell: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def _average(printed: float, name: str, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+def _average(printed: float, name: str, rows: Sequence[Mapping[str, Any]]) -> dict[str, object]:
     """The row over all tasks."""
     known = [mean_and_spread(row["ours"])[0] for row in rows if row["ours"]]
     mean = mean_and_spread(known)[0] if len(known) == len(rows) else None

@@ -148,7 +148,7 @@ class Probe:
         return sum(self.adapters[index][0] in entry.selected for entry in self.seeds)
 
 
-def _text(value: Any) -> str:
+def _text(value: object) -> str:
     if not isinstance(value, str):
         raise TypeError(f"{value!r} is not text")
     return value

@@ -6,7 +6,6 @@ import json
 import shlex
 from collections.abc import Mapping
 from pathlib import PurePath
-from typing import Any
 
 from weightlora.runs.record import Record
 
@@ -43,11 +42,11 @@ def alone(record: Record) -> str:
     return _lines("weightlora train", [_flag(key, value) for key, value in values.items() if value is not None])
 
 
-def _mapping(value: Any) -> Mapping[str, Any]:
+def _mapping(value: object) -> Mapping[str, object]:
     return value if isinstance(value, Mapping) else {}
 
 
-def _flag(key: str, value: Any) -> list[str]:
+def _flag(key: str, value: object) -> list[str]:
     name = "--" + key.replace("_", "-")
     if key == "regression":  # the one switch among a run's fields
         return [name] if value else []
@@ -74,7 +73,7 @@ def _lines(command: str, flags: list[list[str]], width: int = 44) -> str:
     return " \\\n".join(lines)
 
 
-def lora_config(record: Record, adapter_config: Mapping[str, Any] | None) -> str:
+def lora_config(record: Record, adapter_config: Mapping[str, object] | None) -> str:
     """The placement as Python, from PEFT's own file if there is one, else from the record; "" without LoRA."""
     if adapter_config is not None and adapter_config.get("peft_type", "LORA") != "LORA":
         return ""
@@ -95,7 +94,7 @@ def lora_config(record: Record, adapter_config: Mapping[str, Any] | None) -> str
     return "\n".join(["from peft import LoraConfig", "", *notes, "config = LoraConfig(", *shown, ")"])
 
 
-def _python(value: Any) -> str:
+def _python(value: object) -> str:
     """A literal, one entry to a line where there are several."""
     if isinstance(value, (list, tuple)) and len(value) > 1:
         return "[\n" + "".join(f"        {item!r},\n" for item in value) + "    ]"

@@ -40,7 +40,7 @@ class RunFiles:
     record: Record
     log_file: Path | None = None
     checkpoint: int | None = None
-    adapter_config: dict[str, Any] | None = None
+    adapter_config: dict[str, object] | None = None
     error: str = ""
 
     def read_log(self) -> Log:
@@ -138,7 +138,7 @@ def _text(path: Path) -> str:
         return ""
 
 
-def _object(path: Path) -> dict[str, Any]:
+def _object(path: Path) -> dict[str, object]:
     """A JSON object, or an empty one where there is none."""
     try:
         data = json.loads(_text(path))
@@ -147,18 +147,18 @@ def _object(path: Path) -> dict[str, Any]:
     return data if isinstance(data, dict) else {}
 
 
-def _number(value: Any) -> bool:
+def _number(value: object) -> bool:
     # Compared, not converted: a whole number from a file may be too large for a float.
     return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
 
 
-def _entries(data: dict[str, Any]) -> Any:
+def _entries(data: dict[str, object]) -> object:
     """The log in a run's manifest, or in a trainer's state."""
     inside = data.get("data")
     return data.get("log_history") if not isinstance(inside, dict) else inside.get("log")
 
 
-def _numbers(log: Any) -> Log:
+def _numbers(log: object) -> Log:
     """The entries of a trainer's log that say at which step they were made, with their finite numbers."""
     entries = [entry for entry in log if isinstance(entry, dict)] if isinstance(log, list) else []
     kept = [{str(key): float(value) for key, value in entry.items() if _number(value)} for entry in entries]

@@ -136,7 +136,7 @@ def _markdown_row(cells: Sequence[str]) -> str:
     return "| " + " | ".join(_escape(cell) for cell in cells) + " |"
 
 
-def _finite(value: Any) -> Any:
+def _finite(value: object) -> object:
     if isinstance(value, (list, tuple)):
         return [_finite(item) for item in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
@@ -266,7 +266,7 @@ def _cell(key: str, row: dict[str, Any], units: dict[str, Unit]) -> str:
     return words[key](row) if key in words else units[key].cell(row[key])
 
 
-def _score_cell(row: dict[str, Any]) -> str:
+def _score_cell(row: dict[str, object]) -> str:
     if row["failed"] == row["total"]:
         return "failed"
     if row["score_mean"] is None:
@@ -275,7 +275,7 @@ def _score_cell(row: dict[str, Any]) -> str:
     return f"{row['score_mean']:.4f} ± {spread}"
 
 
-def _alive_cell(row: dict[str, Any], what: str, of: str = "") -> str:
+def _alive_cell(row: dict[str, object], what: str, of: str = "") -> str:
     """How many are left at the end: one number, or the least and the most over the seeds."""
     if not row["n_adapters"]:
         return MISSING

@@ -32,7 +32,7 @@ from weightlora.tasks import (
 from weightlora.training import rows_to_hold_out
 
 # Where the arguments of a run differ from Transformers' defaults.
-TRAINING_DEFAULTS: dict[str, Any] = {
+TRAINING_DEFAULTS: dict[str, object] = {
     "num_train_epochs": 3.0,
     "per_device_train_batch_size": 16,
     "per_device_eval_batch_size": 64,
@@ -85,7 +85,7 @@ def scored_on(spec: RunSpec, task: Task) -> dict[str, Any]:
     ``also_trained_on`` counts those among them whose texts are in training rows as well, ``checkpoint`` is "best" where
     they chose it. Neither is there where there is nothing to say.
     """
-    where: dict[str, Any] = {"split": "validation", "rows": len(task.validation)}
+    where: dict[str, object] = {"split": "validation", "rows": len(task.validation)}
     if spec.task.splits_training_rows:
         where |= {"split": "train", "split_seed": spec.task.split_seed}
     if spec.task.holdout is not None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Collection
 from pathlib import Path
-from typing import Any
 
 from weightlora.errors import ConfigError
 from weightlora.methods import PeftMethod
@@ -32,7 +31,7 @@ def check(spec: RunSpec) -> None:
 
 def describe(spec: RunSpec, tuned: Collection[str] = ()) -> str:
     """The run in one line; ``tuned`` names the fields of ``TrainingArguments`` that are still to be chosen."""
-    args: Any = training_arguments(spec, Path("unused"))
+    args = training_arguments(spec, Path("unused"))
     length = f"{args.max_steps} steps" if args.max_steps > 0 else f"{args.num_train_epochs:g} epochs"
     batch = args.per_device_train_batch_size * args.gradient_accumulation_steps
     settings = "".join(f", {name} {value}" for name, value in spec.method.settings.items())

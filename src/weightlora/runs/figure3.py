@@ -8,7 +8,6 @@ import sys
 import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
 
 from weightlora.core import parse_bytes
 from weightlora.cost import Estimate, Phase
@@ -33,7 +32,7 @@ def counts(n: int, points: int) -> list[int]:
 
 def memory_curve(
     config: CurveSpec, folder: Path, *, argv: Sequence[str] = (), say: Callable[[str], None] = lambda line: None
-) -> dict[str, Any]:
+) -> dict[str, object]:
     """Count the bytes of a training run with the deepest K, and with K adapters at random, for many K.
 
     Counted are weights, adapters, gradients, AdamW's moments, and what autograd keeps of a micro-batch of the task's
@@ -56,8 +55,8 @@ def memory_curve(
     disconnects nothing and adds a constant to what it measures; the deepest K beside random ones.
 
     """
-    records: list[dict[str, Any]] = []
-    facts: dict[str, Any] = {}
+    records: list[dict[str, object]] = []
+    facts: dict[str, object] = {}
     for rank in config.ranks:
         alpha = config.run.model.alpha * rank / config.run.model.r
         run = config.run.but(r=rank, alpha=alpha, method="lora", settings={})
@@ -81,7 +80,7 @@ def memory_curve(
     return data
 
 
-def _points(found: Estimate, config: CurveSpec, about: dict[str, Any], size: int) -> list[dict[str, Any]]:
+def _points(found: Estimate, config: CurveSpec, about: dict[str, object], size: int) -> list[dict[str, object]]:
     n, state = found.n, found.state()
     orders = {"deepest": list(range(n))[::-1], "random": random.Random(config.run.training.seed).sample(range(n), n)}
     points = []

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
-from typing import Any, TypeVar
+from typing import TypeVar
 
 from weightlora.errors import ConfigError
 from weightlora.runs.spec import RunSpec
@@ -18,7 +18,7 @@ class _FigureSpec:
     run: RunSpec
 
     @classmethod
-    def of(cls: type[T], settings: Mapping[str, Any]) -> T:
+    def of(cls: type[T], settings: Mapping[str, object]) -> T:
         """Make it from settings of its own and of the run, text read as on a command line.
 
         Raises:

@@ -50,7 +50,7 @@ def write_result(
     step: int,
     folder: Path,
     described: tuple[tuple[str, int, int, int], ...],
-    sample: dict[str, Any],
+    sample: dict[str, object],
 ) -> None:
     """Write the result, reloaded and compared, beside its selection and manifest."""
     if isinstance(result.method, TunerMethod):
@@ -93,7 +93,7 @@ def batch_to_compare(trainer: Trainer, parts: Parts) -> dict[str, Any]:
     return {key: value[:rows] for key, value in batch.items() if key not in trainer.label_names}
 
 
-def _omega_log(result: FitResult) -> list[dict[str, Any]]:
+def _omega_log(result: FitResult) -> list[dict[str, object]]:
     """The loss and omega entries of the trainer's log, for whoever draws them later."""
     return [
         {key: value for key, value in entry.items() if not isinstance(value, float) or math.isfinite(value)}

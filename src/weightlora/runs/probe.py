@@ -43,7 +43,7 @@ def probe(
     overwrite: bool = False,
     argv: Sequence[str] = (),
     say: Callable[[str], None] = lambda line: None,
-) -> dict[str, Any]:
+) -> dict[str, object]:
     """Measure ``<dL/dW_i, s B_i A_i>`` of every adapter after T steps, for every seed.
 
     ``folder/probe.json`` is written after each seed, and seeds that are in it are not measured again.
@@ -72,7 +72,7 @@ def probe(
 
 def _measure(
     config: ProbeSpec, first: Parts, folder: Path, overwrite: bool, argv: Sequence[str], say: Callable[[str], None]
-) -> dict[str, Any]:
+) -> dict[str, object]:
     """The seeds that are not there yet, one after the other."""
     data = _begin(config, first, folder, overwrite)
     for seed in config.seeds:
@@ -127,7 +127,7 @@ class _Seed:
         order = torch.randperm(count, generator=torch.Generator().manual_seed(0)).tolist()
         self.rows: Dataset = self.parts.train.select(sorted(order[: config.gradient_rows]))
 
-    def measure(self) -> dict[str, Any]:
+    def measure(self) -> dict[str, object]:
         products, result = self._train(self.parts, self.run, f"seed {self.run.training.seed}", select_only=True)
         assert result.selection is not None
         if self.config.mode == "paper":

@@ -28,13 +28,15 @@ class Progress(InnerCallback):
 
     def __init__(self, title: str, stream: TextIO | None = None) -> None:
         self.title, self.stream = title, stream or sys.stderr
-        self.bar: tqdm[Any] | None = None
+        self.bar: tqdm[object] | None = None
         self.last: dict[str, float] = {}
         self.began, self.first_step = time.monotonic(), 0
         self.evaluated, self.evaluation_began, self.told = 0, 0.0, 0.0
         self.handler = _Lines(self)
 
-    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: object
+    ) -> None:
         # The clock starts anew with each phase, because a step after the seam takes less time than one before.
         self.began, self.first_step = time.monotonic(), state.global_step
         if self.bar is None and self.stream.isatty():
@@ -52,7 +54,7 @@ class Progress(InnerCallback):
             LOGGER.addHandler(self.handler)
             LOGGER.propagate = False
 
-    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: object) -> None:
         if self.bar is not None:
             self.bar.update(state.global_step - self.bar.n)
         elif state.global_step % max(1, state.max_steps // 30) == 0 or state.global_step == state.max_steps:
@@ -62,7 +64,7 @@ class Progress(InnerCallback):
             self.say(f"{self.title}: step {state.global_step}/{state.max_steps}{loss}  about {left:.0f} s left")
 
     def on_prediction_step(
-        self, args: Any, state: TrainerState, control: Any, eval_dataloader: Any = None, **_: Any
+        self, args: object, state: TrainerState, control: object, eval_dataloader: Any = None, **_: Any
     ) -> None:
         total = len(eval_dataloader)
         now = time.monotonic()
@@ -78,10 +80,12 @@ class Progress(InnerCallback):
                 self.say(f"{self.title}: {said}")
             self.told = now
 
-    def on_evaluate(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+    def on_evaluate(self, args: object, state: object, control: object, **_: object) -> None:
         self.evaluated = 0
 
-    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **_: Any) -> None:
+    def on_log(
+        self, args: object, state: object, control: object, logs: dict[str, float] | None = None, **_: object
+    ) -> None:
         self.last |= {key: value for key, value in (logs or {}).items() if key in ("loss", "omega/alive")}
         if self.bar is not None and self.last:
             self.bar.set_postfix({key: f"{value:.4g}" for key, value in self.last.items()})

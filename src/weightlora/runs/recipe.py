@@ -12,7 +12,7 @@ REPRODUCE = "reproduce"
 """A recipe's section for the command of that name alone; see docs/reproduce.md."""
 
 
-def read_recipe(path: str | Path) -> tuple[dict[str, Any], dict[str, Any]]:
+def read_recipe(path: str | Path) -> tuple[dict[str, object], dict[str, Any]]:
     """Read a mapping of settings, and what it says to `reproduce` alone.
 
     Raises:

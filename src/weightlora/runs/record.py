@@ -13,7 +13,7 @@ import os
 import platform
 import sys
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from weightlora.cost.results import FrontierPoint, PhaseResult
 from weightlora.decoding import decode, kind_of, refuse_constant, require, to_plain
@@ -118,7 +118,7 @@ class Record:
     why: str
     versions: dict[str, str]
     argv: tuple[str, ...]
-    config: dict[str, Any]
+    config: dict[str, object]
     error: str | None
     machine: dict[str, str | int]
     budget: dict[str, int] = dataclasses.field(default_factory=dict)
@@ -126,7 +126,7 @@ class Record:
     scored_on: dict[str, str | int | float] = dataclasses.field(default_factory=dict)
     predicted: dict[str, dict[str, int]] = dataclasses.field(default_factory=dict)
     frontier: tuple[FrontierPoint, ...] = ()
-    placement: dict[str, Any] = dataclasses.field(default_factory=dict)
+    placement: dict[str, object] = dataclasses.field(default_factory=dict)
 
     def __post_init__(self) -> None:
         known = self.schema_version == SCHEMA_VERSION

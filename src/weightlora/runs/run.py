@@ -9,7 +9,6 @@ import traceback
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import torch
 from transformers import Trainer, TrainerCallback, set_seed
@@ -238,7 +237,7 @@ def _live(parts: Parts, spec: RunSpec, folder: Path, *, resume: bool, argv: Sequ
 
 def _fitted(
     trainer: Trainer, parts: Parts, spec: RunSpec, resume: bool
-) -> tuple[FitResult, dict[str, float], dict[str, Any]]:
+) -> tuple[FitResult, dict[str, float], dict[str, object]]:
     """What all processes of a run do together: the result, its metrics, and a batch to compare its export on."""
     # From here on every random number follows from the seed, whatever was drawn while loading.
     set_seed(spec.training.seed)

@@ -78,7 +78,7 @@ class MethodSpec:
         _check_finite(self.settings)
         self.make(0)
 
-    def make(self, seed: int) -> Any:
+    def make(self, seed: int) -> object:
         """The method; one that draws (``random``, growth) gets the run's seed where none is set."""
         from weightlora.methods import METHODS, method
 
@@ -110,7 +110,7 @@ class TrainingSpec:
         "auto",
         "code that computes the adapters: auto (default), autograd, triton, reference, or stock (PEFT's own)",
     )
-    arguments: dict[str, Any] = setting({}, flag="training")
+    arguments: dict[str, object] = setting({}, flag="training")
 
     def __post_init__(self) -> None:
         from weightlora.graft import check_path
@@ -151,8 +151,8 @@ class RunSpec:
             ConfigError: an unknown name, or a value that is not allowed.
         """
         parts: dict[str, dict[str, Any]] = {part: {} for part in PARTS}
-        settings: dict[str, Any] = {}
-        training: dict[str, Any] = {}
+        settings: dict[str, object] = {}
+        training: dict[str, object] = {}
         home = _homes()
         for name, value in (pair for overlay in overlays for pair in overlay.items()):
             if name == "settings":
@@ -177,15 +177,15 @@ class RunSpec:
             training=TrainingSpec(**parts["training"], arguments=training),
         )
 
-    def but(self, **changes: Any) -> RunSpec:
+    def but(self, **changes: object) -> RunSpec:
         """A copy with other values, named as in :meth:`of`; "settings" and "training" replace what there was."""
-        made: dict[str, dict[str, Any]] = {}
+        made: dict[str, dict[str, object]] = {}
         for name, value in changes.items():
             part, field_name = _homes()[name]
             made.setdefault(part, {})[field_name] = value
         return replace(self, **{part: replace(getattr(self, part), **values) for part, values in made.items()})
 
-    def with_training(self, **arguments: Any) -> RunSpec:
+    def with_training(self, **arguments: object) -> RunSpec:
         """A copy with some more fields of ``TrainingArguments``."""
         return self.but(training={**self.training.arguments, **arguments})
 
@@ -240,13 +240,13 @@ class RunSpec:
             raise CheckpointError(f"{path} is damaged: {error}; or restore the file, or start another run") from None
 
     @classmethod
-    def from_dict(cls, data: Mapping[str, Any]) -> RunSpec:
+    def from_dict(cls, data: Mapping[str, object]) -> RunSpec:
         """The run that :meth:`to_dict` made plain. Text is no number here.
 
         Raises:
             ConfigError: a value that is not allowed.
         """
-        parts: dict[str, dict[str, Any]] = {part: {} for part in PARTS}
+        parts: dict[str, dict[str, object]] = {part: {} for part in PARTS}
         for name, (part, field_name) in _homes().items():
             if name in data:
                 parts[part][field_name] = data[name]
@@ -267,7 +267,7 @@ def training_fields() -> frozenset[str]:
     return frozenset(each.name for each in fields(Seq2SeqTrainingArguments))
 
 
-def training_value(name: str, value: Any) -> Any:
+def training_value(name: str, value: object) -> object:
     """The value of a field of ``TrainingArguments``, text read as on a command line.
 
     Raises:
@@ -276,7 +276,7 @@ def training_value(name: str, value: Any) -> Any:
     return training_values([f"--{name}", value])[0][name] if isinstance(value, str) else plain(value)
 
 
-def training_values(words: list[str]) -> tuple[dict[str, Any], list[str]]:
+def training_values(words: list[str]) -> tuple[dict[str, object], list[str]]:
     """The fields of ``TrainingArguments`` that words of a command line name, and the words that are none.
 
     Raises:
@@ -305,7 +305,7 @@ def _training_parser() -> Any:
     return parser
 
 
-def _settings_of(name: str, given: Mapping[str, Any], lenient: bool) -> dict[str, Any]:
+def _settings_of(name: str, given: Mapping[str, object], lenient: bool) -> dict[str, object]:
     """Those of some settings that a method has, text read as its fields have it.
 
     Raises:
@@ -326,7 +326,7 @@ def _settings_of(name: str, given: Mapping[str, Any], lenient: bool) -> dict[str
     return {**kept, **typed(kind, {key: value for key, value in kept.items() if key in own})}
 
 
-def _check_finite(values: Mapping[str, Any]) -> None:
+def _check_finite(values: Mapping[str, object]) -> None:
     for name, value in values.items():
         if isinstance(value, float) and not math.isfinite(value):
             raise ConfigError(f"{name}={value} is not allowed; use a finite number")

@@ -66,8 +66,8 @@ def placed(names: Sequence[str], known: Layers, dropout: float) -> dict[str, Any
 
 def rank_numbers(model: nn.Module, name: str) -> tuple[int, int]:
     """How many numbers one rank has in A and in B: ``(d_in, d_out)`` of a layer; of stacked experts all of theirs."""
-    holder: Any = model.get_submodule(name.rpartition(".")[0])
-    found: Any = getattr(holder, name.rpartition(".")[2])
+    holder = model.get_submodule(name.rpartition(".")[0])
+    found = getattr(holder, name.rpartition(".")[2])
     if isinstance(found, nn.Module):
         layer: Any = found
         return int(layer.in_features), int(layer.out_features)

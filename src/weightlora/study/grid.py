@@ -68,7 +68,7 @@ class Grid:
     def __post_init__(self) -> None:
         check_metric(self.metric)
         names = [cell.key for cell in self.cells]
-        listed: tuple[tuple[str, Sequence[Any]], ...] = (
+        listed: tuple[tuple[str, Sequence[object]], ...] = (
             ("cells", names),
             ("learning_rates", self.learning_rates),
             ("lr_warmups", self.lr_warmups),
@@ -183,7 +183,7 @@ def all_methods(spec: RunSpec | None) -> list[str]:
     return [name for name, kind in METHODS.items() if in_words or kind.learns]
 
 
-def entries(listed: Any, what: str, key: str) -> list[tuple[str, Overlay]]:
+def entries(listed: object, what: str, key: str) -> list[tuple[str, Overlay]]:
     """Read the entries of a list: names, or mappings (as recipes have them) with settings of their own.
 
     >>> entries("cola, sst2", "tasks", "task")

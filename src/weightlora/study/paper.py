@@ -138,7 +138,7 @@ def printed(table: str) -> dict[str, Any]:
     >>> next(row for row in printed("table1")["rows"] if row["row"] == "LoRA")["scores"]["cola"]
     [0.6913]
     """
-    found: dict[str, Any] = json.loads((FOLDER / "results.json").read_text(encoding="utf-8"))[table]
+    found: dict[str, object] = json.loads((FOLDER / "results.json").read_text(encoding="utf-8"))[table]
     return found
 
 
@@ -203,7 +203,7 @@ def compared(data: dict[str, Any], made: Reproduction) -> dict[str, Any]:
     }
 
 
-def _value(value: Any) -> str:
+def _value(value: object) -> str:
     return "unset" if value is None else f"{value:g}" if isinstance(value, float) else str(value)
 
 

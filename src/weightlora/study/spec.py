@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, TypeAlias
+from typing import TypeAlias
 
 from weightlora.settings import setting
 
-Listed: TypeAlias = str | int | float | list[Any] | dict[str, Any] | None
+Listed: TypeAlias = str | int | float | list[object] | dict[str, object] | None
 
 
 @dataclass(frozen=True, kw_only=True)

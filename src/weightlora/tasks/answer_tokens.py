@@ -75,7 +75,7 @@ class AnswerTokens(Classification):
             raise ConfigError(f"prompt={self.prompt!r} must name columns of task {self.name!r}: {there}")
 
     @property
-    def model_settings(self) -> dict[str, Any]:
+    def model_settings(self) -> dict[str, object]:
         return {"head": self.head}
 
     def prepare(self, loaded: LoadedModel, max_length: int) -> Prepared:
@@ -216,7 +216,7 @@ class _NextWord:
         return scores[labels[:, 1:] != IGNORED].float().log_softmax(-1)[:, self.tokens]
 
 
-def _per_token(logits: Any, labels: torch.Tensor) -> torch.Tensor:
+def _per_token(logits: object, labels: torch.Tensor) -> torch.Tensor:
     """The log-probability per token of the answer in each row, (rows, 1)."""
     losses, _, count = token_scores(logits, labels).unbind(1)
     return -(losses / count)[:, None]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import ClassVar
 
 from datasets import Dataset, Features, Sequence, Value
 from transformers import DataCollatorWithPadding, PreTrainedTokenizerBase
@@ -65,7 +65,7 @@ class Classification(Task):
         return self.text_columns
 
     @property
-    def model_settings(self) -> dict[str, Any]:
+    def model_settings(self) -> dict[str, object]:
         labels = {"num_labels": self.num_labels, "labels": self.labels, "regression": self.is_regression}
         return {"head": self.head, **labels}
 
@@ -85,7 +85,7 @@ class Classification(Task):
     def targets(self, loaded: LoadedModel) -> Targets | None:
         if not self.is_regression or loaded.answer_layer is None:
             return None
-        layer: Any = loaded.model.get_submodule(loaded.answer_layer)
+        layer = loaded.model.get_submodule(loaded.answer_layer)
         return Targets.of(self.train[self.label_column], loaded.answer_layer, bias=layer.bias is not None)
 
     @property

@@ -88,7 +88,7 @@ class Completion(Task):
             **(self._by_generating(loaded.tokenizer) if self.exact_match else _BY_TOKENS),
         )
 
-    def _by_generating(self, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
+    def _by_generating(self, tokenizer: PreTrainedTokenizerBase) -> dict[str, object]:
         truths = [final_number(text) for text in self.validation["completion"]]
 
         def compute_metrics(prediction: EvalPrediction) -> dict[str, float]:

@@ -32,7 +32,7 @@ def token_scores(logits: Any, labels: torch.Tensor, *, ahead: int = 1) -> torch.
     return each.new_zeros(len(labels), 3).index_add_(0, judged.nonzero()[:, 0], each)
 
 
-def mean_loss(scores: Any) -> float:
+def mean_loss(scores: object) -> float:
     """The mean loss of a token, over all rows, from `token_scores`."""
     loss, _, count = np.asarray(scores, dtype=np.float64).sum(0)
     return float(loss / count)
@@ -40,7 +40,7 @@ def mean_loss(scores: Any) -> float:
 
 def without_loss(
     trainer: Trainer, model: nn.Module, inputs: dict[str, Any], ignore_keys: list[str] | None
-) -> tuple[Any, torch.Tensor]:
+) -> tuple[object, torch.Tensor]:
     """A batch's logits and labels; given the labels, the model would take a loss over all positions, for nothing."""
     inputs = dict(trainer._prepare_inputs(inputs))
     labels = inputs.pop("labels")
@@ -57,7 +57,7 @@ class OwnLossTrainer(Trainer):
     def prediction_step(
         self,
         model: nn.Module,
-        inputs: dict[str, Any],
+        inputs: dict[str, object],
         prediction_loss_only: bool,
         ignore_keys: list[str] | None = None,
     ) -> tuple[Any, Any, Any]:
@@ -76,7 +76,7 @@ class SummaryTrainer(Seq2SeqTrainer):
         inputs: dict[str, Any],
         prediction_loss_only: bool,
         ignore_keys: list[str] | None = None,
-        **gen_kwargs: Any,
+        **gen_kwargs: object,
     ) -> tuple[Any, Any, Any]:
         loss, tokens, labels = super().prediction_step(model, inputs, prediction_loss_only, ignore_keys, **gen_kwargs)
         if prediction_loss_only or not self.args.predict_with_generate:  # type: ignore[attr-defined]

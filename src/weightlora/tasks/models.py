@@ -155,7 +155,7 @@ def is_decoder_checkpoint(config: PreTrainedConfig) -> bool:
     return (config.architectures or [""])[0].endswith(("ForCausalLM", "LMHeadModel"))
 
 
-def _label_settings(num_labels: int | None, labels: tuple[str, ...] | None, regression: bool) -> dict[str, Any]:
+def _label_settings(num_labels: int | None, labels: tuple[str, ...] | None, regression: bool) -> dict[str, object]:
     if num_labels is None:
         raise ConfigError("sequence classification needs num_labels; pass the number of classes, or 1 for regression")
     if regression and num_labels != 1:
@@ -211,7 +211,7 @@ def minilm_folder() -> Path:
     return folder
 
 
-def _build_shape(name: str, head: Head, settings: dict[str, Any], dtype: torch.dtype | None) -> Parts:
+def _build_shape(name: str, head: Head, settings: dict[str, object], dtype: torch.dtype | None) -> Parts:
     build, heads = SHAPES[name]
     if head not in heads:
         _refuse(name, head)
@@ -230,7 +230,7 @@ def _load_minilm(head: Head, settings: dict[str, Any], dtype: torch.dtype | None
     if head in LANGUAGE:
         _refuse("minilm", head)
     folder = minilm_folder()
-    loader: Any = CLASSES[head]
+    loader = CLASSES[head]
 
     if head == CLASSIFICATION:
         values = BertConfig.from_pretrained(folder).to_dict()
@@ -242,7 +242,7 @@ def _load_minilm(head: Head, settings: dict[str, Any], dtype: torch.dtype | None
     return model, AutoTokenizer.from_pretrained(folder), set(info["missing_keys"])
 
 
-def _load_pretrained(name: str, head: Head, settings: dict[str, Any], dtype: torch.dtype | None) -> Parts:
+def _load_pretrained(name: str, head: Head, settings: dict[str, object], dtype: torch.dtype | None) -> Parts:
     folder = Path(name).expanduser()
     if not name or folder.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1 or folder.is_dir():
         if not (folder / "config.json").is_file():

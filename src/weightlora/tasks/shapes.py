@@ -56,11 +56,11 @@ def _deberta_v2_small(**settings: Any) -> tuple[PreTrainedConfig, list[str]]:
     return _deberta(conv_kernel_size=3, conv_act="gelu", **settings), BERT_INPUTS
 
 
-def _deberta_v3_small(**settings: Any) -> tuple[PreTrainedConfig, list[str]]:
+def _deberta_v3_small(**settings: object) -> tuple[PreTrainedConfig, list[str]]:
     return _deberta(**settings), BERT_INPUTS
 
 
-def _deberta_v3_base(**settings: Any) -> tuple[PreTrainedConfig, list[str]]:
+def _deberta_v3_base(**settings: object) -> tuple[PreTrainedConfig, list[str]]:
     sizes = {"hidden_size": 768, "num_hidden_layers": 12, "num_attention_heads": 12, "intermediate_size": 3072}
     return _deberta(**sizes, **settings), BERT_INPUTS
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -63,7 +63,7 @@ class Targets:
         """Targets in units of their spread."""
         return ((np.asarray(targets, dtype=np.float64) - self.mean) / self.std).tolist()
 
-    def own(self, values: Any) -> Array:
+    def own(self, values: object) -> Array:
         """Standardised values in the user's units."""
         return np.asarray(values, dtype=np.float64) * self.std + self.mean
 
@@ -77,11 +77,11 @@ class Targets:
 
         return judged
 
-    def announce(self, config: Any, *, folded: bool = False) -> None:
+    def announce(self, config: object, *, folded: bool = False) -> None:
         """Write mean and standard deviation into a model's config, and whether its head answers in the user's units."""
         setattr(config, CONFIG_KEY, {"mean": self.mean, "std": self.std, "folded": folded})
 
-    def fold(self, head: nn.Linear, config: Any) -> None:
+    def fold(self, head: nn.Linear, config: object) -> None:
         """Make the trained head answer in the user's units: ``W <- std W``, ``b <- std b + mean``.
 
         Args:

@@ -43,7 +43,7 @@ class Prepared:
 
     train: Dataset
     validation: Dataset
-    collator: Callable[[list[Any]], dict[str, Any]]
+    collator: Callable[[list[Any]], dict[str, object]]
     compute_metrics: Metric
     preprocess_logits: Callable[[Any, torch.Tensor], Any] | None = None
     ordered: bool = False

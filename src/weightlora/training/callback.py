@@ -41,7 +41,7 @@ class SeamCallback(InnerCallback):
         *,
         restored: tuple[dict[str, Tensor], int] | None,
         log_omegas: Literal["summary", "all"],
-        data: dict[str, Any],
+        data: dict[str, object],
         base: str,
         run: Run,
     ) -> None:
@@ -86,7 +86,9 @@ class SeamCallback(InnerCallback):
         base = float(base_lrs[0] if base_lrs else trainer.args.learning_rate)
         return float(trainer.optimizer.param_groups[0]["lr"]) / base if base else 0.0
 
-    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: object
+    ) -> None:
         # A trainer may make its optimizer itself, and only when it begins.
         optimizer = torch_optimizer(self.trainer.optimizer)
         check_optimizer(self.driver.model, optimizer, self.driver.name)
@@ -97,13 +99,13 @@ class SeamCallback(InnerCallback):
             self.driver.load_state(*self.restored)
         self.driver.expect_gradients(compiled=args.torch_compile)
 
-    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+    def on_pre_optimizer_step(self, args: object, state: object, control: object, **_: object) -> None:
         self.driver.before_step(self._lr_factor())
 
-    def on_optimizer_step(self, args: Any, state: Any, control: Any, **given: Any) -> None:
+    def on_optimizer_step(self, args: object, state: object, control: object, **given: object) -> None:
         self.driver.after_step(self._lr_factor(), torch_optimizer(given["optimizer"]))
 
-    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: object) -> None:
         self._check_finite(control)
         if control.should_log and self.stage == "warmup" and self.driver.gates is not None:
             self._log_omegas()
@@ -118,7 +120,7 @@ class SeamCallback(InnerCallback):
         if control.should_save:
             self._store(args, state)
 
-    def on_epoch_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+    def on_epoch_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: object) -> None:
         self._check_finite(control)
         if self._at_epoch_end:
             self._at_epoch_end = False
@@ -129,7 +131,7 @@ class SeamCallback(InnerCallback):
         if control.should_save:
             self._store(args, state)
 
-    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: object) -> None:
         # save_strategy="best" decides after on_step_end; everything else was stored before the trainer wrote its files.
         if self._stored != state.global_step:
             self._store(args, state)

@@ -306,7 +306,7 @@ class _BestSoFar(InnerCallback):
     def __init__(self, best: Path | None) -> None:
         self.best = None if best is None else str(best)
 
-    def on_train_begin(self, args: Any, state: TrainerState, control: Any, **_: Any) -> None:
+    def on_train_begin(self, args: object, state: TrainerState, control: object, **_: object) -> None:
         state.best_model_checkpoint = self.best
 
 
@@ -353,7 +353,7 @@ def write_seam(
     Scheduler, scaler and random state are the trainer's own files, copied; model and optimizer are written anew, after
     surgery. "Best model so far" starts again: a warm-up model has another structure and cannot be loaded back later.
     """
-    state: dict[str, Any] = json.loads((source / TRAINER_STATE).read_text(encoding="utf-8"))
+    state: dict[str, object] = json.loads((source / TRAINER_STATE).read_text(encoding="utf-8"))
     state |= {"best_metric": None, "best_global_step": None, "best_model_checkpoint": None}
     state["train_batch_size"] = train_batch_size
     with new_folder(target) as folder:

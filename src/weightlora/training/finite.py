@@ -6,7 +6,6 @@ import contextlib
 import math
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -122,19 +121,19 @@ class FiniteCallback(TrainerCallback):
         self.watch = FiniteWatch(trainer.model)  # type: ignore[arg-type]  # there by now
         self.run = run
 
-    def on_pre_optimizer_step(self, args: Any, state: TrainerState, control: Any, **_: Any) -> None:
+    def on_pre_optimizer_step(self, args: object, state: TrainerState, control: object, **_: object) -> None:
         self.watch.see(state.global_step + 1)
 
-    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: object) -> None:
         if control.should_log or control.should_save or control.should_evaluate:
             self.watch.check()
         if control.should_save:
             self._name(args, state)
 
-    def on_epoch_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+    def on_epoch_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: object) -> None:
         self.on_step_end(args, state, control)
 
-    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: object) -> None:
         folder = self._name(args, state)  # save_strategy="best" decides late
         if state.is_world_process_zero:
             checkpoint.seal(folder)

@@ -6,7 +6,6 @@ import logging
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 from transformers import Trainer
 
@@ -43,7 +42,7 @@ class GlobalBatch:
         )
 
     @classmethod
-    def read(cls, data: Mapping[str, Any], where: Path) -> GlobalBatch:
+    def read(cls, data: Mapping[str, object], where: Path) -> GlobalBatch:
         """What a manifest's data say.
 
         Raises:
@@ -55,7 +54,7 @@ class GlobalBatch:
                 raise CheckpointError(f"{where}: the manifest is damaged: {number!r} is no size of a batch")
         return found
 
-    def to_dict(self) -> dict[str, Any]:
+    def to_dict(self) -> dict[str, object]:
         """For the manifest."""
         return asdict(self)
 

@@ -35,7 +35,7 @@ class HeldOutBatches:
     def __init__(
         self,
         model: nn.Module,
-        batches: Sequence[Mapping[str, Any]],
+        batches: Sequence[Mapping[str, object]],
         compute: Callable[[Mapping[str, Any]], Tensor] | None = None,
     ) -> None:
         self.model, self.batches = model, list(batches)
@@ -111,7 +111,7 @@ def hold_out(trainer: Trainer, batches: int) -> HeldOutBatches | None:
     trainer.train_dataset = parts[1]
     model, inside = model_of(trainer), Inside(trainer)
 
-    def compute(batch: Mapping[str, Any]) -> Tensor:
+    def compute(batch: Mapping[str, object]) -> Tensor:
         with given_back(trainer), trainer.accelerator.autocast(), trainer.compute_loss_context_manager():
             return trainer.compute_loss(model, inside.prepared(dict(batch)))  # type: ignore[return-value]
 

@@ -8,7 +8,6 @@ import shutil
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import nn
@@ -31,7 +30,7 @@ class Run:
     """A run as its folder and checkpoints name it: an id of its own, the method's settings, the base's fingerprint."""
 
     id: str
-    method: dict[str, Any]
+    method: dict[str, object]
     base: str
 
     @classmethod

@@ -37,15 +37,15 @@ class Inside:
     """
 
     def __init__(self, trainer: Trainer) -> None:
-        self._own: Any = trainer
+        self._own = trainer
 
     def prepared(self, batch: Any) -> dict[str, Any]:
         """A collated batch as the loss takes it: on the device, in the right dtype."""
         return dict(self._own._prepare_inputs(batch))
 
-    def collator(self, collator: Any = None) -> Callable[[list[Any]], Any]:
+    def collator(self, collator: Any = None) -> Callable[[list[object]], object]:
         """A collator, the trainer's own by default, that leaves columns out which the model does not take."""
-        made: Callable[[list[Any]], Any] = self._own._get_collator_with_removed_columns(
+        made: Callable[[list[object]], object] = self._own._get_collator_with_removed_columns(
             self._own.data_collator if collator is None else collator
         )
         return made

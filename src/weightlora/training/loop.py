@@ -52,7 +52,7 @@ class Tuner:
         group, peak = self._optimizer.param_groups[0], self._peak[0]
         return float(group["lr"]) / float(group.get("initial_lr", peak)) if group.get("initial_lr", peak) else 0.0
 
-    def _before(self, *_: Any) -> None:
+    def _before(self, *_: object) -> None:
         self._armed = True
         if self._alike is not self._driver.selection:
             check_alike(self._driver.finite.gradients(), self._driver.step + 1)
@@ -111,7 +111,7 @@ class Tuner:
         depth.restore()
         return selection
 
-    def state_dict(self) -> dict[str, Any]:
+    def state_dict(self) -> dict[str, object]:
         """Give progress and tensors, to save beside your own checkpoint until the seam; DivergedError if one is NaN."""
         self._driver.finite.check()
         return {"step": self._driver.step, "tensors": self._driver.state()}

@@ -90,7 +90,7 @@ class _Operations(TorchDispatchMode):
         self.total = 0
         self.error: AdapterError | None = None
 
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(self, func: Any, types: object, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         out = func(*args, **kwargs)
         formula = flop_registry.get(getattr(func, "_overloadpacket", func))

@@ -27,8 +27,8 @@ class DataOrder:
     """The training loader of one run, over all calls of the trainer's ``train`` in this process."""
 
     def __init__(self, trainer: Trainer) -> None:
-        self.trainer: Any = trainer
-        self._loader: Any = None
+        self.trainer = trainer
+        self._loader: object = None
         self._live: Any = None  # the epoch that has begun
         self._read = 0  # of its batches
         self._skipped = 0  # of the epoch that a resumed run goes on in
@@ -66,7 +66,7 @@ class DataOrder:
                     warn_of_a_new_order(trainer, self._loader, step, left)
             return self._loader
 
-        def get_batch_samples(epoch_iterator: Any, *given: Any, **named: Any) -> Any:
+        def get_batch_samples(epoch_iterator: Any, *given: Any, **named: Any) -> object:
             if epoch_iterator is not self._live:
                 self._live, self._read, self._skipped = epoch_iterator, self._skipped, 0
             found = samples(epoch_iterator, *given, **named)
@@ -109,15 +109,15 @@ class DataOrder:
 class _Rest:
     """What is left of an iterator; `begin` is called before the first of it is read."""
 
-    def __init__(self, live: Iterator[Any], begin: Callable[[], None]) -> None:
+    def __init__(self, live: Iterator[object], begin: Callable[[], None]) -> None:
         self.live, self.begin = live, begin
 
-    def __iter__(self) -> Iterator[Any]:
+    def __iter__(self) -> Iterator[object]:
         self.begin()
         yield from self.live
 
 
-def _batches_into_epoch(trainer: Trainer, loader: Any, step: int) -> int:
+def _batches_into_epoch(trainer: Trainer, loader: object, step: int) -> int:
     """How many batches of its epoch the trainer takes for read after `step` optimizer steps."""
     return step % initial_values(trainer, loader)[1] * trainer.args.gradient_accumulation_steps
 

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from transformers import Trainer
 
@@ -225,7 +225,7 @@ class Running:
             self.splits[1] = split_batch(self.trainer, size)
             use_batch(self.trainer, self.splits[1])
 
-    def _data(self) -> dict[str, Any]:
+    def _data(self) -> dict[str, object]:
         """What a manifest says beside structure and step."""
         return {"phases": [asdict(phase) for phase in self.phases], "batch": self.prepared.batch.to_dict()}
 

@@ -18,7 +18,9 @@ from weightlora.methods import METHODS, Method
 from weightlora.training.inside import model_of
 
 
-def check_fit(trainer: Any, method: Any, resume: Any, before: Any, after: Any, log_omegas: Any) -> tuple[Any, Any]:
+def check_fit(
+    trainer: object, method: object, resume: object, before: object, after: object, log_omegas: object
+) -> tuple[Any, Any]:
     """Refuse what :func:`weightlora.fit` was not made for.
 
     Returns:
@@ -43,7 +45,7 @@ def check_fit(trainer: Any, method: Any, resume: Any, before: Any, after: Any, l
     return before, after
 
 
-def check_method(method: Any) -> None:
+def check_method(method: object) -> None:
     """Refuse what is no method.
 
     Raises:
@@ -70,8 +72,7 @@ def check_model(model: nn.Module, optimizer: torch.optim.Optimizer | None, name:
     if not isinstance(model, nn.Module):
         raise ConfigError(f"model is a {type(model).__name__}; give a model with LoRA adapters (peft.get_peft_model)")
     name = adapter_name(model, name)
-    inside: Any = model
-    if has_compiled_regions(getattr(inside, "_orig_mod", inside)):
+    if has_compiled_regions(getattr(model, "_orig_mod", model)):
         raise AdapterError(
             "parts of the model are compiled by hand, which puts _orig_mod into the names of their layers; give the"
             " model as it is, and let the trainer compile it (torch_compile=True), or call model.compile()"
@@ -117,7 +118,7 @@ def check_best(trainer: Trainer) -> None:
         )
 
 
-def torch_optimizer(optimizer: Any) -> torch.optim.Optimizer:
+def torch_optimizer(optimizer: object) -> torch.optim.Optimizer:
     """The optimizer itself, where Accelerate has wrapped it.
 
     Raises:
@@ -132,7 +133,7 @@ def torch_optimizer(optimizer: Any) -> torch.optim.Optimizer:
     return optimizer
 
 
-def count(name: str, value: Any) -> int:
+def count(name: str, value: object) -> int:
     """A whole number of 1 or more, of any library.
 
     Raises:

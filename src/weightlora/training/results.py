@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from torch import nn
 from transformers import Trainer
@@ -38,7 +38,7 @@ class FitResult:
     adapter_params: Mapping[str, int] = field(default_factory=dict)
     predicted: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
     frontier: tuple[FrontierPoint, ...] = ()
-    log_history: tuple[dict[str, Any], ...] = field(default=(), repr=False)
+    log_history: tuple[dict[str, float], ...] = field(default=(), repr=False)
 
 
 def phase_result(
@@ -65,7 +65,7 @@ def phase_result(
     )
 
 
-def read_progress(data: Mapping[str, Any], where: Path) -> tuple[float, list[PhaseResult]]:
+def read_progress(data: Mapping[str, object], where: Path) -> tuple[float, list[PhaseResult]]:
     """Seconds of the current phase and the phases before it, from a manifest's data.
 
     Raises:

@@ -35,9 +35,9 @@ def set_rates(trainer: Trainer, method: Method) -> None:
     names = {p: n for n, p in model.named_parameters() if p.requires_grad}
     if trainer.optimizer is not None or all(method.rate_of(name) == 1.0 for name in names.values()):
         return
-    optimizer: Any = trainer.create_optimizer()
+    optimizer = trainer.create_optimizer()
     for group in list(optimizer.param_groups):
-        shares: dict[float, list[Any]] = {}
+        shares: dict[float, list[object]] = {}
         for parameter in group["params"]:
             shares.setdefault(method.rate_of(names[parameter]), []).append(parameter)
         rest = {k: v for k, v in group.items() if k not in ("params", "lr", "initial_lr")}
@@ -65,7 +65,7 @@ class OptimizerOrder:
         CheckpointError: what it says is damaged.
     """
 
-    def __init__(self, trainer: Trainer, data: Mapping[str, Any], start: Path) -> None:
+    def __init__(self, trainer: Trainer, data: Mapping[str, object], start: Path) -> None:
         self.trainer = trainer
         found: Any = data.get("optimizer")
         fine = isinstance(found, list) and all(isinstance(group, list) for group in found)

@@ -100,12 +100,12 @@ def trace_step(trainer: Trainer, *, stock: bool = False) -> ActivationTrace | No
         return None if loss is None else trace(trainer.model, loss, stock=stock)  # type: ignore[arg-type]
 
 
-def first_batch(trainer: Trainer) -> Any:
+def first_batch(trainer: Trainer) -> object:
     """The first micro-batch of training as its loader gives it, read in this process; None without one.
 
     Call it inside :func:`undisturbed`; a loader, its samplers and its data set are as far as they were afterwards.
     """
-    loader: Any = trainer.get_train_dataloader()
+    loader = trainer.get_train_dataloader()
     with given_back(loader):
         for part in (loader, getattr(loader, "base_dataloader", None)):
             if isinstance(part, DataLoader):
@@ -131,7 +131,7 @@ def first_loss(trainer: Trainer) -> Iterator[Callable[[], Any] | None]:
         yield lambda: loss_of(trainer, inputs)
 
 
-def loss_of(trainer: Trainer, inputs: Mapping[str, Any]) -> Any:
+def loss_of(trainer: Trainer, inputs: Mapping[str, object]) -> Any:
     """The loss of one prepared micro-batch, as the trainer computes it."""
     model = model_of(trainer)
     # accelerate wraps autocast around the model only inside train(); outside it must be on as well.
@@ -241,7 +241,7 @@ def unwrap(trainer: Trainer) -> None:
     Accelerate marks what it has compiled as prepared, the mark lands on the model inside, and a second ``train`` would
     run that. The compiler sees by itself that the structure is another, and compiles once more.
     """
-    wrapped: Any = trainer.model_wrapped
+    wrapped = trainer.model_wrapped
     if getattr(wrapped, "_orig_mod", None) is not trainer.model:  # where torch.compile keeps what it has compiled
         trainer.model_wrapped = trainer.model  # type: ignore[assignment]  # there by now
 

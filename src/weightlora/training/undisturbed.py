@@ -40,7 +40,7 @@ def undisturbed(trainer: Trainer) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def given_back(*objects: Any) -> Iterator[None]:
+def given_back(*objects: object) -> Iterator[None]:
     """Put back attributes of some objects, of what they lead to, and what lists and dictionaries in them hold."""
     noted = _Noted()
     for each in objects:
@@ -76,7 +76,7 @@ class _Noted:
         self.containers: dict[int, tuple[Any, Any]] = {}
         self.generators: dict[int, tuple[Any, Any]] = {}
 
-    def look(self, value: Any, depth: int) -> None:
+    def look(self, value: object, depth: int) -> None:
         """At anything: containers, random generators, and objects with attributes."""
         if type(value) in CONTAINERS:
             self.container(value, depth)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 from weightlora.methods.baselines import OneShotGradient
 from weightlora.methods.weightlora.worth import GradientEnergy, Worth
@@ -29,7 +29,7 @@ class DomLoRA(OneShotGradient):
     """
 
     name: ClassVar[str] = "domlora"
-    presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {"paper": {"k": 1}, "official": {"k": 1}}
+    presets: ClassVar[Mapping[str, Mapping[str, object]]] = {"paper": {"k": 1}, "official": {"k": 1}}
     worth: ClassVar[type[Worth]] = GradientEnergy
 
     k: int | float = 1

@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -21,7 +21,7 @@ from weightlora.methods.policy import Decision, GrowthPlan, HeldOut, Policy, Set
 class OneLook(AdapterMethod):
     """A rule in two halves: what it measures of the model as it is, and which adapters stay for what it found."""
 
-    presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {"paper": {}, "official": {}}  # the class's own defaults
+    presets: ClassVar[Mapping[str, Mapping[str, object]]] = {"paper": {}, "official": {}}  # the class's own defaults
 
     def begin(self, adapters: tuple[Adapter, ...], max_steps: int) -> Policy:
         return OneLookPolicy(self, adapters)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar, TypeVar, get_args
+from typing import ClassVar, TypeVar, get_args
 
 import torch
 
@@ -42,7 +42,7 @@ class WeightLoRAPlus(WeightLoRA):
 
     name: ClassVar[str] = "weightlora+"
     spending: ClassVar[str] = "ranks are whole numbers, and no rank is above a layer's width"
-    presets: ClassVar[Mapping[str, Mapping[str, Any]]] = WEIGHTLORA_PLUS
+    presets: ClassVar[Mapping[str, Mapping[str, object]]] = WEIGHTLORA_PLUS
 
     growth: Growth = "gaussian"
     noise: Noise = "normal"

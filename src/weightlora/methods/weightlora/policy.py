@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -93,7 +93,7 @@ class WeightLoRAPolicy(Policy):
             )
         scores = list(omegas) if self.worth is None else self.worth.scores().tolist()
         found = [scores[i] for i in alive]
-        facts: dict[str, Any] | None = None
+        facts: dict[str, object] | None = None
         if self.budget is not None:
             kept, why, facts = self._affordable(self.budget, found, alive)
         elif method.share is not None:
@@ -129,7 +129,7 @@ class WeightLoRAPolicy(Policy):
 
     def _affordable(
         self, budget: Budget, found: Sequence[float], alive: Sequence[int]
-    ) -> tuple[list[int], str, dict[str, Any]]:
+    ) -> tuple[list[int], str, dict[str, object]]:
         """The most important set that the budget allows."""
         worth = [0.0] * len(self.adapters)
         for i, score in zip(alive, found, strict=True):
@@ -163,7 +163,7 @@ def enlarge(factors: Factors, weights: Weights, held_out: HeldOut | None) -> Non
 
 def most_important(
     worth: Sequence[float], budget: Budget, adapters: Sequence[Adapter]
-) -> tuple[Sequence[int], str, dict[str, Any]]:
+) -> tuple[Sequence[int], str, dict[str, object]]:
     """The set with the highest total worth among all that fit, at the largest micro-batch at which any does.
 
     Args:
@@ -190,7 +190,7 @@ def most_important(
         f"{_limit(budget, room)}: {len(found.chosen)} of {len(worth)} adapters,"
         f" which use {found.total / room.budget:.1%} of it; backward ends at {adapters[lowest].name}"
     )
-    facts: dict[str, Any] = {"kind": budget.kind, "budget": room.budget, "total": found.total}
+    facts: dict[str, object] = {"kind": budget.kind, "budget": room.budget, "total": found.total}
     facts |= {"depth": found.depth, "importance": found.importance, "micro_batch": room.micro_batch}
     return found.chosen, words, facts | dict(budget.facts)
 

@@ -8,9 +8,8 @@ so.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
 
-PAPER: Mapping[str, Any] = {
+PAPER: Mapping[str, object] = {
     "score": "omega",  # 3.3: the adapters with the highest weights are kept
     "gate_lr": 5.0,  # the text gives none; the authors' scripts use 5
     "gate_lr_scheduled": False,  # ours: the text is silent
@@ -22,7 +21,7 @@ PAPER: Mapping[str, Any] = {
     "init_A": "lora",  # 3.4 refers to Hu et al.'s initialisation
 }
 
-OFFICIAL: Mapping[str, Any] = {
+OFFICIAL: Mapping[str, object] = {
     "score": "omega",
     "gate_lr": 5.0,  # --learning_rate_w 5e0
     "gate_lr_scheduled": True,  # gates are a parameter group under the common scheduler
@@ -37,9 +36,9 @@ OFFICIAL: Mapping[str, Any] = {
     # switched off.
 }
 
-WEIGHTLORA: Mapping[str, Mapping[str, Any]] = {"recommended": {}, "paper": PAPER, "official": OFFICIAL}
+WEIGHTLORA: Mapping[str, Mapping[str, object]] = {"recommended": {}, "paper": PAPER, "official": OFFICIAL}
 
-WEIGHTLORA_PLUS: Mapping[str, Mapping[str, Any]] = {
+WEIGHTLORA_PLUS: Mapping[str, Mapping[str, object]] = {
     "recommended": {},
     "paper": {
         **PAPER,
