@@ -17,6 +17,7 @@ from weightlora.cost.measure import StepCost, step_cost
 from weightlora.graft.fast import fast_path
 
 MiB = 2**20
+RESULTS = Path(__file__).parents[2] / "benchmarks" / "results"
 
 
 @functools.cache
@@ -30,8 +31,18 @@ def cost(shape: str, row: str, *more: str) -> StepCost:
     return count(bench(shape, *more), [row])[row]
 
 
+def all_layers(row: str, layers: int = 12) -> StepCost:
+    """DeBERTa-v3-base in full, from one and from two of its layers: each further one costs the same."""
+    one, two = (cost("deberta-v3-base", row, "--layers", str(number)) for number in (1, 2))
+    grown = {each: getattr(two, each) - getattr(one, each) for each in ("kept_activation_bytes", "flops")}
+    return StepCost(**{each: getattr(one, each) + (layers - 1) * grown[each] for each in grown})
+
+
 def test_deberta_all_on() -> None:
-    stock, ours = cost("deberta-v3-base", "stock"), cost("deberta-v3-base", "ours")
+    stock, ours = all_layers("stock"), all_layers("ours")
+    measured = json.loads((RESULTS / "adapter-path-deberta-v3-base-cpu-dropout0.05.json").read_text())["rows"]
+    for found, row in ((stock, measured["stock"]), (ours, measured["ours"])):
+        assert found == StepCost(kept_activation_bytes=row["kept_activation_bytes"], flops=row["flops"])
     # The baseline is the one that the target was set against.
     assert round(stock.kept_activation_bytes / MiB) == 1545
     assert round(stock.flops / 1e9, 1) == 434.7
