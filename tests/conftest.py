@@ -8,11 +8,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
-from tests.once import collect_seldom, remember
 
 if TYPE_CHECKING:
     from tests.runs.killer import Killer
 
+# Before the libraries that read it: no import above loads one.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("HF_DATASETS_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -23,12 +23,16 @@ ROOT = Path(__file__).resolve().parents[1]
 @pytest.fixture(scope="module", autouse=True)
 def _frozen() -> None:
     """Take what earlier modules have imported and built out of the garbage collector's sight; see ``once.py``."""
+    from tests.once import collect_seldom
+
     collect_seldom()
 
 
 @pytest.fixture(scope="session", autouse=True)
 def _worked_out_once() -> Iterator[None]:
     """What thousands of runs work out alike is worked out once, see ``once.py``."""
+    from tests.once import remember
+
     with pytest.MonkeyPatch.context() as patch:
         remember(patch.setattr)
         yield

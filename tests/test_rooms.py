@@ -69,7 +69,8 @@ ROOMS: dict[str, Room] = {
     "tasks": Room(
         rooms=names("files settings"),
         packages=names(
-            f"lazy_loader torch numpy datasets transformers sklearn scipy rouge_score safetensors filelock {MODELS}"
+            "lazy_loader torch numpy datasets transformers sklearn scipy rouge_score safetensors filelock"
+            f" huggingface_hub {MODELS}"
         ),
     ),
     "tasks.spec": Room(rooms=names("settings"), eager=names("settings")),

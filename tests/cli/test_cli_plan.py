@@ -73,7 +73,7 @@ def test_a_probe(capsys: pytest.CaptureFixture[str]) -> None:
         (("--memory", "1KiB"), "nothing near it fits"),
         (("--k", "many"), "k='many' is not allowed; use a number"),
         (("--dtype", "float8"), "invalid choice: 'float8'"),
-        (("--model", "nobody"), "model 'nobody' is unknown"),
+        (("--model", "nobody"), "config of model 'nobody' cannot be read"),
         (("--unknown", "1"), "unrecognized arguments: --unknown"),
     ],
 )

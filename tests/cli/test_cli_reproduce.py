@@ -161,7 +161,7 @@ def test_train_dry_run_is_the_run_that_would_be(
     [
         (("--task", "sst3"), "unknown task 'sst3'; did you mean 'sst2'?"),
         (("--task", "files"), "task 'files' needs train_file"),
-        (("--model", "./nowhere"), "model './nowhere': no folder with a config.json"),
+        (("--model", "./nowhere"), "model './nowhere': no such folder"),
         (("--k", "0"), "k=0"),
         (("--params", "many"), "many"),
         (("--per-device-train-batch-size", "8", "--micro-batch", "3"), "micro_batch=3 does not divide"),

@@ -58,11 +58,14 @@ def test_a_file_without_validation_rows_is_known_whatever_its_suffix(tmp_path: P
 
 
 def test_a_table_is_no_task_by_its_path(tmp_path: Path) -> None:
-    for name in ("a.csv", "b.TSV"):
-        with pytest.raises(DataError, match="a table of texts and labels is the train_file of task 'files'"):
-            check(spec(task=str(tmp_path / name)))
-        with pytest.raises(DataError, match="a table of texts and labels"):
-            read_task(spec(task=str(tmp_path / name)))
+    for name in ("a.csv", "b.TSV", "c.parquet"):
+        with pytest.raises(DataError, match=rf"is a file; .* --task files --train-file \S*{name} --label-column"):
+            spec(task=str(tmp_path / name), text_column="review")
+    with pytest.raises(DataError, match=r"unknown task '\S+'; a folder of tasks goes with --data-dir"):
+        check(spec(task=str(tmp_path)))
+    rows = write_rows(tmp_path / "rows.jsonl", [{"text": "a", "label": "b"}] * 20)
+    with pytest.raises(DataError, match=r"no column 'prompt'; .* texts with labels go with --task files --train-file"):
+        read_task(spec(task=str(rows)))
 
 
 @pytest.fixture

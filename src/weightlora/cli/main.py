@@ -209,6 +209,8 @@ def _quiet_libraries() -> None:
     logging.basicConfig(format="%(message)s", level=logging.WARNING)
     # What one process says, the others would repeat.
     logging.getLogger("weightlora").setLevel(logging.ERROR if _number() else logging.INFO)
+    # It prints its warnings itself; handed on, each would come twice.
+    logging.getLogger("huggingface_hub").propagate = False
     # Imported by PEFT wherever it is installed, it complains about kernels of its own that nothing here needs.
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     # PEFT asks Transformers by a name that is about to change; no user can do anything about it.

@@ -102,6 +102,8 @@ def method(name: str, preset: str = "recommended", **settings: object) -> Method
     if not isinstance(name, str) or name not in METHODS:
         near = difflib.get_close_matches(str(name), METHODS, n=1)
         hint = f"did you mean {near[0]!r}? " if near else ""
+        if str(name).endswith((".yaml", ".yml")):
+            hint = f"a recipe is the first word: weightlora train {name}; "
         raise ConfigError(f"method {name!r} is unknown; {hint}the methods are {', '.join(METHODS)}")
     return METHODS[name].from_preset(preset, **settings)
 

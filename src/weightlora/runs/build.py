@@ -22,6 +22,7 @@ from weightlora.runs.spec import RunSpec
 from weightlora.runs.targets import TASK_TYPES, placed, rank_numbers, targets
 from weightlora.runs.together import launched
 from weightlora.tasks import (
+    MODELS,
     LoadedModel,
     Prepared,
     Task,
@@ -29,6 +30,7 @@ from weightlora.tasks import (
     read_task,
     tell_once,
 )
+from weightlora.tasks.models import find_model
 from weightlora.training import rows_to_hold_out
 
 # Where the arguments of a run differ from Transformers' defaults.
@@ -107,6 +109,13 @@ def tell_scored_on(spec: RunSpec, where: dict[str, Any]) -> None:
         tell_once(logging.WARNING, f"{spec.task.data_name}: {what}; the record says so")
 
 
+def task_of(spec: RunSpec) -> Task:
+    """The run's task. A model that is not there is refused before any row is read."""
+    if spec.model.name not in MODELS:
+        find_model(spec.model.name)
+    return read_task(spec.task, spec.model.name)
+
+
 def base_model(spec: RunSpec, task: Task) -> LoadedModel:
     """The base with the task's head; what is new in it is drawn from the run's seed."""
     return load_model(spec.model.name, **task.model_settings, seed=spec.training.seed)
@@ -163,7 +172,7 @@ def check_shared(spec: RunSpec) -> None:
         WeightLoRAError: the task, its data, the model, the targets or the training arguments cannot be used.
     """
     training_arguments(spec, Path("unused"))
-    targets(spec.model.targets, base_model(spec, read_task(spec.task, spec.model.name)))
+    targets(spec.model.targets, base_model(spec, task_of(spec)))
 
 
 def check_method(spec: RunSpec) -> None:
@@ -213,7 +222,7 @@ def build(spec: RunSpec, steps: int | None = None) -> Parts:
 
 def _with_method(spec: RunSpec) -> tuple[Task, LoadedModel, Method, int, PreTrainedModel | peft.PeftModel]:
     """Task, base, the method and the rank that spend the budget, and the model as the method trains it."""
-    task = read_task(spec.task, spec.model.name)
+    task = task_of(spec)
     loaded = base_model(spec, task)
     chosen, rank = within_budget(spec, spec.make_method(), loaded)
     if not chosen.learns and loaded.heads:

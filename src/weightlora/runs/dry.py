@@ -10,6 +10,7 @@ from weightlora.methods import PeftMethod
 from weightlora.runs.build import training_arguments
 from weightlora.runs.spec import RunSpec
 from weightlora.tasks import MODELS, check_name
+from weightlora.tasks.models import find_model
 
 
 def check(spec: RunSpec) -> None:
@@ -22,10 +23,8 @@ def check(spec: RunSpec) -> None:
     check_name(spec.task.name)
     if spec.task.name == "files" and spec.task.train_file is None:
         raise ConfigError("task 'files' needs train_file, the path of a JSONL or CSV file; pass it")
-    folder = Path(spec.model.name).expanduser()
-    path = folder.is_absolute() or spec.model.name.startswith((".", "~")) or spec.model.name.count("/") > 1
-    if spec.model.name not in MODELS and path and not (folder / "config.json").is_file():
-        raise ConfigError(f"model {spec.model.name!r}: no folder with a config.json; pass a hub name, or such a folder")
+    if spec.model.name not in MODELS:
+        find_model(spec.model.name, ask_hub=False)
     training_arguments(spec, Path("unused"))
 
 

@@ -8,19 +8,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from huggingface_hub import HfApi
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, RepositoryNotFoundError
+from huggingface_hub.errors import HFValidationError, RepositoryNotFoundError
 from huggingface_hub.utils import validate_repo_id
 
 from weightlora.errors import ConfigError, ExportError
 from weightlora.runs.run import RECORD
 from weightlora.runs.serve import export_run
-
-# What the hub's client raises: its own, and whatever its HTTP library does, which is the base of its own HTTP error.
-_FAILURES: tuple[type[Exception], ...] = (
-    OSError,
-    RuntimeError,
-    *(kind for kind in HfHubHTTPError.__bases__ if issubclass(kind, Exception)),
-)
+from weightlora.tasks.hub import HUB_FAILURES
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,7 +77,7 @@ def _upload(repo: str, folder: Path, *, public: bool) -> str:
             raise ExportError(f"{repo} is there and public; give another name, or --public to put the run there")
         made = api.create_repo(repo, private=not public, exist_ok=True)
         api.upload_folder(repo_id=made.repo_id, folder_path=folder, commit_message="Adapter by WeightLoRA")
-    except _FAILURES as error:
+    except HUB_FAILURES as error:
         lines = [line for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
         raise ExportError(
             f"the hub did not take {repo}: {lines[0]}; check `hf auth whoami`, the name and the network, and push again"

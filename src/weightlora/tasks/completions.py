@@ -265,7 +265,10 @@ def _tell_empty(table: Table, completions: list[str]) -> None:
         tell_once(logging.WARNING, f"{table.path}: {what}")
 
 
-_FORM = 'a row is {"prompt": ..., "completion": ...} or {"messages": [...]}, and all rows are of one kind'
+_FORM = (
+    'a row is {"prompt": ..., "completion": ...} or {"messages": [...]}, and all rows are of one kind;'
+    " texts with labels go with --task files --train-file FILE --label-column COLUMN"
+)
 
 
 def _messages(table: Table, row: int, value: object, column: str) -> list[Message]:

@@ -11,7 +11,6 @@ from weightlora.tasks.answer_tokens import by_answer_tokens
 from weightlora.tasks.answers import QuestionAnswering, read_squad
 from weightlora.tasks.classification import CLASSIFICATIONS, Classification, read_classification
 from weightlora.tasks.completions import Completion, read_completions, read_gsm8k
-from weightlora.tasks.delimited import DELIMITERS
 from weightlora.tasks.files import Table
 from weightlora.tasks.models import completes_text
 from weightlora.tasks.sources import SOURCES, choose, read_splits
@@ -33,8 +32,8 @@ def check_name(name: str) -> None:
         return
     close = difflib.get_close_matches(name.lower(), TASKS, n=1, cutoff=0.5)
     hint = f"did you mean {close[0]!r}? " if close else ""
-    if Path(name).suffix.lower() in DELIMITERS:
-        hint = f"a table of texts and labels is the train_file of task {OWN_TABLE!r}; "
+    if Path(name).is_dir():
+        hint = f"a folder of tasks goes with --data-dir, a file of yours with --task {OWN_TABLE} --train-file FILE; "
     raise DataError(f"unknown task {name!r}; {hint}the tasks are {', '.join(TASKS)}, or the path of a .jsonl file")
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,6 +27,7 @@ from transformers import (
 from transformers.utils import logging as transformers_logging
 
 from weightlora.errors import ConfigError
+from weightlora.tasks.hub import unreachable
 from weightlora.tasks.layers import Layers, layers_of
 from weightlora.tasks.pooling import MeanPooledBertConfig, MeanPooledBertForSequenceClassification
 from weightlora.tasks.shapes import SHAPES
@@ -139,15 +140,45 @@ def completes_text(name: str) -> bool:
 
     >>> completes_text("smollm2"), completes_text("minilm"), completes_text("llama-small-shape")
     (True, False, False)
+
+    Raises:
+        ConfigError: as :func:`find_model`.
     """
     if name in MODELS:
         return name == SMOLLM2
-    folder = Path(name).expanduser()
+    source = find_model(name)
     try:
-        config = AutoConfig.from_pretrained(str(folder) if folder.is_dir() else name, trust_remote_code=False)
+        config = AutoConfig.from_pretrained(source, trust_remote_code=False)
     except (OSError, ValueError, KeyError):
         return False  # `load_model` says what is wrong with it
     return is_decoder_checkpoint(config)
+
+
+def find_model(name: str, *, known: Collection[str] = MODELS, ask_hub: bool = True) -> str:
+    """Return what Transformers may load under a name that is none of ours: a folder, or a repository on the hub.
+
+    Args:
+        name: as it was asked for.
+        known: names of ours, of which one may have been meant.
+        ask_hub: whether the hub must answer, or hold a copy in the cache.
+
+    Raises:
+        ConfigError: no such folder, a name much like one of ours, or a hub that cannot be reached.
+    """
+    folder = Path(name).expanduser()
+    if not name or folder.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1 or folder.is_dir():
+        if not (folder / "config.json").is_file():
+            problem = "no config.json in this folder" if folder.is_dir() else "no such folder"
+            raise ConfigError(f"model {name!r}: {problem}; pass a folder written by save_pretrained, or a hub name")
+        return str(folder)
+    if "/" not in name and (close := difflib.get_close_matches(name.lower(), known, n=1, cutoff=0.85)):
+        raise ConfigError(f"unknown model {name!r}; did you mean {close[0]!r}?")
+    if ask_hub and (reason := unreachable(name, "config.json")):
+        raise ConfigError(
+            f"model {name!r} is not in the cache, and the hub cannot be reached ({reason}); check the network, or pass"
+            f" {', '.join(known)}, or a folder written by save_pretrained"
+        )
+    return name
 
 
 def is_decoder_checkpoint(config: PreTrainedConfig) -> bool:
@@ -243,14 +274,7 @@ def _load_minilm(head: Head, settings: dict[str, Any], dtype: torch.dtype | None
 
 
 def _load_pretrained(name: str, head: Head, settings: dict[str, object], dtype: torch.dtype | None) -> Parts:
-    folder = Path(name).expanduser()
-    if not name or folder.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1 or folder.is_dir():
-        if not (folder / "config.json").is_file():
-            problem = "no config.json in this folder" if folder.is_dir() else "no such folder"
-            raise ConfigError(f"model {name!r}: {problem}; pass a folder written by save_pretrained, or a hub name")
-        name = str(folder)
-    elif "/" not in name and (close := difflib.get_close_matches(name.lower(), MODELS, n=1, cutoff=0.85)):
-        raise ConfigError(f"unknown model {name!r}; did you mean {close[0]!r}?")
+    name = find_model(name)
     try:
         # A repository's own Python is never run: without a value Transformers would ask on a terminal.
         config = AutoConfig.from_pretrained(name, trust_remote_code=False, **settings)

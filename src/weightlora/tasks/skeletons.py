@@ -160,14 +160,16 @@ def _config(name: str) -> PreTrainedConfig:
     if name in models.MODELS:
         return models.shape_config(name)
     path = Path(name).expanduser()
-    if not (path.is_dir() or path.is_file() or ("/" in name and name.count("/") == 1 and not name.startswith("."))):
-        known = ", ".join(dict.fromkeys((*models.MODELS, *SHAPES)))
-        raise ConfigError(f"model {name!r} is unknown; pass {known}, a hub name, or a folder with a config.json")
+    known = tuple(dict.fromkeys((*models.MODELS, *SHAPES)))
+    source = str(path) if path.is_file() else models.find_model(name, known=known)
     try:
-        return AutoConfig.from_pretrained(str(path) if path.exists() else name, trust_remote_code=False)
+        return AutoConfig.from_pretrained(source, trust_remote_code=False)
     except (OSError, ValueError, KeyError) as error:
         reason = (str(error).strip() or type(error).__name__).split("\n")[0].rstrip(".")
-        raise ConfigError(f"the config of model {name!r} cannot be read ({reason})") from None
+        raise ConfigError(
+            f"the config of model {name!r} cannot be read ({reason}); pass {', '.join(known)}, a hub name, or a folder"
+            " with a config.json"
+        ) from None
 
 
 def _head(config: PreTrainedConfig) -> Head:

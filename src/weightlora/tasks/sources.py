@@ -11,6 +11,7 @@ import datasets
 from weightlora.errors import DataError
 from weightlora.tasks.examples import Examples, hold_out, shuffled
 from weightlora.tasks.files import Table, read_table
+from weightlora.tasks.hub import unreachable
 from weightlora.tasks.spec import TaskSpec, is_file_task
 
 DEFAULT_HOLDOUT = 0.1
@@ -64,14 +65,16 @@ def from_hub(name: str, source: Source, split: str) -> datasets.Dataset:
     Raises:
         DataError: it cannot be read; the message names the folder that would do instead.
     """
-    try:
-        return datasets.load_dataset(source.hub, source.config, split=split)
-    except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
-        reason = str(error).strip().split("\n")[0]
-        raise DataError(
-            f"task {name!r} cannot be read from the hub's {source.hub} ({reason}); check the network, or pass data_dir,"
-            f" a folder with {name}/train.jsonl and {name}/{source.validation}.jsonl"
-        ) from None
+    reason = None if Path(source.hub).is_dir() else unreachable(source.hub, "README.md", "dataset")
+    if reason is None:
+        try:
+            return datasets.load_dataset(source.hub, source.config, split=split)
+        except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
+            reason = str(error).strip().split("\n")[0]
+    raise DataError(
+        f"task {name!r} cannot be read from the hub's {source.hub} ({reason}); check the network, or pass data_dir,"
+        f" a folder with {name}/train.jsonl and {name}/{source.validation}.jsonl"
+    )
 
 
 def choose(

@@ -6,7 +6,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from weightlora.errors import ConfigError
+from weightlora.errors import ConfigError, DataError
 from weightlora.settings import check, setting
 
 OWN_TABLE = "files"
@@ -63,6 +63,7 @@ class TaskSpec:
 
     Raises:
         ConfigError: a value that is not allowed.
+        DataError: a name that is the path of a table.
 
     >>> TaskSpec(name="squad").max_length
     384
@@ -129,6 +130,11 @@ class TaskSpec:
 
     def __post_init__(self) -> None:
         check(self)
+        if Path(self.name).suffix and not is_file_task(self.name):
+            raise DataError(
+                f"task {self.name!r} is a file; a table of texts and labels (.csv, .tsv, .jsonl) goes with"
+                f" --task {OWN_TABLE} --train-file {self.name} --label-column COLUMN"
+            )
         kind = "JSONL" if is_file_task(self.name) else self.name
         for each in fields(self):
             owners = each.metadata["only"]
