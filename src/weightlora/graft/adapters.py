@@ -6,7 +6,7 @@ import contextlib
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, cast
 
 import torch
 from peft.tuners.lora.layer import Linear, LoraLayer, ParamWrapper
@@ -15,6 +15,16 @@ from torch import Tensor, distributed, nn
 from transformers.pytorch_utils import Conv1D
 
 from weightlora.errors import AdapterError
+
+if TYPE_CHECKING:
+
+    class AdapterLayer(nn.Module, LoraLayer):
+        """What every LoRA layer is: PEFT's ``LoraLayer`` is mixed into modules, and is none itself."""
+
+        fan_in_fan_out: bool
+
+        def get_delta_weight(self, adapter: str, /) -> Tensor: ...
+
 
 _BLOCK = re.compile(r"(?:^|\.)(?:layer|layers|h|block|blocks|encoder|decoder)\.(\d+)(?:\.|$)")
 _ADAPTER = re.compile(r"(?:^|\.)(?:lora_|vera_|vblora_|form_)")  # how a parameter of an adapter begins: PEFT's, ours
@@ -133,11 +143,15 @@ def adapter_name(model: nn.Module, name: str | None = None) -> str:
     return str(active[0])
 
 
-def lora_layers(model: nn.Module, name: str) -> Iterator[tuple[str, LoraLayer]]:
+def lora_layers(model: nn.Module, name: str) -> Iterator[tuple[str, AdapterLayer]]:
     """Every LoRA layer that holds adapter `name`, in module order, with its full name in the base model.
 
     PEFT nests the wrappers of one module's parameters, the first parameter inside; they come in the parameters' order.
     """
+    return cast("Iterator[tuple[str, AdapterLayer]]", _lora_layers(model, name))  # a module with LoraLayer mixed in
+
+
+def _lora_layers(model: nn.Module, name: str) -> Iterator[tuple[str, LoraLayer]]:
     for path, module in base_of(model).named_modules():
         if isinstance(module, ParamWrapper):
             if not path.endswith(".base_layer"):
@@ -157,8 +171,7 @@ def wrappers(outermost: nn.Module) -> list[ParamWrapper]:
 
 def bare_parameter(layer: LoraLayer) -> Tensor:
     """The parameter that a wrapper adapts; it has no layer of its own."""
-    wrapper: Any = layer
-    found: Tensor = wrapper.get_param()
+    found: Tensor = layer.get_param()  # type: ignore[attr-defined]  # it is a ParamWrapper
     return found
 
 
@@ -354,8 +367,12 @@ def switched_off(model: nn.Module, name: str) -> Iterator[None]:
 
 def factors(layer: LoraLayer, name: str) -> tuple[nn.Parameter, nn.Parameter]:
     """The live parameters ``A (r, d_in)`` and ``B (d_out, r)`` of one layer."""
-    holders: Any = layer.lora_A[name], layer.lora_B[name]
-    return holders[0].weight, holders[1].weight
+    return layer.lora_A[name].weight, layer.lora_B[name].weight  # type: ignore[return-value]
+
+
+def base_layer(layer: LoraLayer) -> nn.Linear | Conv1D:
+    """The linear layer under an adapter."""
+    return cast("nn.Linear | Conv1D", layer.get_base_layer())
 
 
 def layer_weights(model: nn.Module, name: str) -> tuple[Tensor, ...]:

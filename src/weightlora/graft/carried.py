@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import cast
 
 import torch
 from peft.tuners.lora.layer import LoraLayer
@@ -230,7 +230,7 @@ def _open_stock(root: nn.Module, name: str | None) -> tuple[dict[str, Tensor] | 
         return f"{name} is loaded in a form that cannot be compared", set()
     try:
         with isolated(root):
-            opened: Any = type(root).from_pretrained(
+            opened = type(root).from_pretrained(
                 name,
                 revision=getattr(root.config, "_commit_hash", None) or "main",
                 local_files_only=True,
@@ -238,7 +238,8 @@ def _open_stock(root: nn.Module, name: str | None) -> tuple[dict[str, Tensor] | 
             )
     except _NOT_OPENED:
         return f"{name} cannot be opened here without network", set()
-    return opened[0].state_dict(), set(map(str, opened[1]["missing_keys"]))
+    model, info = cast("tuple[PreTrainedModel, dict[str, list[str]]]", opened)
+    return model.state_dict(), set(map(str, info["missing_keys"]))
 
 
 def _differing(state: Mapping[str, Tensor], stock: Mapping[str, Tensor]) -> Iterator[tuple[str, str]]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-from typing import Any
 
 import torch
 from torch import nn
@@ -32,11 +31,11 @@ def checkpoint_blocks(model: nn.Module, settings: dict[str, object] | None = Non
         settings: keyword arguments of ``torch.utils.checkpoint``; default: Transformers' own.
         layers: ``every_n_layers``, ``offload``: which blocks, and where to; releases that know neither refuse them.
     """
-    hugging: Any = model
-    if hasattr(hugging, "activation_checkpointing_enable"):
-        hugging.activation_checkpointing_enable(activation_checkpointing_kwargs=settings, **layers)
+    enable = getattr(model, "activation_checkpointing_enable", None)
+    if enable is not None:
+        enable(activation_checkpointing_kwargs=settings, **layers)
     else:
-        hugging.gradient_checkpointing_enable(gradient_checkpointing_kwargs=settings, **layers)
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=settings, **layers)  # type: ignore[operator]
 
 
 def checkpointed_every(model: nn.Module) -> int:
@@ -81,13 +80,13 @@ def end_backward_at_lowest(model: nn.Module) -> int:
         for key in [key for key, hook in hooks.items() if _is_input_hook(hook)]:
             del hooks[key]
             removed += 1
-    base: Any = base_of(model)
+    base = base_of(model)
     if hasattr(base, _ENABLE):
-        base.enable_input_require_grads = _stay_off
+        setattr(base, _ENABLE, _stay_off)
     return removed
 
 
-def _is_input_hook(hook: Any) -> bool:
+def _is_input_hook(hook: object) -> bool:
     return getattr(hook, "__name__", "") in _HOOK_NAMES
 
 
@@ -167,7 +166,7 @@ class GradientCheck:
     def __init__(self, model: nn.Module, name: str = "default", *, watched: bool = True) -> None:
         self.name, self.layers = name, dict(lora_layers(model, name))
         self._called: set[int] = set()
-        modules: list[Any] = [base_of(model), *self.layers.values()] if watched else []
+        modules = [base_of(model), *self.layers.values()] if watched else []
         self._handles = [module.register_forward_hook(self._note) for module in modules]
 
     def _note(self, module: nn.Module, *_: object) -> None:

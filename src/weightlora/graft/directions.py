@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from copy import copy
-from typing import Any
+from typing import cast
 
 import torch
-from peft import EvaConfig, PeftModel
+from peft import EvaConfig, LoraConfig, PeftModel
 from peft.tuners.lora.eva import get_eva_state_dict
 from torch import Tensor, nn
 
@@ -43,7 +43,7 @@ def input_directions(
     if not isinstance(model, PeftModel):
         raise AdapterError("PEFT finds EVA's directions on a model of peft.get_peft_model; wrap yours by that")
     name = adapter_name(model)
-    config: Any = copy(model.peft_config[name])
+    config = cast(LoraConfig, copy(model.peft_config[name]))
     config.eva_config = EvaConfig(rho=rho)
     # Its own count of ranks is by name patterns, which say nothing of ranks that were changed since.
     live = adapters(model, name)
@@ -55,12 +55,12 @@ def input_directions(
         )
     turns = 0
 
-    def tokens(batch: Any, _config: Any) -> Tensor | None:
+    def tokens(batch: Mapping[str, Tensor], _config: object) -> Tensor | None:
         mask = batch.get("attention_mask")
         labels = batch.get("labels")
         if mask is None:
             return None
-        kept: Tensor = mask.bool()
+        kept = mask.bool()
         if labels is not None and labels.shape == mask.shape:
             kept = kept & (labels != -100)
         if int(kept.sum()) < most:
@@ -70,11 +70,11 @@ def input_directions(
             )
         return kept
 
-    def inputs(given: Any, kept: Tensor | None, _name: str) -> Tensor:
-        x: Tensor = given[0] if isinstance(given, tuple) else given
+    def inputs(given: Tensor | tuple[Tensor, ...], kept: Tensor | None, _name: str) -> Tensor:
+        x = given[0] if isinstance(given, tuple) else given
         return x[kept.to(x.device)] if kept is not None and x.shape[:-1] == kept.shape else x.reshape(-1, x.shape[-1])
 
-    def forward(_model: nn.Module, batch: Mapping[str, Any]) -> None:
+    def forward(_model: nn.Module, batch: Mapping[str, object]) -> None:
         nonlocal turns
         turns += 1
         if turns > PASSES * len(batches):

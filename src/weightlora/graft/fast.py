@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator
-from typing import Any, Literal, get_args
+from typing import Literal, cast, get_args
 
 import torch
 from peft.tuners.lora.layer import LoraLayer
@@ -31,9 +31,9 @@ def check_path(name: str) -> Engine:
     """
     if name not in PATHS:
         raise ConfigError(f"engine {name!r} is unknown; use one of {', '.join(PATHS)}")
-    chosen: Any = "reference" if name == "stock" else name
+    chosen = cast("Engine", "reference" if name == "stock" else name)
     engine(chosen)
-    return chosen  # type: ignore[no-any-return]
+    return chosen
 
 
 def _is_plain(layer: LoraLayer, name: str) -> bool:
@@ -148,8 +148,7 @@ class _ObservedVariant(PathVariant):
             if dropout > 0.0:
                 drops(index)
             in_place = result.grad_fn is not None and result.is_contiguous()
-            apply: Any = AdapterFunction.apply
-            out: Tensor = apply(x, result, A, B, gate, scale, 0.0, in_place, products)
+            out: Tensor = AdapterFunction.apply(x, result, A, B, gate, scale, 0.0, in_place, products)  # type: ignore[no-untyped-call]
             return out
 
         super().__init__(path)

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +14,9 @@ from weightlora.graft.optimizer import Change, Cut, Drop, Renew
 from weightlora.graft.surgery import fold, set_factors, sync_config
 from weightlora.graft.variant import FormVariant
 from weightlora.ops import Engine, engine
+
+if TYPE_CHECKING:
+    from weightlora.graft.adapters import AdapterLayer
 
 PREFIX = "form_"  # of extra parameters on the model; PEFT saves only names with "lora_" in them, so these stay out
 
@@ -154,7 +157,7 @@ class Formed:
     ) -> None:
         self.model, self.form, self.name = model, form, name
         self.adapters = adapters(model, name)
-        self._layers: list[Any] = [layer for _, layer in lora_layers(model, name)]
+        self._layers = [layer for _, layer in lora_layers(model, name)]
         self._hooks = []
         path = engine(engine_name)
         for key, parameter in form.parameters().items():
@@ -164,23 +167,23 @@ class Formed:
             for factor in factors(layer, name) if form.frozen else ():
                 factor.requires_grad_(False)
             layer.cast_input_dtype_enabled = False  # the path casts inside, and q, k, v share x
-            self._hooks.append(layer.register_state_dict_post_hook(self._show_plain(index)))
-            self._hooks.append(layer.register_load_state_dict_pre_hook(self._keep_own))
+            self._hooks.append(layer.register_state_dict_post_hook(self._show_plain(index)))  # type: ignore[no-untyped-call]
+            self._hooks.append(layer.register_load_state_dict_pre_hook(self._keep_own))  # type: ignore[no-untyped-call]
         shown = [form.rank(i, a.rank) for i, a in enumerate(self.adapters)]
         if shown != [a.rank for a in self.adapters]:
             sync_config(model, name, shown)
 
-    def _show_plain(self, index: int) -> Any:
-        def hook(layer: nn.Module, state: dict[str, object], prefix: str, _meta: object) -> None:
-            A, B = self.form.effective(index, *factors(layer, self.name))  # type: ignore[arg-type]
+    def _show_plain(self, index: int) -> Callable[[AdapterLayer, dict[str, Tensor], str, object], None]:
+        def hook(layer: AdapterLayer, state: dict[str, Tensor], prefix: str, _meta: object) -> None:
+            A, B = self.form.effective(index, *factors(layer, self.name))
             gate = self.form.gate(index)
             for key, factor in (("A", A), ("B", B if gate is None else B * gate.to(B))):
                 state[f"{prefix}lora_{key}.{self.name}.weight"] = factor.detach().clone()
 
         return hook
 
-    def _keep_own(self, layer: nn.Module, state: dict[str, object], prefix: str, *_: object) -> None:
-        for key, factor in zip("AB", factors(layer, self.name), strict=True):  # type: ignore[arg-type]
+    def _keep_own(self, layer: AdapterLayer, state: dict[str, Tensor], prefix: str, *_: object) -> None:
+        for key, factor in zip("AB", factors(layer, self.name), strict=True):
             full = f"{prefix}lora_{key}.{self.name}.weight"
             if full in state:
                 state[full] = factor.detach()

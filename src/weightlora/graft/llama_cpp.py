@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any
+from typing import TYPE_CHECKING, cast
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +16,9 @@ from weightlora.errors import ExportError
 from weightlora.graft.profiles import Live, Pair, write_adapter
 from weightlora.graft.surgery import common
 from weightlora.graft.verify import HEAD
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 ADAPTER = "adapter.gguf"
 # Transformers' model types that were run in llama.cpp: its architecture, and whether it keeps the rows of q and k in
@@ -112,7 +115,7 @@ def _output(root: nn.Module) -> nn.Module | None:
 
 def _row_orders(root: nn.Module, *, back: bool = False) -> Callable[[str, Tensor], Tensor]:
     """How GGUF orders the rows of a layer's B: those of q and k ``(heads, 2, d / 2) -> (heads, d / 2, 2)``; or back."""
-    config: Any = root.config
+    config = cast("PreTrainedModel", root).config
     heads = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}
     permuted = FAMILIES[config.model_type][1]
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections import Counter
-from typing import Any
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -63,7 +63,7 @@ def _merge_tokens(plain: nn.Module, live: Live) -> bool:
     """Put trained rows into embeddings; returns whether one was tied to something that keeps the old rows."""
     made: dict[int, tuple[object, nn.Parameter]] = {}
     for path, wrapper in live.tokens.items():
-        module: Any = _submodule(plain, path)
+        module = cast(nn.Embedding, _submodule(plain, path))
         old, rows = module.weight, wrapper.token_adapter.trainable_tokens_delta[live.name].detach()
         index = torch.tensor(wrapper.token_adapter.token_indices[live.name], device=old.device)
         if id(old) not in made:

@@ -8,6 +8,7 @@ from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from peft import LoraConfig
@@ -31,6 +32,9 @@ from weightlora.graft.carried import (
 from weightlora.graft.start import moved_by, taken
 from weightlora.graft.variant import computing_factors
 from weightlora.graft.verify import HEAD, PREFIX, WEIGHTS
+
+if TYPE_CHECKING:
+    from weightlora.graft.adapters import AdapterLayer
 
 # Linear layers of one parent that servers fuse into one, so that they want adapters on all of them or on none.
 FUSED = (
@@ -166,7 +170,7 @@ def read(model: nn.Module, name: str | None, profile: str, *, other_base: bool =
     )  # fmt: skip
 
 
-def _pair(layer: LoraLayer, name: str, scale: float) -> Pair | None:
+def _pair(layer: AdapterLayer, name: str, scale: float) -> Pair | None:
     """What the layer adds to the weight of a stock base: ``s omega B A``, less what an initialisation took from it."""
     A, B, gate = computing_factors(layer, name)
     A, B, omega = A.detach().cpu(), B.detach().cpu(), 1.0 if gate is None else float(gate.detach())

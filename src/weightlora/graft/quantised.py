@@ -30,9 +30,9 @@ def keep_unpacked(model: nn.Module) -> int:
     Source: bitsandbytes 0.50, ``Linear4bit.forward`` and ``matmul_4bit``.
     """
     unpacked = 0
-    layers: list[Any] = [m for m in model.modules() if hasattr(m, "support_avx512bf16_for_cpu")]
+    layers = [m for m in model.modules() if hasattr(m, "support_avx512bf16_for_cpu")]
     for layer in layers:
-        layer.support_avx512bf16_for_cpu = False
+        layer.support_avx512bf16_for_cpu = False  # type: ignore[assignment]
         if getattr(getattr(layer.weight, "quant_state", None), "packing_format_for_cpu", False):
             layer.state_dict()  # restores the layout that is saved, in place
             unpacked += 1

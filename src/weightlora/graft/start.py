@@ -6,7 +6,6 @@ import hashlib
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from peft.tuners.lora.layer import LoraLayer
@@ -15,7 +14,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from weightlora.errors import AdapterError
-from weightlora.graft.adapters import base_of, factors, linear_shape, lora_layers
+from weightlora.graft.adapters import base_layer, base_of, factors, linear_shape, lora_layers
 from weightlora.graft.quantised import stored
 
 # What `init_lora_weights` may be: those that leave the base's weights alone, and those that take s B A out of them.
@@ -35,10 +34,10 @@ class Taken:
     B: Tensor
     scale: float
 
-    def product(self, base: nn.Module) -> Tensor:
+    def product(self, base: nn.Linear | Conv1D) -> Tensor:
         """``s B A`` in the layout of the base layer's weight, multiplied in PEFT's order."""
-        weight: Any = base.weight
-        delta = (self.scale * self.B.to(weight.device)) @ self.A.to(weight.device)
+        device = base.weight.device
+        delta = (self.scale * self.B.to(device)) @ self.A.to(device)
         return delta.T if isinstance(base, Conv1D) else delta
 
 
@@ -47,8 +46,7 @@ def moved_by(model: nn.Module, name: str) -> str | None:
 
     Source: PEFT 0.20 and 0.21, ``LoraLayer.update_layer``.
     """
-    holder: Any = model
-    init = holder.peft_config[name].init_lora_weights
+    init = getattr(model, "peft_config", {})[name].init_lora_weights
     return init if isinstance(init, str) and init.lower() not in _LEAVE else None
 
 
@@ -103,7 +101,7 @@ def _is_initial(layer: LoraLayer, name: str, init: str) -> bool:
     ``B^T W`` is 0 or, by OLoRA, which takes s times its QR factors, ``(1 - s) A``. By LoRA-GA, which looks at gradients
     and not at W, ``B^T B`` is diagonal.
     """
-    base: Any = layer.get_base_layer()
+    base = base_layer(layer)
     scale = float(layer.scaling[name])
     A, B = (factor.detach().float() for factor in factors(layer, name))
     if init.lower() == "lora_ga":
@@ -134,7 +132,7 @@ def give_back(model: nn.Module, path: str, layer: LoraLayer, name: str) -> None:
     """
     had = taken(layer, name)
     if had is not None:
-        base: Any = layer.get_base_layer()
+        base = base_layer(layer)
         with torch.no_grad():
             base.weight.add_(had.product(base))
         delattr(layer.lora_A[name], _TAKEN)
@@ -164,7 +162,7 @@ def load_start_state(model: nn.Module, name: str, state: dict[str, Tensor]) -> N
         A, B = (state[f"{path}.{factor}"].to(had.A) for factor in ("A", "B"))
         then = Taken(A, B, float(state[f"{path}.scale"]))
         if not (torch.equal(then.A, had.A) and torch.equal(then.B, had.B) and then.scale == had.scale):
-            base: Any = layer.get_base_layer()
+            base = base_layer(layer)
             with torch.no_grad():
                 base.weight.add_(had.product(base)).sub_(then.product(base))
             setattr(layer.lora_A[name], _TAKEN, then)

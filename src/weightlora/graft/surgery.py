@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from peft.tuners.lora.layer import LoraLayer
@@ -16,6 +16,11 @@ from weightlora.errors import AdapterError
 from weightlora.graft.adapters import adapters, base_of, experts_of, factors, lora_layers, rank_of, wrappers
 from weightlora.graft.optimizer import Change, Drop, Grow, Renew, Scale
 from weightlora.graft.start import give_back
+
+if TYPE_CHECKING:
+    from weightlora.graft.adapters import Adapter
+    from weightlora.graft.profiles import Pair
+    from weightlora.graft.selection import Choice
 
 
 def disconnect(model: nn.Module, names: Sequence[str], name: str = "default") -> dict[nn.Parameter, Change]:
@@ -280,8 +285,8 @@ def sync_config(model: nn.Module, name: str, ranks: Sequence[int] | None = None)
     live = adapters(model, name)
     if ranks is not None:
         live = tuple(replace(adapter, rank=rank) for adapter, rank in zip(live, ranks, strict=True))
-    holder: Any = model
-    config = holder.peft_config[name] = copy.copy(holder.peft_config[name])
+    configs = getattr(model, "peft_config", {})
+    config = configs[name] = copy.copy(configs[name])
     rank, alpha = common(live)
     config.target_modules = {adapter.name for adapter in live if adapter.experts is None}
     # PEFT looks parameters up in a list; None, not an empty one, is what a config without them has.
@@ -298,7 +303,7 @@ def sync_config(model: nn.Module, name: str, ranks: Sequence[int] | None = None)
         tuner.targeted_parameter_names = config.target_parameters or []
 
 
-def common(live: Sequence[Any]) -> tuple[int, float]:
+def common(live: Sequence[Adapter | Choice | Pair]) -> tuple[int, float]:
     """The most frequent (rank, alpha); the first such in module order where several are equally frequent."""
     pairs = [(a.rank, _plain(a.scale * a.rank)) for a in live]
     return max(pairs, key=pairs.count)

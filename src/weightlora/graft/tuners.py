@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TypeAlias
 
 import peft
 from peft.tuners.tuners_utils import BaseTunerLayer
@@ -17,22 +17,26 @@ from weightlora.graft.adapters import base_of, is_adapter
 from weightlora.graft.verify import compare, plain_base, reload_adapter, sample_logits
 from weightlora.graft.verify import logits as logits_of
 
+# For annotations in rooms that do not import PEFT.
+LoraConfig: TypeAlias = peft.LoraConfig
+PeftConfig: TypeAlias = peft.PeftConfig
 
-def dora_config(lora: Any) -> peft.LoraConfig:
+
+def dora_config(lora: LoraConfig) -> LoraConfig:
     """The same ``LoraConfig`` with weight-decomposed adapters (DoRA)."""
-    config: peft.LoraConfig = copy.deepcopy(lora)
+    config = copy.deepcopy(lora)
     config.use_dora = True
     return config
 
 
-def tuner_config(kind: str, lora: Any, **settings: object) -> peft.PeftConfig:
+def tuner_config(kind: str, lora: LoraConfig, **settings: object) -> PeftConfig:
     """A configuration of another tuner on the targets, heads and task of a ``LoraConfig``.
 
     >>> from peft import LoraConfig
     >>> tuner_config("VERA", LoraConfig(target_modules=["0"]), r=16).r
     16
     """
-    config: peft.PeftConfig = peft.get_peft_config(
+    config: PeftConfig = peft.get_peft_config(
         {
             "peft_type": kind,
             "task_type": lora.task_type,
@@ -79,7 +83,7 @@ def refuse_own_format(model: nn.Module) -> None:
 
 def _kinds(model: nn.Module) -> set[str]:
     """PEFT's names for the kinds of adapters on a model."""
-    configs: Mapping[str, Any] = getattr(model, "peft_config", None) or {}
+    configs: Mapping[str, PeftConfig] = getattr(model, "peft_config", None) or {}
     return {"DORA" if getattr(c, "use_dora", False) else str(getattr(c.peft_type, "value", c.peft_type))
             for c in configs.values()}  # fmt: skip
 
@@ -97,7 +101,7 @@ def tuner_params(model: nn.Module) -> dict[str, int]:
     }
 
 
-def save_own_format(model: Any, out: Path, sample: Mapping[str, Any] | None) -> float:
+def save_own_format(model: nn.Module, out: Path, sample: Mapping[str, object] | None) -> float:
     """Write the adapter in PEFT's own format, open it again with stock PEFT, and compare logits.
 
     Returns:
@@ -109,7 +113,7 @@ def save_own_format(model: Any, out: Path, sample: Mapping[str, Any] | None) -> 
     root = base_of(model)
     sample, truth = sample_logits(root, sample)
     with new_folder(out) as folder:
-        model.save_pretrained(folder)
+        model.save_pretrained(folder)  # type: ignore[operator]
         again, _ = reload_adapter(plain_base(root), folder)
         difference, _ = compare(truth, logits_of(again, sample), root)
     return difference

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from peft.tuners.lora.layer import LoraVariant
 from peft.utils.other import transpose
@@ -12,6 +12,7 @@ from weightlora.graft.adapters import factors
 from weightlora.ops import AdapterPath
 
 if TYPE_CHECKING:
+    from weightlora.graft.adapters import AdapterLayer
     from weightlora.graft.forms import Form
 
 
@@ -27,28 +28,27 @@ class PathVariant(LoraVariant):
     def __init__(self, path: AdapterPath) -> None:
         self.path = path
 
-    def computing(self, module: Any, name: str) -> tuple[Tensor, Tensor, Tensor | None]:
+    def computing(self, module: AdapterLayer, name: str) -> tuple[Tensor, Tensor, Tensor | None]:
         """``(A, B, omega)`` as they compute now; omega is None where there is no gate."""
         return (*factors(module, name), None)
 
-    def delta(self, module: Any, name: str) -> Tensor:
+    def delta(self, module: AdapterLayer, name: str) -> Tensor:
         """What the adapter adds to the base weight, in the weight's own layout."""
-        delta: Tensor = module.get_delta_weight(name)
-        return delta
+        return module.get_delta_weight(name)
 
-    def forward(self, module: Any, active_adapter: str, x: Tensor, result: Tensor, **_: object) -> Tensor:  # type: ignore[override]
+    def forward(self, module: AdapterLayer, active_adapter: str, x: Tensor, result: Tensor, **_: object) -> Tensor:  # type: ignore[override]
         A, B, omega = self.computing(module, active_adapter)
         dropout = module.lora_dropout[active_adapter]
         p = dropout.p if isinstance(dropout, nn.Dropout) and module.training else 0.0
         return self.path(x, result, A, B, omega, module.scaling[active_adapter], p)
 
-    def merge_safe(self, module: object, active_adapter: str, orig_weight: Tensor) -> Tensor:  # type: ignore[override]
+    def merge_safe(self, module: AdapterLayer, active_adapter: str, orig_weight: Tensor) -> Tensor:  # type: ignore[override]
         return orig_weight + self.delta(module, active_adapter).to(orig_weight.dtype)
 
-    def merge_unsafe(self, module: object, active_adapter: str, orig_weight: Tensor) -> None:  # type: ignore[override]
+    def merge_unsafe(self, module: AdapterLayer, active_adapter: str, orig_weight: Tensor) -> None:  # type: ignore[override]
         orig_weight.data += self.delta(module, active_adapter).to(orig_weight.dtype)
 
-    def unmerge(self, module: object, active_adapter: str, orig_weight: Tensor) -> Tensor:  # type: ignore[override]
+    def unmerge(self, module: AdapterLayer, active_adapter: str, orig_weight: Tensor) -> Tensor:  # type: ignore[override]
         return orig_weight - self.delta(module, active_adapter).to(orig_weight.dtype)
 
 
@@ -62,10 +62,10 @@ class FormVariant(PathVariant):
     def supports_lora_conversion(self) -> bool:
         return False
 
-    def computing(self, module: Any, name: str) -> tuple[Tensor, Tensor, Tensor | None]:
+    def computing(self, module: AdapterLayer, name: str) -> tuple[Tensor, Tensor, Tensor | None]:
         return (*self.form.effective(self.index, *factors(module, name)), self.form.gate(self.index))
 
-    def delta(self, module: Any, name: str) -> Tensor:
+    def delta(self, module: AdapterLayer, name: str) -> Tensor:
         own = factors(module, name)
         A, B, omega = self.computing(module, name)
         if A is own[0] and B is own[1]:
@@ -75,7 +75,7 @@ class FormVariant(PathVariant):
         return delta if omega is None else delta * omega.detach().to(delta)
 
 
-def computing_factors(layer: Any, name: str) -> tuple[Tensor, Tensor, Tensor | None]:
+def computing_factors(layer: AdapterLayer, name: str) -> tuple[Tensor, Tensor, Tensor | None]:
     """``(A, B, omega)`` with which a layer computes now, whatever is on it."""
     variant = layer.lora_variant.get(name)
     return variant.computing(layer, name) if isinstance(variant, PathVariant) else (*factors(layer, name), None)

@@ -10,7 +10,7 @@ import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any
+from typing import Any, cast
 
 import torch
 from peft import PeftModel
@@ -244,14 +244,14 @@ def save_and_reload(plain: PreTrainedModel, folder: Path) -> PreTrainedModel:
     """
     with isolated(plain):
         plain.save_pretrained(folder)
-        loaded: Any = type(plain).from_pretrained(
+        loaded = type(plain).from_pretrained(
             folder, output_loading_info=True, attn_implementation=plain.config._attn_implementation
         )
-    model, info = loaded
+    model, info = cast("tuple[PreTrainedModel, dict[str, list[str]]]", loaded)
     for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
         if info[kind]:
             raise ExportError(f"the merged model has {kind.replace('_', ' ')}: {sorted(map(str, info[kind]))[0]}")
-    return model.to(device_of(plain))  # type: ignore[no-any-return]
+    return model.to(device_of(plain))  # type: ignore[arg-type,no-any-return]
 
 
 def compare(live: Tensor, again: Tensor, model: nn.Module) -> tuple[float, float]:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, TypeAlias, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -17,11 +17,20 @@ from weightlora.graft.adapters import adapters, base_of, block_path, factors, lo
 from weightlora.graft.quantised import whole_weight
 from weightlora.graft.variant import computing_factors
 
+if TYPE_CHECKING:
+    from weightlora.graft.adapters import AdapterLayer
+
+M = TypeVar("M", bound=nn.Module)
+Hook: TypeAlias = Callable[[M, tuple[Tensor, ...], Tensor], None]
+HookOfAll: TypeAlias = Callable[[M, tuple[Tensor, ...], dict[str, Tensor], Tensor | tuple[Tensor, ...]], None]
+
 
 @contextlib.contextmanager
-def _each(layers: Sequence[nn.Module], hook: Callable[[int], Any], **options: Any) -> Iterator[None]:
+def _each(
+    layers: Sequence[M], hook: Callable[[int], Hook[M] | HookOfAll[M]], *, with_kwargs: bool = False
+) -> Iterator[None]:
     """A forward hook on every module, made for its place in the list."""
-    handles = [layer.register_forward_hook(hook(index), **options) for index, layer in enumerate(layers)]
+    handles = [layer.register_forward_hook(hook(index), with_kwargs=with_kwargs) for index, layer in enumerate(layers)]
     try:
         yield
     finally:
@@ -36,11 +45,11 @@ def output_energy(model: nn.Module, name: str = "default") -> Iterator[Tensor]:
     Yields:
         ``(n,)`` float64 in module order, filled in place; ``dW x = s B (A x)`` is never a dense matrix.
     """
-    layers: list[Any] = [layer for _, layer in lora_layers(model, name)]
+    layers = [layer for _, layer in lora_layers(model, name)]
     total = torch.zeros(len(layers), dtype=torch.float64)
 
-    def hook(index: int) -> Any:
-        def see(layer: Any, inputs: tuple[Any, ...], _output: Any) -> None:
+    def hook(index: int) -> Hook[AdapterLayer]:
+        def see(layer: AdapterLayer, inputs: tuple[Tensor, ...], _output: Tensor) -> None:
             with torch.no_grad():
                 A, B, _ = computing_factors(layer, name)
                 h = inputs[0].to(A.dtype) @ A.T
@@ -61,14 +70,14 @@ def input_size(model: nn.Module, name: str = "default") -> Iterator[list[tuple[T
     Yields:
         For each adapter in module order the sums ``(d_in,)`` float32 and the number of tokens ``()``, filled in place.
     """
-    layers: list[Any] = [layer for _, layer in lora_layers(model, name)]
+    layers = [layer for _, layer in lora_layers(model, name)]
     sums = []
     for layer in layers:
         A = factors(layer, name)[0]
         sums.append((torch.zeros(A.shape[1], device=A.device), torch.zeros((), device=A.device)))
 
-    def hook(index: int) -> Any:
-        def see(_layer: object, inputs: tuple[Any, ...], _output: Any) -> None:
+    def hook(index: int) -> Hook[nn.Module]:
+        def see(_layer: nn.Module, inputs: tuple[Tensor, ...], _output: Tensor) -> None:
             x = inputs[0].detach().reshape(-1, inputs[0].shape[-1]).float().abs()
             sums[index][0].add_(x.sum(0))
             sums[index][1].add_(x.shape[0])
@@ -89,11 +98,11 @@ def feature_alignment(model: nn.Module, name: str = "default") -> Iterator[Tenso
     layers = [layer for _, layer in lora_layers(model, name)]
     found = torch.zeros(len(layers), dtype=torch.float64)
 
-    def hook(index: int) -> object:
-        def see(base: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    def hook(index: int) -> Hook[nn.Module]:
+        def see(base: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
             y, x = output.detach().float(), inputs[0].detach().float()
-            if getattr(base, "bias", None) is not None:
-                y = y - base.bias.detach().float()
+            if (bias := getattr(base, "bias", None)) is not None:
+                y = y - bias.detach().float()
             # In the hook, where a base that FSDP shards is whole.
             W = whole_weight(layers[index])
             found[index] = float(alignment(y.norm(dim=-1).mean(), x.norm(dim=-1).mean(), W))
@@ -117,7 +126,7 @@ def block_features(model: nn.Module, name: str = "default") -> Iterator[list[tup
     found = [(torch.empty(0), torch.empty(0)) for _ in paths]
     masks: list[Tensor | None] = [None]
 
-    def note_mask(_model: object, _args: object, kwargs: dict[str, Any]) -> None:
+    def note_mask(_model: object, _args: object, kwargs: dict[str, Tensor]) -> None:
         masks[0] = kwargs.get("attention_mask")
 
     def pooled(x: Tensor) -> Tensor:
@@ -127,8 +136,13 @@ def block_features(model: nn.Module, name: str = "default") -> Iterator[list[tup
         weights = mask.to(x).unsqueeze(-1)
         return (x * weights).sum(1) / weights.sum(1).clamp(min=1)
 
-    def hook(index: int) -> Any:
-        def see(_block: object, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+    def hook(index: int) -> HookOfAll[nn.Module]:
+        def see(
+            _block: nn.Module,
+            args: tuple[Tensor, ...],
+            kwargs: dict[str, Tensor],
+            output: Tensor | tuple[Tensor, ...],
+        ) -> None:
             before = args[0] if args else kwargs["hidden_states"]
             after = output[0] if isinstance(output, tuple) else output
             found[index] = pooled(before), pooled(after)
@@ -152,10 +166,10 @@ def dense_gradients(model: nn.Module, name: str = "default", *, see: Callable[[i
         name: of PEFT's adapter.
         see: is given the index and the gradient ``(d_out, d_in)``, float32, which is formed for one layer at a time.
     """
-    layers: list[Any] = [layer for _, layer in lora_layers(model, name)]
+    layers = [layer for _, layer in lora_layers(model, name)]
 
-    def hook(index: int) -> Any:
-        def forward(_layer: object, inputs: tuple[Any, ...], output: Tensor) -> None:
+    def hook(index: int) -> Hook[nn.Module]:
+        def forward(_layer: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
             x = inputs[0].detach()
             if torch.is_grad_enabled() and output.requires_grad:
                 output.register_hook(lambda grad: see(index, _dense(grad, x, torch.float32)))  # type: ignore[no-untyped-call]
@@ -183,13 +197,13 @@ class ProductWatch:
 
     def __init__(self, model: nn.Module, name: str = "default") -> None:
         self.name = name
-        self._layers: list[Any] = [layer for _, layer in lora_layers(model, name)]
+        self._layers = [layer for _, layer in lora_layers(model, name)]
         device = factors(self._layers[0], name)[0].device
         self.products = torch.zeros(len(self._layers), dtype=torch.float64, device=device)
         self._handles = [layer.register_forward_hook(self._see(index)) for index, layer in enumerate(self._layers)]
 
-    def _see(self, index: int) -> object:
-        def forward(layer: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    def _see(self, index: int) -> Hook[AdapterLayer]:
+        def forward(layer: AdapterLayer, inputs: tuple[Tensor, ...], output: Tensor) -> None:
             if not (torch.is_grad_enabled() and output.requires_grad and layer.training):
                 return
             x = inputs[0].detach()

@@ -6,7 +6,7 @@ import math
 from abc import ABC, ABCMeta, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
-from typing import Any, ClassVar, Literal, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeVar
 
 from torch import nn
 
@@ -16,6 +16,9 @@ from weightlora.graft import Adapter, Selection, is_adapter, select
 from weightlora.methods.checks import check_choice, check_steps
 from weightlora.methods.policy import Policy
 from weightlora.settings import declared
+
+if TYPE_CHECKING:
+    from weightlora.graft.tuners import LoraConfig, PeftConfig
 
 PRESETS = ("recommended", "paper", "official")
 Shapes = Sequence[tuple[int, int]]  # (d_in, d_out) of each target
@@ -187,7 +190,7 @@ class PeftMethod(Method):
         return math.prod(factors) * (self.b_rate if "lora_B" in name else 1.0)
 
     @abstractmethod
-    def peft_config(self, lora: object, shapes: Shapes) -> Any:
+    def peft_config(self, lora: LoraConfig, shapes: Shapes) -> PeftConfig:
         """The PEFT configuration to build the model with.
 
         Args:
@@ -200,7 +203,7 @@ class PeftMethod(Method):
 class AdapterMethod(PeftMethod):
     """A method on plain LoRA adapters: its policy decides which of them live."""
 
-    def peft_config(self, lora: object, shapes: Shapes) -> object:
+    def peft_config(self, lora: LoraConfig, shapes: Shapes) -> PeftConfig:
         return lora
 
     def within(self: M, params: int, shapes: Shapes, rank: int, kinds: Sequence[str] = ()) -> tuple[M, int]:

@@ -11,12 +11,12 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
-from typing import Any, Literal, Protocol, TypeVar
+from typing import Literal, Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
 
-from weightlora.core import PlacementCosts, total_params
+from weightlora.core import Growth, PlacementCosts, total_params
 from weightlora.graft import Adapter, Form, Gates, RankGates, Selection
 
 Factors = Sequence[tuple[Tensor, Tensor]]
@@ -98,9 +98,9 @@ class GrowthPlan:
     """How the survivors grow at the seam: new ranks by module name, and arguments of :func:`weightlora.core.grow`."""
 
     ranks: Mapping[str, int]
-    mode: Any
+    mode: Growth
     generator: torch.Generator
-    options: Mapping[str, Any]
+    options: Mapping[str, str | bool]
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -5,12 +5,15 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 from weightlora.errors import ConfigError
 from weightlora.graft import dora_config, tuner_config
 from weightlora.methods.base import M, Shapes, TunerMethod
 from weightlora.methods.checks import check_least
+
+if TYPE_CHECKING:
+    from weightlora.graft.tuners import LoraConfig, PeftConfig
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,7 +30,7 @@ class DoRA(TunerMethod):
     def rank(self, built: int) -> int:
         return built
 
-    def peft_config(self, lora: object, shapes: Shapes) -> object:
+    def peft_config(self, lora: LoraConfig, shapes: Shapes) -> PeftConfig:
         return dora_config(lora)
 
     def within(self: M, params: int, shapes: Shapes, rank: int, kinds: Sequence[str] = ()) -> tuple[M, int]:
@@ -67,7 +70,7 @@ class VeRA(TunerMethod):
     def rank(self, built: int) -> int:
         return self.r
 
-    def peft_config(self, lora: Any, shapes: Shapes) -> object:
+    def peft_config(self, lora: LoraConfig, shapes: Shapes) -> PeftConfig:
         return tuner_config(
             self.kind, lora, r=self.r, d_initial=self.d_initial, projection_prng_key=self.key,
             vera_dropout=lora.lora_dropout, save_projection=True,
@@ -127,7 +130,7 @@ class VBLoRA(TunerMethod):
             )
         return self.vector_length
 
-    def peft_config(self, lora: Any, shapes: Shapes) -> object:
+    def peft_config(self, lora: LoraConfig, shapes: Shapes) -> PeftConfig:
         return tuner_config(
             self.kind, lora, r=self.r, num_vectors=self.num_vectors, vector_length=self.length(shapes),
             topk=self.topk, vblora_dropout=lora.lora_dropout,

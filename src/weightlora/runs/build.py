@@ -143,11 +143,11 @@ def with_adapters(spec: RunSpec, task: Task, loaded: LoadedModel, method: PeftMe
     from transformers import set_seed
 
     set_seed(spec.training.seed)
-    alpha: Any = spec.model.alpha * rank / spec.model.r  # a budget changes the rank, not the scale
+    alpha = spec.model.alpha * rank / spec.model.r  # a budget changes the rank, not the scale
     lora = peft.LoraConfig(
         task_type=TASK_TYPES[task.head],
         r=rank,
-        lora_alpha=int(alpha) if float(alpha).is_integer() else alpha,
+        lora_alpha=int(alpha) if float(alpha).is_integer() else alpha,  # type: ignore[arg-type]  # PEFT takes floats
         lora_dropout=spec.model.dropout,
         **placed(targets(spec.model.targets, loaded), loaded, spec.model.dropout),
         modules_to_save=list(loaded.heads),
