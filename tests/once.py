@@ -6,6 +6,7 @@ import functools
 import gc
 import importlib
 import inspect
+import os
 import sys
 from collections.abc import Callable
 from types import SimpleNamespace
@@ -58,6 +59,8 @@ ONCE: tuple[tuple[Any, str, Callable[[Function], Function]], ...] = (
     (jinja2.Environment, "compile", functools.cache),  # the template of PEFT's model card, when an adapter is saved
     (importlib.import_module("weightlora.training.budget"), "trace", _traced_once),
     (importlib.import_module("weightlora.training.trainer"), "trace", _traced_once),
+    # Accelerate asks at every step whether a package is installed.
+    (importlib.import_module("accelerate.utils.imports"), "_is_package_available", functools.cache),
 )
 
 
@@ -78,6 +81,11 @@ def collect_seldom() -> None:
 
 
 def remember(patch: Callable[[Any, str, Any], None] = setattr) -> None:
-    """Give all of them a memory; without a `patch` that takes it away again, until this process ends."""
+    """Give all of them a memory; without a `patch` that takes it away again, until this process ends.
+
+    And nothing waits for the disk: tests kill processes, but they cut no power. That a failing ``fsync`` is seen has a
+    test of its own.
+    """
     for owner, name, memory in ONCE:
         patch(owner, name, memory(getattr(owner, name)))
+    patch(os, "fsync", lambda _: None)

@@ -65,7 +65,7 @@ METHODS = {
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("name", "lives", "first"), [("weightlora", 2, 0.5), ("paper", 1, 0.3), ("weightlora+", 1, 0.5)]
+    ("name", "lives", "first"), [("weightlora", 1, 0.5), ("paper", 1, 0.3), ("weightlora+", 1, 0.7)]
 )
 def test_killed_at_any_event_it_ends_with_the_same_adapter(
     killer: Killer, flags: list[str], tmp_path: Path, name: str, lives: int, first: float
