@@ -64,7 +64,7 @@ ROOMS: dict[str, Room] = {
     "cost.plan_spec": Room(rooms=names("settings cost.tensors"), eager=names("settings")),
     "methods": Room(rooms=names("core graft settings"), packages=names("torch")),
     "training": Room(
-        rooms=names("methods cost graft files decoding"), packages=names("torch numpy transformers accelerate")
+        rooms=names("methods cost graft files decoding"), packages=names("torch numpy transformers accelerate tqdm")
     ),
     "tasks": Room(
         rooms=names("files settings"),

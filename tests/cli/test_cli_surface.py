@@ -130,7 +130,7 @@ def test_plain_lines_where_nobody_watches(killer: Killer, small_data: Path, tmp_
     assert steps == list("123456")
     assert "loss" in errors
     assert re.search(r"^kept 3 of 12 adapters: ", errors, re.MULTILINE)
-    ours = ("weightlora on sst2: step", "kept 3 of", "adapter path: ", "12 adapters train", "with all of them, ")
+    ours = ("weightlora on sst2: step", "kept 3 of", "12 adapters train", "with all of them, ", "with these, ")
     others = [line for line in errors.splitlines() if not line.startswith(ours)]
     assert others == [], "libraries are silent"
     assert f"adapter: {tmp_path / 'run' / 'adapter'}" in output

@@ -35,7 +35,7 @@ def engine(name: Engine = "autograd") -> AdapterPath:
     Args:
         name: "autograd": lean, any device. "reference": the formula, as PEFT computes it. "triton": lean, with CUDA
             kernels of its own.
-            "auto": "triton" where it can run, else "autograd"; what it chose is logged once.
+            "auto": "triton" where it can run, else "autograd"; what it chose is logged once, on a GPU.
 
     Raises:
         ConfigError: the name is unknown, or "triton" was asked for where it cannot run; the reason is given.
@@ -73,7 +73,8 @@ def _automatic(reason: str | None) -> AdapterPath:
 
         log.info("adapter path: triton")
         return triton_path.adapter_path_or_torch
-    log.info("adapter path: autograd (%s)", reason)
+    # Of a CPU there is nothing to say: no other engine could run there.
+    log.log(logging.INFO if torch.cuda.is_available() else logging.DEBUG, "adapter path: autograd (%s)", reason)
     return autograd.adapter_path
 
 

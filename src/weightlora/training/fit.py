@@ -18,6 +18,7 @@ from weightlora.training.preflight import check_best, check_fit, check_trainers_
 from weightlora.training.prepare import prepare
 from weightlora.training.results import FitResult, PhaseResult
 from weightlora.training.sharding import as_data_parallel, asked_for, check_sharding
+from weightlora.training.told import beside_the_losses
 from weightlora.training.trainer import check_trainer
 
 
@@ -38,7 +39,8 @@ def fit(  # noqa: PLR0913 - one argument per user setting
 
     Runs the trainer to step T. There, at the seam, the method chooses the adapters to keep (the survivors), the others
     are removed, survivors may grow, and a checkpoint is written. The trainer resumes from it: schedule, rows, random
-    numbers and logging go on.
+    numbers and logging go on. What it decides it says where the trainer prints its losses, or to the logger
+    ``weightlora`` where your program shows that one's lines of level INFO.
 
     Args:
         trainer: any ``transformers.Trainer`` (TRL's too) around a model with LoRA adapters.
@@ -83,11 +85,11 @@ def fit(  # noqa: PLR0913 - one argument per user setting
             raise ConfigError(
                 f"FSDP shards the frozen base under adapters; {method.name} runs on one process, or by torchrun (DDP)"
             )
-        with borrowed(trainer):
+        with beside_the_losses(trainer), borrowed(trainer):
             return train_plain(trainer, method, resume, overwrite, measure)
     assert isinstance(method, AdapterMethod)  # there are three kinds
     check_trainers_model(trainer)
-    with borrowed(trainer):
+    with beside_the_losses(trainer), borrowed(trainer):
         prepared = prepare(trainer, method, micro_batches, resume=resume, overwrite=overwrite, engine=engine)
         running = Running(prepared, measure=measure, log_omegas=log_omegas)
         running.enter(resumed=resume is not False)

@@ -102,6 +102,8 @@ class Running:
                 use_batch(self.trainer, self.splits[1])
                 self.folder = self._seam(callback)
             use_batch(self.trainer, self.splits[0 if driver.seam is None else 1])
+            if predictor is not None:
+                predictor.tell(driver.selection)
             if not (select_only and driver.selection):
                 self._phase(self._final(), callback)
         driver.finish(trainers_optimizer(self.trainer))

@@ -74,6 +74,12 @@ class Predictor:
                 kept / 2**20,
             )
 
+    def tell(self, selection: Selection | None) -> None:
+        """Log what the survivors of the seam keep."""
+        if self.seam is not None and (final := self.phases(selection).get("final")):
+            size, kept = self.sizes[1], final["kept_activation_bytes"]
+            log.info("with these, a forward pass of %s examples keeps %.1f MiB for backward", size, kept / 2**20)
+
     def phases(self, selection: Selection | None) -> dict[str, dict[str, int]]:
         """``{phase: {field of a phase: number}}``; nothing where there was nothing to trace.
 

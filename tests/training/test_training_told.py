@@ -1,0 +1,86 @@
+"""What ``fit`` says of its decisions: beside the losses, once, and not where it is not wanted."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+
+import pytest
+from tests.builders import trainer
+from transformers import PrinterCallback, Trainer
+from transformers.utils import logging as transformers_logging
+
+from weightlora.methods import WeightLoRA
+from weightlora.training import fit
+from weightlora.training.told import beside_the_losses, log
+
+
+class Follower(Trainer):
+    """As on a process beside the main one."""
+
+    def is_world_process_zero(self) -> bool:
+        return False
+
+
+def said(made: Trainer) -> None:
+    with beside_the_losses(made):
+        log.info("a decision")
+        log.warning("a warning")
+    assert (log.level, log.filters) == (logging.NOTSET, []), "left as it was"
+
+
+def test_decisions_stand_beside_the_losses(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    fit(trainer(tmp_path, steps=4, disable_tqdm=False), WeightLoRA(k=2, select_after=2))
+    out = capsys.readouterr().out
+    lines = ("6 adapters train until step 2 of 4; then 2 stay", "with all of them, ", "kept 2 of 6", "with these, ")
+    assert all(out.count(line) == 1 for line in lines), out
+    places = [out.index(line) for line in lines]
+    assert places == sorted(places)
+    assert places[1] < out.index("'loss'") < places[2], "the loss of step 2 comes before the seam"
+
+
+def test_warnings_go_where_they_always_went(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    made = trainer(tmp_path)
+    made.add_callback(PrinterCallback)  # prints losses where there is no bar
+    said(made)
+    assert capsys.readouterr().out == "a decision\n"
+    assert caplog.messages == ["a warning"]
+
+
+@pytest.mark.parametrize("why", ["no losses are printed", "not the main process", "verbosity", "log_level"])
+def test_silence(tmp_path: Path, capsys: pytest.CaptureFixture[str], why: str) -> None:
+    kind = Follower if why == "not the main process" else Trainer
+    level = {"log_level": "error"} if why == "log_level" else {}
+    before = transformers_logging.get_verbosity()
+    try:
+        made = trainer(tmp_path, disable_tqdm=why == "no losses are printed", cls=kind, **level)
+        if why == "verbosity":
+            transformers_logging.set_verbosity_error()
+        said(made)
+    finally:
+        transformers_logging.set_verbosity(before)
+    assert capsys.readouterr().out == ""
+
+
+@pytest.mark.parametrize("whose", ["weightlora", None])
+def test_where_logging_is_set_up_lines_come_there_alone(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture, whose: str | None
+) -> None:
+    with caplog.at_level(logging.INFO, logger=whose), beside_the_losses(trainer(tmp_path, disable_tqdm=False)):
+        log.info("a decision")
+    assert caplog.messages == ["a decision"]
+    assert capsys.readouterr().out == ""
+
+
+def test_a_level_of_its_own_is_the_last_word(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    with (
+        caplog.at_level(logging.WARNING, logger="weightlora"),
+        beside_the_losses(trainer(tmp_path, disable_tqdm=False)),
+    ):
+        log.info("a decision")
+    assert caplog.messages == []
+    assert capsys.readouterr().out == ""
