@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 from torch import Tensor, nn
 from torch.autograd import backward
@@ -33,19 +32,18 @@ def operations(model: nn.Module, loss: Callable[[], Tensor], *, grows: bool = Fa
         raise ScheduleError(
             f"operations cannot be counted: PEFT adds the adapter of {bare} to the whole weight; use memory, or k"
         )
-    layers: list[Any] = [layer for _, layer in lora_layers(model, name)]
+    layers = [layer for _, layer in lora_layers(model, name)]
     counter = FlopCounterMode(display=False)
     arrivals, tokens = [0] * len(layers), [0] * len(layers)
 
-    def watch(index: int) -> object:
+    def watch(index: int) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], None]:
         def arrived(_grad: Tensor) -> None:
             arrivals[index] = counter.get_total_flops()
 
-        def see(_layer: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> None:
+        def see(_layer: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
             tokens[index] += inputs[0].numel() // inputs[0].shape[-1]
             if output.requires_grad:
-                hooked: Any = output
-                hooked.register_hook(arrived)
+                output.register_hook(arrived)  # type: ignore[no-untyped-call]
 
         return see
 

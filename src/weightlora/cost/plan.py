@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING, cast
 
 from weightlora.core import format_bytes, resolve_k
 from weightlora.cost.estimate import Estimate, Phase, PhaseCost, Setting, Traced
@@ -14,6 +14,9 @@ from weightlora.cost.plan_config import changes_of, flag
 from weightlora.cost.plan_spec import PlanConfig
 from weightlora.errors import ConfigError, PlanError
 from weightlora.graft import base_of
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 OUTSIDE = "logits and loss"
 # What of a configuration decides a trace. The rank does not: it scales what it touches.
@@ -124,8 +127,7 @@ class Planner:
         if key not in self.traces:
             self.traces[key] = traced(config)
         found = self.traces[key]
-        base: Any = base_of(found.model)
-        self.trace, self.dtype = found.trace, base.dtype
+        self.trace, self.dtype = found.trace, cast("PreTrainedModel", base_of(found.model)).dtype
         setting = Setting(
             optimizer=config.optimizer,
             quantization=config.quantization,

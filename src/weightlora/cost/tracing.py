@@ -6,7 +6,7 @@ import contextlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import partial, reduce
 from operator import or_
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -30,6 +30,10 @@ from weightlora.errors import AdapterError
 from weightlora.graft.adapters import adapter_name, adapters, bare_parameter, base_of, lora_layers
 from weightlora.graft.fast import observed_path
 from weightlora.graft.quantised import holds_more_than_data
+
+if TYPE_CHECKING:
+    from torch.autograd.graph import Node
+    from torch.utils.hooks import RemovableHandle
 
 # What a node of the graph saves only for the gradients of some of its inputs: {node: {saved: inputs}}. Of any other
 # node everything counts as saved as soon as one input needs a gradient, which can only overestimate.
@@ -80,7 +84,6 @@ def trace(
             f"what this model keeps cannot be traced without its weights: {odd} is quantised, and more than its data"
         )
     recorder = _Recorder(model, name)
-    products: Any = GroupedProducts
     parameters, buffers = stand_ins(model)
     recorder.leaves(parameters)
     try:
@@ -92,7 +95,7 @@ def trace(
             stack.enter_context(recorder.hooks())
             stack.enter_context(recorder.masks)
             stack.enter_context(recorder.weights)
-            stack.enter_context(products())
+            stack.enter_context(GroupedProducts())  # type: ignore[no-untyped-call]
             if cuda:
                 stack.enter_context(CudaKernels())
             stack.enter_context(torch.enable_grad())
@@ -119,7 +122,7 @@ class _Recorder:
     def __init__(self, model: nn.Module, name: str) -> None:
         self.model, self.name = model, name
         self.found = adapters(model, name)
-        self.layers: list[Any] = [layer for _, layer in lora_layers(model, name)]
+        self.layers = [layer for _, layer in lora_layers(model, name)]
         root = base_of(model)
         self.units = [(path, m) for path, m in root.named_modules() if isinstance(m, GradientCheckpointingLayer)]
         self.index: dict[int, int] = {}  # of storages, by identity
@@ -252,7 +255,7 @@ class _Recorder:
         """Every saved tensor that backward would read, with the bit set of leaves it is needed for."""
         if value.grad_fn is None:
             return
-        reach: dict[object, int] = {}
+        reach: dict[Node, int] = {}
         names: dict[type, list[str]] = {}
         for node in _bottom_up(value.grad_fn):
             edges = [0 if below is None else reach[below] for below, _ in node.next_functions]
@@ -268,14 +271,14 @@ class _Recorder:
                 needed = _union([edges[i] for i in rules[key]]) if key in rules else reach[node]
                 yield from ((event, needed) for event in self._opened_by(node, key))
 
-    def _opened_by(self, node: object, key: str) -> list[_Event]:
+    def _opened_by(self, node: Node, key: str) -> list[_Event]:
         """What reading an attribute of a node unpacks."""
         self.opened = []
         getattr(node, key)
         return self.opened
 
 
-def _around(module: nn.Module, before: Callable[[], object], after: Callable[[], object]) -> list[Any]:
+def _around(module: nn.Module, before: Callable[[], object], after: Callable[[], object]) -> list[RemovableHandle]:
     """Hooks that look at nothing. They hand back None, so that they change nothing either."""
     return [
         module.register_forward_pre_hook(lambda *_: (before(), None)[1]),
@@ -287,9 +290,9 @@ def _union(masks: Iterable[int]) -> int:
     return reduce(or_, masks, 0)
 
 
-def _bottom_up(root: Any) -> Iterator[Any]:
+def _bottom_up(root: Node) -> Iterator[Node]:
     """Every node of the graph, after all that it depends on."""
-    done: set[object] = set()
+    done: set[Node] = set()
     stack = [(root, False)]
     while stack:
         node, ready = stack.pop()

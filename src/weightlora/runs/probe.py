@@ -219,7 +219,7 @@ class _Watch(TrainerCallback):
         self.trainer: Trainer | None = None
         self.products: list[float] = []
 
-    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: object) -> None:
         if state.global_step == self.step:
             assert self.trainer is not None
             self.products = self.read(self.trainer)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from torch import Tensor
 from transformers import Trainer, TrainerControl, TrainerState, TrainingArguments
@@ -81,10 +81,10 @@ class SeamCallback(InnerCallback):
         )
 
     def _lr_factor(self) -> float:
-        trainer: Any = self.trainer
+        trainer = self.trainer
         base_lrs = getattr(trainer.lr_scheduler, "base_lrs", None)
         base = float(base_lrs[0] if base_lrs else trainer.args.learning_rate)
-        return float(trainer.optimizer.param_groups[0]["lr"]) / base if base else 0.0
+        return float(trainer.optimizer.param_groups[0]["lr"]) / base if base else 0.0  # type: ignore[union-attr]
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: object

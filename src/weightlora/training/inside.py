@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, cast
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -39,11 +39,11 @@ class Inside:
     def __init__(self, trainer: Trainer) -> None:
         self._own = trainer
 
-    def prepared(self, batch: Any) -> dict[str, Any]:
+    def prepared(self, batch: object) -> dict[str, Tensor]:
         """A collated batch as the loss takes it: on the device, in the right dtype."""
-        return dict(self._own._prepare_inputs(batch))
+        return dict(self._own._prepare_inputs(batch))  # type: ignore[arg-type]
 
-    def collator(self, collator: Any = None) -> Callable[[list[object]], object]:
+    def collator(self, collator: Callable[[list[object]], object] | None = None) -> Callable[[list[object]], object]:
         """A collator, the trainer's own by default, that leaves columns out which the model does not take."""
         made: Callable[[list[object]], object] = self._own._get_collator_with_removed_columns(
             self._own.data_collator if collator is None else collator

@@ -128,7 +128,7 @@ def attach(
     *,
     max_steps: int | None = None,
     engine: PathName = "auto",
-    held_out: Sequence[Mapping[str, Any]] = (),
+    held_out: Sequence[Mapping[str, object]] = (),
 ) -> Tuner:
     """Put a method on a model and its optimizer, in a training loop of your own.
 

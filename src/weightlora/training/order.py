@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from torch.utils.data import IterableDataset, SequentialSampler
+from torch.utils.data import DataLoader, IterableDataset, SequentialSampler
 from transformers import Trainer
 from transformers import trainer as transformers_trainer
 from transformers.trainer_utils import has_length
@@ -28,8 +28,8 @@ class DataOrder:
 
     def __init__(self, trainer: Trainer) -> None:
         self.trainer = trainer
-        self._loader: object = None
-        self._live: Any = None  # the epoch that has begun
+        self._loader: DataLoader | None = None
+        self._live: Iterator[object] = iter(())  # the epoch that has begun
         self._read = 0  # of its batches
         self._skipped = 0  # of the epoch that a resumed run goes on in
         self._split: tuple[int, int] | None = None
@@ -48,13 +48,13 @@ class DataOrder:
         split = args.per_device_train_batch_size, args.gradient_accumulation_steps
         kept = self._loader if split == self._split else None
         again, left = self._loader is not None, 0
-        if again and kept is None and self._split is not None and has_length(self._loader):
+        if self._loader is not None and kept is None and self._split is not None and has_length(self._loader):
             left = (len(self._loader) - self._read) * self._split[0]  # rows that the smaller or larger batches share
         self._split = split
         make, samples = trainer.get_train_dataloader, trainer.get_batch_samples
         calls = 0
 
-        def get_train_dataloader() -> Any:
+        def get_train_dataloader() -> DataLoader | None:
             nonlocal calls
             calls += 1
             if calls > 1:  # somebody else's
@@ -66,7 +66,7 @@ class DataOrder:
                     warn_of_a_new_order(trainer, self._loader, step, left)
             return self._loader
 
-        def get_batch_samples(epoch_iterator: Any, *given: Any, **named: Any) -> object:
+        def get_batch_samples(epoch_iterator: Iterator[object], *given: Any, **named: Any) -> object:
             if epoch_iterator is not self._live:
                 self._live, self._read, self._skipped = epoch_iterator, self._skipped, 0
             found = samples(epoch_iterator, *given, **named)
@@ -77,14 +77,14 @@ class DataOrder:
             if again:
                 stack.enter_context(instead(args, "ignore_data_skip", False))
             if kept is not None and start is not None and _batches_into_epoch(trainer, kept, step):
-                self._go_on(stack, start, step)
+                self._go_on(stack, kept, start, step)
             stack.enter_context(instead(trainer, "get_train_dataloader", get_train_dataloader))
             stack.enter_context(instead(trainer, "get_batch_samples", get_batch_samples))
             yield
 
-    def _go_on(self, stack: contextlib.ExitStack, start: Path, step: int) -> None:
+    def _go_on(self, stack: contextlib.ExitStack, loader: DataLoader, start: Path, step: int) -> None:
         """Give the trainer, where it skips what was seen of the epoch, the rest of its iterator."""
-        trainer, loader = self.trainer, self._loader
+        trainer = self.trainer
         skip = transformers_trainer.skip_first_batches
         left_out = _batches_into_epoch(trainer, loader, step) - self._read
         if left_out and has_length(loader):
@@ -117,12 +117,12 @@ class _Rest:
         yield from self.live
 
 
-def _batches_into_epoch(trainer: Trainer, loader: object, step: int) -> int:
+def _batches_into_epoch(trainer: Trainer, loader: DataLoader, step: int) -> int:
     """How many batches of its epoch the trainer takes for read after `step` optimizer steps."""
     return step % initial_values(trainer, loader)[1] * trainer.args.gradient_accumulation_steps
 
 
-def warn_of_a_new_order(trainer: Trainer, loader: Any, step: int, left: int = 0) -> None:
+def warn_of_a_new_order(trainer: Trainer, loader: DataLoader, step: int, left: int = 0) -> None:
     """Say it where the trainer goes on within an epoch, and cannot find the order that it had begun in.
 
     No checkpoint of the trainer's holds what a sampler has drawn; an order that follows from seed and epoch is found.

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import time
 from pathlib import Path
-from typing import Any
 
+from torch import nn
 from transformers import Trainer
 
 from weightlora.cost.measure import PeakMemory
@@ -85,7 +85,7 @@ def train_plain(
     )
 
 
-def _arrange(trainer: Trainer, model: Any, method: PlainMethod | TunerMethod) -> None:
+def _arrange(trainer: Trainer, model: nn.Module, method: PlainMethod | TunerMethod) -> None:
     """Refuse a model that was not built for the method; let what it trains train, at its rates."""
     if isinstance(method, TunerMethod):
         check_tuner(model, method.kind)
@@ -110,7 +110,7 @@ def _untrained(trainer: Trainer, method: PlainMethod | TunerMethod) -> FitResult
     )
 
 
-def _check_same_run(start: Path, method: PlainMethod | TunerMethod, model: Any) -> None:
+def _check_same_run(start: Path, method: PlainMethod | TunerMethod, model: nn.Module) -> None:
     """The checkpoint must belong to this method and model, and to as many processes."""
     run = Run.read(start / RUN)
     assert run is not None  # it is whole

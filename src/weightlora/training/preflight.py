@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from numbers import Integral
 from pathlib import Path
-from typing import Any
 
 import torch
 from accelerate.optimizer import AcceleratedOptimizer
@@ -20,7 +19,7 @@ from weightlora.training.inside import model_of
 
 def check_fit(
     trainer: object, method: object, resume: object, before: object, after: object, log_omegas: object
-) -> tuple[Any, Any]:
+) -> tuple[int | None, int | None]:
     """Refuse what :func:`weightlora.fit` was not made for.
 
     Returns:
@@ -41,8 +40,8 @@ def check_fit(
     if log_omegas not in ("summary", "all"):
         raise ConfigError(f"log_omegas {log_omegas!r} is unknown; use one of summary, all")
     sizes = {"micro_batch": before, "final_micro_batch": after}
-    before, after = (None if size is None else count(name, size) for name, size in sizes.items())
-    return before, after
+    first, final = (None if size is None else count(name, size) for name, size in sizes.items())
+    return first, final
 
 
 def check_method(method: object) -> None:

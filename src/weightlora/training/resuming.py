@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TypeGuard
 
 import torch
-from transformers import Trainer
+from transformers import PreTrainedModel, Trainer
 
 from weightlora.errors import CheckpointError
 from weightlora.graft import arrange, group_names
@@ -67,11 +67,10 @@ class OptimizerOrder:
 
     def __init__(self, trainer: Trainer, data: Mapping[str, object], start: Path) -> None:
         self.trainer = trainer
-        found: Any = data.get("optimizer")
-        fine = isinstance(found, list) and all(isinstance(group, list) for group in found)
-        if not fine or not all(isinstance(name, str) for group in found for name in group):
+        found = data.get("optimizer")
+        if not _are_groups(found):
             raise CheckpointError(f"{start}: the manifest is damaged: {found!r:.80} are no optimizer's groups")
-        self.groups: list[list[str]] = found
+        self.groups = found
 
     def count(self, method: Method) -> None:
         """Note the groups as they are before the model gets the checkpoint's structure, as those of the run were."""
@@ -83,5 +82,11 @@ class OptimizerOrder:
         arrange(made_optimizer(self.trainer), self._before, self.groups, self._model)
 
     @property
-    def _model(self) -> Any:
-        return self.trainer.model
+    def _model(self) -> PreTrainedModel:
+        return model_of(self.trainer)
+
+
+def _are_groups(found: object) -> TypeGuard[list[list[str]]]:
+    return isinstance(found, list) and all(
+        isinstance(group, list) and all(isinstance(name, str) for name in group) for group in found
+    )

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import logging
 from collections.abc import Iterator
+from functools import partial
 from typing import Any, cast
 
 from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin, parse_flag_from_env
@@ -20,6 +21,7 @@ from transformers import Trainer
 from weightlora.errors import ConfigError
 from weightlora.graft import is_sharded
 from weightlora.methods import Method, Policy
+from weightlora.training.inside import model_of
 from weightlora.training.processes import processes
 
 log = logging.getLogger("weightlora")
@@ -46,7 +48,7 @@ def check_sharding(trainer: Trainer) -> None:
     """
     from torch.distributed.fsdp import CPUOffloadPolicy
 
-    model, given = cast(Any, trainer.model), trainer.args.fsdp_plugin_args
+    model, given = model_of(trainer), trainer.args.fsdp_plugin_args
     if is_sharded(model):
         raise ConfigError(
             "the model's weights are sharded already (fully_shard, or a distributed_config of from_pretrained); give"
@@ -129,18 +131,19 @@ def shard_base(trainer: Trainer) -> None:
     names = set(plugin.transformer_cls_names_to_wrap or getattr(model, "_no_split_modules", None) or ())
     whole = {p for p in model.parameters() if p.requires_grad or not p.is_floating_point()}
     device = trainer.args.device
-    settings: Any = {
-        "mesh": init_device_mesh(device.type, (processes(),)),
-        "ignored_params": whole,
+    shard = partial(
+        fully_shard,
+        mesh=init_device_mesh(device.type, (processes(),)),
+        ignored_params=whole,
         # Always, so that between passes all processes hold the same: a state dict, which one alone may take, reshards.
-        "reshard_after_forward": True,
-    }
+        reshard_after_forward=True,
+    )
     embedding = model.get_input_embeddings()
     # Children first; embeddings may be tied to an output layer, and stay with the rest.
     for module in reversed(list(model.modules())):
         if type(module).__name__ in names and all(part is not embedding for part in module.modules()):
-            fully_shard(module, **settings)
-    fully_shard(model, **settings)
+            shard(module)
+    shard(model)
     model.to(device)
     here = sum(p.to_local().numel() for p in model.parameters() if is_sharded(p))
     log.info("FSDP2: %d numbers of the frozen base on this process; what trains is whole on each", here)

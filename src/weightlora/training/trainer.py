@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from accelerate.utils import get_int_from_env
+from torch import Tensor
 from torch.utils.data import DataLoader
 from transformers import Trainer
 
@@ -31,13 +32,13 @@ def planned_steps(trainer: Trainer) -> int:
         return int(initial_values(trainer, trainer.get_train_dataloader())[-1])
 
 
-def initial_values(trainer: Trainer, loader: Any) -> tuple[Any, ...]:
+def initial_values(trainer: Trainer, loader: DataLoader) -> tuple[int, ...]:
     """What the trainer counts before it begins: epochs, optimizer steps of an epoch, ..., steps of the run."""
     args, count = trainer.args, trainer.set_initial_training_values
     older = (
         (trainer.get_total_train_batch_size(args),) if "total_train_batch_size" in signature(count).parameters else ()
     )
-    return tuple(count(args, loader, *older))
+    return tuple(count(args, loader, *older))  # type: ignore[arg-type]  # but for the loader's length, if it has none
 
 
 def own_code(trainer: Trainer) -> str | None:
@@ -115,7 +116,7 @@ def first_batch(trainer: Trainer) -> object:
 
 
 @contextlib.contextmanager
-def first_loss(trainer: Trainer) -> Iterator[Callable[[], Any] | None]:
+def first_loss(trainer: Trainer) -> Iterator[Callable[[], Tensor] | None]:
     """The loss of the first micro-batch of training, as training computes it, for a count alone. None without a batch.
 
     Raises:
@@ -131,12 +132,12 @@ def first_loss(trainer: Trainer) -> Iterator[Callable[[], Any] | None]:
         yield lambda: loss_of(trainer, inputs)
 
 
-def loss_of(trainer: Trainer, inputs: Mapping[str, object]) -> Any:
+def loss_of(trainer: Trainer, inputs: Mapping[str, object]) -> Tensor:
     """The loss of one prepared micro-batch, as the trainer computes it."""
     model = model_of(trainer)
     # accelerate wraps autocast around the model only inside train(); outside it must be on as well.
     with trainer.accelerator.autocast(), trainer.compute_loss_context_manager():
-        return trainer.compute_loss(model, dict(inputs))
+        return trainer.compute_loss(model, dict(inputs))  # type: ignore[return-value]
 
 
 def checkpoint_as_in_training(trainer: Trainer) -> None:
@@ -185,7 +186,7 @@ def average_micro_batches(trainer: Trainer) -> None:
     """
     if not trainer.model_accepts_loss_kwargs or trainer.compute_loss_func is not None:
         return
-    losses: list[Any] = []
+    losses: list[Tensor] = []
     model = model_of(trainer)
     for count in (1, 2):
         with undisturbed(trainer), torch.no_grad():
@@ -193,7 +194,7 @@ def average_micro_batches(trainer: Trainer) -> None:
             if batch is None:
                 return
             inputs = Inside(trainer).prepared(batch)
-            losses.append(trainer.compute_loss(model, inputs, num_items_in_batch=torch.tensor(count)))
+            losses.append(trainer.compute_loss(model, inputs, num_items_in_batch=torch.tensor(count)))  # type: ignore[arg-type]
     if torch.equal(losses[0], losses[1]):
         trainer.model_accepts_loss_kwargs = False
 

@@ -6,9 +6,8 @@ import contextlib
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
-from transformers import Trainer, TrainerCallback
+from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from weightlora.decoding import decode_part
 from weightlora.errors import CheckpointError
@@ -49,7 +48,7 @@ class Losses:
         return cls(total=found.total + found.since, since=0.0, logged=step)
 
     @classmethod
-    def read(cls, data: Mapping[str, Any], where: Path) -> Losses:
+    def read(cls, data: Mapping[str, object], where: Path) -> Losses:
         """What a manifest's data say.
 
         Raises:
@@ -61,7 +60,7 @@ class Losses:
                 raise CheckpointError(f"{where}: the manifest is damaged: {number!r} is no loss and no step")
         return found
 
-    def to_dict(self) -> dict[str, Any]:
+    def to_dict(self) -> dict[str, object]:
         """For the manifest."""
         return asdict(self)
 
@@ -80,7 +79,7 @@ class WholeRun:
         trainer: its callbacks and its ``log`` go through here while :meth:`joined` lasts.
     """
 
-    def __init__(self, trainer: Any) -> None:
+    def __init__(self, trainer: Trainer) -> None:
         self.trainer = trainer
         self.arguments = {name: getattr(trainer.args, name) for name in ARGUMENTS}
         self.losses: Losses | None = None  # of the checkpoint that the next call goes on from
@@ -95,12 +94,12 @@ class WholeRun:
         trainer, handler = self.trainer, self.trainer.callback_handler
         own = {name: value for name, value in vars(trainer).items() if name == "log"}
         self.log, self.told = trainer.log, {name: getattr(handler, name) for name in EVENTS}
-        trainer.log = self._log
+        trainer.log = self._log  # type: ignore[method-assign]
         vars(handler).update({name: getattr(self, f"_{name}") for name in EVENTS})
         try:
             yield
             if self.begun and not self.ended:  # the run ended where another call might have gone on
-                self.log(self.metrics)
+                self.log(self.metrics)  # type: ignore[arg-type]  # a call has ended, so there are some
                 trainer.control = self._on_train_end(trainer.args, trainer.state, trainer.control, last=True)
         finally:
             for name in EVENTS:
@@ -136,7 +135,9 @@ class WholeRun:
         else:
             self.log(logs, start_time - self.earlier)
 
-    def _on_train_begin(self, args: Any, state: Any, control: Any, **given: Any) -> Any:
+    def _on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **given: object
+    ) -> TrainerControl:
         if self.losses is not None:
             self.losses.put(self.trainer)
         self.joining = self.begun
@@ -150,27 +151,39 @@ class WholeRun:
         finally:
             vars(args).update(now)
 
-    def _on_train_end(self, args: Any, state: Any, control: Any, *, last: bool = False, **given: Any) -> Any:
+    def _on_train_end(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        *,
+        last: bool = False,
+        **given: object,
+    ) -> TrainerControl:
         if not (self.last or last):
             return self._inner("on_train_end", args, state, control, **given)
         self.ended = True
         return self.told["on_train_end"](args, state, control, **given)
 
-    def _on_epoch_begin(self, args: Any, state: Any, control: Any, **given: Any) -> Any:
+    def _on_epoch_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **given: object
+    ) -> TrainerControl:
         goes_on = self.joining and not float(state.epoch or 0).is_integer()
         self.joining = False
         tell = self._inner if goes_on else self._all
         return tell("on_epoch_begin", args, state, control, **given)
 
-    def _on_epoch_end(self, args: Any, state: Any, control: Any, **given: Any) -> Any:
+    def _on_epoch_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **given: object
+    ) -> TrainerControl:
         broken_off = not self.last and control.should_training_stop and not float(state.epoch or 0).is_integer()
         tell = self._inner if broken_off else self._all
         return tell("on_epoch_end", args, state, control, **given)
 
-    def _all(self, event: str, *args: Any, **given: Any) -> Any:
+    def _all(self, event: str, *args: object, **given: object) -> TrainerControl:
         return self.told[event](*args, **given)
 
-    def _inner(self, event: str, *args: Any, **given: Any) -> Any:
+    def _inner(self, event: str, *args: object, **given: object) -> TrainerControl:
         """Tell none but the callbacks of this package."""
         handler = self.trainer.callback_handler
         everyone = handler.callbacks
