@@ -134,6 +134,7 @@ def test_plain_lines_where_nobody_watches(killer: Killer, small_data: Path, tmp_
     others = [line for line in errors.splitlines() if not line.startswith(ours)]
     assert others == [], "libraries are silent"
     assert f"adapter: {tmp_path / 'run' / 'adapter'}" in output
+    assert re.search(r"^  accuracy: 0\.\d+ .*, on \d+ validation rows; \d+ training rows$", output, re.MULTILINE)
     assert read(tmp_path / "run" / "record.json")["argv"][:2] == ["weightlora", "train"]
 
 

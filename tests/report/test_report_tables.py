@@ -244,6 +244,8 @@ def test_summary_of_other_runs(make: Make) -> None:
     assert "adapters" not in run_summary(full(make, 0, 0.9))
     broken = run_summary(failed(make, "top", 0, "two\nlines"))
     assert "seed 0: failed\n  error: two lines\n" in broken
+    held = make("bert", k=2, metrics={"accuracy": 0.5}, scored_on={"split": "train", "rows": 9, "train_rows": 81})
+    assert "  accuracy: 0.5000, on 9 held-out rows; 81 training rows\n" in run_summary(held)
     bare = run_summary(make("bert", k=2, adapters=()))
     assert re.search(r"adapters kept: 2 of 36: \S+\.\S+, \S+\.\S+\n", bare)
 

@@ -47,14 +47,15 @@ def test_a_file_without_validation_rows_is_known_whatever_its_suffix(tmp_path: P
     config = spec(task=str(path))
     check(config)
     task = read_task(config)
-    held_out = {"split": "train", "split_seed": 0, "rows": 4}
+    held_out = {"split": "train", "split_seed": 0, "rows": 4, "train_rows": 36}
     assert scored_on(config, task) == held_out
     with pytest.raises(ConfigError, match="without --validation-file, settings would be chosen on the rows that are"):
         on_training_rows(config)
     with pytest.raises(ConfigError, match="without --validation-file"):
         Grid(cells=(Cell(row="lora", spec=config),), learning_rates=(1e-3, 1e-2))
     judged = config.but(validation_file=str(write_rows(tmp_path / f"v_{name}", PAIRS[:3])))
-    assert scored_on(judged, read_task(judged)) == {"split": "validation", "rows": 3, "also_trained_on": 3}
+    whole = {"split": "validation", "rows": 3, "train_rows": 40, "also_trained_on": 3}
+    assert scored_on(judged, read_task(judged)) == whole
 
 
 def test_a_table_is_no_task_by_its_path(tmp_path: Path) -> None:
@@ -152,7 +153,7 @@ def test_reported_rows_that_are_training_rows_are_found_by_what_they_say(
     check_apart([some, some.but(method="lora", seed=3)])
     assert caplog.text.count("3 of 12 reported rows are training rows too, and settings may be chosen on them") == 1
     tell_scored_on(some, where := scored_on(some, read_task(some)))
-    assert where == {"split": "validation", "rows": 12, "also_trained_on": 3}
+    assert where == {"split": "validation", "rows": 12, "train_rows": 40, "also_trained_on": 3}
     assert "3 of 12 rows that judge the run have the texts of training rows" in caplog.text
     with pytest.raises(ConfigError, match="40 of 40"):  # also where a run would draw few of them to train on
         check_apart([config(other_names(write_rows(tmp_path / "again.jsonl", rows))[2]).but(max_train_samples=2)])
@@ -172,7 +173,7 @@ def test_the_best_checkpoint_is_said_to_be_chosen_there(tmp_path: Path, caplog: 
     training = {"load_best_model_at_end": True}
     config = spec(task="files", train_file=path, training=training)
     tell_scored_on(config, where := scored_on(config, read_task(config)))
-    assert where == {"split": "train", "split_seed": 0, "rows": 4, "checkpoint": "best"}
+    assert where == {"split": "train", "split_seed": 0, "rows": 4, "train_rows": 36, "checkpoint": "best"}
     assert "the best checkpoint is chosen on the rows that judge the run" in caplog.text
 
 

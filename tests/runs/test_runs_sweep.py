@@ -65,10 +65,10 @@ def test_a_grid_is_tuned_on_training_rows_and_reported_on_validation_rows(
     assert (len(trials), len(finals)) == (4 * 2, 2)
     assert {record["seed"] for record in trials} == {7, 8}
     assert {json.dumps(record["scored_on"], sort_keys=True) for record in trials} == {
-        '{"holdout": 0.1, "rows": 12, "split": "train", "split_seed": 0}'
+        '{"holdout": 0.1, "rows": 12, "split": "train", "split_seed": 0, "train_rows": 108}'
     }
     assert {json.dumps(record["scored_on"], sort_keys=True) for record in finals} == {
-        '{"rows": 40, "split": "validation"}'
+        '{"rows": 40, "split": "validation", "train_rows": 120}'
     }
     data = read(tmp_path / "s.json")
     assert data == read(out / "sweep.json")

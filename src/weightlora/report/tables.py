@@ -331,7 +331,7 @@ def run_summary(record: Record) -> str:
         lines.append(f"  error: {' '.join(record.error.split())}")
     if record.score is not None:
         others = ", ".join(f"{key} {value:.4f}" for key, value in record.metrics.items() if key != record.metric)
-        lines.append(f"  {record.metric}: {record.score:.4f}" + (f" ({others})" if others else ""))
+        lines.append(f"  {record.metric}: {record.score:.4f}" + (f" ({others})" if others else "") + _rows(record))
     if record.n_adapters:
         kept = f"  adapters kept: {len(record.kept)} of {record.n_adapters}: {', '.join(_kept_names(record))}"
         lines += textwrap.wrap(kept.rstrip(": "), 100, subsequent_indent="    ")
@@ -342,6 +342,15 @@ def run_summary(record: Record) -> str:
     if len(record.phases) > 1:
         lines += ["", f"  {_warmup_share(record.phases)}"]
     return "\n".join(lines) + "\n"
+
+
+def _rows(record: Record) -> str:
+    """The rows behind the score: how many judged, and how many there were to train on."""
+    where = record.scored_on
+    if "train_rows" not in where:
+        return ""
+    kind = "validation" if where["split"] == "validation" else "held-out"
+    return f", on {where['rows']} {kind} rows; {where['train_rows']} training rows"
 
 
 def _kept_names(record: Record, most: int = 12) -> list[str]:

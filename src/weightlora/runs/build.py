@@ -82,12 +82,12 @@ class Parts:
 
 
 def scored_on(spec: RunSpec, task: Task) -> dict[str, Any]:
-    """Which rows judge the run: ``split``, the number of ``rows``, and how a part of the training rows was drawn.
+    """Which rows judge the run: ``split``, the numbers of ``rows`` and ``train_rows``, and how a part was drawn.
 
     ``also_trained_on`` counts those among them whose texts are in training rows as well, ``checkpoint`` is "best" where
     they chose it. Neither is there where there is nothing to say.
     """
-    where: dict[str, object] = {"split": "validation", "rows": len(task.validation)}
+    where: dict[str, object] = {"split": "validation", "rows": len(task.validation), "train_rows": len(task.train)}
     if spec.task.splits_training_rows:
         where |= {"split": "train", "split_seed": spec.task.split_seed}
     if spec.task.holdout is not None:

@@ -86,8 +86,9 @@ class Record:
             until the seam, at the ``peak`` of the run, ``effective`` at the end, and ``stored_bytes`` of the adapter's
             files. ``unmet``: why peak or end are more than 5% off what was asked; empty where they are not.
         scored_on: the rows behind ``metrics``: ``split`` ("validation", or "train" for training rows that were held
-            out, by ``split_seed`` and the share ``holdout`` if one was asked for) and ``rows``; ``also_trained_on``:
-            how many of them have the texts of training rows, if any; ``checkpoint``: "best" where they chose it.
+            out, by ``split_seed`` and the share ``holdout`` if one was asked for) and ``rows``; ``train_rows``: how
+            many there were to train on; ``also_trained_on``: how many of ``rows`` have the texts of training rows, if
+            any; ``checkpoint``: "best" where they chose it.
         predicted: ``{phase name: {field of PhaseResult: number}}``, from one traced forward before the first step.
         frontier: what the best k hold and cost, for several k; empty without scores.
         placement: where a budget decided what lives: its kind, the budget, what the survivors cost, the lowest level
