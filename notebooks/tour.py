@@ -11,7 +11,7 @@
 # ---
 
 # %% [markdown]
-# # A tour in ten minutes
+# # A tour on the built-in task
 #
 # This notebook trains MiniLM to tell the topic of a docstring, finds out which of its 36 adapters matter, compares that with plain LoRA, and
 # writes the result. It needs `pip install -e ".[demo]"` and no network: model and rows come with the install.
