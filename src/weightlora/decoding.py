@@ -7,12 +7,14 @@ import math
 import types
 import typing
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar, cast
 
 from weightlora.errors import CheckpointError, ConfigError
 
 _NAMES = {dict: "an object", list: "a list", str: "text", bool: "true or false", int: "a whole number"}
 _NAMES |= {float: "a number", type(None): "null"}
+
+T = TypeVar("T")
 
 
 def require(condition: bool, message: str) -> None:
@@ -26,7 +28,7 @@ def refuse_constant(name: str) -> float:
     raise ValueError(f"{name} is not JSON")
 
 
-def to_plain(value: Any, where: str) -> Any:
+def to_plain(value: object, where: str) -> object:
     """``value`` as what `json` writes, or ConfigError naming the place that is not plain data."""
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         fields = dataclasses.fields(value)
@@ -44,7 +46,7 @@ def to_plain(value: Any, where: str) -> Any:
     return value
 
 
-def decode_part(hint: Any, data: Mapping[str, Any], key: str, file: object) -> Any:
+def decode_part(hint: type[T], data: Mapping[str, object], key: str, file: object) -> T:
     """Decode one entry of a manifest's data as the type `hint` says.
 
     Raises:
@@ -58,8 +60,12 @@ def decode_part(hint: Any, data: Mapping[str, Any], key: str, file: object) -> A
         raise CheckpointError(f"{file}: the manifest is damaged: {error}") from None
 
 
-def decode(hint: Any, value: Any, where: str) -> Any:
+def decode(hint: type[T], value: object, where: str) -> T:
     """``value`` (from JSON) as the type ``hint`` says, or CheckpointError naming ``where``."""
+    return cast(T, _decode(hint, value, where))
+
+
+def _decode(hint: type, value: object, where: str) -> object:
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
     if dataclasses.is_dataclass(hint):
         return _decode_object(hint, _expect(dict, value, where), where)
@@ -67,7 +73,7 @@ def decode(hint: Any, value: Any, where: str) -> Any:
         return _decode_items(origin, arguments, value, where)
     if origin in (types.UnionType, typing.Union):
         fitting = [argument for argument in arguments if argument is type(value)]
-        return decode(fitting[0] if fitting else arguments[0], value, where)
+        return _decode(fitting[0] if fitting else arguments[0], value, where)
     if origin is Literal and value not in arguments:
         raise CheckpointError(f"key '{where}' is {value!r}; allowed are {', '.join(arguments)}")
     if hint is float:
@@ -75,7 +81,7 @@ def decode(hint: Any, value: Any, where: str) -> Any:
     return value if hint in (Any, object) or origin is Literal else _expect(hint, value, where)
 
 
-def _decode_items(origin: type, arguments: tuple[Any, ...], value: Any, where: str) -> Any:
+def _decode_items(origin: type, arguments: tuple[type, ...], value: object, where: str) -> object:
     """A tuple from a JSON list, or a dictionary from a JSON object."""
     if origin is tuple:
         items = value if isinstance(value, tuple) else _expect(list, value, where)
@@ -83,12 +89,13 @@ def _decode_items(origin: type, arguments: tuple[Any, ...], value: Any, where: s
         if len(hints) != len(items):
             raise CheckpointError(f"key '{where}' must be a list of {len(hints)}, not of {len(items)}")
         return tuple(
-            decode(hint, item, f"{where}[{index}]") for index, (hint, item) in enumerate(zip(hints, items, strict=True))
+            _decode(hint, item, f"{where}[{index}]")
+            for index, (hint, item) in enumerate(zip(hints, items, strict=True))
         )
-    return {key: decode(arguments[1], item, f"{where}.{key}") for key, item in _expect(dict, value, where).items()}
+    return {key: _decode(arguments[1], item, f"{where}.{key}") for key, item in _expect(dict, value, where).items()}
 
 
-def _decode_object(hint: Any, data: dict[str, Any], where: str) -> Any:
+def _decode_object(hint: type, data: dict[str, object], where: str) -> object:
     """The dataclass ``hint`` from a JSON object; unknown keys are ignored."""
     hints = typing.get_type_hints(hint)
     dot = f"{where}." if where else ""
@@ -96,10 +103,10 @@ def _decode_object(hint: Any, data: dict[str, Any], where: str) -> Any:
     for name in hints:
         if name not in data and name not in optional:
             raise CheckpointError(f"it has no key '{dot}{name}'")
-    return hint(**{name: decode(kind, data[name], f"{dot}{name}") for name, kind in hints.items() if name in data})
+    return hint(**{name: _decode(kind, data[name], f"{dot}{name}") for name, kind in hints.items() if name in data})
 
 
-def _decode_float(value: Any, where: str) -> float:
+def _decode_float(value: object, where: str) -> float:
     if value is None:
         return math.nan
     if isinstance(value, bool) or not isinstance(value, (int, float)):
@@ -110,12 +117,12 @@ def _decode_float(value: Any, where: str) -> float:
         raise CheckpointError(f"key '{where}' is a whole number too large for a float") from error
 
 
-def _expect(kind: type, value: Any, where: str) -> Any:
+def _expect(kind: type[T], value: object, where: str) -> T:
     if type(value) is not kind:
         raise CheckpointError(f"key '{where}' must be {_NAMES[kind]}, not {kind_of(value)}")
     return value
 
 
-def kind_of(value: Any) -> str:
+def kind_of(value: object) -> str:
     """What JSON calls a value."""
     return _NAMES.get(type(value), type(value).__name__)

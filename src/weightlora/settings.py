@@ -10,7 +10,7 @@ from functools import cache
 from numbers import Integral, Real
 from pathlib import PurePath
 from types import NoneType, UnionType
-from typing import Any, Literal, Union
+from typing import Any, ClassVar, Literal, Protocol, Union
 
 from weightlora.errors import ConfigError
 
@@ -26,8 +26,12 @@ _WORDS = {
 }
 
 
+class _Dataclass(Protocol):
+    __dataclass_fields__: ClassVar[dict[str, Field[object]]]
+
+
 def setting(  # noqa: PLR0913 - one argument per fact about a field
-    default: Any = MISSING,
+    default: object = MISSING,
     help: str = "",
     *,
     metavar: str | None = None,
@@ -59,12 +63,12 @@ def setting(  # noqa: PLR0913 - one argument per fact about a field
     return field(default=default, metadata={**about, **given})
 
 
-def flat_name(each: Field[Any]) -> str:
+def flat_name(each: Field[object]) -> str:
     """The name of a field as a flag, and among the fields of all specs of a run."""
     return each.metadata.get("flag") or each.name
 
 
-def typed(cls: type, values: Mapping[str, Any]) -> dict[str, Any]:
+def typed(cls: type, values: Mapping[str, object]) -> dict[str, Any]:
     """Read values of fields as recipes and command lines have them: text as :func:`from_text`, lists for text joined.
 
     Raises:
@@ -80,7 +84,7 @@ def typed(cls: type, values: Mapping[str, Any]) -> dict[str, Any]:
     return found
 
 
-def check(settings: Any) -> None:
+def check(settings: _Dataclass) -> None:
     """Bring every field of a frozen dataclass into its declared type, and within its bounds.
 
     Raises:
@@ -104,7 +108,7 @@ def check(settings: Any) -> None:
             _check_bounds(each, value)
 
 
-def _check_bounds(each: Field[Any], value: Any) -> None:
+def _check_bounds(each: Field[object], value: object) -> None:
     about = each.metadata
     if about["choices"] and value not in about["choices"]:
         raise ConfigError(f"{each.name}={value!r} is unknown; use {', '.join(about['choices'])}")
@@ -122,7 +126,7 @@ def _check_bounds(each: Field[Any], value: Any) -> None:
         raise ConfigError(f"{each.name}={value} is not allowed; use {about['use'] or bounds or 'a finite number'}")
 
 
-def from_text(cls: type, name: str, text: str) -> Any:
+def from_text(cls: type, name: str, text: str) -> bool | int | float | str | tuple[int, ...]:
     """Read the value of a field from a word of a command line or a recipe.
 
     Raises:
@@ -152,7 +156,7 @@ def from_text(cls: type, name: str, text: str) -> Any:
     raise ConfigError(f"{name}={text!r} is not allowed; use {' or '.join(words)}")
 
 
-def wholes(listed: Any, what: str) -> tuple[int, ...]:
+def wholes(listed: object, what: str) -> tuple[int, ...]:
     """Read whole numbers of 0 or more, from a list or from text.
 
     >>> wholes("0,1,2", "seeds"), wholes([3], "seeds")
@@ -166,7 +170,7 @@ def wholes(listed: Any, what: str) -> tuple[int, ...]:
     return tuple(found)
 
 
-def numbers(listed: Any, what: str) -> tuple[float, ...]:
+def numbers(listed: object, what: str) -> tuple[float, ...]:
     """Read numbers, from a list or from text."""
     try:
         return tuple(float(text) for text in _items(listed))
@@ -174,12 +178,12 @@ def numbers(listed: Any, what: str) -> tuple[float, ...]:
         raise ConfigError(f"{what}={listed!r} is no list of numbers; use for example 3e-4,1e-3") from None
 
 
-def _items(listed: Any) -> list[str]:
+def _items(listed: object) -> list[str]:
     parts = listed if isinstance(listed, list | tuple) else [] if listed is None else str(listed).split(",")
     return [text for part in parts if (text := str(part).strip())]
 
 
-def declared(cls: type, name: str, value: Any) -> Any:
+def declared(cls: type, name: str, value: object) -> object:
     """The value of a dataclass's field in the type that the field declares.
 
     NumPy's numbers become Python's, a path becomes text where text is declared, a list a tuple. Nothing is guessed:
@@ -212,7 +216,7 @@ def declared(cls: type, name: str, value: Any) -> Any:
     return value
 
 
-def plain(value: Any) -> Any:
+def plain(value: object) -> object:
     """Numbers of other libraries as Python's own, inside lists and mappings too; everything else as it is.
 
     >>> import torch
@@ -230,7 +234,7 @@ def plain(value: Any) -> Any:
     return float(value) if isinstance(value, Real) else value
 
 
-def _whole(values: tuple[Any, ...]) -> bool:
+def _whole(values: tuple[object, ...]) -> bool:
     return all(isinstance(value, int) and not isinstance(value, bool) for value in values)
 
 
@@ -240,7 +244,7 @@ def _kinds(cls: type) -> dict[str, list[type]]:
     return {name: list(dict.fromkeys(_flat(hint))) for name, hint in typing.get_type_hints(cls).items()}
 
 
-def _flat(hint: Any) -> list[type]:
+def _flat(hint: type) -> list[type]:
     origin, parts = typing.get_origin(hint), typing.get_args(hint)
     if origin in (Union, UnionType):
         return [kind for part in parts for kind in _flat(part)]

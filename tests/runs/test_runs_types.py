@@ -23,7 +23,7 @@ WRONG: dict[str, list[Any]] = {  # by what a field declares
     "float": ["8", True, [8]],
     "str": [8, True, ["a"]],
     "bool": ["yes", 1],
-    "dict[str, Any]": ["k=3", [("k", 3)], 3],
+    "dict[str, object]": ["k=3", [("k", 3)], 3],
 }
 
 

@@ -6,10 +6,14 @@ import argparse
 import shlex
 import sys
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 from weightlora.cli.command import Command, Given, option_dry_run, option_out, say
 from weightlora.cli.flags import words_of
+
+if TYPE_CHECKING:
+    from weightlora.study.cluster import Cluster
+    from weightlora.study.grid import Grid
 
 TEXT_WIDTH = 120
 
@@ -31,7 +35,7 @@ def sweep(given: Given) -> int:
     return _run(given, make_grid(given.recipe, given.flags), Path(given.options.out))
 
 
-def _run(given: Given, grid: Any, folder: Path) -> int:
+def _run(given: Given, grid: Grid, folder: Path) -> int:
     from weightlora.files import write_text
     from weightlora.report import study_table
     from weightlora.study.sweep import sweep as run
@@ -100,7 +104,7 @@ def _figure(given: Given, name: str, small: bool) -> int:
     return COMMANDS[command].run(Given(options=options, flags=settings))
 
 
-def _dry_run(given: Given, grid: Any, folder: Path) -> int:
+def _dry_run(given: Given, grid: Grid, folder: Path) -> int:
     """Check all that needs neither weights nor data, and print what would run."""
     from weightlora.runs.dry import check, describe
     from weightlora.study.sweep import jobs_of
@@ -122,7 +126,7 @@ def _dry_run(given: Given, grid: Any, folder: Path) -> int:
     return 0
 
 
-def _cluster(given: Given) -> Any:
+def _cluster(given: Given) -> Cluster | None:
     """The cluster that the flags name, or None."""
     from weightlora.errors import ConfigError
     from weightlora.study.cluster import Cluster

@@ -161,7 +161,7 @@ def _first(token: object) -> int | None:
     return value if isinstance(value, int) else None
 
 
-def logits(model: nn.Module, sample: Mapping[str, Any]) -> Tensor:
+def logits(model: nn.Module, sample: Mapping[str, object]) -> Tensor:
     """The model's logits in evaluation mode, without gradients; every module gets its own mode back.
 
     Raises:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import logging
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import peft
 import torch
@@ -81,13 +81,14 @@ class Parts:
         return TASK_TYPES[self.task.head]
 
 
-def scored_on(spec: RunSpec, task: Task) -> dict[str, Any]:
+def scored_on(spec: RunSpec, task: Task) -> dict[str, str | int | float]:
     """Which rows judge the run: ``split``, the numbers of ``rows`` and ``train_rows``, and how a part was drawn.
 
     ``also_trained_on`` counts those among them whose texts are in training rows as well, ``checkpoint`` is "best" where
     they chose it. Neither is there where there is nothing to say.
     """
-    where: dict[str, object] = {"split": "validation", "rows": len(task.validation), "train_rows": len(task.train)}
+    rows, train_rows = len(task.validation), len(task.train)
+    where: dict[str, str | int | float] = {"split": "validation", "rows": rows, "train_rows": train_rows}
     if spec.task.splits_training_rows:
         where |= {"split": "train", "split_seed": spec.task.split_seed}
     if spec.task.holdout is not None:
@@ -99,7 +100,7 @@ def scored_on(spec: RunSpec, task: Task) -> dict[str, Any]:
     return where
 
 
-def tell_scored_on(spec: RunSpec, where: dict[str, Any]) -> None:
+def tell_scored_on(spec: RunSpec, where: Mapping[str, object]) -> None:
     """Log what makes a score better than it would be on rows that nobody has looked at."""
     if seen := where.get("also_trained_on", 0):
         what = f"{seen} of {where['rows']} rows that judge the run have the texts of training rows"
@@ -307,7 +308,7 @@ def make_trainer(parts: Parts, spec: RunSpec, folder: Path, callbacks: list[Trai
         eval_dataset=prepared.validation,
         data_collator=prepared.collator,
         compute_metrics=prepared.compute_metrics,
-        preprocess_logits_for_metrics=prepared.preprocess_logits,
+        preprocess_logits_for_metrics=prepared.preprocess_logits,  # type: ignore[arg-type]  # it takes tuples too
         callbacks=callbacks,
     )
     trainer.remove_callback(PrinterCallback)

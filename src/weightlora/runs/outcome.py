@@ -5,8 +5,9 @@ from __future__ import annotations
 import math
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import cast
 
+from torch import Tensor, nn
 from transformers import Trainer
 
 from weightlora.files import new_folder, write_text
@@ -50,7 +51,7 @@ def write_result(
     step: int,
     folder: Path,
     described: tuple[tuple[str, int, int, int], ...],
-    sample: dict[str, object],
+    sample: dict[str, Tensor],
 ) -> None:
     """Write the result, reloaded and compared, beside its selection and manifest."""
     if isinstance(result.method, TunerMethod):
@@ -60,8 +61,7 @@ def write_result(
         return  # the model is what it was
     if result.selection is None:
         with new_folder(folder / MODEL) as temporary:
-            model: Any = result.model
-            model.save_pretrained(temporary)
+            result.model.save_pretrained(temporary)  # type: ignore[operator]
         return
     export(result, folder / ADAPTER, "native", sample=sample, overwrite=True)
     result.selection.save(folder / SELECTION)
@@ -82,11 +82,11 @@ def answer_in_own_units(result: FitResult, parts: Parts) -> None:
     """Let the judged model of a regression answer in the units of the user's targets, before it is written."""
     targets = parts.prepared.targets
     if targets is not None:
-        head: Any = trained_module(result.model, targets.head)
+        head = cast(nn.Linear, trained_module(result.model, targets.head))
         targets.fold(head, base_of(result.model).config)
 
 
-def batch_to_compare(trainer: Trainer, parts: Parts) -> dict[str, Any]:
+def batch_to_compare(trainer: Trainer, parts: Parts) -> dict[str, Tensor]:
     """A batch to compare logits on; its first rows only where each token has a logit per word of the vocabulary."""
     rows = SAMPLE_ROWS if parts.task.head in ("seq2seq-lm", "causal-lm") else None
     batch = Inside(trainer).prepared(next(iter(trainer.get_eval_dataloader())))

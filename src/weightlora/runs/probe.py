@@ -192,8 +192,8 @@ class _Seed:
         for batch in DataLoader(self.rows, batch_size=size, collate_fn=collate):
             share = len(batch["labels"]) / len(self.rows)
             with trainer.accelerator.autocast(), trainer.compute_loss_context_manager():
-                loss: Any = trainer.compute_loss(model, inside.prepared(batch))
-            (loss * share).backward()
+                loss = trainer.compute_loss(model, inside.prepared(batch))
+            (loss * share).backward()  # type: ignore[operator,union-attr]  # without return_outputs it is one tensor
         products = scalar_products(model)
         model.zero_grad()
         return products.tolist()

@@ -6,12 +6,15 @@ import logging
 import os
 import sys
 import time
-from typing import Any, TextIO
+from typing import TYPE_CHECKING, TextIO
 
 from tqdm import tqdm
 from transformers import TrainerControl, TrainerState, TrainingArguments
 
 from weightlora.training.whole_run import InnerCallback
+
+if TYPE_CHECKING:
+    from torch.utils.data import DataLoader
 
 EVALUATION_EVERY = 10.0  # seconds between two words on an evaluation
 
@@ -64,9 +67,9 @@ class Progress(InnerCallback):
             self.say(f"{self.title}: step {state.global_step}/{state.max_steps}{loss}  about {left:.0f} s left")
 
     def on_prediction_step(
-        self, args: object, state: TrainerState, control: object, eval_dataloader: Any = None, **_: Any
+        self, args: object, state: TrainerState, control: object, eval_dataloader: DataLoader | None = None, **_: object
     ) -> None:
-        total = len(eval_dataloader)
+        total = len(eval_dataloader)  # type: ignore[arg-type]  # the trainer always gives it
         now = time.monotonic()
         if not self.evaluated:
             self.evaluation_began = self.told = now  # the first batch is done

@@ -237,7 +237,7 @@ def _live(parts: Parts, spec: RunSpec, folder: Path, *, resume: bool, argv: Sequ
 
 def _fitted(
     trainer: Trainer, parts: Parts, spec: RunSpec, resume: bool
-) -> tuple[FitResult, dict[str, float], dict[str, object]]:
+) -> tuple[FitResult, dict[str, float], dict[str, torch.Tensor]]:
     """What all processes of a run do together: the result, its metrics, and a batch to compare its export on."""
     # From here on every random number follows from the seed, whatever was drawn while loading.
     set_seed(spec.training.seed)

@@ -9,12 +9,17 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from weightlora.errors import CheckpointError, ConfigError
 from weightlora.files import write_text
 from weightlora.settings import check, flat_name, plain, setting, typed
 from weightlora.tasks.spec import TaskSpec
+
+if TYPE_CHECKING:
+    from transformers import HfArgumentParser
+
+    from weightlora.methods import Method
 
 CONFIG = "config.json"
 SCHEMA_VERSION = 1
@@ -71,14 +76,14 @@ class MethodSpec:
 
     name: str = setting("weightlora", flag="method")
     preset: str = setting("recommended", "recommended (default), paper or official")
-    settings: dict[str, Any] = setting({})
+    settings: dict[str, object] = setting({})
 
     def __post_init__(self) -> None:
         check(self)
         _check_finite(self.settings)
         self.make(0)
 
-    def make(self, seed: int) -> object:
+    def make(self, seed: int) -> Method:
         """The method; one that draws (``random``, growth) gets the run's seed where none is set."""
         from weightlora.methods import METHODS, method
 
@@ -189,7 +194,7 @@ class RunSpec:
         """A copy with some more fields of ``TrainingArguments``."""
         return self.but(training={**self.training.arguments, **arguments})
 
-    def make_method(self) -> Any:
+    def make_method(self) -> Method:
         """The method with this run's settings."""
         return self.method.make(self.training.seed)
 
@@ -198,7 +203,7 @@ class RunSpec:
         plain_parts = asdict(self)
         return {name: plain_parts[part][field_name] for name, (part, field_name) in _homes().items()}
 
-    def to_dict(self) -> dict[str, Any]:
+    def to_dict(self) -> dict[str, object]:
         """Plain data."""
         return {"schema_version": SCHEMA_VERSION, **self.values()}
 
@@ -288,13 +293,12 @@ def training_values(words: list[str]) -> tuple[dict[str, object], list[str]]:
 
 
 @cache
-def _training_parser() -> Any:
+def _training_parser() -> HfArgumentParser:
     import argparse
 
     from transformers import HfArgumentParser, Seq2SeqTrainingArguments
 
-    kind: Any = Seq2SeqTrainingArguments
-    parser = HfArgumentParser(kind, add_help=False, allow_abbrev=False)
+    parser = HfArgumentParser(Seq2SeqTrainingArguments, add_help=False, allow_abbrev=False)  # type: ignore[arg-type]
 
     def refuse(message: str) -> None:
         raise ConfigError(message)

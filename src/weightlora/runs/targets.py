@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import TypedDict, cast
 
 from torch import nn
 
@@ -51,7 +51,14 @@ def targets(patterns: str, known: Layers) -> list[str]:
     return [name for name in order if name in chosen]
 
 
-def placed(names: Sequence[str], known: Layers, dropout: float) -> dict[str, Any]:
+class Placed(TypedDict):
+    """Where adapters go, as arguments of a ``LoraConfig``."""
+
+    target_modules: list[str]
+    target_parameters: list[str] | None
+
+
+def placed(names: Sequence[str], known: Layers, dropout: float) -> Placed:
     """The same as a ``LoraConfig`` takes it: layers as modules, stacked experts as parameters.
 
     Raises:
@@ -69,7 +76,7 @@ def rank_numbers(model: nn.Module, name: str) -> tuple[int, int]:
     holder = model.get_submodule(name.rpartition(".")[0])
     found = getattr(holder, name.rpartition(".")[2])
     if isinstance(found, nn.Module):
-        layer: Any = found
+        layer = cast(nn.Linear, found)
         return int(layer.in_features), int(layer.out_features)
     experts, first, second = found.shape
     d_in, d_out = (first, second) if getattr(holder, "is_transposed", False) else (second, first)

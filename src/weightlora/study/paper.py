@@ -115,8 +115,9 @@ def _with_shares(grid: Grid, adapters: int) -> Grid:
     cells = []
     for cell in grid.cells:
         settings = dict(cell.spec.method.settings)
-        if isinstance(settings.get("k"), int):
-            settings["k"] = settings["k"] / adapters
+        k = settings.get("k")
+        if isinstance(k, int):
+            settings["k"] = k / adapters
         cells.append(replace(cell, spec=cell.spec.but(settings=settings)))
     return replace(grid, cells=tuple(cells))
 

@@ -10,7 +10,7 @@ import string
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from types import MappingProxyType
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 import numpy as np
 import torch
@@ -20,10 +20,13 @@ from transformers import DataCollatorForSeq2Seq, EvalPrediction, PreTrainedToken
 from weightlora.errors import ConfigError
 from weightlora.tasks.classification import Classification
 from weightlora.tasks.completions import opening, token_dataset
-from weightlora.tasks.evaluation import IGNORED, OwnLossTrainer, token_scores
+from weightlora.tasks.evaluation import IGNORED, Logits, OwnLossTrainer, token_scores
 from weightlora.tasks.models import LoadedModel
 from weightlora.tasks.task import Head, Prepared
 from weightlora.tasks.told import tell_once
+
+if TYPE_CHECKING:
+    from weightlora.tasks.metrics import Metric
 
 SHOWN = 12
 _NO_YES = ("no", "yes")
@@ -211,12 +214,12 @@ class _NextWord:
     def __init__(self, tokens: list[int]) -> None:
         self.tokens = tokens
 
-    def __call__(self, logits: Any, labels: torch.Tensor) -> torch.Tensor:
+    def __call__(self, logits: Logits, labels: torch.Tensor) -> torch.Tensor:
         scores = (logits[0] if isinstance(logits, tuple) else logits)[:, :-1]
         return scores[labels[:, 1:] != IGNORED].float().log_softmax(-1)[:, self.tokens]
 
 
-def _per_token(logits: object, labels: torch.Tensor) -> torch.Tensor:
+def _per_token(logits: Logits, labels: torch.Tensor) -> torch.Tensor:
     """The log-probability per token of the answer in each row, (rows, 1)."""
     losses, _, count = token_scores(logits, labels).unbind(1)
     return -(losses / count)[:, None]
@@ -225,7 +228,7 @@ def _per_token(logits: object, labels: torch.Tensor) -> torch.Tensor:
 class _Judge:
     """The task's metric over the answers' scores, and the mean loss of a token of the right answers."""
 
-    def __init__(self, labels: list[int], lengths: list[int], metric: Any) -> None:
+    def __init__(self, labels: list[int], lengths: list[int], metric: Metric) -> None:
         self.labels, self.lengths, self.metric = np.array(labels), np.array(lengths), metric
 
     def __call__(self, prediction: EvalPrediction) -> dict[str, float]:

@@ -92,8 +92,7 @@ class Completion(Task):
         truths = [final_number(text) for text in self.validation["completion"]]
 
         def compute_metrics(prediction: EvalPrediction) -> dict[str, float]:
-            predictions: Any = prediction.predictions
-            tokens, scores = predictions
+            tokens, scores = prediction.predictions  # type: ignore[misc]  # as its trainer gives them
             guesses = [final_number(text) for text in decode(tokenizer, tokens)]
             right = [guess is not None and guess == truth for guess, truth in zip(guesses, truths, strict=False)]
             return {"exact_match": float(np.mean(right)), "loss": mean_loss(scores)}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TypeAlias
 
 import numpy as np
 import torch
@@ -10,9 +10,13 @@ from torch import nn
 from transformers import Seq2SeqTrainer, Trainer
 
 IGNORED = -100
+Logits: TypeAlias = torch.Tensor | tuple[torch.Tensor, ...]
+
+Predictions: TypeAlias = torch.Tensor | tuple[torch.Tensor | None, ...] | None
+Step: TypeAlias = tuple[torch.Tensor | float | None, Predictions, torch.Tensor | None]
 
 
-def token_scores(logits: Any, labels: torch.Tensor, *, ahead: int = 1) -> torch.Tensor:
+def token_scores(logits: Logits, labels: torch.Tensor, *, ahead: int = 1) -> torch.Tensor:
     """Sum of negative log-likelihoods, right guesses, and tokens, of each row's answer.
 
     Args:
@@ -39,13 +43,13 @@ def mean_loss(scores: object) -> float:
 
 
 def without_loss(
-    trainer: Trainer, model: nn.Module, inputs: dict[str, Any], ignore_keys: list[str] | None
-) -> tuple[object, torch.Tensor]:
+    trainer: Trainer, model: nn.Module, inputs: dict[str, torch.Tensor], ignore_keys: list[str] | None
+) -> tuple[Logits, torch.Tensor]:
     """A batch's logits and labels; given the labels, the model would take a loss over all positions, for nothing."""
     inputs = dict(trainer._prepare_inputs(inputs))
     labels = inputs.pop("labels")
     _, logits, _ = Trainer.prediction_step(trainer, model, inputs, False, ignore_keys)
-    return logits, labels
+    return logits, labels  # type: ignore[return-value]
 
 
 class OwnLossTrainer(Trainer):
@@ -54,13 +58,13 @@ class OwnLossTrainer(Trainer):
     Its own would be a mean of the batches' means, in which a token counts more in a batch with few of them.
     """
 
-    def prediction_step(
+    def prediction_step(  # type: ignore[override]  # predictions may be several tensors
         self,
         model: nn.Module,
-        inputs: dict[str, object],
+        inputs: dict[str, torch.Tensor],
         prediction_loss_only: bool,
         ignore_keys: list[str] | None = None,
-    ) -> tuple[Any, Any, Any]:
+    ) -> Step:
         if prediction_loss_only:
             return super().prediction_step(model, inputs, True, ignore_keys)
         return None, *without_loss(self, model, inputs, ignore_keys)
@@ -70,17 +74,17 @@ class SummaryTrainer(Seq2SeqTrainer):
     """``Seq2SeqTrainer`` whose predictions are generated tokens and the reference's `token_scores`; its ``eval_loss``
     is left to ``compute_metrics``, as :class:`OwnLossTrainer` does."""
 
-    def prediction_step(
+    def prediction_step(  # type: ignore[override]  # predictions may be several tensors
         self,
         model: nn.Module,
-        inputs: dict[str, Any],
+        inputs: dict[str, torch.Tensor],
         prediction_loss_only: bool,
         ignore_keys: list[str] | None = None,
         **gen_kwargs: object,
-    ) -> tuple[Any, Any, Any]:
+    ) -> Step:
         loss, tokens, labels = super().prediction_step(model, inputs, prediction_loss_only, ignore_keys, **gen_kwargs)
         if prediction_loss_only or not self.args.predict_with_generate:  # type: ignore[attr-defined]
             return loss, tokens, labels
         inputs = self._prepare_inputs(inputs)
         _, logits, _ = Trainer.prediction_step(self, model, inputs, False, ignore_keys)
-        return None, (tokens, token_scores(logits, inputs["labels"], ahead=0)), labels
+        return None, (tokens, token_scores(logits, inputs["labels"], ahead=0)), labels  # type: ignore[arg-type]

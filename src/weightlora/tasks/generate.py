@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import cast
 
 import torch
 from torch import Tensor, nn
-from transformers import Seq2SeqTrainer, Trainer
+from transformers import PreTrainedModel, Seq2SeqTrainer, Trainer
 
-from weightlora.tasks.evaluation import token_scores, without_loss
+from weightlora.tasks.evaluation import Step, token_scores, without_loss
 
 
 def prompts_of(input_ids: Tensor, attention_mask: Tensor, labels: Tensor, padding: int) -> tuple[Tensor, Tensor]:
@@ -47,26 +47,26 @@ class PromptTrainer(Seq2SeqTrainer):
     ``generation_max_length`` counts the tokens that are generated. Sampling is off, so that a result can be repeated.
     """
 
-    def prediction_step(
+    def prediction_step(  # type: ignore[override]  # predictions may be several tensors
         self,
         model: nn.Module,
-        inputs: dict[str, Any],
+        inputs: dict[str, torch.Tensor],
         prediction_loss_only: bool,
         ignore_keys: list[str] | None = None,
-        **gen_kwargs: Any,
-    ) -> tuple[Any, Any, Any]:
+        **gen_kwargs: object,
+    ) -> Step:
         if prediction_loss_only or not self.args.predict_with_generate:  # type: ignore[attr-defined]
             return Trainer.prediction_step(self, model, inputs, True, ignore_keys)
         inputs = dict(self._prepare_inputs(inputs))
         scores = token_scores(*without_loss(self, model, inputs, ignore_keys))
-        generator: Any = self.model
+        generator = cast(PreTrainedModel, self.model)
         ids, mask = prompts_of(
             inputs["input_ids"],
             inputs["attention_mask"],
             inputs["labels"],
             generator.config.get_text_config().pad_token_id,
         )
-        tokens = generator.generate(
+        tokens = generator.generate(  # type: ignore[operator]  # a decoder has it
             input_ids=ids,
             attention_mask=mask,
             max_new_tokens=self.args.generation_max_length,  # type: ignore[attr-defined]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from weightlora.errors import ConfigError, DataError
 from weightlora.tasks.answer_tokens import by_answer_tokens
@@ -17,6 +17,9 @@ from weightlora.tasks.sources import SOURCES, choose, read_splits
 from weightlora.tasks.spec import OWN_TABLE, SQUAD, TaskSpec, is_file_task
 from weightlora.tasks.summaries import SUMMARIES, Summarization, read_summaries
 from weightlora.tasks.task import Task
+
+if TYPE_CHECKING:
+    from datasets import Dataset
 
 TASKS = (*CLASSIFICATIONS, *SOURCES)
 """Names that `load_task` knows; every path of a JSONL file (``.jsonl``, ``.json``, ``.ndjson``) is a task too."""
@@ -104,7 +107,7 @@ def _told(spec: TaskSpec, task: Classification, model: str | None) -> Task:
 def _squad(spec: TaskSpec, tables: list[Table]) -> Task:
     second = spec.name == "squad_v2"
 
-    def read(table: Table) -> Any:
+    def read(table: Table) -> Dataset:
         return read_squad(table, spec.name, may_be_unanswerable=second)
 
     train, validation = map(read, choose(spec, tables, group=lambda row: row["context"]))

@@ -132,8 +132,7 @@ def skeleton(
     try:
         with models.quiet(), torch.device(device):
             if isinstance(config, MeanPooledBertConfig):
-                pooled: Any = MeanPooledBertForSequenceClassification
-                model = pooled(config).to(dtype)
+                model = MeanPooledBertForSequenceClassification(config).to(dtype)  # type: ignore[arg-type]
             else:
                 sees = head == "causal-lm" and type(config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
                 kind = AutoModelForImageTextToText if sees else models.CLASSES[head]

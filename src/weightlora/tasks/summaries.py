@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import numpy as np
 from datasets import Dataset, Features, Sequence, Value
@@ -62,8 +62,7 @@ class Summarization(Task):
         text_metrics.rouge(references[:1], references[:1])  # a missing package must show before training
 
         def compute_metrics(prediction: EvalPrediction) -> dict[str, float]:
-            predictions: Any = prediction.predictions
-            tokens, scores = predictions
+            tokens, scores = prediction.predictions  # type: ignore[misc]  # as its trainer gives them
             texts = decode(tokenizer, tokens)[: len(references)]
             return {**text_metrics.rouge(texts, references), "loss": mean_loss(scores)}
 
@@ -112,7 +111,7 @@ def read_summaries(table: Table, name: str) -> Dataset:
     return Dataset.from_dict(texts, features=Features({column: Value("string") for column in columns}))
 
 
-def decode(tokenizer: PreTrainedTokenizerBase, tokens: Any) -> list[str]:
+def decode(tokenizer: PreTrainedTokenizerBase, tokens: np.ndarray | tuple[np.ndarray, ...]) -> list[str]:
     """Generated token ids (rows, tokens), -100 where the trainer padded, as text."""
     ids = np.asarray(tokens[0] if isinstance(tokens, tuple) else tokens)
     padding = tokenizer.pad_token_id

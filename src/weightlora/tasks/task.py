@@ -17,6 +17,7 @@ from weightlora.tasks.targets import Targets
 if TYPE_CHECKING:
     from datasets import Dataset  # which a plan does without
 
+    from weightlora.tasks.evaluation import Logits
     from weightlora.tasks.metrics import Metric
     from weightlora.tasks.models import LoadedModel
 
@@ -43,9 +44,9 @@ class Prepared:
 
     train: Dataset
     validation: Dataset
-    collator: Callable[[list[Any]], dict[str, object]]
+    collator: Callable[[list[Any]], dict[str, Any]]
     compute_metrics: Metric
-    preprocess_logits: Callable[[Any, torch.Tensor], Any] | None = None
+    preprocess_logits: Callable[[Logits, torch.Tensor], Logits] | None = None
     ordered: bool = False
     trainer: type[Trainer] = Trainer
     training: Mapping[str, Any] = field(default_factory=dict)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar, Literal, TypeVar, get_args
+from typing import ClassVar, Literal, TypeVar, get_args
 
 from weightlora.core import Rule, Shape, k_for_params, parse_bytes, parse_share
 from weightlora.errors import ConfigError
@@ -73,7 +73,7 @@ class WeightLoRA(AdapterMethod):
 
     name: ClassVar[str] = "weightlora"
     spending: ClassVar[str] = f"all n train until the seam; {ANY_K}"
-    presets: ClassVar[Mapping[str, Mapping[str, Any]]] = WEIGHTLORA
+    presets: ClassVar[Mapping[str, Mapping[str, object]]] = WEIGHTLORA
 
     k: int | float | None = None
     memory: str | int | None = None
