@@ -153,7 +153,7 @@ def _check(said: Mapping[str, Any], trainer: str, how: _Trainer) -> None:
         )
 
 
-def _short(value: Any) -> str:
+def _short(value: object) -> str:
     text = json.dumps(value)
     return text if len(text) <= 60 else text[:57] + "..."
 

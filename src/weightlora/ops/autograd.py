@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import weakref
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -12,6 +12,22 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from weightlora.ops.dropout import draw_seed, drawn, drop_
+
+if TYPE_CHECKING:
+    from torch.autograd.function import FunctionCtx
+
+    class _Context(FunctionCtx):
+        """What a forward pass leaves for its backward pass."""
+
+        needs_input_grad: tuple[bool, ...]
+        saved_tensors: tuple[Tensor, ...]  # x, gate, h and seed may be None
+        scale: float
+        dropout: float
+        dtype: torch.dtype
+        products: Products
+        shape: torch.Size
+        x_dtype: torch.dtype
+
 
 Seed = int | Tensor
 """Of dropout: a number, or a tensor ``()`` int64 on the device."""
@@ -141,7 +157,7 @@ class AdapterFunction(torch.autograd.Function):
 
     @staticmethod
     def forward(  # noqa: PLR0913, PLR0917  # torch passes a Function's arguments by position
-        ctx: Any,
+        ctx: _Context,
         x: Tensor,
         result: Tensor,
         A: Tensor,
@@ -162,7 +178,7 @@ class AdapterFunction(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: _Context, g: Tensor) -> tuple[Tensor | None, ...]:
         device = g.device.type
         if torch.is_autocast_enabled(device):
             with torch.autocast(device, enabled=False):
@@ -171,7 +187,7 @@ class AdapterFunction(torch.autograd.Function):
 
 
 def _forward(
-    ctx: Any,
+    ctx: _Context,
     tensors: tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None],
     scale: float,
     dropout: float,
@@ -194,13 +210,13 @@ def _forward(
     sum_ = products.add(taken.view(-1, taken.shape[-1]), h, left, scale, in_place)
     out = taken if in_place else sum_.view(taken.shape)
     need = ctx.needs_input_grad
-    ctx.save_for_backward(kept if need[2] else None, A, B, gate, h if need[3] or need[4] else None, seed)
+    ctx.save_for_backward(kept if need[2] else None, A, B, gate, h if need[3] or need[4] else None, seed)  # type: ignore[arg-type]
     ctx.scale, ctx.dropout, ctx.dtype, ctx.products = scale, dropout, dtype, products
     ctx.shape, ctx.x_dtype = x.shape, x.dtype
     return out
 
 
-def _gradients(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
+def _gradients(ctx: _Context, g: Tensor) -> tuple[Tensor | None, ...]:
     """Of x, result, A, B and gate."""
     x, A, B, gate, h, seed = ctx.saved_tensors
     dtype, scale, products = ctx.dtype, ctx.scale, ctx.products

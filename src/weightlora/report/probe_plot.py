@@ -154,7 +154,7 @@ def _text(value: object) -> str:
     return value
 
 
-def _block(value: Any) -> int | None:
+def _block(value: float | str | None) -> int | None:
     return None if value is None else int(value)
 
 
@@ -244,8 +244,14 @@ def _draw_panel(axes: Axes, probe: Probe, members: Sequence[tuple[int, Place]], 
         axes.plot([x, x], [max(0.0, mean - spread), mean + spread], color=SPREAD, linewidth=4, solid_capstyle="butt")
         axes.plot([x], [mean], zorder=3, clip_on=False, **_mark(bool(times), crowded))
         if 0 < times < len(probe.seeds) and not crowded:
-            place_of: dict[str, Any] = {"xytext": (0, 5), "textcoords": "offset points", "ha": "center"}
-            axes.annotate(str(times), (x, mean + spread), fontsize=FONT - 2, **place_of)
+            axes.annotate(
+                str(times),
+                (x, mean + spread),
+                fontsize=FONT - 2,
+                xytext=(0, 5),
+                textcoords="offset points",
+                ha="center",
+            )
 
 
 def _crowded(probe: Probe) -> bool:

@@ -6,7 +6,7 @@ import copy
 import json
 from collections import defaultdict
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import numpy as np
 from datasets import Dataset, Features, Sequence, Value
@@ -147,8 +147,9 @@ def read_squad(table: Table, name: str, *, may_be_unanswerable: bool) -> Dataset
             is not in the context where it claims to be, an id that occurs twice.
     """
     remedy = f"task {name!r} needs the columns {', '.join(COLUMNS)}"
-    columns: dict[str, list[Any]] = {column: read_texts(table, column, remedy) for column in COLUMNS[:3]}
-    columns |= {"answers": [], "answer_starts": []}
+    columns = {column: read_texts(table, column, remedy) for column in COLUMNS[:3]}
+    answers: list[list[str]] = []
+    answer_starts: list[list[int]] = []
     seen: dict[str, int] = {}
     for row, value in enumerate(table.column("answers", remedy)):
         before = seen.setdefault(columns["id"][row], row)
@@ -164,9 +165,9 @@ def read_squad(table: Table, name: str, *, may_be_unanswerable: bool) -> Dataset
                 raise table.error(
                     row, f"the answer {_short(text)} is not in the context at character {start}; repair answer_start"
                 )
-        columns["answers"].append(texts)
-        columns["answer_starts"].append(starts)
-    return Dataset.from_dict(columns, features=FEATURES)
+        answers.append(texts)
+        answer_starts.append(starts)
+    return Dataset.from_dict({**columns, "answers": answers, "answer_starts": answer_starts}, features=FEATURES)
 
 
 def _answers(table: Table, row: int, value: object) -> tuple[list[str], list[int]]:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import logging
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Callable, Iterator
 
+from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 from transformers import Trainer
@@ -32,7 +32,8 @@ def first_step(trainer: Trainer) -> Iterator[Observed]:
     """
     seen, names = Observed(), ("training_step", "compute_loss")
     before = {name: vars(trainer)[name] for name in names if name in vars(trainer)}
-    step, loss = trainer.training_step, trainer.compute_loss
+    step: Callable[..., Tensor] = trainer.training_step
+    loss: Callable[..., object] = trainer.compute_loss
     counts: list[tuple[_Operations, int]] = []
 
     def own() -> None:
@@ -40,10 +41,10 @@ def first_step(trainer: Trainer) -> Iterator[Observed]:
             vars(trainer).pop(name, None)
         vars(trainer).update(before)
 
-    def observed_step(*args: Any, **kwargs: Any) -> Any:
+    def observed_step(*args: object, **kwargs: object) -> Tensor:
         with contextlib.ExitStack() as stack:
 
-            def observed_loss(*args: Any, **kwargs: Any) -> Any:
+            def observed_loss(*args: object, **kwargs: object) -> object:
                 own()
                 operations, kept = stack.enter_context(_Operations()), KeptTensors(trainer.model)  # type: ignore[arg-type]
                 stack.callback(kept.let_go)
@@ -54,7 +55,7 @@ def first_step(trainer: Trainer) -> Iterator[Observed]:
                 return value
 
             own()
-            trainer.compute_loss = observed_loss  # type: ignore[method-assign]
+            trainer.compute_loss = observed_loss  # type: ignore[assignment,method-assign]
             try:
                 value = step(*args, **kwargs)
             finally:
@@ -90,7 +91,13 @@ class _Operations(TorchDispatchMode):
         self.total = 0
         self.error: AdapterError | None = None
 
-    def __torch_dispatch__(self, func: Any, types: object, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(
+        self,
+        func: Callable[..., object],
+        types: object,
+        args: tuple[object, ...] = (),
+        kwargs: dict[str, object] | None = None,
+    ) -> object:
         kwargs = kwargs or {}
         out = func(*args, **kwargs)
         formula = flop_registry.get(getattr(func, "_overloadpacket", func))

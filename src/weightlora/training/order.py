@@ -10,7 +10,6 @@ import contextlib
 import logging
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
 from torch.utils.data import DataLoader, IterableDataset, SequentialSampler
 from transformers import Trainer
@@ -51,7 +50,8 @@ class DataOrder:
         if self._loader is not None and kept is None and self._split is not None and has_length(self._loader):
             left = (len(self._loader) - self._read) * self._split[0]  # rows that the smaller or larger batches share
         self._split = split
-        make, samples = trainer.get_train_dataloader, trainer.get_batch_samples
+        make = trainer.get_train_dataloader
+        samples: Callable[..., tuple[list[object], object]] = trainer.get_batch_samples
         calls = 0
 
         def get_train_dataloader() -> DataLoader | None:
@@ -66,7 +66,7 @@ class DataOrder:
                     warn_of_a_new_order(trainer, self._loader, step, left)
             return self._loader
 
-        def get_batch_samples(epoch_iterator: Iterator[object], *given: Any, **named: Any) -> object:
+        def get_batch_samples(epoch_iterator: Iterator[object], *given: object, **named: object) -> object:
             if epoch_iterator is not self._live:
                 self._live, self._read, self._skipped = epoch_iterator, self._skipped, 0
             found = samples(epoch_iterator, *given, **named)
