@@ -166,7 +166,8 @@ def comparison_table(records: Sequence[Record]) -> Table:
     for row in rows:
         # LoRA has no settings: whatever else a method changed, the row of the preset that it started from is its own.
         base = _baseline(rows, row["preset"].partition(",")[0]) if comparable else None
-        row["relative_time"] = _quotient(row["seconds_per_step"], base)
+        seconds = row["seconds_per_step"]
+        row["relative_time"] = seconds / base if seconds is not None and base else None
     metric = next((record.metric for record in records if record.metric), "score")
     presets = {record.preset for record in records}
     preset = f", preset {presets.pop()}" if len(presets) == 1 else ""
@@ -244,12 +245,7 @@ def _baseline(rows: Sequence[dict[str, Any]], preset: str) -> float | None:
     """Plain LoRA's seconds per step: those of the same preset, else of the first row that has any."""
     found = [row for row in rows if row["method"] == BASELINE and row["seconds_per_step"]]
     found.sort(key=lambda row: row["preset"] != preset)  # stable: only the same preset moves to the front
-    seconds: float | None = found[0]["seconds_per_step"] if found else None
-    return seconds
-
-
-def _quotient(value: float | None, base: float | None) -> float | None:
-    return value / base if value is not None and base else None
+    return found[0]["seconds_per_step"] if found else None
 
 
 def _cell(key: str, row: dict[str, Any], units: dict[str, Unit]) -> str:
