@@ -76,6 +76,8 @@ def write_bad_files(desk: Desk) -> None:
     desk.path("holiday/photo.jpg").write_bytes(b"dear to somebody")
     desk.path("no.yaml").write_text("task: [sst2\nk: 3\n", encoding="utf-8")
     desk.path("list.yaml").write_text("- task\n- sst2\n", encoding="utf-8")
+    desk.path("adapter").mkdir()
+    desk.path("adapter/adapter_config.json").write_text("{}", encoding="utf-8")
     desk.path("typo.yaml").write_text("tsak: sst2\n", encoding="utf-8")
 
 
@@ -87,6 +89,13 @@ CASES: dict[str, Case] = {
     "unknown preset": (lambda d: d.train("--preset", "papre"), ("'papre'", "paper")),
     "unknown model": (lambda d: d.train("--model", "bert-tiny-shap"), ("'bert-tiny-shap'", "bert-tiny-shape")),
     "no such model folder": (lambda d: d.train("--model", d.path("nowhere")), ("no such folder",)),
+    "a file for a model": (lambda d: d.train("--model", d.path("good.jsonl")), ("is a file", "--train-file")),
+    "an adapter for a model": (lambda d: d.train("--model", d.path("adapter")), ("holds an adapter",)),
+    "a run for a model": (lambda d: d.train("--model", d.path("finished")), ("weightlora export",)),
+    "a recipe for a method": (lambda d: d.train("--method", "my.yaml"), ("weightlora train my.yaml",)),
+    "rows for a recipe": (lambda d: ["train", d.path("good.jsonl")], ("is no recipe", "--train-file")),
+    "steps negative": (lambda d: d.train("--max-steps", "-5"), ("max_steps=-5",)),
+    "no such place for losses": (lambda d: d.train("--report-to", "nowhere"), ("report_to='nowhere'", "none")),
     "unknown score": (lambda d: d.train("--score", "luck"), ("'luck'", "credit")),
     "unknown growth": (lambda d: d.train("--method", "weightlora+", "--growth", "tall"), ("'tall'", "qr")),
     "a setting of another method": (lambda d: d.train("--method", "top", "--gate-lr", "1"), ("gate_lr", "top")),

@@ -90,6 +90,8 @@ def test_without_a_command_there_is_help_and_code_2(capsys: pytest.CaptureFixtur
     [
         (("report", "runs", "--jsn", "x"), "--jsn x; did you mean --json?"),
         (("train", "--text-colum", "x"), "--text-colum x; did you mean --text-column?"),
+        (("train", "--epochs", "3"), "--epochs 3; did you mean --num-train-epochs?"),
+        (("train", "--max-stesp", "3"), "--max-stesp 3; did you mean --max-steps?"),
         (("train", "--qqq=1"), "--qqq=1\n"),
     ],
 )

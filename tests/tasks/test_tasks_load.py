@@ -137,6 +137,11 @@ def test_settings_out_of_range(setting: dict[str, float]) -> None:
         load_task("docstrings", **setting)  # type: ignore[arg-type]
 
 
+def test_a_folder_that_a_task_does_not_read_is_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    load_task("docstrings", data_dir=str(tmp_path), max_train_samples=20, max_eval_samples=5)
+    assert caplog.messages == [f"data_dir={tmp_path} has no effect: task 'docstrings' has its rows elsewhere"]
+
+
 def content(task: Task) -> tuple[list[str], list[str]]:
     return list(task.train["sentence"]), list(task.validation["sentence"])
 

@@ -32,6 +32,18 @@ METHOD_HELP = {
 }
 
 
+# What other programs call a flag of ours.
+ELSEWHERE = {
+    "lr": "learning-rate",
+    "epochs": "num-train-epochs",
+    "batch-size": "per-device-train-batch-size",
+    "steps": "max-steps",
+    "rank": "r",
+    "data": "train-file",
+    "output-dir": "out",
+}
+
+
 def dashed(words: Sequence[str]) -> list[str]:
     """Make ``--max_steps`` and ``--max-steps`` one flag.
 
@@ -102,7 +114,7 @@ def given_settings(
 ) -> dict[str, object]:
     """The settings of a run that the command line names, as a mapping; what nobody knows is a usage error."""
     from weightlora.methods import METHODS
-    from weightlora.runs.spec import PARTS, training_values
+    from weightlora.runs.spec import PARTS, training_fields, training_values
 
     names = {flat_name(each) for kind in PARTS.values() for each in fields(kind)} | set(METHOD_HELP)
     found = {name: value for name, value in vars(parsed).items() if name in names}
@@ -115,6 +127,9 @@ def given_settings(
     except ConfigError as error:
         parser.error(str(error))  # one usage line: ours
     if unknown:
+        for name in sorted(training_fields()):
+            if _flag(name) not in parser._option_string_actions:
+                others.add_argument(_flag(name))
         refuse_unknown(parser, unknown, others)
     return {**found, **vars(settings), **training}
 
@@ -122,7 +137,10 @@ def given_settings(
 def refuse_unknown(parser: argparse.ArgumentParser, words: Sequence[str], *more: argparse.ArgumentParser) -> NoReturn:
     """End with the usage error for words that nobody takes, and with the flag of these parsers nearest to the first."""
     flags = [flag for each in (parser, *more) for flag in each._option_string_actions]
-    near = difflib.get_close_matches(words[0].partition("=")[0], flags, n=1)
+    given = words[0].partition("=")[0]
+    near = difflib.get_close_matches(given, flags, n=1)
+    if (ours := ELSEWHERE.get(given.removeprefix("--"))) and _flag(ours) in flags:
+        near = [_flag(ours)]
     hint = f"; did you mean {near[0]}?" if near else ""
     parser.error(f"unrecognized arguments: {' '.join(words)}{hint}")
 

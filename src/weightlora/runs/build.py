@@ -13,6 +13,7 @@ import torch
 from datasets import Dataset
 from torch import nn
 from transformers import PreTrainedModel, Seq2SeqTrainingArguments, Trainer, TrainerCallback
+from transformers.integrations import get_available_reporting_integrations
 
 from weightlora.core import parse_params
 from weightlora.errors import ConfigError
@@ -266,13 +267,7 @@ def training_arguments(spec: RunSpec, output_dir: Path, prepared: Prepared | Non
     if spec.method.name == "full":
         values["learning_rate"] = FULL_LEARNING_RATE
     values |= spec.training.arguments
-    for name in ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps"):
-        if values.get(name, 1) < 1:
-            raise ConfigError(f"{name}={values[name]} is not allowed; use 1 or more")
-    if values["learning_rate"] < 0:
-        raise ConfigError(f"learning_rate={values['learning_rate']} is negative; use 0 or more")
-    if values.get("max_steps") == 0 or (values.get("max_steps", -1) < 0 and values["num_train_epochs"] <= 0):
-        raise ConfigError("the run has no step to train; use --max-steps or --num-train-epochs with more than 0")
+    _check_numbers(values)
     effective = values["per_device_train_batch_size"] * values.get("gradient_accumulation_steps", 1)
     for name in ("micro_batch", "final_micro_batch"):
         size = getattr(spec.training, name)
@@ -282,9 +277,26 @@ def training_arguments(spec: RunSpec, output_dir: Path, prepared: Prepared | Non
         values["per_device_train_batch_size"] = spec.training.micro_batch
         values["gradient_accumulation_steps"] = effective // spec.training.micro_batch
     try:
-        return Seq2SeqTrainingArguments(**values)
+        made = Seq2SeqTrainingArguments(**values)
     except (TypeError, ValueError, ImportError) as error:
         raise ConfigError(f"the training arguments are not accepted: {' '.join(str(error).split())}") from None
+    there = get_available_reporting_integrations()
+    if absent := sorted(set(made.report_to or ()) - {*there, "flyte"}):  # the one that is not listed
+        raise ConfigError(f"report_to={absent[0]!r} is not installed here; use one of {', '.join(['none', *there])}")
+    return made
+
+
+def _check_numbers(values: Mapping[str, float]) -> None:
+    """Check what Transformers lets through and no run can have."""
+    for name in ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps"):
+        if values.get(name, 1) < 1:
+            raise ConfigError(f"{name}={values[name]} is not allowed; use 1 or more")
+    if values["learning_rate"] < 0:
+        raise ConfigError(f"learning_rate={values['learning_rate']} is negative; use 0 or more")
+    if values.get("max_steps", -1) < -1:
+        raise ConfigError(f"max_steps={values['max_steps']} is negative; use 1 or more, or leave it out")
+    if values.get("max_steps") == 0 or (values.get("max_steps", -1) < 0 and values["num_train_epochs"] <= 0):
+        raise ConfigError("the run has no step to train; use --max-steps or --num-train-epochs with more than 0")
 
 
 def _steps(args: Seq2SeqTrainingArguments, rows: int) -> int:

@@ -20,6 +20,12 @@ def read_recipe(path: str | Path) -> tuple[dict[str, object], dict[str, Any]]:
     """
     import yaml
 
+    from weightlora.tasks.spec import OWN_TABLE
+
+    if Path(path).is_file() and Path(path).suffix.lower() not in (".yaml", ".yml"):
+        raise ConfigError(
+            f"{path} is no recipe, which ends in .yaml; rows of yours go with --task {OWN_TABLE} --train-file FILE"
+        )
     try:
         data = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
     except OSError as error:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import logging
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +18,7 @@ from weightlora.tasks.sources import SOURCES, choose, read_splits
 from weightlora.tasks.spec import OWN_TABLE, SQUAD, TaskSpec, is_file_task
 from weightlora.tasks.summaries import SUMMARIES, Summarization, read_summaries
 from weightlora.tasks.task import Task
+from weightlora.tasks.told import tell_once
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -81,6 +83,8 @@ def read_task(spec: TaskSpec, model: str | None = None) -> Task:
         DataError, ConfigError: as :func:`load_task`.
     """
     check_name(spec.name)
+    if spec.folder is not None and (spec.name in ("docstrings", OWN_TABLE) or is_file_task(spec.name)):
+        tell_once(logging.WARNING, f"data_dir={spec.data_dir} has no effect: {spec.data_name} has its rows elsewhere")
     if spec.name in CLASSIFICATIONS:
         return _told(spec, read_classification(spec), model)
     tables = read_splits(spec)

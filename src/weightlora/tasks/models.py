@@ -166,10 +166,16 @@ def find_model(name: str, *, known: Collection[str] = MODELS, ask_hub: bool = Tr
         ConfigError: no such folder, a name much like one of ours, or a hub that cannot be reached.
     """
     folder = Path(name).expanduser()
+    if folder.is_file():
+        raise ConfigError(f"model {name!r} is a file; pass a folder written by save_pretrained (rows: --train-file)")
     if not name or folder.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1 or folder.is_dir():
         if not (folder / "config.json").is_file():
             problem = "no config.json in this folder" if folder.is_dir() else "no such folder"
+            if (folder / "adapter_config.json").is_file():
+                problem = "this folder holds an adapter without its base"
             raise ConfigError(f"model {name!r}: {problem}; pass a folder written by save_pretrained, or a hub name")
+        if (folder / "record.json").is_file():
+            raise ConfigError(f"model {name!r} is a run; weightlora export {name} --profile merged writes its model")
         return str(folder)
     if "/" not in name and (close := difflib.get_close_matches(name.lower(), known, n=1, cutoff=0.85)):
         raise ConfigError(f"unknown model {name!r}; did you mean {close[0]!r}?")
