@@ -193,7 +193,7 @@ class _Seed:
             share = len(batch["labels"]) / len(self.rows)
             with trainer.accelerator.autocast(), trainer.compute_loss_context_manager():
                 loss = trainer.compute_loss(model, inside.prepared(batch))
-            (loss * share).backward()  # type: ignore[operator,union-attr]  # without return_outputs it is one tensor
+            (loss * share).backward()  # type: ignore[operator]  # without return_outputs it is one tensor
         products = scalar_products(model)
         model.zero_grad()
         return products.tolist()
