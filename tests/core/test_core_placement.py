@@ -112,6 +112,8 @@ def test_two_thousand_adapters_take_less_than_a_second(kind: str, share: float) 
         began = time.process_time()
         found = place(importance, costs, budget)
         seconds.append(time.process_time() - began)
+        if seconds[-1] < 1:
+            break
     assert min(seconds) < 1
     assert found.total <= budget
     assert all(place(importance, costs, budget - less).importance <= found.importance for less in (1, budget // 50))

@@ -217,10 +217,10 @@ def test_equal_files_make_equal_pages(make: Make, tmp_path: Path) -> None:
         first.write(tmp_path)
 
 
-@pytest.mark.parametrize("shape", ["bert", "llama"])
-def test_fifty_runs_stay_under_two_megabytes(make: Make, tmp_path: Path, shape: str) -> None:
+def test_fifty_runs_stay_under_two_megabytes(make: Make, tmp_path: Path) -> None:
+    """Of the model with the most adapters."""
     for seed in range(50):
-        record = make(shape, seed=seed, seam_step=200)
+        record = make("llama", seed=seed, seam_step=200)
         scored = tuple(dataclasses.replace(a, score=a.omega) for a in record.adapters)
         record = dataclasses.replace(record, adapters=scored)
         write_run(tmp_path / "runs" / str(seed), record, log=log_of(record, 200))

@@ -14,7 +14,7 @@ from weightlora.runs.spec import RunSpec
 from weightlora.tasks import read_task
 
 ASKED = 8000
-FLAGS = ("--params", "8k", "--max-steps", "24", "--select-after", "6", "--save-strategy", "no")
+FLAGS = ("--params", "8k", "--max-steps", "16", "--select-after", "4", "--save-strategy", "no")
 
 
 @pytest.mark.slow
