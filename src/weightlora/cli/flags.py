@@ -138,7 +138,7 @@ def refuse_unknown(parser: argparse.ArgumentParser, words: Sequence[str], *more:
     """End with the usage error for words that nobody takes, and with the flag of these parsers nearest to the first."""
     flags = [flag for each in (parser, *more) for flag in each._option_string_actions]
     given = words[0].partition("=")[0]
-    near = difflib.get_close_matches(given, flags, n=1)
+    near = difflib.get_close_matches(given, flags, n=1, cutoff=0.7)
     if (ours := ELSEWHERE.get(given.removeprefix("--"))) and _flag(ours) in flags:
         near = [_flag(ours)]
     hint = f"; did you mean {near[0]}?" if near else ""

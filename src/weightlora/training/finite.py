@@ -98,8 +98,8 @@ def check_learned(selection: Selection, *, gates: bool) -> None:
     if what and idle and selection.k < selection.n:
         raise ScheduleError(
             f"all {selection.n} {what} at the seam: no adapter has learned anything, so there is nothing to choose by;"
-            " check that the loss depends on the adapters, and that the learning rate is above 0 for some steps before"
-            " it (its own warm-up begins at 0)"
+            " raise select_after (in the first step of a learning rate's warm-up the rate is 0), train longer, or check"
+            " that the loss depends on the adapters"
         )
 
 
