@@ -93,7 +93,7 @@ def test_without_a_command_there_is_help_and_code_2(capsys: pytest.CaptureFixtur
         (("train", "--epochs", "3"), "--epochs 3; did you mean --num-train-epochs?"),
         (("train", "--max-stesp", "3"), "--max-stesp 3; did you mean --max-steps?"),
         (("train", "--qqq=1"), "--qqq=1\n"),
-        (("train", "--resume"), "--resume\n"),
+        (("train", "--resume"), "--resume; did you mean weightlora resume RUN?"),
     ],
 )
 def test_a_misspelled_flag_gets_the_nearest(

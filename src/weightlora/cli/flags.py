@@ -32,15 +32,16 @@ METHOD_HELP = {
 }
 
 
-# What other programs call a flag of ours.
+# What other programs call a flag or a command of ours.
 ELSEWHERE = {
-    "lr": "learning-rate",
-    "epochs": "num-train-epochs",
-    "batch-size": "per-device-train-batch-size",
-    "steps": "max-steps",
-    "rank": "r",
-    "data": "train-file",
-    "output-dir": "out",
+    "--lr": "--learning-rate",
+    "--epochs": "--num-train-epochs",
+    "--batch-size": "--per-device-train-batch-size",
+    "--steps": "--max-steps",
+    "--rank": "--r",
+    "--data": "--train-file",
+    "--label": "--label-column",
+    "--resume": "weightlora resume RUN",
 }
 
 
@@ -139,8 +140,8 @@ def refuse_unknown(parser: argparse.ArgumentParser, words: Sequence[str], *more:
     flags = [flag for each in (parser, *more) for flag in each._option_string_actions]
     given = words[0].partition("=")[0]
     near = difflib.get_close_matches(given, flags, n=1, cutoff=0.7)
-    if (ours := ELSEWHERE.get(given.removeprefix("--"))) and _flag(ours) in flags:
-        near = [_flag(ours)]
+    if (ours := ELSEWHERE.get(given)) and (ours in flags or not ours.startswith("--")):
+        near = [ours]
     hint = f"; did you mean {near[0]}?" if near else ""
     parser.error(f"unrecognized arguments: {' '.join(words)}{hint}")
 
