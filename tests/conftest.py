@@ -20,6 +20,11 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 ROOT = Path(__file__).resolve().parents[1]
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Tests of killed commands come first: then one test process alone starts the program that they share."""
+    items.sort(key=lambda item: "killer" not in getattr(item, "fixturenames", ()))
+
+
 @pytest.fixture(scope="module", autouse=True)
 def _frozen() -> None:
     """Take what earlier modules have imported and built out of the garbage collector's sight; see ``once.py``."""

@@ -137,7 +137,7 @@ def test_starts_as_the_base_model(name: str, preset: str) -> None:
     assert torch.allclose(now, then, rtol=0, atol=1e-5) if name in ("milora", "increlora") else torch.equal(now, then)
 
 
-@every_case
+@each_different
 def test_keeps_exactly_k_and_ends_as_plain_peft(name: str, preset: str) -> None:
     run = ended(name, preset)
     loop, selection, before = run.loop, run.selection, run.before
