@@ -270,7 +270,7 @@ def test_llama_3_8b_without_weights_in_ten_seconds() -> None:
         ({"optimizer": "lion"}, "use one of adamw_torch"),
         ({"quantization": "2bit"}, "use one of 8bit, 4bit"),
         ({"model": "nothing-like-it"}, "pass minilm"),
-        ({"model": "./nowhere"}, "unknown"),
+        ({"model": "./nowhere"}, "no such folder; pass a folder written by save_pretrained"),
         ({"targets": "wrong_proj"}, "no linear layer ends in 'wrong_proj'"),
         ({"model": "minilm", "head": "seq2seq-lm"}, "cannot be built with the head 'seq2seq-lm'"),
     ],

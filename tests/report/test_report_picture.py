@@ -6,7 +6,7 @@ import itertools
 import re
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from weightlora.report.charts import BOTTOM, _apart, _brief
@@ -47,6 +47,7 @@ def test_thinning_keeps_order_and_extremes(values: list[float], most: int) -> No
     assert max(y for _, y in kept) == max(values)
 
 
+@example([999999501.0, 999999502.0])
 @given(st.lists(st.floats(-1e9, 1e9), min_size=1, max_size=20))
 def test_a_scale_shows_every_value_and_round_ticks(values: list[float]) -> None:
     axis = Axis.around(values, 200, 20)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,17 @@ from transformers.utils import logging as transformers_logging
 from weightlora.methods import WeightLoRA
 from weightlora.training import fit
 from weightlora.training.told import beside_the_losses, log
+
+
+@pytest.fixture(autouse=True)
+def _not_set_up() -> Iterator[None]:
+    """The command line, which other tests call in this process, sets levels."""
+    own, verbosity = log.level, transformers_logging.get_verbosity()
+    log.setLevel(logging.NOTSET)
+    transformers_logging.set_verbosity_warning()
+    yield
+    log.setLevel(own)
+    transformers_logging.set_verbosity(verbosity)
 
 
 class Follower(Trainer):
@@ -53,14 +65,10 @@ def test_warnings_go_where_they_always_went(
 def test_silence(tmp_path: Path, capsys: pytest.CaptureFixture[str], why: str) -> None:
     kind = Follower if why == "not the main process" else Trainer
     level = {"log_level": "error"} if why == "log_level" else {}
-    before = transformers_logging.get_verbosity()
-    try:
-        made = trainer(tmp_path, disable_tqdm=why == "no losses are printed", cls=kind, **level)
-        if why == "verbosity":
-            transformers_logging.set_verbosity_error()
-        said(made)
-    finally:
-        transformers_logging.set_verbosity(before)
+    made = trainer(tmp_path, disable_tqdm=why == "no losses are printed", cls=kind, **level)
+    if why == "verbosity":
+        transformers_logging.set_verbosity_error()
+    said(made)
     assert capsys.readouterr().out == ""
 
 

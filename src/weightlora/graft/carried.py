@@ -87,10 +87,13 @@ def tied_head(root: nn.Module, heads: Mapping[str, nn.Module], *, trained: bool 
     if not heads:
         return None
     holders: dict[int, list[tuple[str, str]]] = {}
-    for path, module in plain_base(root).named_modules():
+    for path, module in root.named_modules():
+        if ".modules_to_save." in path:
+            continue  # the trained copy of what the base has
+        stock = stock_name(f"{path}.".replace(".original_module.", ".")).removesuffix(".")
         for key, parameter in module._parameters.items():
             if parameter is not None:
-                holders.setdefault(id(parameter), []).append((path, key))
+                holders.setdefault(id(parameter), []).append((stock, key))
     for shared in (places for places in holders.values() if len(places) > 1):
         saved = [(path, key) for path, key in shared if path in heads]
         values = [heads[path].get_parameter(key) for path, key in saved]

@@ -100,7 +100,12 @@ class Axis:
         values = MaxNLocator(nbins=most, steps=[1, 2, 2.5, 5, 10], integer=whole).tick_values(self.low, self.high)
         room = (self.high - self.low) * 1e-9
         shown = [float(value) for value in values if self.low - room <= value <= self.high + room]
-        return [(self.at(value), f"{value:.10g}") for value in shown]
+        return [(self.at(value), self._words(value)) for value in shown]
+
+    def _words(self, value: float) -> str:
+        """In as few digits as put it in its place."""
+        short = f"{value:.10g}"
+        return short if abs(self.at(float(short)) - self.at(value)) < 0.5 else repr(value)
 
 
 def number(value: float) -> str:
