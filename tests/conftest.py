@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,6 +12,8 @@ import pytest
 
 if TYPE_CHECKING:
     from tests.runs.killer import Killer
+
+gc.disable()  # until the first test begins: a quarter of what all imports take; see `collect_seldom`
 
 # Before the libraries that read it: no import above loads one.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")

@@ -12,6 +12,8 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
+# No garbage is looked for until all is imported; see `once.collect_seldom`.
+RUN = "import gc, runpy, sys; gc.disable(); runpy.run_path(sys.argv[1], run_name='__main__')"
 
 
 class Forks:
@@ -22,7 +24,7 @@ class Forks:
         seed = "2" if os.environ.get("PYTHONHASHSEED") == "1" else "1"  # text hashes otherwise there
         settings = {"PYTHONPATH": path, "PYTHONHASHSEED": seed, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
         self.process = subprocess.Popen(
-            [sys.executable, str(script)],
+            [sys.executable, "-c", RUN, str(script)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,

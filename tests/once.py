@@ -75,6 +75,7 @@ def collect_seldom() -> None:
     gc.collect()
     gc.freeze()
     gc.set_threshold(100_000, 50, 100)
+    gc.enable()
     trainers = sys.modules.get("accelerate.utils.memory")
     if trainers is not None:
         vars(trainers)["gc"] = SimpleNamespace(collect=lambda: gc.collect(0))
