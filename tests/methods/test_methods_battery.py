@@ -254,7 +254,7 @@ def test_k_above_n(name: str) -> None:
 @pytest.mark.parametrize(
     ("warmup", "message"),
     [
-        (9, "select_after=9 needs more than the 9 optimizer steps of this run; use at most 8, a share such as 0.1"),
+        (9, "select_after=9 needs more than the 9 optimizer steps of this run; use at most 8, or train longer"),
         (50, "select_after=50 needs more than the 9 optimizer steps"),
         (0.99, "select_after=0.99 needs more than the 9 optimizer steps"),
     ],

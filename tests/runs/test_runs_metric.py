@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import json
 import math
 from pathlib import Path
 
 import pytest
-from tests.runs.commands import TINY, read, read_rows, run_folders, spec, weightlora, write_rows
+from tests.runs.commands import TINY, read, run_folders, spec, weightlora
 
 from weightlora.errors import ConfigError
 from weightlora.runs.record import EVAL_LOSS, Record
@@ -103,18 +102,13 @@ def test_no_words_no_zero_shot(small_data: Path, tmp_path: Path, capsys: pytest.
 @pytest.mark.slow
 @pytest.mark.usefixtures("smollm2")
 def test_the_pretrained_decoder_by_name(small_data: Path, tmp_path: Path) -> None:
-    """The two commands of the manual, in little: a file of completions, and SST-2 by answer tokens."""
-    rows = read_rows(small_data / "sst2" / "train.jsonl")[:8]
-    texts = [{"prompt": f"{row['sentence']}\nSentiment:", "completion": " good"} for row in rows]
-    own = write_rows(tmp_path / "own.jsonl", texts)
+    """The command of the manual, in little: SST-2 by answer tokens."""
     steps = ("--model", "smollm2", "--max-steps", "3", "--per-device-train-batch-size", "2", "--max-eval-samples", "2")
     steps += ("--max-length", "24", "--targets", "v_proj")
     seam = ("--task", "sst2", "--data-dir", small_data, "--k", "21", "--select-after", "2")
-    assert weightlora("train", "--task", own, "--method", "lora", *steps, "--out", tmp_path / "own") == 0
-    assert weightlora("train", *seam, *steps, "--out", tmp_path / "sst2") == 0
-    for name, metric, alive in (("own", "mean_token_accuracy", 30), ("sst2", "accuracy", 21)):
-        record = Record.read(tmp_path / name / "record.json")
-        assert (record.metric, record.n_adapters, len(record.kept)) == (metric, 30, alive)
-        assert math.isfinite(record.metrics[EVAL_LOSS])
-    base = json.loads((tmp_path / "sst2" / "adapter" / "adapter_config.json").read_text(encoding="utf-8"))
+    assert weightlora("train", *seam, *steps, "--out", tmp_path / "run") == 0
+    record = Record.read(tmp_path / "run" / "record.json")
+    assert (record.metric, record.n_adapters, len(record.kept)) == ("accuracy", 30, 21)
+    assert math.isfinite(record.metrics[EVAL_LOSS])
+    base = read(tmp_path / "run" / "adapter" / "adapter_config.json")
     assert base["task_type"] == "CAUSAL_LM"

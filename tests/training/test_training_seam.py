@@ -291,6 +291,13 @@ def test_schedules_that_cannot_run(made: Method, message: str, tmp_path: Path) -
     stop_at_once(trainer(tmp_path / "out"), made, ScheduleError, message)
 
 
+def test_a_share_of_a_short_run_goes_past_the_step_without_a_rate(tmp_path: Path) -> None:
+    """The schedule's rate is 0 in step 1, so that nothing could be chosen after it."""
+    result = fit(trainer(tmp_path, steps=6, warmup_steps=1), WeightLoRA(k=2))
+    assert result.selection is not None
+    assert (result.selection.step, result.selection.k) == (2, 2)
+
+
 def test_the_length_of_a_run_in_epochs_counts(tmp_path: Path) -> None:
     each = trainer(tmp_path / "out", steps=-1, num_train_epochs=2, gradient_accumulation_steps=3)
     # 8 batches of 4, three at a time: 3 steps an epoch.

@@ -67,19 +67,20 @@ def check_steps(steps: int | float | None, name: str) -> None:
 
 
 def check_warmup(steps: int | float, max_steps: int, name: str = "select_after") -> int:
-    """A warm-up length T in optimizer steps; a fraction means a share of the run. `name` is for messages.
+    """A warm-up length T in optimizer steps; a fraction means a share of the run, and two steps at least: in the first
+    one the learning rate of a schedule is often still 0, and nothing has moved. `name` is for messages.
 
     Raises:
         ScheduleError: T is not inside the run.
 
-    >>> check_warmup(0.1, 300), check_warmup(50, 300)
-    (30, 50)
+    >>> check_warmup(0.1, 300), check_warmup(50, 300), check_warmup(0.1, 8)
+    (30, 50, 2)
     """
-    count = max(1, round(steps * max_steps)) if isinstance(steps, float) and steps < 1 else int(steps)
+    count = max(2, round(steps * max_steps)) if isinstance(steps, float) and steps < 1 else int(steps)
     if count >= max_steps:
         raise ScheduleError(
             f"{name}={steps} needs more than the {max_steps} optimizer steps of this run;"
-            f" use at most {max_steps - 1}, a share such as 0.1, or train longer"
+            + (f" use at most {max_steps - 1}, or train longer" if max_steps > 1 else " train longer")
         )
     return count
 
