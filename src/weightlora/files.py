@@ -35,6 +35,20 @@ def new_file(path: Path) -> Iterator[Path]:
         temporary.unlink(missing_ok=True)
 
 
+def why_not_written(path: Path) -> str | None:
+    """Say why no file can be written there; None: nothing is in the way.
+
+    >>> why_not_written(Path(tempfile.gettempdir())), why_not_written(Path("new/folder/a.txt"))
+    ('it is a folder', None)
+    """
+    if path.is_dir():
+        return "it is a folder"
+    above = next(folder for folder in path.absolute().parents if folder.exists())
+    if not above.is_dir():
+        return f"{above} is a file"
+    return None if os.access(above, os.W_OK) else f"{above} may not be written"
+
+
 def write_text(path: Path, text: str) -> Path:
     """Write UTF-8 text atomically."""
     with new_file(path) as temporary:

@@ -144,6 +144,7 @@ CASES: dict[str, Case] = {
         lambda d: [*d.train("--overwrite", out="finished"), "--task", "sst3"], ("'sst3'",),
     ),
     "json is a folder": (lambda d: d.train("--json", d.folder), ("is a folder", "--json")),
+    "json below a file": (lambda d: d.train("--json", d.path("a_file") / "a.json"), ("a_file is a file", "--json")),
     "no recipe": (lambda d: ["train", d.path("nowhere.yaml"), "--out", d.path("out")], ("nowhere.yaml", "No such")),
     "recipe is no YAML": (lambda d: ["train", d.path("no.yaml"), "--out", d.path("out")], ("no.yaml", "not YAML")),
     "typo in a recipe": (

@@ -19,7 +19,7 @@ from weightlora.cli import commands, studies
 from weightlora.cli.command import Command, Given
 from weightlora.cli.flags import add_run, add_spec, dashed, given_settings, refuse_unknown
 from weightlora.errors import ConfigError, WeightLoRAError
-from weightlora.files import disk_is_full
+from weightlora.files import disk_is_full, why_not_written
 from weightlora.settings import flat_name
 
 COMMANDS: dict[str, Command] = {
@@ -86,7 +86,7 @@ def _read(name: str, words: Sequence[str], options: argparse.Namespace) -> Given
     """What a user gave: words to options and settings, and a recipe's settings beneath.
 
     Raises:
-        ConfigError: the recipe cannot be read, or --json names a folder.
+        ConfigError: the recipe cannot be read, or --json cannot be written.
     """
     command = COMMANDS[name]
     recipe = None
@@ -102,8 +102,8 @@ def _read(name: str, words: Sequence[str], options: argparse.Namespace) -> Given
     _, rest = parser.parse_known_args(words, options)
     if rest and not command.takes_run:
         refuse_unknown(parser, rest)
-    if options.json is not None and Path(options.json).is_dir():
-        raise ConfigError(f"{options.json} is a folder; give --json a file, or - for standard output")
+    if options.json not in (None, "-") and (why := why_not_written(Path(options.json))):
+        raise ConfigError(f"--json {options.json} cannot be written: {why}; give a file, or - for standard output")
     if name == "report":  # which loads none of the libraries
         return Given(options=options)
     _quiet_libraries()
