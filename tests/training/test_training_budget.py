@@ -23,7 +23,7 @@ BATCH, STEPS = 8, 8
 RAGGED = [5, 8, 3, 8, 6, 7, 4, 8]
 
 
-SLOW = [("bert", WeightLoRAPlus), ("bart", WeightLoRA), ("bart", WeightLoRAPlus)]
+SLOW = [("bert", WeightLoRAPlus), ("bart", WeightLoRA)]
 
 
 def ragged() -> list[dict[str, Any]]:

@@ -67,22 +67,35 @@ def check_steps(steps: int | float | None, name: str) -> None:
 
 
 def check_warmup(steps: int | float, max_steps: int, name: str = "select_after") -> int:
-    """A warm-up length T in optimizer steps; a fraction means a share of the run, and two steps at least: in the first
-    one the learning rate of a schedule is often still 0, and nothing has moved. `name` is for messages.
+    """A warm-up length in optimizer steps; a fraction means a share of the run. `name` is for messages.
 
     Raises:
-        ScheduleError: T is not inside the run.
+        ScheduleError: it is not inside the run.
 
-    >>> check_warmup(0.1, 300), check_warmup(50, 300), check_warmup(0.1, 8)
-    (30, 50, 2)
+    >>> check_warmup(0.1, 300), check_warmup(50, 300)
+    (30, 50)
     """
-    count = max(2, round(steps * max_steps)) if isinstance(steps, float) and steps < 1 else int(steps)
+    count = max(1, round(steps * max_steps)) if isinstance(steps, float) and steps < 1 else int(steps)
     if count >= max_steps:
         raise ScheduleError(
             f"{name}={steps} needs more than the {max_steps} optimizer steps of this run;"
             + (f" use at most {max_steps - 1}, or train longer" if max_steps > 1 else " train longer")
         )
     return count
+
+
+def check_select_after(steps: int | float, max_steps: int) -> int:
+    """The step T after which adapters are chosen. A share of the run is two steps at least: in the first one the
+    learning rate of a schedule is often still 0, and nothing has moved.
+
+    Raises:
+        ScheduleError: T is not inside the run.
+
+    >>> check_select_after(0.15, 300), check_select_after(0.15, 8), check_select_after(1, 8)
+    (45, 2, 1)
+    """
+    count = check_warmup(steps, max_steps)
+    return max(2, count) if isinstance(steps, float) and max_steps > 2 else count
 
 
 def check_smoothing(beta1: float, beta2: float, orth_reg_weight: float) -> None:

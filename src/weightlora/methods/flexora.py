@@ -15,7 +15,7 @@ from weightlora.errors import ConfigError, ScheduleError
 from weightlora.graft import Adapter, Selection, block_numbers
 from weightlora.methods.base import Needs
 from weightlora.methods.budgets import SpendingMethod, spread
-from weightlora.methods.checks import check_least, check_warmup
+from weightlora.methods.checks import check_least, check_select_after
 from weightlora.methods.policy import Decision, Fresh, GrowthPlan, Restarting, Setup, StepView, slope
 
 
@@ -79,7 +79,7 @@ class FlexoraPolicy(Restarting):
     def __init__(self, method: Flexora, adapters: tuple[Adapter, ...], max_steps: int) -> None:
         super().__init__(adapters, Setup(gates="set"), method.seed)
         self.method = method
-        self.seam = check_warmup(method.select_after, max_steps)
+        self.seam = check_select_after(method.select_after, max_steps)
         self.blocks = block_numbers(adapters)
         count = len({block for block in self.blocks if block is not None})
         if count < 2:

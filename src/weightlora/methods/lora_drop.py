@@ -15,7 +15,7 @@ from weightlora.errors import ConfigError, ScheduleError
 from weightlora.graft import Adapter, output_energy
 from weightlora.methods.base import Needs
 from weightlora.methods.budgets import SpendingMethod, spread
-from weightlora.methods.checks import check_least, check_warmup
+from weightlora.methods.checks import check_least, check_select_after
 from weightlora.methods.policy import Decision, Fresh, GrowthPlan, Restarting, Setup, StepView
 from weightlora.methods.tied_lora import sharers
 
@@ -77,7 +77,7 @@ class LoRADropPolicy(Restarting):
     def __init__(self, method: LoRADrop, adapters: tuple[Adapter, ...], max_steps: int) -> None:
         super().__init__(adapters, Setup(), method.seed)
         self.method = method
-        self.seam = check_warmup(method.select_after, max_steps)
+        self.seam = check_select_after(method.select_after, max_steps)
         self.energies = torch.zeros(len(adapters), dtype=torch.float64)
 
     def observe(self, view: StepView) -> Sequence[Fresh]:

@@ -12,7 +12,7 @@ from torch import Tensor
 from weightlora.core import coverage, format_bytes, gate_step, gradual_k, holding, place, support
 from weightlora.errors import BudgetError, ScheduleError
 from weightlora.graft import Adapter, Selection, block_numbers
-from weightlora.methods.checks import check_k, check_warmup
+from weightlora.methods.checks import check_k, check_select_after
 from weightlora.methods.policy import Budget, Decision, Factors, Fresh, HeldOut, Policy, Room, Setup, StepView, Weights
 from weightlora.methods.weightlora.worth import WORTHS
 
@@ -38,7 +38,7 @@ class WeightLoRAPolicy(Policy):
         self.method = method
         # Under a budget no count is known before the end of warm-up: nothing is projected on the way there.
         self.k = len(adapters) if method.k is None else check_k(method.k, adapters)
-        self.horizon = max_steps if method.select_after is None else check_warmup(method.select_after, max_steps)
+        self.horizon = max_steps if method.select_after is None else check_select_after(method.select_after, max_steps)
         self.seam = None if method.select_after is None else self.horizon
         if self.worth is None and not learns and (method.k is None or self.k < len(adapters)):
             raise ScheduleError(
