@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 import types
 import typing
@@ -97,13 +98,19 @@ def _decode_items(origin: type, arguments: tuple[type, ...], value: object, wher
 
 def _decode_object(hint: type, data: dict[str, object], where: str) -> object:
     """The dataclass ``hint`` from a JSON object; unknown keys are ignored."""
-    hints = typing.get_type_hints(hint)
+    hints, optional = _schema(hint)
     dot = f"{where}." if where else ""
-    optional = {f.name for f in dataclasses.fields(hint) if f.default_factory is not dataclasses.MISSING}
     for name in hints:
         if name not in data and name not in optional:
             raise CheckpointError(f"it has no key '{dot}{name}'")
     return hint(**{name: _decode(kind, data[name], f"{dot}{name}") for name, kind in hints.items() if name in data})
+
+
+@functools.cache
+def _schema(kind: type) -> tuple[dict[str, type], frozenset[str]]:
+    """The types of a dataclass's fields, and which of them may be left out."""
+    optional = {f.name for f in dataclasses.fields(kind) if f.default_factory is not dataclasses.MISSING}
+    return typing.get_type_hints(kind), frozenset(optional)
 
 
 def _decode_float(value: object, where: str) -> float:
