@@ -150,12 +150,12 @@ def prepare() -> None:
 
 
 def start(job: dict[str, Any]) -> dict[str, Any]:
-    """The program, its standard error being a terminal or a pipe that the test reads while it runs, or a file."""
+    """A program's `entry`; its standard error is a terminal or a pipe that the test reads while it runs, or a file."""
     streams = [os.open(job[name], os.O_RDWR | os.O_NOCTTY | os.O_CREAT) for name in ("stdout", "stderr")]
     pid = os.fork()
     if pid == 0:
-        from weightlora.cli.main import entry
-
+        entry = importlib.import_module(job["program"]).entry
+        os.chdir(job["folder"])
         for number, stream in enumerate(streams, start=1):
             os.dup2(stream, number)
             os.close(stream)

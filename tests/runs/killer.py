@@ -32,9 +32,13 @@ class Killer(Forks):
             assert one["signal"] == wanted, (out.name, number, one["signal"], answer["output"][-2000:])
         return tries
 
-    def start(self, words: list[str], stderr: str | Path, stdout: str | Path = os.devnull) -> int:
+    def start(
+        self, words: list[str], stderr: str | Path, stdout: str | Path = os.devnull, *,
+        program: str = "weightlora.cli.main", folder: Path | None = None,
+    ) -> int:  # fmt: skip
         """The number of a process that has begun to do a command, with those terminals, pipes or files to write to."""
-        pid: int = self.ask({"words": words, "stderr": str(stderr), "stdout": str(stdout)})["pid"]
+        job = {"words": words, "stderr": str(stderr), "stdout": str(stdout), "program": program}
+        pid: int = self.ask({**job, "folder": str(folder or Path.cwd())})["pid"]
         return pid
 
     def call(self, function: str) -> dict[str, Any]:

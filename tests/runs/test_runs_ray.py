@@ -4,39 +4,24 @@ from __future__ import annotations
 
 import json
 import os
-import secrets
 import signal
-import subprocess
-import sys
 import threading
 import time
 from pathlib import Path
 
 import pytest
 from tests.runs.commands import read, spec, weightlora
+from tests.runs.killer import Killer
 
 from weightlora.study.jobs import attempt
 
 pytest.importorskip("ray", reason="NO RAY: pip install weightlora[ray]")
 
-SRC = Path(__file__).resolve().parents[2] / "src"
-
 STEPS, SAVE = 40, 10
 RAYLET = "raylet"  # the file for the process id of the node that is to die
 
 
-def on_ray(commands: list[list[str]], folder: Path) -> subprocess.Popen[str]:
-    """Start commands on a Ray of their own, in `folder`."""
-    own = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}  # else it writes one to the home folder
-    own |= {"RAY_USAGE_STATS_ENABLED": "0", "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0", "OMP_NUM_THREADS": "1"}
-    own |= {"RAY_worker_niceness": "0"}  # Ray's 15 would starve beside other tests
-    own["PYTHONPATH"] = os.pathsep.join([str(SRC), *filter(None, [os.environ.get("PYTHONPATH")])])
-    script = str(Path(__file__).with_name("ray_run.py"))
-    command = [sys.executable, script, json.dumps(commands), str(folder / RAYLET)]
-    return subprocess.Popen(command, cwd=folder, env=os.environ | own, stderr=subprocess.PIPE, text=True)
-
-
-class Killer(threading.Thread):
+class NodeKiller(threading.Thread):
     """Kills the second node in the middle of a run that has a checkpoint, once another run is finished."""
 
     def __init__(self, folder: Path) -> None:
@@ -84,21 +69,23 @@ def times(folders: list[Path]) -> dict[str, int]:
 
 @pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/fd").is_dir(), reason="NO /proc: a worker cannot be found by its lock")
-def test_a_node_is_killed_and_nothing_is_lost_or_run_twice(tmp_path: Path) -> None:
+def test_a_node_is_killed_and_nothing_is_lost_or_run_twice(killer: Killer, tmp_path: Path) -> None:
     shape = ["--task", "docstrings", "--model", "bert-tiny-shape", "--max-length", "24", "--max-train-samples", "200"]
     shape += ["--max-eval-samples", "40", "--per-device-train-batch-size", "8", "--ray", "auto"]
     words = ["sweep", *shape, "--methods", "top,lora", "--seeds", "0,1", "--max-steps", str(STEPS)]
     words += ["--save-steps", str(SAVE), "--save-total-limit", "9"]
     words += ["--out", "out"]  # relative: workers must not take it for a path of theirs
     comparison = ["compare", *shape, "--methods", "top", "--seeds", "0", "--max-steps", "4", "--out", "compared"]
-    killer = Killer(tmp_path)
-    killer.start()
+    death = NodeKiller(tmp_path)
+    death.start()
     # The second time all is there already.
-    with on_ray([words, words, comparison], tmp_path) as command:
-        said = command.communicate(timeout=270)[1]
-    assert command.returncode == 0, said
-    killer.join(timeout=5)
-    assert killer.killed is not None, "the runs were over before one could be killed"
+    commands, err = json.dumps([words, words, comparison]), tmp_path / "err"
+    program = killer.start([commands, str(tmp_path / RAYLET)], err, program="tests.runs.ray_run", folder=tmp_path)
+    code = killer.finish(program)
+    said = err.read_text(encoding="utf-8")
+    assert code == 0, said
+    death.join(timeout=5)
+    assert death.killed is not None, "the runs were over before one could be killed"
 
     records = [read(path) for path in sorted((tmp_path / "out" / "runs").glob("*/record.json"))]
     assert sorted((record["method"], record["seed"], record["status"]) for record in records) == [
@@ -107,19 +94,19 @@ def test_a_node_is_killed_and_nothing_is_lost_or_run_twice(tmp_path: Path) -> No
     assert said.count("[4/4]") == 1
     assert said.count("4 of 4 runs are there already") == 1
     # What was done when the node died was not touched again: finished runs, and the killed run's checkpoints.
-    assert killer.finished
-    assert {path: os.stat(path).st_mtime_ns for path in killer.finished} == killer.finished
-    assert {path: os.stat(path).st_mtime_ns for path in killer.checkpoints} == killer.checkpoints
+    assert death.finished
+    assert {path: os.stat(path).st_mtime_ns for path in death.finished} == death.finished
+    assert {path: os.stat(path).st_mtime_ns for path in death.checkpoints} == death.checkpoints
 
     compared = read(tmp_path / "compared" / "table.json")["rows"]
     assert [(row["method"], row["seeds"], row["failed"]) for row in compared] == [("top", [0], 0)]
 
     # The same run without Ray and without a death ends in the same adapter.
-    values = json.loads((killer.killed / "config.json").read_text(encoding="utf-8"))
+    values = json.loads((death.killed / "config.json").read_text(encoding="utf-8"))
     values.pop("schema_version")
     alone = attempt(spec(**values), tmp_path / "alone", quiet=True)
-    assert alone.metrics == read(killer.killed / "record.json")["metrics"]
-    adapters = [folder / "adapter" / "adapter_model.safetensors" for folder in (tmp_path / "alone", killer.killed)]
+    assert alone.metrics == read(death.killed / "record.json")["metrics"]
+    adapters = [folder / "adapter" / "adapter_model.safetensors" for folder in (tmp_path / "alone", death.killed)]
     assert adapters[0].read_bytes() == adapters[1].read_bytes()
 
 
