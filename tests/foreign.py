@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 from filelock import FileLock
+from tests.forks import RUN
 
 from weightlora.files import new_folder
 from weightlora.tasks.smollm2 import cache_folder
@@ -55,7 +56,7 @@ def _installed(name: str, pins: Sequence[str], command: Sequence[str]) -> Path:
 def run_python(script: Path, packages: Path, *words: str, **settings: str) -> str:
     """What a script prints that runs with such packages in front of the environment's, on one thread, offline."""
     done = subprocess.run(
-        [sys.executable, str(script), *words],
+        [sys.executable, "-c", RUN, str(script), *words],
         capture_output=True,
         text=True,
         check=False,
