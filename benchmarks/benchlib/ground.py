@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import peft
@@ -39,6 +39,7 @@ class Settings:
     train_rows: int = 6000
     judged_rows: int = 436
     max_length: int = 96
+    words: str = ""  # that stand for the classes, each of one token, where their names are longer
 
 
 @dataclass(frozen=True)
@@ -119,6 +120,8 @@ class Ground:
             }
         )
         task = read_task(spec.task, settings.model)
+        if settings.words:
+            task = replace(task, words=tuple(settings.words.split()))  # type: ignore[call-arg]
         loaded = load_model(settings.model, **task.model_settings, seed=0)
         prepared = task.prepare(loaded, settings.max_length)
         self.answers = prepared.preprocess_logits.tokens if task.head == "causal-lm" else None  # type: ignore[union-attr]

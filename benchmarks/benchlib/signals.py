@@ -48,6 +48,27 @@ def all_scores(
     return scores, sums
 
 
+def in_rounds(ground: Ground, seed: int, rate: float, *, steps: int, k: int) -> tuple[list[int], list[int]]:
+    """Progressive pruning: warm up, keep the half of most credit, warm up again with these alone, until `k` are left.
+
+    Every round begins from fresh values and rows. Before the first step nothing can be pruned in rounds: B = 0, so the
+    gradient of an adapter does not depend on which others there are.
+
+    Returns:
+        The `k` of most credit after the first round, and the `k` that are left after the last.
+    """
+    alive, once = list(range(len(ground.names))), []
+    while len(alive) > k:
+        walk = _Walk(len(alive))
+        ground.trial(alive, seed=seed, rate=rate, observe=walk, steps=steps, judged=False)
+        order = sorted(range(len(alive)), key=lambda i, walk=walk: -float(walk.own[i]))  # type: ignore[misc]
+        once = once or sorted(order[:k])
+        alive = sorted(alive[i] for i in order[: max(k, len(alive) // 2)])
+        seed += 1
+    ground.reset()
+    return once, alive
+
+
 def _grads(trained: Trained) -> list[Tensor]:
     return [torch.zeros_like(p) if p.grad is None else p.grad.detach().clone() for p in trained.flat()]
 
