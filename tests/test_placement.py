@@ -3,13 +3,20 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
 from benchlib.judging import load, partial, value
+from benchlib.verdicts import judge, paired, show
 from placement import random_sets
+
+ROOT = Path(__file__).parents[1]
+RESULTS = ROOT / "benchmarks" / "results"
+GROUNDS = ("smollm2-sst2", "minilm-sst2", "minilm-docstrings")
 
 BLOCKS = [i // 7 for i in range(210)]
 KINDS = [str(i % 7) for i in range(210)]
@@ -43,7 +50,7 @@ def test_a_spread_value_is_the_sum_of_roots_over_blocks() -> None:
 
 
 def test_the_stored_table_can_be_loaded() -> None:
-    path = Path(__file__).parents[1] / "benchmarks" / "results" / "placement-smollm2-sst2.json"
+    path = RESULTS / "placement-smollm2-sst2.json"
     sets, scores, adapters = load(str(path))
     assert len(sets) == 60
     assert {len(values) for values in scores.values()} == {len(adapters)} == {210}
@@ -52,3 +59,60 @@ def test_the_stored_table_can_be_loaded() -> None:
     blocks, kinds = [a["block"] for a in adapters], [a["kind"] for a in adapters]
     assert [one["set"] for one in sets] == random_sets(blocks, kinds, 60)
     assert json.loads(path.read_text())["rate"] == 1e-3
+
+
+def results(ground: str, judged: str = "") -> dict[str, Any]:
+    found: dict[str, Any] = json.loads((RESULTS / f"placement-{judged}{ground}.json").read_text())
+    return found
+
+
+def test_the_verdicts_are_those_of_the_trials() -> None:
+    """Where judging takes no bootstrap; the others are made by ``placement.py judge``."""
+    assert judge(RESULTS / "placement-minilm-docstrings.json") == results("minilm-docstrings", "judged-")
+
+
+def test_the_evidence_says_what_the_results_say(capsys: pytest.CaptureFixture[str]) -> None:
+    """Every score, every difference with its interval, and every verdict."""
+    page = (ROOT / "docs" / "evidence.md").read_text(encoding="utf-8")
+    scores: set[str] = set()
+    for ground in GROUNDS:
+        judged = results(ground, "judged-")
+        show(judged, results(ground))
+        for one in judged.get("partial", {}).values():
+            scores.add(f"{one['correlation']:+.2f} ({one['low']:+.2f} to {one['high']:+.2f})")
+    printed = capsys.readouterr().out
+    in_tables = [line for line in page.splitlines() if line.startswith("|")]
+    found = [cell for line in in_tables for cell in re.findall(r"[+-]\d\.\d\d \([^)]* to [^)]*\)", line)]
+    assert len(found) > 60
+    assert set(found) <= scores
+    rows = [re.search(r"\d\.\d{4} \| [+-]\d\.\d{4} ± \d\.\d{4} \| \d\.\d{3}", line) for line in in_tables]
+    told = [row[0] for row in rows if row]
+    assert len(told) > 30
+    assert [row for row in told if row not in printed] == []
+    differences = [re.match(r"\| [^|]* \| \**([+-][\d.]+ ± [\d.]+)\** \|", line) for line in in_tables]
+    stated = [one[1] for one in differences if one]
+    assert len(stated) == 3 * len(GROUNDS)
+    assert [one for one in stated if f"{one} nats, p = " not in printed] == []
+
+
+# A row of the README: the ground, and the sets that it compares.
+HEADLINE = {
+    "SmolLM2-135M, SST-2: 76 of 210": ("smollm2-sst2", "half kept, credit"),
+    "MiniLM, SST-2: 17 of 36": ("minilm-sst2", "half kept, credit"),
+    "MiniLM, docstrings: 17 of 36": ("minilm-docstrings", "half kept, credit"),
+    "the same, 17 of 36 by chance": ("minilm-docstrings", "half kept, chance"),
+    "the same, a head alone": ("minilm-docstrings", "none, head rate 0.005"),
+}
+
+
+@pytest.mark.parametrize("row", HEADLINE)
+def test_the_readme_says_what_the_results_say(row: str) -> None:
+    ground, label = HEADLINE[row]
+    data = results(ground)
+    gap, half, _ = paired(data, label, "all")
+    (line,) = [line for line in (ROOT / "README.md").read_text(encoding="utf-8").splitlines() if row in line]
+    said = [float(number) for number in re.findall(r"[+-]\d\.\d{3}", line)]
+    assert said == pytest.approx([gap, gap - half, gap + half], abs=0.0006)
+    chosen = next(t for t in data["trials"] if t["label"] == label and t["seed"] == 1)["set"]
+    counts = re.search(r"(\d+) of (\d+)", line)
+    assert counts is None or [*map(int, counts.groups())] == [len(chosen), len(data["adapters"])]
