@@ -63,7 +63,8 @@ ROOMS: dict[str, Room] = {
     "cost": Room(rooms=names("core graft settings"), packages=names("lazy_loader torch numpy transformers")),
     "cost.results": Room(rooms=names("decoding")),
     "cost.plan_spec": Room(rooms=names("settings cost.tensors"), eager=names("settings")),
-    "methods": Room(rooms=names("core graft settings"), packages=names("torch")),
+    "methods": Room(rooms=names("core graft settings"), packages=names("lazy_loader torch")),
+    "methods.names": Room(),
     "training": Room(
         rooms=names("methods cost graft files decoding"), packages=names("torch numpy transformers accelerate tqdm")
     ),
@@ -94,7 +95,7 @@ ROOMS: dict[str, Room] = {
     "cli": Room(
         rooms=names(f"{INNER} study report files settings") | {""},
         packages=names("transformers"),
-        eager=names("files settings decoding"),
+        eager=names("files settings decoding methods.names"),
     ),
 }
 

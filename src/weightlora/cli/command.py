@@ -10,24 +10,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-# Known here without loading a method.
-METHOD_NAMES = (
-    *("weightlora", "weightlora+", "lora", "full", "head", "zero-shot", "random", "top", "gradient", "adalora"),
-    *(
-        "increlora",
-        "dynamic_lora",
-        "lora_drop",
-        "alora",
-        "flexora",
-        "flexlora",
-        "melora",
-        "tied_lora",
-        "nora",
-        "milora",
-    ),
-    *("domlora", "eva", "plop", "cka", "aletheia", "kappatune", "gora", "attention_output", "feed_forward"),
-    *("dora", "vera", "vb_lora"),
-)
+from weightlora.methods.names import NAMES
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -114,7 +97,7 @@ def option_dry_run(parser: argparse.ArgumentParser) -> None:
 
 def option_method(parser: argparse.ArgumentParser) -> None:
     """Add --method."""
-    text = f"a method: {', '.join(METHOD_NAMES)} (default: weightlora)"
+    text = f"a method: {', '.join(NAMES)} (default: weightlora)"
     parser.add_argument("--method", default=argparse.SUPPRESS, help=text)
 
 
