@@ -37,9 +37,9 @@ import weightlora
 from benchlib.clocks import clock, summary
 from benchlib.shapes import SHAPES, Shape, build, resized
 from weightlora.cost.measure import StepCost, isolated_rng, step_cost
-from weightlora.graft import Gates
 from weightlora.graft.adapters import adapters, factors, lora_layers
 from weightlora.graft.fast import fast_path, stock_path
+from weightlora.graft.forms import Gates
 from weightlora.ops import engine, why_no_triton
 
 

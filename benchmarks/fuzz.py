@@ -242,7 +242,7 @@ class Fuzz:
         read_recipe(path)
 
     def manifest(self) -> None:
-        from weightlora.graft import MANIFEST, Manifest
+        from weightlora.graft.manifest import MANIFEST, Manifest
         from weightlora.training.global_batch import GlobalBatch
         from weightlora.training.results import read_progress
 
@@ -262,7 +262,7 @@ class Fuzz:
         Record.read(self.work / "record.json").to_json()
 
     def selection(self) -> None:
-        from weightlora.graft import Selection
+        from weightlora.graft.selection import Selection
 
         selection = self.good_manifest().selection
         assert selection is not None
@@ -324,7 +324,8 @@ class Fuzz:
 
     def good_manifest(self) -> Any:
         """A manifest after the seam."""
-        from weightlora.graft import Choice, Manifest, Selection
+        from weightlora.graft.manifest import Manifest
+        from weightlora.graft.selection import Choice, Selection
 
         choices = tuple(
             Choice(name=name, kept=kept, omega=1.0, score=0.5, rank=4, scale=2.0)

@@ -27,7 +27,8 @@ from benchlib.shapes import SHAPES, Shape, build, resized
 from memory_vs_adapters import peak
 from weightlora.cost import Estimate, Phase, Setting, Traced
 from weightlora.cost.measure import kept_bytes
-from weightlora.graft import adapters, checkpoint_blocks, end_backward_at_lowest
+from weightlora.graft.adapters import adapters
+from weightlora.graft.depth import checkpoint_blocks, end_backward_at_lowest
 
 DEFAULT = ("minilm", "deberta-v3-base", "bart-large", "llama-512")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}

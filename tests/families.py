@@ -23,8 +23,9 @@ from transformers import Trainer
 from weightlora.cost import kept_bytes
 from weightlora.cost.plan_spec import PlanConfig
 from weightlora.errors import AdapterError, ExportError, PlanError
-from weightlora.graft import adapters, fast_path
+from weightlora.graft.adapters import adapters
 from weightlora.graft.export import export
+from weightlora.graft.fast import fast_path
 from weightlora.methods import WeightLoRA, WeightLoRAPlus
 from weightlora.runs.plan import adapted, loss_of, planner_for
 from weightlora.training import FitResult, fit

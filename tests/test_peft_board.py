@@ -11,7 +11,7 @@ from tests.graft.trainer_run import SIZES, llama
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 import peft_board
-from weightlora.graft import Choice, Selection
+from weightlora.graft.selection import Choice, Selection
 
 # Of the results in huggingface/peft, method_comparison/MetaMathQA/results, as its utils.py writes them at 0134244.
 KEYS = {

@@ -11,7 +11,15 @@ import torch
 from torch import Tensor, nn
 
 from benchlib.ground import Ground, Trained
-from weightlora.core import credit, cross_energy, gate_points, integrated, one_shot, trapezoid, whitened_energy
+from weightlora.core.importance import (
+    credit,
+    cross_energy,
+    gate_points,
+    integrated,
+    one_shot,
+    trapezoid,
+    whitened_energy,
+)
 from weightlora.core.published import alignment, condition_number, explained_variance, linear_cka, sensitivity
 
 Scores = dict[str, list[float]]

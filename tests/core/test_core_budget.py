@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from weightlora.core import (
+from weightlora.core.budget import (
     adapter_params,
     grown_ranks,
     k_for_params,

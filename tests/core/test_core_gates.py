@@ -11,7 +11,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from weightlora.core import Rule, Shape, gate_step, gradual_k
+from weightlora.core.gates import Shape, gate_step, gradual_k
+from weightlora.core.projection import Rule
 from weightlora.errors import ConfigError
 
 SHAPES: tuple[Shape, ...] = ("constant", "cubic", "halving")

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from weightlora.core import Growth, Noise, grow
+from weightlora.core.growth import Growth, Noise, grow
 from weightlora.errors import AdapterError, ConfigError
 
 VARIANTS: list[tuple[Growth, Noise, bool]] = list(

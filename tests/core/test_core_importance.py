@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from weightlora.core import coverage, credit, gate_gradient, one_shot
+from weightlora.core.importance import coverage, credit, gate_gradient, one_shot
 from weightlora.errors import ConfigError
 
 SCALE = 4.0

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from weightlora.core import PlacementCosts, place
+from weightlora.core.placement import PlacementCosts, place
 from weightlora.errors import BudgetError, ConfigError
 
 

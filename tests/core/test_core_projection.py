@@ -9,7 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from weightlora.core import Rule, support, top_k
+from weightlora.core.projection import Rule, support, top_k
 from weightlora.errors import ConfigError, WeightLoRAError
 
 RULES: tuple[Rule, ...] = ("signed", "positive", "magnitude")

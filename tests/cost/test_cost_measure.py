@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from transformers import DebertaV2Config, DebertaV2ForSequenceClassification
 
 from weightlora.cost import StepCost, kept_bytes, step_cost
-from weightlora.graft import adapters, disconnect
+from weightlora.graft.adapters import adapters
+from weightlora.graft.surgery import disconnect
 
 
 def test_bytes_and_flops_of_a_small_net_by_hand() -> None:

@@ -20,7 +20,8 @@ from weightlora.cost import PlanConfig, Planner
 from weightlora.cost.parallel import Moved, Parallel, beside, traffic
 from weightlora.cost.plan_text import plan_text
 from weightlora.errors import ConfigError
-from weightlora.graft import adapters, disconnect
+from weightlora.graft.adapters import adapters
+from weightlora.graft.surgery import disconnect
 from weightlora.runs.plan import adapted, calibrate, planner_for
 
 N = 4

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tests.builders import ALL_LINEAR, FAMILIES, batch, lora
 
-from weightlora.core import PlacementCosts
+from weightlora.core.placement import PlacementCosts
 from weightlora.cost import ActivationTrace, placement_costs, trace
 
 

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from torch import nn
 from transformers import Trainer, TrainingArguments
 
-from weightlora.core import format_bytes, parse_bytes
+from weightlora.core.sizes import format_bytes, parse_bytes
 from weightlora.cost import PlanConfig, Planner, divisors
 from weightlora.cost.measure import kept_bytes
 from weightlora.cost.plan_text import plan_text
@@ -27,7 +27,9 @@ from weightlora.cost.tensors import (
     weight_bytes,
 )
 from weightlora.errors import ConfigError, PlanError, WeightLoRAError
-from weightlora.graft import adapters, disconnect, fast_path
+from weightlora.graft.adapters import adapters
+from weightlora.graft.fast import fast_path
+from weightlora.graft.surgery import disconnect
 from weightlora.runs.plan import adapted, calibrate, loss_of, planner_for
 
 SHAPES = ("bert-tiny-shape", "deberta-v3-small-shape", "bart-small-shape", "llama-small-shape")

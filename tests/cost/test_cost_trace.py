@@ -17,13 +17,10 @@ from torch import Tensor, nn
 
 from weightlora.cost import ActivationTrace, kept_bytes, trace
 from weightlora.errors import AdapterError
-from weightlora.graft import (
-    adapters,
-    checkpoint_blocks,
-    disconnect,
-    end_backward_at_lowest,
-    fast_path,
-)
+from weightlora.graft.adapters import adapters
+from weightlora.graft.depth import checkpoint_blocks, end_backward_at_lowest
+from weightlora.graft.fast import fast_path
+from weightlora.graft.surgery import disconnect
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 LIVE = ("all", "random", "deepest", "lowest")

@@ -35,11 +35,14 @@ from transformers import (
 )
 
 from weightlora.errors import AdapterError, ConfigError, ExportError
-from weightlora.graft import Choice, Gates, Selection, adapters, disconnect, fold, grow_adapters, parameters
 from weightlora.graft import export as export_module
+from weightlora.graft.adapters import adapters, parameters
 from weightlora.graft.card import code
 from weightlora.graft.export import Export, export
+from weightlora.graft.forms import Gates
 from weightlora.graft.profiles import complete
+from weightlora.graft.selection import Choice, Selection
+from weightlora.graft.surgery import disconnect, fold, grow_adapters
 from weightlora.graft.verify import make_sample, plain_base
 
 IDS: dict[str, Any] = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}

@@ -34,9 +34,10 @@ from transformers import (
 
 import weightlora as wl
 from weightlora.errors import ExportError
-from weightlora.graft import adapters, grow_adapters
+from weightlora.graft.adapters import adapters
 from weightlora.graft.export import export
 from weightlora.graft.llama_cpp import ADAPTER, FAMILIES
+from weightlora.graft.surgery import grow_adapters
 
 NODE = ("node-llama-cpp@3.22.1", "@node-llama-cpp/linux-x64@3.22.1")
 SIZES: dict[str, Any] = {

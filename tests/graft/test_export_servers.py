@@ -20,9 +20,10 @@ from safetensors.torch import load_file
 from tests.graft.test_export import batch, fresh, operated, run, wrapped
 from torch import Tensor
 
-from weightlora.graft import adapters, disconnect
+from weightlora.graft.adapters import adapters
 from weightlora.graft.export import export
 from weightlora.graft.profiles import VLLM_RANKS
+from weightlora.graft.surgery import disconnect
 
 PREFIX, SUFFIX = "base_model.model.", (".lora_A.weight", ".lora_B.weight")
 

@@ -13,8 +13,7 @@ from torch import nn
 from transformers import T5Config, T5ForConditionalGeneration
 
 from weightlora.errors import AdapterError
-from weightlora.graft import adapters, block_numbers, parameters
-from weightlora.graft.adapters import honours_variants
+from weightlora.graft.adapters import adapters, block_numbers, honours_variants, parameters
 
 HOMES = {
     "bert": ("bert.encoder.layer.{}.attention.self.", ("query", "key", "value")),
@@ -200,7 +199,7 @@ def test_refuses_half_tied_factors_and_names_tied_ones() -> None:
 
 
 def test_a_left_over_gate_is_no_foreign_variant() -> None:
-    from weightlora.graft import Gates
+    from weightlora.graft.forms import Gates
 
     model = lora()
     gates = Gates(model)

@@ -9,7 +9,9 @@ import torch
 from tests.builders import batch, lora, max_difference, warm
 from torch import Tensor, nn
 
-from weightlora.graft import adapters, checkpoint_blocks, disconnect, end_backward_at_lowest
+from weightlora.graft.adapters import adapters
+from weightlora.graft.depth import checkpoint_blocks, end_backward_at_lowest
+from weightlora.graft.surgery import disconnect
 
 LAYERS = 4
 families = pytest.mark.parametrize("family", ["bert", "llama", "deberta"])

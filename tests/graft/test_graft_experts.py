@@ -16,9 +16,11 @@ from transformers import MixtralConfig, MixtralForCausalLM
 from weightlora.cost import kept_bytes, trace
 from weightlora.cost.operations import operations
 from weightlora.errors import AdapterError, CheckpointError, ConfigError, ExportError, ScheduleError
-from weightlora.graft import adapters, disconnect, fast_path, grow_adapters, reshape
+from weightlora.graft.adapters import adapters
 from weightlora.graft.export import export
+from weightlora.graft.fast import fast_path
 from weightlora.graft.selection import Selection
+from weightlora.graft.surgery import disconnect, grow_adapters, reshape
 from weightlora.methods import Method, OneShotGradient, RandomAdapters, WeightLoRA, WeightLoRAPlus, method
 from weightlora.methods.policy import lora_params
 from weightlora.training import fit

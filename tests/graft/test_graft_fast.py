@@ -15,9 +15,11 @@ from torch.multiprocessing.reductions import StorageWeakRef
 
 from weightlora.cost.measure import step_cost
 from weightlora.errors import AdapterError, ConfigError
-from weightlora.graft import Gates, checkpoint_blocks, disconnect, end_backward_at_lowest
 from weightlora.graft.adapters import block_of, lora_layers
+from weightlora.graft.depth import checkpoint_blocks, end_backward_at_lowest
 from weightlora.graft.fast import fast_path, stock_path
+from weightlora.graft.forms import Gates
+from weightlora.graft.surgery import disconnect
 from weightlora.graft.variant import PathVariant
 
 families = pytest.mark.parametrize("family", builders.FAMILIES)

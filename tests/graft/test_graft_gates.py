@@ -11,8 +11,9 @@ from peft import PeftModel
 from tests.builders import FAMILIES, adapter_state, base, batch, batches, logits, lora, max_difference, warm
 from torch import Tensor, nn
 
-from weightlora.core import gate_gradient
-from weightlora.graft import Gates, checkpoint_blocks, scalar_products
+from weightlora.core.importance import gate_gradient
+from weightlora.graft.depth import checkpoint_blocks
+from weightlora.graft.forms import Gates, scalar_products
 from weightlora.ops import ENGINES
 
 VALUES = [0.0, 1.0, 0.5, -1.5, 0.0, 2.0]

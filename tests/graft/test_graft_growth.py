@@ -11,8 +11,9 @@ from peft import PeftModel
 from tests.builders import FAMILIES, base, batch, batches, logits, lora, warm
 from torch import Tensor, nn
 
-from weightlora.graft import adapters, grow_adapters, parameters, remap
-from weightlora.graft.optimizer import Change
+from weightlora.graft.adapters import adapters, parameters
+from weightlora.graft.optimizer import Change, remap
+from weightlora.graft.surgery import grow_adapters
 
 MODES = ["gaussian", "qr"]
 modes = pytest.mark.parametrize("mode", MODES)

@@ -11,7 +11,9 @@ import torch
 from tests.builders import lora, max_difference
 
 from weightlora.errors import CheckpointError
-from weightlora.graft import MANIFEST, STATE, Manifest, adapters, select
+from weightlora.graft.adapters import adapters
+from weightlora.graft.manifest import MANIFEST, STATE, Manifest
+from weightlora.graft.selection import select
 
 TENSORS = {"omega": torch.tensor([1.0, 0.0]), "B.x": torch.randn(3, 2).T, "off": torch.tensor([], dtype=torch.int64)}
 

@@ -11,7 +11,9 @@ from tests.builders import batches, lora, warm
 from torch import nn
 from torch.optim import SGD, Adagrad, AdamW, Optimizer, RMSprop
 
-from weightlora.graft import adapters, disconnect, fold, grow_adapters, parameters, remap
+from weightlora.graft.adapters import adapters, parameters
+from weightlora.graft.optimizer import remap
+from weightlora.graft.surgery import disconnect, fold, grow_adapters
 
 OPTIMIZERS: dict[str, Callable[[Any], Optimizer]] = {
     "adamw": lambda groups: AdamW(groups, lr=1e-2),

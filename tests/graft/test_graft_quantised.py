@@ -17,9 +17,11 @@ from tests.builders import base, warm
 from torch import Tensor, nn
 
 from weightlora.errors import AdapterError, ExportError
-from weightlora.graft import Gates, adapters, disconnect
+from weightlora.graft.adapters import adapters
 from weightlora.graft.export import export
 from weightlora.graft.fast import fast_path
+from weightlora.graft.forms import Gates
+from weightlora.graft.surgery import disconnect
 
 
 class Codes(nn.Module):

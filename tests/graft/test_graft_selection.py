@@ -14,7 +14,9 @@ from peft import get_peft_model
 from tests.builders import FAMILIES, adapter_state, base, lora
 
 from weightlora.errors import CheckpointError
-from weightlora.graft import Choice, Selection, adapters, disconnect, grow_adapters, select
+from weightlora.graft.adapters import adapters
+from weightlora.graft.selection import Choice, Selection, select
+from weightlora.graft.surgery import disconnect, grow_adapters
 
 numbers = st.floats(allow_nan=False, allow_infinity=False)
 choices = st.builds(

@@ -11,7 +11,10 @@ from tests.builders import FAMILIES, QKV, adapter_state, base, batch, batches, l
 from torch import Tensor, nn
 
 from weightlora.errors import AdapterError
-from weightlora.graft import Drop, Gates, adapters, disconnect, fold, grow_adapters, parameters, remap, reshape
+from weightlora.graft.adapters import adapters, parameters
+from weightlora.graft.forms import Gates
+from weightlora.graft.optimizer import Drop, remap
+from weightlora.graft.surgery import disconnect, fold, grow_adapters, reshape
 
 QUERY, KEY, VALUE = (f"bert.encoder.layer.0.attention.self.{kind}" for kind in ("query", "key", "value"))
 

@@ -15,7 +15,7 @@ from tests.graft.trainer_run import adapters, llama
 from torch import nn
 
 from weightlora.errors import CheckpointError, ConfigError
-from weightlora.graft import Choice, Selection
+from weightlora.graft.selection import Choice, Selection
 from weightlora.graft.trainers import TRAINERS, trainer_block
 
 SCRIPT = Path(__file__).with_name("trainer_run.py")

@@ -13,9 +13,9 @@ from tests.builders import QKV, base, batch, batches, logits, lora
 from torch import nn
 
 import weightlora as wl
-from weightlora.core import cubic_budget, orthogonality, smooth_sensitivity, triplet_scores
+from weightlora.core.triplets import cubic_budget, orthogonality, smooth_sensitivity, triplet_scores
 from weightlora.errors import ConfigError, ScheduleError
-from weightlora.graft import adapters
+from weightlora.graft.adapters import adapters
 from weightlora.graft.export import export
 from weightlora.training import Tuner, attach
 

@@ -16,9 +16,10 @@ from torch import nn
 from transformers import TrainerCallback
 
 import weightlora as wl
-from weightlora.core import hand_out, one_round
+from weightlora.core.rounds import hand_out, one_round
 from weightlora.errors import ConfigError, ScheduleError
-from weightlora.graft import Formed, RankGates, adapters, parameters
+from weightlora.graft.adapters import adapters, parameters
+from weightlora.graft.forms import Formed, RankGates
 from weightlora.methods import ALoRA, StepView
 from weightlora.methods.alora import ALoRAPolicy, exact_scores, gradient_scores
 from weightlora.training.held_out import HeldOutBatches

@@ -10,7 +10,7 @@ from tests.builders import adapter_state, batch, logits, lora, max_difference, t
 from tests.methods.test_methods_battery import Loop
 
 import weightlora as wl
-from weightlora.graft import adapters
+from weightlora.graft.adapters import adapters
 from weightlora.methods import MELoRA, Method, MiLoRA, NoRA, TiedLoRA
 
 RANKS = {"melora": 8, "tied_lora": 4, "milora": 8, "nora": 4}

@@ -11,9 +11,9 @@ from tests.builders import batch, batches, logits, lora
 from torch import nn
 
 import weightlora as wl
-from weightlora.core import component_shares, rising_cuts, unevenness
+from weightlora.core.components import component_shares, rising_cuts, unevenness
 from weightlora.errors import ConfigError, ScheduleError
-from weightlora.graft import adapters
+from weightlora.graft.adapters import adapters
 from weightlora.graft.export import export
 from weightlora.training import Tuner, attach
 

@@ -11,9 +11,9 @@ from hypothesis import strategies as st
 from tests.builders import adapter_state, batches, lora, max_difference
 from torch import Tensor, nn
 
-from weightlora.core import svd_merge
+from weightlora.core.merging import svd_merge
 from weightlora.errors import ConfigError, ScheduleError
-from weightlora.graft import parameters
+from weightlora.graft.adapters import parameters
 from weightlora.methods.flexlora import FlexLoRA
 from weightlora.training import Tuner, attach
 

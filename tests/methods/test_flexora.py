@@ -14,9 +14,10 @@ from tests.methods.test_methods_battery import HELD_OUT, Loop
 from torch import nn
 
 import weightlora as wl
-from weightlora.core import block_gates
+from weightlora.core.blocks import block_gates
 from weightlora.errors import ConfigError, ScheduleError
-from weightlora.graft import Gates, adapters, block_numbers
+from weightlora.graft.adapters import adapters, block_numbers
+from weightlora.graft.forms import Gates
 from weightlora.methods import Flexora, StepView
 from weightlora.methods.flexora import FlexoraPolicy
 from weightlora.training.held_out import HeldOutBatches

@@ -12,8 +12,7 @@ from torch import nn
 
 import weightlora as wl
 from weightlora.errors import ConfigError, ScheduleError
-from weightlora.graft import adapters
-from weightlora.graft.adapters import lora_layers
+from weightlora.graft.adapters import adapters, lora_layers
 from weightlora.graft.export import export
 from weightlora.methods.increlora import RESERVE, IncreLoRAPolicy
 from weightlora.training import Tuner, attach

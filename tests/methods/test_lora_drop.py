@@ -16,9 +16,10 @@ from tests.methods.test_methods_battery import HELD_OUT, STEPS, Loop
 from torch import nn
 
 import weightlora as wl
-from weightlora.core import smallest_prefix
+from weightlora.core.prefix import smallest_prefix
 from weightlora.errors import ConfigError, ScheduleError
-from weightlora.graft import adapters, output_energy
+from weightlora.graft.adapters import adapters
+from weightlora.graft.watch import output_energy
 from weightlora.methods import LoRADrop, Method
 from weightlora.training import attach
 from weightlora.training.held_out import HeldOutBatches, hold_out, stratified

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 import weightlora as wl
 from weightlora.errors import AdapterError, ConfigError
-from weightlora.graft import adapters, parameters
+from weightlora.graft.adapters import adapters, parameters
 from weightlora.methods import LoRA, MELoRA
 from weightlora.training import attach
 

@@ -14,7 +14,8 @@ from tests.builders import adapter_state, base, batch, batches, logits, lora, ma
 from torch import Tensor, nn
 
 from weightlora.errors import ConfigError, ScheduleError
-from weightlora.graft import Selection, adapters
+from weightlora.graft.adapters import adapters
+from weightlora.graft.selection import Selection
 from weightlora.methods import (
     METHODS,
     AdapterMethod,

@@ -10,8 +10,8 @@ from tests.builders import batch, batches, lora
 from tests.methods.test_methods_battery import HELD_OUT
 
 import weightlora as wl
-from weightlora.core import affordable
-from weightlora.graft import adapters
+from weightlora.core.budget import affordable
+from weightlora.graft.adapters import adapters
 from weightlora.training import attach
 
 TARGETS, STEPS, BUDGET = ["query", "value", "intermediate.dense"], 14, 2700  # a rank costs 32, 32 and 48, in 4 layers

@@ -22,8 +22,7 @@ from tests.methods.test_methods_battery import HERE, RANKED, STEPS, Loop, build,
 from tests.runs.killer import Killer
 from torch import Tensor, nn
 
-from weightlora.graft import adapters
-from weightlora.graft.adapters import lora_layers
+from weightlora.graft.adapters import adapters, lora_layers
 from weightlora.methods import AdaLoRA, DynamicLoRA, IncreLoRA, Method, OneShotGradient, WeightLoRA
 from weightlora.training import Tuner, attach
 

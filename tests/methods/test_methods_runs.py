@@ -25,7 +25,8 @@ from torch import nn
 
 import weightlora as wl
 from weightlora.errors import AdapterError
-from weightlora.graft import adapters, save_own_format
+from weightlora.graft.adapters import adapters
+from weightlora.graft.tuners import save_own_format
 from weightlora.methods import METHODS, AdapterMethod, Method, PeftMethod, method
 from weightlora.training import fit
 

@@ -12,8 +12,10 @@ import torch
 from tests.builders import batches, lora
 from torch import Tensor, nn
 
-from weightlora.core import gradual_k
-from weightlora.graft import Gates, Selection, adapters, parameters
+from weightlora.core.gates import gradual_k
+from weightlora.graft.adapters import adapters, parameters
+from weightlora.graft.forms import Gates
+from weightlora.graft.selection import Selection
 from weightlora.methods import (
     DeepestAdapters,
     Method,

@@ -11,9 +11,9 @@ from tests.methods.test_methods_battery import STEPS, Loop
 from torch import nn
 
 import weightlora as wl
-from weightlora.core import minor_pair
+from weightlora.core.factorise import minor_pair
 from weightlora.errors import AdapterError, ConfigError
-from weightlora.graft import adapters, layer_weights, parameters
+from weightlora.graft.adapters import adapters, layer_weights, parameters
 from weightlora.methods import MiLoRA
 from weightlora.training import attach
 

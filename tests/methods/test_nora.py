@@ -12,9 +12,10 @@ from tests.methods.test_methods_battery import STEPS, Loop
 from torch import nn
 
 import weightlora as wl
-from weightlora.core import major_pair
+from weightlora.core.factorise import major_pair
 from weightlora.errors import AdapterError, ConfigError, ScheduleError
-from weightlora.graft import adapters, input_size, layer_weights, parameters
+from weightlora.graft.adapters import adapters, layer_weights, parameters
+from weightlora.graft.watch import input_size
 from weightlora.methods import Method, MiLoRA, NoRA
 from weightlora.training import attach
 from weightlora.training.held_out import HeldOutBatches

@@ -18,9 +18,10 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModel, PreTrainedModel
 
 import weightlora as wl
-from weightlora.core import proportional_ranks, scaled_ranks
+from weightlora.core.published import proportional_ranks, scaled_ranks
 from weightlora.errors import ConfigError, ScheduleError
-from weightlora.graft import Selection, adapters, parameters
+from weightlora.graft.adapters import adapters, parameters
+from weightlora.graft.selection import Selection
 from weightlora.methods import (
     CKA,
     EVA,

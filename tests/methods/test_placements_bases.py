@@ -16,7 +16,7 @@ from tests.training.test_training_quantised import GPTQMODEL, gptq_layers_are, q
 
 import weightlora as wl
 from weightlora.errors import AdapterError
-from weightlora.graft import whole_weights
+from weightlora.graft.quantised import whole_weights
 from weightlora.methods import CKA, FeedForward, KappaTune, PLoP
 
 

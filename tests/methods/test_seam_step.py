@@ -6,7 +6,7 @@ import pytest
 import torch
 from tests.builders import batch, batches, lora
 
-from weightlora.graft import parameters
+from weightlora.graft.adapters import parameters
 from weightlora.methods import AdaLoRA, ALoRA, DynamicLoRA, IncreLoRA, Method, WeightLoRA, WeightLoRAPlus
 from weightlora.training import attach
 

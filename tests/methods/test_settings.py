@@ -19,7 +19,7 @@ from tests.builders import lora
 
 import weightlora as wl
 from weightlora.errors import ConfigError
-from weightlora.graft import adapters
+from weightlora.graft.adapters import adapters
 from weightlora.methods import METHODS, AdapterMethod, method
 from weightlora.methods.base import PRESETS
 from weightlora.methods.weightlora.worth import Credit

@@ -12,7 +12,7 @@ from tests.methods.test_methods_battery import STEPS, Loop
 
 import weightlora as wl
 from weightlora.errors import ConfigError
-from weightlora.graft import adapters, parameters
+from weightlora.graft.adapters import adapters, parameters
 from weightlora.methods import TiedLoRA
 
 L, R, D = 2, 4, 16

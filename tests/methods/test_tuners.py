@@ -13,7 +13,7 @@ from tests.builders import QKV, base, batch, logits, lora, trainer
 from torch import nn
 
 from weightlora.errors import AdapterError, ConfigError
-from weightlora.graft import save_own_format, tuner_params
+from weightlora.graft.tuners import save_own_format, tuner_params
 from weightlora.methods import DoRA, Method, VBLoRA, VeRA, method
 from weightlora.training import fit
 

@@ -14,9 +14,10 @@ from torch import Tensor
 from transformers import TrainerCallback
 
 import weightlora as wl
-from weightlora.core import cross_energy, gate_points, holding, one_shot, whitened_energy
+from weightlora.core.importance import cross_energy, gate_points, holding, one_shot, whitened_energy
 from weightlora.errors import ConfigError
-from weightlora.graft import Gates, adapters, parameters
+from weightlora.graft.adapters import adapters, parameters
+from weightlora.graft.forms import Gates
 from weightlora.methods.policy import StepView
 from weightlora.methods.weightlora.worth import WORTHS, Credit, IntegratedGates, NextCredit, Trapezoid, Worth
 from weightlora.training.held_out import HeldOutBatches

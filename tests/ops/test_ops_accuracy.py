@@ -10,8 +10,8 @@ from peft import LoraConfig, get_peft_model
 from tests.builders import pairs
 from torch import Tensor, nn
 
-from weightlora.graft import Gates
 from weightlora.graft.adapters import factors, lora_layers
+from weightlora.graft.forms import Gates
 
 # Both sides round in different places, so their errors scatter around each other. Over SEEDS draws together ours may be
 # this much larger than stock's, ...

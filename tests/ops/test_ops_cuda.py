@@ -10,7 +10,7 @@ from peft import LoraConfig, get_peft_model
 from tests.ops.test_ops_engines import NAMES, formula, inputs, upstream
 from torch import nn
 
-from weightlora.graft import Gates
+from weightlora.graft.forms import Gates
 from weightlora.ops import engine
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="NO CUDA DEVICE: nothing was run on one")

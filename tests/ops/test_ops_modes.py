@@ -14,8 +14,8 @@ from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from weightlora.graft import Gates
 from weightlora.graft.fast import fast_path
+from weightlora.graft.forms import Gates
 from weightlora.ops import engine
 from weightlora.ops.dropout import PORTION, draw_seed, drawn, drop_, positions
 

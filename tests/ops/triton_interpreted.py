@@ -193,7 +193,7 @@ def test_the_engine_table(caplog: pytest.LogCaptureFixture) -> None:
 def test_in_a_model() -> None:
     from peft import LoraConfig, get_peft_model
 
-    from weightlora.graft import Gates
+    from weightlora.graft.forms import Gates
 
     torch.manual_seed(0)
     model = get_peft_model(nn.Sequential(nn.Linear(20, 12)).bfloat16(), LoraConfig(r=3, target_modules=["0"]))

@@ -13,8 +13,9 @@ from tests.builders import adapter_state, base, batch, lora, max_difference
 from tests.releases.make import COMMAND, HERE, METHOD, stored_trainer
 from tests.runs.commands import weightlora
 
-from weightlora.graft import Selection, adapters
+from weightlora.graft.adapters import adapters
 from weightlora.graft.export import export
+from weightlora.graft.selection import Selection
 from weightlora.runs.record import Record
 from weightlora.training import fit
 

@@ -13,7 +13,7 @@ from transformers import DataCollatorWithPadding
 
 from weightlora.cost.measure import kept_bytes
 from weightlora.errors import ConfigError
-from weightlora.graft import fast_path
+from weightlora.graft.fast import fast_path
 from weightlora.report.memory_plot import memory_plot
 from weightlora.tasks import load_model
 

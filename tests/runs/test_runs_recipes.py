@@ -9,7 +9,7 @@ import pytest
 import yaml
 from tests.runs.commands import read, weightlora
 
-from weightlora.core import total_params
+from weightlora.core.budget import total_params
 from weightlora.runs.recipe import read_recipe
 from weightlora.study.grid import Grid, make_grid
 from weightlora.study.paper import FOLDER, TABLES, printed, recipe_file

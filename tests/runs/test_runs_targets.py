@@ -9,7 +9,7 @@ from peft import LoraConfig, get_peft_model
 from tests.families import FAMILIES
 
 from weightlora.errors import AdapterError, ConfigError, PlanError
-from weightlora.graft import adapters
+from weightlora.graft.adapters import adapters
 from weightlora.runs.plan import planner_for
 from weightlora.runs.targets import placed, rank_numbers, targets
 from weightlora.tasks.skeletons import Skeleton, skeleton

@@ -16,7 +16,7 @@ from tests.tasks.evaluating import evaluate
 
 from weightlora.cost import PlanConfig, kept_bytes
 from weightlora.errors import ConfigError
-from weightlora.graft import fast_path
+from weightlora.graft.fast import fast_path
 from weightlora.runs.plan import adapted, planner_for
 from weightlora.tasks import LoadedModel, by_answer_tokens, load_model, load_task, smollm2
 from weightlora.tasks.skeletons import skeleton

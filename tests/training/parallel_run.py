@@ -39,7 +39,8 @@ import weightlora.runs.run
 import weightlora.tasks  # noqa: F401  # what commands import in time, once for all
 from weightlora.cli.main import main
 from weightlora.errors import WeightLoRAError
-from weightlora.graft import Selection, is_sharded
+from weightlora.graft.adapters import is_sharded
+from weightlora.graft.selection import Selection
 from weightlora.methods import (
     AdapterMethod,
     DoRA,

@@ -14,7 +14,8 @@ from torch import nn
 from transformers import Trainer, TrainerCallback
 
 from weightlora.errors import CheckpointError, ConfigError
-from weightlora.graft import adapters, checkpoint_blocks
+from weightlora.graft.adapters import adapters
+from weightlora.graft.depth import checkpoint_blocks
 from weightlora.methods import (
     AdaLoRA,
     AdapterMethod,

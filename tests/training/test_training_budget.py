@@ -13,7 +13,7 @@ from tests.builders import adapter_state, lora, max_difference, recomputing, tra
 from transformers import Trainer, TrainerCallback
 
 from weightlora.errors import BudgetError, ConfigError, ScheduleError
-from weightlora.graft import Manifest
+from weightlora.graft.manifest import Manifest
 from weightlora.methods import Budget, Method, WeightLoRA, WeightLoRAPlus
 from weightlora.training import FitResult, attach, fit
 from weightlora.training.budget import allow

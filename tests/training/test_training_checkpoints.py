@@ -15,7 +15,7 @@ from torch import nn
 from transformers import Trainer
 
 from weightlora.errors import CheckpointError
-from weightlora.graft import adapters
+from weightlora.graft.adapters import adapters
 from weightlora.methods import (
     DeepestAdapters,
     DoRA,

@@ -26,7 +26,7 @@ from transformers import (
 )
 
 from weightlora.errors import AdapterError, ConfigError, ScheduleError
-from weightlora.graft import checkpoint_blocks
+from weightlora.graft.depth import checkpoint_blocks
 from weightlora.methods import DeepestAdapters, Method, WeightLoRA, WeightLoRAPlus
 from weightlora.training import attach, fit
 

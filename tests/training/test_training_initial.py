@@ -19,8 +19,9 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, TrainerCallback
 
 from weightlora.errors import AdapterError, CheckpointError, ConfigError
-from weightlora.graft import adapters, disconnect
+from weightlora.graft.adapters import adapters
 from weightlora.graft.export import export
+from weightlora.graft.surgery import disconnect
 from weightlora.methods import LoRA, Method, RandomAdapters, WeightLoRA, WeightLoRAPlus, method
 from weightlora.training import attach, fit
 from weightlora.training.sharding import check_method

@@ -12,7 +12,7 @@ from tests.builders import adapter_state, base, batches, lora, max_difference, t
 from torch import Tensor, nn
 
 from weightlora.errors import AdapterError, ScheduleError
-from weightlora.graft import adapters
+from weightlora.graft.adapters import adapters
 from weightlora.methods import (
     DeepestAdapters,
     FullFineTuning,

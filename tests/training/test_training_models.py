@@ -20,8 +20,7 @@ from transformers import (
 )
 
 from weightlora.errors import AdapterError
-from weightlora.graft import adapters
-from weightlora.graft.adapters import layer_weights, lora_layers
+from weightlora.graft.adapters import adapters, layer_weights, lora_layers
 from weightlora.graft.export import export
 from weightlora.methods import LoRA, Method, WeightLoRA, WeightLoRAPlus
 from weightlora.training import fit

@@ -17,7 +17,7 @@ from torch.utils.data import IterableDataset
 from transformers import EarlyStoppingCallback, Trainer, TrainerCallback
 
 from weightlora.errors import ConfigError, ScheduleError
-from weightlora.graft import adapters
+from weightlora.graft.adapters import adapters
 from weightlora.methods import Method, WeightLoRA, WeightLoRAPlus
 from weightlora.training import fit
 

@@ -21,7 +21,7 @@ from tests.forks import ROOT, Forks
 from torch import Tensor
 
 from weightlora.errors import ConfigError
-from weightlora.graft import Selection
+from weightlora.graft.selection import Selection
 from weightlora.methods import METHODS, AdapterMethod, LoRA
 from weightlora.methods.placements.by_hand import PartPlacement
 from weightlora.runs.record import Record

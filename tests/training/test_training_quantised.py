@@ -18,8 +18,9 @@ from torch import nn
 from transformers import BitsAndBytesConfig, LlamaForSequenceClassification
 
 from weightlora.errors import ExportError
-from weightlora.graft import adapters, keep_unpacked
+from weightlora.graft.adapters import adapters
 from weightlora.graft.export import export
+from weightlora.graft.quantised import keep_unpacked
 from weightlora.methods import WeightLoRAPlus
 from weightlora.training import fit
 

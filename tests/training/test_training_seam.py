@@ -16,7 +16,7 @@ from transformers import Trainer, TrainerCallback
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from weightlora.errors import AdapterError, ConfigError, ScheduleError, WeightLoRAError
-from weightlora.graft import adapters
+from weightlora.graft.adapters import adapters
 from weightlora.graft.variant import FormVariant
 from weightlora.methods import (
     DeepestAdapters,

@@ -22,7 +22,7 @@ from transformers import (
 )
 
 from weightlora.errors import ConfigError
-from weightlora.graft import adapters
+from weightlora.graft.adapters import adapters
 from weightlora.graft.export import export
 from weightlora.methods import NoRA, WeightLoRA, WeightLoRAPlus
 from weightlora.training import fit

@@ -15,8 +15,7 @@ from tests.training.test_training_trl import SETTINGS, bare, lora, losses, pairs
 from torch import nn
 from transformers import LlamaForCausalLM, PrinterCallback
 
-from weightlora.graft import adapters, base_of
-from weightlora.graft.adapters import lora_layers
+from weightlora.graft.adapters import adapters, base_of, lora_layers
 from weightlora.graft.export import export
 from weightlora.methods import WeightLoRA
 from weightlora.training import fit

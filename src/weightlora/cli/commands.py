@@ -109,7 +109,7 @@ def select(given: Given) -> int:
 
 
 def plan(given: Given) -> int:
-    from weightlora.core import format_bytes, parse_bytes
+    from weightlora.core.sizes import format_bytes, parse_bytes
     from weightlora.cost.plan_spec import PlanConfig
     from weightlora.cost.plan_text import plan_text
     from weightlora.runs.plan import planner_for
@@ -161,7 +161,7 @@ def export(given: Given) -> int:
 
 
 def push(given: Given) -> int:
-    from weightlora.core import format_bytes
+    from weightlora.core.sizes import format_bytes
     from weightlora.report import card_section
     from weightlora.runs import hub
     from weightlora.runs.record import Record

@@ -18,8 +18,8 @@ Shape = Literal["constant", "cubic", "halving"]
 def gate_step(omega: Tensor, grad: Tensor, lr: float, k: int | None, rule: Rule = "signed") -> Tensor:
     r"""One step of stochastic iterative hard thresholding on the gates.
 
-    `omega' = P_k(omega - lr * grad)` with `P_k` of :func:`~weightlora.core.top_k`. With `k=None` there is no sparsity
-    constraint: a plain SGD step, clamped at 0 under "positive" (the paper's indicator omega_i > 0).
+    `omega' = P_k(omega - lr * grad)` with `P_k` of :func:`~weightlora.core.projection.top_k`. With `k=None` there is
+    no sparsity constraint: a plain SGD step, clamped at 0 under "positive" (the paper's indicator omega_i > 0).
 
     If the step `lr * grad` is exactly zero everywhere (the first step, as B = 0; a learning rate of 0) the gates come
     back as they were: projecting n equal gates would keep the first k for no reason. The decision is made on the

@@ -10,13 +10,13 @@ from dataclasses import asdict, dataclass, field, replace
 from torch import Tensor, nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from weightlora.core import PlacementCosts
+from weightlora.core.placement import PlacementCosts
 from weightlora.cost.activations import ActivationTrace
 from weightlora.cost.parallel import Moved, Parallel, Traffic, beside, traffic
 from weightlora.cost.placements import placement_costs, reserved
 from weightlora.cost.tensors import Shaped, frozen_bytes, optimizer_bytes, shapes_of, tensor_bytes, weight_bytes
 from weightlora.cost.tracing import trace
-from weightlora.graft import adapter_name, adapters, parameters
+from weightlora.graft.adapters import adapter_name, adapters, parameters
 
 # Batch sizes to trace with: what is a multiple of such a number must come from the batch.
 _PRIMES = (11, 13, 17, 19, 23, 29, 31)

@@ -15,7 +15,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from weightlora.cost.saved import Held, Saved
 from weightlora.errors import AdapterError, WeightLoRAError
-from weightlora.graft import stored
+from weightlora.graft.quantised import stored
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -8,11 +8,10 @@ from torch import Tensor, nn
 from torch.autograd import backward
 from torch.utils.flop_counter import FlopCounterMode
 
-from weightlora.core import PlacementCosts
+from weightlora.core.placement import PlacementCosts
 from weightlora.cost.placements import operation_costs, reserved
 from weightlora.errors import ScheduleError
-from weightlora.graft import adapter_name, adapters
-from weightlora.graft.adapters import lora_layers, switched_off
+from weightlora.graft.adapters import adapter_name, adapters, lora_layers, switched_off
 
 
 def operations(model: nn.Module, loss: Callable[[], Tensor], *, grows: bool = False) -> PlacementCosts:

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from itertools import accumulate
 
-from weightlora.core import PlacementCosts
+from weightlora.core.placement import PlacementCosts
 from weightlora.cost.activations import ActivationTrace
 from weightlora.graft.adapters import Adapter
 

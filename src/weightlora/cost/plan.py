@@ -7,13 +7,14 @@ from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, cast
 
-from weightlora.core import format_bytes, resolve_k
+from weightlora.core.budget import resolve_k
+from weightlora.core.sizes import format_bytes
 from weightlora.cost.estimate import Estimate, Phase, PhaseCost, Setting, Traced
 from weightlora.cost.parallel import Parallel, Traffic
 from weightlora.cost.plan_config import changes_of, flag
 from weightlora.cost.plan_spec import PlanConfig
 from weightlora.errors import ConfigError, PlanError
-from weightlora.graft import base_of
+from weightlora.graft.adapters import base_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

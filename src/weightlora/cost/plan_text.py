@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import astuple
 
-from weightlora.core import format_bytes
+from weightlora.core.sizes import format_bytes
 from weightlora.cost.plan import OUTSIDE, KCost, Plan, RankCost
 
 # Field of `PhaseCost`: how it is called.

@@ -11,7 +11,7 @@ import torch
 from peft.tuners.lora.layer import LoraLayer
 from torch import Tensor, nn
 
-from weightlora.core import Growth, grow
+from weightlora.core.growth import Growth, grow
 from weightlora.errors import AdapterError
 from weightlora.graft.adapters import adapters, base_of, experts_of, factors, lora_layers, rank_of, wrappers
 from weightlora.graft.optimizer import Change, Drop, Grow, Renew, Scale
@@ -128,7 +128,7 @@ def grow_adapters(
         model: a model with LoRA adapters.
         ranks: new rank by full module name; names that are left out keep theirs.
         name: PEFT's adapter name.
-        mode, generator, options: as :func:`weightlora.core.grow`.
+        mode, generator, options: as :func:`weightlora.core.growth.grow`.
 
     Returns:
         How the optimizer state follows, old parameter by old parameter.

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, TypeAlias, TypeVar
 import torch
 from torch import Tensor, nn
 
-from weightlora.core import alignment
+from weightlora.core.published import alignment
 from weightlora.graft.adapters import adapters, base_of, block_path, factors, lora_layers
 from weightlora.graft.quantised import whole_weight
 from weightlora.graft.variant import computing_factors
@@ -93,7 +93,7 @@ def feature_alignment(model: nn.Module, name: str = "default") -> Iterator[Tenso
     """Note ``mean ||W z|| / (||W||_F mean ||z|| / sqrt(d_in))`` over all tokens of every adapted layer, padding too.
 
     Yields:
-        ``(n,)`` float64 in module order, filled in place; see :func:`weightlora.core.alignment`.
+        ``(n,)`` float64 in module order, filled in place; see :func:`weightlora.core.published.alignment`.
     """
     layers = [layer for _, layer in lora_layers(model, name)]
     found = torch.zeros(len(layers), dtype=torch.float64)

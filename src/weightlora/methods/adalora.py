@@ -9,8 +9,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from weightlora.core import above_smallest, cubic_budget, orthogonality, smooth_sensitivity, triplet_scores
-from weightlora.graft import Adapter
+from weightlora.core.triplets import above_smallest, cubic_budget, orthogonality, smooth_sensitivity, triplet_scores
+from weightlora.graft.adapters import Adapter
 from weightlora.methods.checks import check_smoothing
 from weightlora.methods.policy import Factors, HeldOut, StepView, Weights
 from weightlora.methods.ranks import RankMethod, RankPolicy

@@ -9,9 +9,11 @@ from typing import ClassVar, Literal, get_args
 import torch
 from torch import Tensor
 
-from weightlora.core import one_round, total_params
+from weightlora.core.budget import total_params
+from weightlora.core.rounds import one_round
 from weightlora.errors import ScheduleError
-from weightlora.graft import Adapter, Form, RankGates
+from weightlora.graft.adapters import Adapter
+from weightlora.graft.forms import Form, RankGates
 from weightlora.methods.base import Needs
 from weightlora.methods.budgets import SpendingMethod
 from weightlora.methods.checks import check_choice, check_least, check_warmup

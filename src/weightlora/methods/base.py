@@ -10,9 +10,10 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeVar
 
 from torch import nn
 
-from weightlora.core import rank_for_params
+from weightlora.core.budget import rank_for_params
 from weightlora.errors import ConfigError
-from weightlora.graft import Adapter, Selection, is_adapter, select
+from weightlora.graft.adapters import Adapter, is_adapter
+from weightlora.graft.selection import Selection, select
 from weightlora.methods.checks import check_choice, check_steps
 from weightlora.methods.policy import Policy
 from weightlora.settings import declared

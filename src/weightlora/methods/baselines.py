@@ -9,8 +9,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from weightlora.core import support
-from weightlora.graft import Adapter
+from weightlora.core.projection import support
+from weightlora.graft.adapters import Adapter
 from weightlora.methods.base import AdapterMethod
 from weightlora.methods.budgets import CountMethod
 from weightlora.methods.checks import check_k, check_least, check_warmup

@@ -8,8 +8,8 @@ from typing import ClassVar, TypeVar
 
 import torch
 
-from weightlora.core import grown_ranks, k_for_params, rank_for_params
-from weightlora.graft import Adapter
+from weightlora.core.budget import grown_ranks, k_for_params, rank_for_params
+from weightlora.graft.adapters import Adapter
 from weightlora.methods.base import AdapterMethod, Needs, Shapes
 from weightlora.methods.checks import check_k_value, check_least
 from weightlora.methods.policy import GrowthPlan

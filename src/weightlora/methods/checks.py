@@ -5,9 +5,9 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-from weightlora.core import resolve_k
+from weightlora.core.budget import resolve_k
 from weightlora.errors import ConfigError, ScheduleError
-from weightlora.graft import Adapter
+from weightlora.graft.adapters import Adapter
 
 
 def check_choice(name: str, value: str, allowed: tuple[str, ...]) -> None:

@@ -9,9 +9,10 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from weightlora.core import above_smallest, component_shares, rising_cuts, unevenness
+from weightlora.core.components import component_shares, rising_cuts, unevenness
+from weightlora.core.triplets import above_smallest
 from weightlora.errors import ConfigError
-from weightlora.graft import Adapter
+from weightlora.graft.adapters import Adapter
 from weightlora.methods.policy import Factors, HeldOut, StepView, Weights
 from weightlora.methods.ranks import RankMethod, RankPolicy
 

@@ -9,9 +9,10 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from weightlora.core import svd_merge
+from weightlora.core.merging import svd_merge
 from weightlora.errors import ConfigError, ScheduleError
-from weightlora.graft import Adapter, Form, RankGates
+from weightlora.graft.adapters import Adapter
+from weightlora.graft.forms import Form, RankGates
 from weightlora.methods.base import AdapterMethod
 from weightlora.methods.checks import check_least
 from weightlora.methods.policy import Decision, Factors, Fresh, HeldOut, Policy, Setup, StepView, Weights

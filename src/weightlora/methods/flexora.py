@@ -10,9 +10,10 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from weightlora.core import block_gates
+from weightlora.core.blocks import block_gates
 from weightlora.errors import ConfigError, ScheduleError
-from weightlora.graft import Adapter, Selection, block_numbers
+from weightlora.graft.adapters import Adapter, block_numbers
+from weightlora.graft.selection import Selection
 from weightlora.methods.base import Needs
 from weightlora.methods.budgets import SpendingMethod, spread
 from weightlora.methods.checks import check_least, check_select_after

@@ -10,9 +10,10 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from weightlora.core import orthogonality, smooth_sensitivity
+from weightlora.core.triplets import orthogonality, smooth_sensitivity
 from weightlora.errors import ScheduleError
-from weightlora.graft import Adapter, Form, RankGates
+from weightlora.graft.adapters import Adapter
+from weightlora.graft.forms import Form, RankGates
 from weightlora.methods.budgets import SpendingMethod
 from weightlora.methods.checks import check_interval, check_k, check_k_value, check_least, check_smoothing, check_warmup
 from weightlora.methods.policy import Decision, Factors, Fresh, HeldOut, Policy, Setup, StepView, Weights, lora_params

@@ -10,9 +10,10 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from weightlora.core import smallest_prefix
+from weightlora.core.prefix import smallest_prefix
 from weightlora.errors import ConfigError, ScheduleError
-from weightlora.graft import Adapter, output_energy
+from weightlora.graft.adapters import Adapter
+from weightlora.graft.watch import output_energy
 from weightlora.methods.base import Needs
 from weightlora.methods.budgets import SpendingMethod, spread
 from weightlora.methods.checks import check_least, check_select_after

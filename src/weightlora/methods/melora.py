@@ -8,9 +8,10 @@ from typing import ClassVar
 
 import torch
 
-from weightlora.core import total_params
+from weightlora.core.budget import total_params
 from weightlora.errors import AdapterError
-from weightlora.graft import Adapter, Blocks
+from weightlora.graft.adapters import Adapter
+from weightlora.graft.architectures import Blocks
 from weightlora.methods.base import AdapterMethod
 from weightlora.methods.checks import check_least
 from weightlora.methods.policy import Factors, Fixed, HeldOut, Policy, Setup, Weights

@@ -10,9 +10,11 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from weightlora.core import minor_pair, total_params
+from weightlora.core.budget import total_params
+from weightlora.core.factorise import minor_pair
 from weightlora.errors import AdapterError
-from weightlora.graft import Adapter, Offset
+from weightlora.graft.adapters import Adapter
+from weightlora.graft.architectures import Offset
 from weightlora.methods.base import AdapterMethod
 from weightlora.methods.policy import Factors, Fixed, HeldOut, Policy, Setup, Weights
 

@@ -11,9 +11,12 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from weightlora.core import major_pair
+from weightlora.core.factorise import major_pair
 from weightlora.errors import AdapterError, ConfigError
-from weightlora.graft import Adapter, Form, Nest, input_size
+from weightlora.graft.adapters import Adapter
+from weightlora.graft.architectures import Nest
+from weightlora.graft.forms import Form
+from weightlora.graft.watch import input_size
 from weightlora.methods.base import AdapterMethod, Needs, Shapes
 from weightlora.methods.checks import check_least
 from weightlora.methods.milora import check_dense, check_ranks

@@ -8,7 +8,7 @@ from typing import ClassVar
 
 from torch import nn
 
-from weightlora.graft import train_heads
+from weightlora.graft.adapters import train_heads
 from weightlora.methods.base import PlainMethod
 
 

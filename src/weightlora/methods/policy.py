@@ -16,8 +16,12 @@ from typing import Literal, Protocol, TypeVar
 import torch
 from torch import Tensor, nn
 
-from weightlora.core import Growth, PlacementCosts, total_params
-from weightlora.graft import Adapter, Form, Gates, RankGates, Selection
+from weightlora.core.budget import total_params
+from weightlora.core.growth import Growth
+from weightlora.core.placement import PlacementCosts
+from weightlora.graft.adapters import Adapter
+from weightlora.graft.forms import Form, Gates, RankGates
+from weightlora.graft.selection import Selection
 
 Factors = Sequence[tuple[Tensor, Tensor]]
 Weights = Sequence[Tensor]
@@ -95,7 +99,7 @@ class Budget:
 
 @dataclass(frozen=True, kw_only=True)
 class GrowthPlan:
-    """How the survivors grow at the seam: new ranks by module name, and arguments of :func:`weightlora.core.grow`."""
+    """How survivors grow at the seam: new ranks by module name, arguments of :func:`weightlora.core.growth.grow`."""
 
     ranks: Mapping[str, int]
     mode: Growth

@@ -11,9 +11,11 @@ from typing import ClassVar, TypeVar
 import torch
 from torch import Tensor
 
-from weightlora.core import above_smallest, affordable, rank_for_params
+from weightlora.core.budget import affordable, rank_for_params
+from weightlora.core.triplets import above_smallest
 from weightlora.errors import ConfigError, ScheduleError
-from weightlora.graft import Adapter, RankGates
+from weightlora.graft.adapters import Adapter
+from weightlora.graft.forms import RankGates
 from weightlora.methods.base import Shapes
 from weightlora.methods.budgets import SpendingMethod
 from weightlora.methods.checks import check_interval, check_least, check_warmup

@@ -6,9 +6,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
-from weightlora.core import total_params
+from weightlora.core.budget import total_params
 from weightlora.errors import ConfigError
-from weightlora.graft import Adapter, Form, Vectors
+from weightlora.graft.adapters import Adapter
+from weightlora.graft.architectures import Vectors
+from weightlora.graft.forms import Form
 from weightlora.methods.base import AdapterMethod, Shapes
 from weightlora.methods.checks import check_choice
 from weightlora.methods.policy import Factors, Fixed, Policy, Setup

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, ClassVar
 
 from weightlora.errors import ConfigError
-from weightlora.graft import dora_config, tuner_config
+from weightlora.graft.tuners import dora_config, tuner_config
 from weightlora.methods.base import M, Shapes, TunerMethod
 from weightlora.methods.checks import check_least
 

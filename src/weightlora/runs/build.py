@@ -15,9 +15,9 @@ from torch import nn
 from transformers import PreTrainedModel, Seq2SeqTrainingArguments, Trainer, TrainerCallback
 from transformers.integrations import get_available_reporting_integrations
 
-from weightlora.core import parse_params
+from weightlora.core.budget import parse_params
 from weightlora.errors import ConfigError
-from weightlora.graft import adapters
+from weightlora.graft.adapters import adapters
 from weightlora.methods import AdapterMethod, Method, PeftMethod, PlainMethod
 from weightlora.runs.spec import RunSpec
 from weightlora.runs.targets import TASK_TYPES, placed, rank_numbers, targets

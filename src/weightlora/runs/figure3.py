@@ -9,7 +9,7 @@ import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from weightlora.core import parse_bytes
+from weightlora.core.sizes import parse_bytes
 from weightlora.cost import Estimate, Phase
 from weightlora.files import write_text
 from weightlora.runs.build import build, make_trainer

@@ -86,7 +86,7 @@ class CurveSpec(_FigureSpec):
     limit: str | None = setting(None, "the device's memory, such as 16GiB: a line in the picture", metavar="SIZE")
 
     def __post_init__(self) -> None:
-        from weightlora.core import parse_bytes
+        from weightlora.core.sizes import parse_bytes
 
         check(self)
         if not self.ranks or min(self.ranks) < 1 or len(set(self.ranks)) < len(self.ranks):

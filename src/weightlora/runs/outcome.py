@@ -11,17 +11,11 @@ from torch import Tensor, nn
 from transformers import Trainer
 
 from weightlora.files import new_folder, write_text
-from weightlora.graft import (
-    MANIFEST,
-    Manifest,
-    base_of,
-    fingerprint,
-    is_sharded,
-    save_own_format,
-    take_over,
-    trained_module,
-)
+from weightlora.graft.adapters import base_of, is_sharded, trained_module
 from weightlora.graft.export import export
+from weightlora.graft.manifest import MANIFEST, Manifest, fingerprint
+from weightlora.graft.rebuild import take_over
+from weightlora.graft.tuners import save_own_format
 from weightlora.methods import TunerMethod
 from weightlora.runs.build import Parts, build
 from weightlora.runs.record import EVAL_LOSS

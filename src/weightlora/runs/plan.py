@@ -16,7 +16,8 @@ from weightlora.cost.plan import Traces
 from weightlora.cost.plan_config import DTYPES
 from weightlora.cost.plan_spec import PlanConfig
 from weightlora.errors import ConfigError
-from weightlora.graft import checkpoint_blocks, fast_path
+from weightlora.graft.depth import checkpoint_blocks
+from weightlora.graft.fast import fast_path
 from weightlora.runs.targets import TASK_TYPES, placed, targets
 from weightlora.tasks.skeletons import HEADS, Skeleton, skeleton
 

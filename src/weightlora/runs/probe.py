@@ -20,7 +20,9 @@ from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState,
 
 from weightlora.errors import CheckpointError
 from weightlora.files import write_text
-from weightlora.graft import Choice, adapters, scalar_products
+from weightlora.graft.adapters import adapters
+from weightlora.graft.forms import scalar_products
+from weightlora.graft.selection import Choice
 from weightlora.methods import AdapterMethod, LoRA
 from weightlora.runs.build import Parts, base_model, build, make_trainer, with_adapters
 from weightlora.runs.figure_specs import ProbeSpec

@@ -13,10 +13,13 @@ from pathlib import Path
 import torch
 from transformers import Trainer, TrainerCallback, set_seed
 
-from weightlora.core import parse_params
+from weightlora.core.budget import parse_params
 from weightlora.errors import CheckpointError, WeightLoRAError
 from weightlora.files import disk_is_full, leftovers, new_folder, sweep, write_text
-from weightlora.graft import MANIFEST, Manifest, Selection, adapters, block_of, tuned_layers
+from weightlora.graft.adapters import adapters, block_of
+from weightlora.graft.manifest import MANIFEST, Manifest
+from weightlora.graft.selection import Selection
+from weightlora.graft.tuners import tuned_layers
 from weightlora.methods import AdapterMethod, Method, PlainMethod, TunerMethod
 from weightlora.runs.build import Parts, build, make_trainer, scored_on, tell_scored_on
 from weightlora.runs.lock import INSIDE, alone, refuse_busy

@@ -7,8 +7,8 @@ from pathlib import Path
 from peft import LoraConfig, PeftModel
 
 from weightlora.errors import CheckpointError
-from weightlora.graft import Selection
 from weightlora.graft.export import Export, export
+from weightlora.graft.selection import Selection
 from weightlora.methods import METHODS, TunerMethod
 from weightlora.runs.build import base_model
 from weightlora.runs.lock import alone

@@ -59,7 +59,7 @@ class ModelSpec:
     )
 
     def __post_init__(self) -> None:
-        from weightlora.core import parse_params
+        from weightlora.core.budget import parse_params
 
         check(self)
         if self.params is not None:
@@ -118,7 +118,7 @@ class TrainingSpec:
     arguments: dict[str, object] = setting({}, flag="training")
 
     def __post_init__(self) -> None:
-        from weightlora.graft import check_path
+        from weightlora.graft.fast import check_path
 
         check(self)
         _check_finite(self.arguments)

@@ -8,7 +8,7 @@ from dataclasses import fields
 
 from transformers import Trainer
 
-from weightlora.graft import BackwardDepth
+from weightlora.graft.depth import BackwardDepth
 from weightlora.training.inside import model_of
 
 # Of the trainer itself: rows may be set aside, a micro-batch be split, micro-batches be averaged.

@@ -10,7 +10,8 @@ from torch import Tensor
 from transformers import Trainer, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_utils import SaveStrategy
 
-from weightlora.graft import Manifest, check_groups, group_names
+from weightlora.graft.manifest import Manifest
+from weightlora.graft.optimizer import check_groups, group_names
 from weightlora.training import checkpoint
 from weightlora.training.driver import Driver
 from weightlora.training.identity import RUN, Run

@@ -17,7 +17,7 @@ from transformers import PreTrainedModel, Trainer, TrainerState
 
 from weightlora.errors import CheckpointError
 from weightlora.files import new_folder, sweep, write_text
-from weightlora.graft import MANIFEST, STATE, Manifest, readable
+from weightlora.graft.manifest import MANIFEST, STATE, Manifest, readable
 from weightlora.training.identity import RUN, Run
 from weightlora.training.inside import Inside
 from weightlora.training.whole_run import InnerCallback

@@ -9,37 +9,16 @@ import torch
 from torch import Tensor, nn
 
 from weightlora.errors import ScheduleError
-from weightlora.graft import (
-    Change,
-    Formed,
-    Gates,
-    GradientCheck,
-    PathName,
-    ProductWatch,
-    RankGates,
-    Selection,
-    adapter_name,
-    adapters,
-    adopt,
-    check_path,
-    disconnect,
-    end_backward_at_lowest,
-    fast_path,
-    forget,
-    grow_adapters,
-    keep_unpacked,
-    layer_weights,
-    load_start_state,
-    parameters,
-    refuse_tied,
-    remap,
-    resize,
-    restart,
-    start_state,
-    stock_path,
-    tie,
-    whole_weights,
-)
+from weightlora.graft.adapters import adapter_name, adapters, layer_weights, parameters, refuse_tied
+from weightlora.graft.depth import GradientCheck, end_backward_at_lowest
+from weightlora.graft.fast import PathName, check_path, fast_path, stock_path
+from weightlora.graft.forms import Formed, Gates, RankGates
+from weightlora.graft.optimizer import Change, adopt, forget, remap
+from weightlora.graft.quantised import keep_unpacked, whole_weights
+from weightlora.graft.selection import Selection
+from weightlora.graft.start import load_start_state, start_state
+from weightlora.graft.surgery import disconnect, grow_adapters, resize, restart, tie
+from weightlora.graft.watch import ProductWatch
 from weightlora.methods import AdapterMethod, Budget, Fresh, HeldOut, StepView
 from weightlora.methods.checks import check_k
 from weightlora.training.finite import FiniteWatch, check_learned, check_numbers

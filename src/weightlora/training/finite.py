@@ -13,7 +13,7 @@ from torch.nn.utils import get_total_norm
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from weightlora.errors import DivergedError, ScheduleError
-from weightlora.graft import Selection
+from weightlora.graft.selection import Selection
 from weightlora.training import checkpoint
 from weightlora.training.identity import RUN, Run
 

@@ -8,7 +8,7 @@ from typing import Literal
 from transformers import Trainer
 
 from weightlora.errors import ConfigError
-from weightlora.graft import PathName
+from weightlora.graft.fast import PathName
 from weightlora.methods import AdapterMethod, Method, PlainMethod, TunerMethod
 from weightlora.training.borrowed import borrowed
 from weightlora.training.finite import naming_the_last_good

@@ -15,7 +15,8 @@ from transformers import Trainer
 
 from weightlora.cost.measure import isolated_rng
 from weightlora.errors import ConfigError
-from weightlora.graft import adapter_name, input_directions, parameters
+from weightlora.graft.adapters import adapter_name, parameters
+from weightlora.graft.directions import input_directions
 from weightlora.training.inside import Inside, model_of
 from weightlora.training.undisturbed import given_back
 

@@ -15,7 +15,7 @@ from torch import nn
 from weightlora.decoding import decode
 from weightlora.errors import CheckpointError, ConfigError
 from weightlora.files import write_text
-from weightlora.graft import fingerprint
+from weightlora.graft.manifest import fingerprint
 from weightlora.methods import Method
 from weightlora.training.processes import check_same_everywhere, main_alone
 

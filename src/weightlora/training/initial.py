@@ -9,7 +9,9 @@ from torch import nn
 from transformers import Trainer
 
 from weightlora.errors import AdapterError, CheckpointError
-from weightlora.graft import check_before, layer_weights, moved_by, note_start, parameters, uncheckpointed
+from weightlora.graft.adapters import layer_weights, parameters
+from weightlora.graft.carried import check_before, uncheckpointed
+from weightlora.graft.start import moved_by, note_start
 from weightlora.methods import Method, Policy
 from weightlora.training.inside import model_of
 

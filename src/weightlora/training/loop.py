@@ -10,7 +10,10 @@ from accelerate.optimizer import AcceleratedOptimizer
 from torch import nn
 
 from weightlora.errors import ConfigError, ScheduleError
-from weightlora.graft import BackwardDepth, PathName, Selection, check_groups
+from weightlora.graft.depth import BackwardDepth
+from weightlora.graft.fast import PathName
+from weightlora.graft.optimizer import check_groups
+from weightlora.graft.selection import Selection
 from weightlora.methods import AdapterMethod, Method
 from weightlora.training.driver import UNKNOWN_LENGTH, Driver
 from weightlora.training.held_out import HeldOutBatches
@@ -25,7 +28,7 @@ class Tuner:
 
     Call :meth:`step` after ``optimizer.step()`` and before ``optimizer.zero_grad()``.
 
-    ``tuner.selection`` is None during warm-up and the :class:`~weightlora.graft.Selection` afterwards.
+    ``tuner.selection`` is None during warm-up and the :class:`~weightlora.graft.selection.Selection` afterwards.
     """
 
     def __init__(self, driver: Driver, optimizer: torch.optim.Optimizer) -> None:

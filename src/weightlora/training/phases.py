@@ -15,7 +15,7 @@ from transformers import Trainer
 
 from weightlora.cost.measure import PeakMemory
 from weightlora.errors import ScheduleError
-from weightlora.graft import reshape, tie
+from weightlora.graft.surgery import reshape, tie
 from weightlora.training import checkpoint
 from weightlora.training.callback import SeamCallback
 from weightlora.training.identity import enter_folder

@@ -10,7 +10,9 @@ from transformers import Trainer
 
 from weightlora.cost.measure import PeakMemory
 from weightlora.errors import AdapterError, CheckpointError
-from weightlora.graft import check_tuner, has_adapters, keep_unpacked, tuner_params
+from weightlora.graft.adapters import has_adapters
+from weightlora.graft.quantised import keep_unpacked
+from weightlora.graft.tuners import check_tuner, tuner_params
 from weightlora.methods import PlainMethod, TunerMethod
 from weightlora.training import checkpoint
 from weightlora.training.finite import FiniteCallback, naming_the_last_good

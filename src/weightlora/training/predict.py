@@ -11,7 +11,8 @@ from transformers import Trainer
 from weightlora.cost import ActivationTrace, Estimate, Phase, Setting
 from weightlora.cost.results import FrontierPoint
 from weightlora.errors import AdapterError
-from weightlora.graft import Selection, checkpointed_every
+from weightlora.graft.depth import checkpointed_every
+from weightlora.graft.selection import Selection
 from weightlora.training.driver import Driver
 from weightlora.training.trainer import checkpointing_settings, trace_step, use_batch
 

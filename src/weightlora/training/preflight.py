@@ -12,7 +12,8 @@ from torch import nn
 from transformers import Trainer
 
 from weightlora.errors import AdapterError, ConfigError
-from weightlora.graft import adapter_name, check_held, check_peft_model, check_ready, has_adapters
+from weightlora.graft.adapters import adapter_name, has_adapters
+from weightlora.graft.readiness import check_held, check_peft_model, check_ready
 from weightlora.methods import METHODS, Method
 from weightlora.training.inside import model_of
 
@@ -82,7 +83,7 @@ def check_model(model: nn.Module, optimizer: torch.optim.Optimizer | None, name:
 
 
 def check_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer, name: str) -> None:
-    """Refuse an optimizer that lacks adapters; see :func:`weightlora.graft.check_held`."""
+    """Refuse an optimizer that lacks adapters; see :func:`weightlora.graft.readiness.check_held`."""
     check_held(model, name, [p for group in optimizer.param_groups for p in group["params"]])
 
 

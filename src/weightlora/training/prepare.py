@@ -10,7 +10,10 @@ from torch import Tensor
 from transformers import Trainer
 
 from weightlora.errors import CheckpointError, ConfigError
-from weightlora.graft import Manifest, PathName, check_groups, moved_by
+from weightlora.graft.fast import PathName
+from weightlora.graft.manifest import Manifest
+from weightlora.graft.optimizer import check_groups
+from weightlora.graft.start import moved_by
 from weightlora.methods import AdapterMethod
 from weightlora.training import checkpoint
 from weightlora.training.budget import MicroBatches, allow

@@ -14,7 +14,7 @@ from weightlora.cost.measure import PeakMemory, StepCost
 from weightlora.cost.results import FrontierPoint, PhaseResult
 from weightlora.decoding import decode_part
 from weightlora.errors import CheckpointError, ConfigError
-from weightlora.graft import Selection
+from weightlora.graft.selection import Selection
 from weightlora.methods import Method
 
 

@@ -10,7 +10,7 @@ import torch
 from transformers import PreTrainedModel, Trainer
 
 from weightlora.errors import CheckpointError
-from weightlora.graft import arrange, group_names
+from weightlora.graft.optimizer import arrange, group_names
 from weightlora.methods import Method
 from weightlora.training.inside import model_of
 from weightlora.training.preflight import torch_optimizer

@@ -19,7 +19,7 @@ from torch.nn.parallel import DistributedDataParallel
 from transformers import Trainer
 
 from weightlora.errors import ConfigError
-from weightlora.graft import is_sharded
+from weightlora.graft.adapters import is_sharded
 from weightlora.methods import Method, Policy
 from weightlora.training.inside import model_of
 from weightlora.training.processes import processes

@@ -16,7 +16,7 @@ from transformers import Trainer
 
 from weightlora.cost import ActivationTrace, StepCost, counting, isolated_rng, step_cost, trace
 from weightlora.errors import AdapterError, ConfigError
-from weightlora.graft import checkpoint_blocks
+from weightlora.graft.depth import checkpoint_blocks
 from weightlora.training.inside import Inside, model_of
 from weightlora.training.observed import Observed, first_step
 from weightlora.training.undisturbed import given_back, undisturbed

@@ -11,9 +11,11 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from weightlora.core import linear_cka, resolve_k
+from weightlora.core.budget import resolve_k
+from weightlora.core.published import linear_cka
 from weightlora.errors import ScheduleError
-from weightlora.graft import Adapter, block_features, block_numbers, dense_gradients
+from weightlora.graft.adapters import Adapter, block_numbers
+from weightlora.graft.watch import block_features, dense_gradients
 from weightlora.methods.checks import check_k_value
 from weightlora.methods.placements.once import SeeingPlacement, ranked
 from weightlora.methods.policy import HeldOut, Policy

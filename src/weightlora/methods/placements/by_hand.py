@@ -10,7 +10,7 @@ from typing import ClassVar
 from torch import Tensor
 
 from weightlora.errors import ScheduleError
-from weightlora.graft import Adapter
+from weightlora.graft.adapters import Adapter
 from weightlora.methods.placements.once import Placement
 from weightlora.methods.policy import HeldOut, Policy
 

@@ -9,9 +9,9 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from weightlora.core import scaled_ranks
+from weightlora.core.published import scaled_ranks
 from weightlora.errors import ConfigError
-from weightlora.graft import Adapter
+from weightlora.graft.adapters import Adapter
 from weightlora.methods.placements.once import SeeingMethod
 from weightlora.methods.policy import Decision, Factors, HeldOut, Policy, Setup, Weights
 

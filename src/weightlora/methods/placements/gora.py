@@ -10,8 +10,9 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from weightlora.core import proportional_ranks, sensitivity
-from weightlora.graft import Adapter, dense_gradients
+from weightlora.core.published import proportional_ranks, sensitivity
+from weightlora.graft.adapters import Adapter
+from weightlora.graft.watch import dense_gradients
 from weightlora.methods.placements.once import SeeingMethod
 from weightlora.methods.policy import Decision, HeldOut, Policy, Setup
 

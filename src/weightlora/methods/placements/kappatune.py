@@ -8,8 +8,8 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from weightlora.core import condition_number
-from weightlora.graft import Adapter
+from weightlora.core.published import condition_number
+from weightlora.graft.adapters import Adapter
 from weightlora.methods.budgets import CountMethod
 from weightlora.methods.checks import check_k
 from weightlora.methods.placements.once import OneLook, ranked

@@ -10,7 +10,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from weightlora.graft import Adapter
+from weightlora.graft.adapters import Adapter
 from weightlora.methods.base import AdapterMethod, Needs
 from weightlora.methods.budgets import SpendingMethod, spread
 from weightlora.methods.checks import check_least

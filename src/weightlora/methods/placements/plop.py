@@ -9,7 +9,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from weightlora.graft import Adapter, feature_alignment
+from weightlora.graft.adapters import Adapter
+from weightlora.graft.watch import feature_alignment
 from weightlora.methods.checks import check_least
 from weightlora.methods.placements.once import SeeingPlacement, means
 from weightlora.methods.policy import HeldOut

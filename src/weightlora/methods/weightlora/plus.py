@@ -8,9 +8,11 @@ from typing import ClassVar, TypeVar, get_args
 
 import torch
 
-from weightlora.core import Growth, Noise, Remainder, grown_ranks, rank_for_params, total_params
+from weightlora.core.budget import Remainder, grown_ranks, rank_for_params, total_params
+from weightlora.core.growth import Growth, Noise
 from weightlora.errors import ScheduleError
-from weightlora.graft import Adapter, Selection
+from weightlora.graft.adapters import Adapter
+from weightlora.graft.selection import Selection
 from weightlora.methods.base import Needs, Shapes
 from weightlora.methods.checks import check_choice, check_least
 from weightlora.methods.policy import Decision, GrowthPlan

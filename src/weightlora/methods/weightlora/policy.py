@@ -9,9 +9,14 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from weightlora.core import coverage, format_bytes, gate_step, gradual_k, holding, place, support
+from weightlora.core.gates import gate_step, gradual_k
+from weightlora.core.importance import coverage, holding
+from weightlora.core.placement import place
+from weightlora.core.projection import support
+from weightlora.core.sizes import format_bytes
 from weightlora.errors import BudgetError, ScheduleError
-from weightlora.graft import Adapter, Selection, block_numbers
+from weightlora.graft.adapters import Adapter, block_numbers
+from weightlora.graft.selection import Selection
 from weightlora.methods.checks import check_k, check_select_after
 from weightlora.methods.policy import Budget, Decision, Factors, Fresh, HeldOut, Policy, Room, Setup, StepView, Weights
 from weightlora.methods.weightlora.worth import WORTHS

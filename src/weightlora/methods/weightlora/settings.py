@@ -7,9 +7,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import ClassVar, Literal, TypeVar, get_args
 
-from weightlora.core import Rule, Shape, k_for_params, parse_bytes, parse_share
+from weightlora.core.budget import k_for_params
+from weightlora.core.gates import Shape
+from weightlora.core.projection import Rule
+from weightlora.core.sizes import parse_bytes, parse_share
 from weightlora.errors import ConfigError
-from weightlora.graft import Adapter
+from weightlora.graft.adapters import Adapter
 from weightlora.methods.base import AdapterMethod, Limit, Needs, Shapes
 from weightlora.methods.budgets import ANY_K
 from weightlora.methods.checks import check_choice, check_k_value
@@ -48,7 +51,7 @@ class WeightLoRA(AdapterMethod):
         coverage: spread the choice over blocks, by ``max sum_blocks sqrt(sum score_i)``.
         gate_lr: learning rate of omega's SGD; 0 holds every gate at 1.
         gate_lr_scheduled: multiply ``gate_lr`` by the run's learning-rate schedule.
-        rule: which K gates survive a projection (see :func:`weightlora.core.top_k`).
+        rule: which K gates survive a projection (see :func:`weightlora.core.projection.top_k`).
         project_every: steps between projections of omega, which leave K gates on; None: only at T, if omega is the
             score.
         k_schedule: how many gates a projection before T leaves on.

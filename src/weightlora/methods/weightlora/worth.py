@@ -9,8 +9,8 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
-from weightlora.core import credit, cross_energy, gate_points, integrated, one_shot, trapezoid
-from weightlora.graft import Adapter
+from weightlora.core.importance import credit, cross_energy, gate_points, integrated, one_shot, trapezoid
+from weightlora.graft.adapters import Adapter
 from weightlora.methods.policy import StepView, slope
 
 Score = Literal["omega", "credit", "next-credit", "trapezoid", "gradient", "cross-gradient", "integrated"]
