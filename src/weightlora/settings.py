@@ -38,6 +38,7 @@ def setting(  # noqa: PLR0913 - one argument per fact about a field
     flag: str | None = None,
     choices: Sequence[str] = (),
     least: float | None = None,
+    most: float | None = None,
     above: float | None = None,
     below: float | None = None,
     only: Sequence[str] = (),
@@ -50,12 +51,12 @@ def setting(  # noqa: PLR0913 - one argument per fact about a field
         help: what the command line says of it; "" for a field without a flag.
         metavar: the name of its value there.
         flag: the flag's name, where it is not the field's.
-        choices: the words that are allowed, beside None where the type allows it.
-        least, above, below: bounds of a number; `above` and `below` are not allowed themselves.
+        choices: the words that are allowed, beside None where the type allows it; a Literal says them itself.
+        least, most, above, below: bounds of a number; `above` and `below` are not allowed themselves.
         only: names of the tasks that have it; empty: all.
         use: what to use instead of a value that is out of bounds; "" for words made from the bounds.
     """
-    bounds = {"least": least, "above": above, "below": below}
+    bounds = {"least": least, "most": most, "above": above, "below": below}
     given = {name: bound for name, bound in bounds.items() if bound is not None}
     about = {"help": help, "metavar": metavar, "flag": flag, "choices": tuple(choices), "only": tuple(only), "use": use}
     if isinstance(default, dict):
@@ -104,25 +105,25 @@ def check(settings: _Dataclass) -> None:
     for each in fields(settings):
         value = declared(type(settings), each.name, getattr(settings, each.name))
         object.__setattr__(settings, each.name, value)
-        if value is not None and each.metadata:
+        words = each.metadata.get("choices") or _literals(type(settings))[each.name]
+        if value is not None and words and value not in words:
+            raise ConfigError(f"{each.name}={value!r} is unknown; use one of {', '.join(words)}")
+        if each.metadata and isinstance(value, int | float) and not isinstance(value, bool):
             _check_bounds(each, value)
 
 
-def _check_bounds(each: Field[object], value: object) -> None:
+def _check_bounds(each: Field[object], value: float) -> None:
     about = each.metadata
-    if about["choices"] and value not in about["choices"]:
-        raise ConfigError(f"{each.name}={value!r} is unknown; use {', '.join(about['choices'])}")
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        return
     fits = (
         (isinstance(value, int) or math.isfinite(value))
-        and value >= about.get("least", value)
+        and about.get("least", value) <= value <= about.get("most", value)
         and not value <= about.get("above", -math.inf)
         and not value >= about.get("below", math.inf)
     )
     if not fits:
-        words = {"least": "{:g} or more", "above": "more than {:g}", "below": "less than {:g}"}
+        words = {"least": "{:g} or more", "above": "more than {:g}", "most": "at most {:g}", "below": "less than {:g}"}
         bounds = " and ".join(text.format(about[name]) for name, text in words.items() if name in about)
+        bounds += ", or None" if bounds and each.default is None else ""
         raise ConfigError(f"{each.name}={value} is not allowed; use {about['use'] or bounds or 'a finite number'}")
 
 
@@ -242,6 +243,13 @@ def _whole(values: tuple[object, ...]) -> bool:
 def _kinds(cls: type) -> dict[str, list[type]]:
     """The types that every annotated name of a class declares."""
     return {name: list(dict.fromkeys(_flat(hint))) for name, hint in typing.get_type_hints(cls).items()}
+
+
+@cache
+def _literals(cls: type) -> dict[str, tuple[str, ...]]:
+    """The words that every annotated name of a class declares; () for other types."""
+    hints = typing.get_type_hints(cls).items()
+    return {name: typing.get_args(hint) if typing.get_origin(hint) is Literal else () for name, hint in hints}
 
 
 def _flat(hint: type) -> list[type]:

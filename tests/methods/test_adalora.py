@@ -240,7 +240,7 @@ def test_refuses_what_cannot_run() -> None:
         ({"target_r": 0}, "target_r=0 is not allowed"),
         ({"deltaT": 2.5}, "deltaT=2.5 is not allowed"),
         ({"beta1": 1.0}, "beta1=1.0 is not allowed"),
-        ({"orth_reg_weight": -1}, "orth_reg_weight=-1 is not usable"),
+        ({"orth_reg_weight": -1}, "orth_reg_weight=-1 is not allowed"),
     ):
         with pytest.raises(ConfigError, match=message):
             wl.AdaLoRA(**settings)  # type: ignore[arg-type]

@@ -295,7 +295,7 @@ def test_by_default_no_more_moves_than_the_rounds_can_take() -> None:
 @pytest.mark.parametrize(
     ("settings", "kind", "message"),
     [
-        ({"scoring": "luck"}, ConfigError, "scoring 'luck' is unknown; use one of exact, gradient"),
+        ({"scoring": "luck"}, ConfigError, "scoring='luck' is unknown; use one of exact, gradient"),
         ({"rounds": 0}, ConfigError, "rounds=0 is not allowed"),
         ({"moves": 0}, ConfigError, "moves=0 is not allowed"),
         ({"rounds": 8}, ScheduleError, "the last of 8 rounds would be at step 9 of 9; lower rounds"),

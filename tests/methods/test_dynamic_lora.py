@@ -137,7 +137,7 @@ def test_without_cuts_nothing_falls() -> None:
 def test_refuses_what_cannot_run() -> None:
     with pytest.raises(ConfigError, match=r"beta=1\.0 is not allowed"):
         wl.DynamicLoRA(beta=1.0)
-    with pytest.raises(ConfigError, match="dem_weight=-1 is not usable"):
+    with pytest.raises(ConfigError, match="dem_weight=-1 is not allowed"):
         wl.DynamicLoRA(dem_weight=-1)
     with pytest.raises(ScheduleError, match="leave none of the 30 optimizer steps"):
         start(lora(), wl.DynamicLoRA(tinit=20, tfinal=10))

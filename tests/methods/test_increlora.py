@@ -204,7 +204,7 @@ def test_refuses_what_cannot_run() -> None:
         wl.IncreLoRA(incre_rank_num=0)
     with pytest.raises(ConfigError, match=r"beta2=1\.0 is not allowed"):
         wl.IncreLoRA(beta2=1.0)
-    with pytest.raises(ConfigError, match="orth_reg_weight=-1 is not usable"):
+    with pytest.raises(ConfigError, match="orth_reg_weight=-1 is not allowed"):
         wl.IncreLoRA(orth_reg_weight=-1)
     with pytest.raises(ScheduleError, match="needs 9 rounds of growth, the last at step 30 of 16"):
         start(lora(), wl.IncreLoRA(init_warmup=3, incre_interval=3, top_h=1))

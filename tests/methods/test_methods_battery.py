@@ -298,19 +298,19 @@ def test_schedules_that_cannot_run() -> None:
     [
         (
             {"score": "luck"},
-            "score 'luck' is unknown; use one of omega, credit, next-credit, trapezoid, gradient, cross-gradient, ",
+            "score='luck' is unknown; use one of omega, credit, next-credit, trapezoid, gradient, cross-gradient, ",
         ),
-        ({"rule": "best"}, "rule 'best' is unknown; use one of signed, positive, magnitude"),
-        ({"k_schedule": "fast"}, "k_schedule 'fast' is unknown; use one of constant, cubic, halving"),
-        ({"init_A": "zero"}, "init_A 'zero' is unknown; use one of lora, official"),
-        ({"gate_lr": -1.0}, "gate_lr=-1.0 is not usable"),
-        ({"gate_lr": float("nan")}, "gate_lr=nan is not usable"),
+        ({"rule": "best"}, "rule='best' is unknown; use one of signed, positive, magnitude"),
+        ({"k_schedule": "fast"}, "k_schedule='fast' is unknown; use one of constant, cubic, halving"),
+        ({"init_A": "zero"}, "init_A='zero' is unknown; use one of lora, official"),
+        ({"gate_lr": -1.0}, "gate_lr=-1.0 is not allowed"),
+        ({"gate_lr": float("nan")}, "gate_lr=nan is not allowed"),
         ({"project_every": 0}, "project_every=0 is not allowed; use 1 or more, or None for only at T"),
-        ({"growth": "svd"}, "growth 'svd' is unknown; use one of gaussian, qr"),
-        ({"noise": "pink"}, "noise 'pink' is unknown; use one of normal, uniform"),
-        ({"remainder": "keep"}, "remainder 'keep' is unknown; use one of drop, top"),
+        ({"growth": "svd"}, "growth='svd' is unknown; use one of gaussian, qr"),
+        ({"noise": "pink"}, "noise='pink' is unknown; use one of normal, uniform"),
+        ({"remainder": "keep"}, "remainder='keep' is unknown; use one of drop, top"),
         ({"max_rank": 0}, "max_rank=0 is not allowed"),
-        ({"preset": "best"}, "preset 'best' is unknown; use one of recommended, paper, official"),
+        ({"preset": "best"}, "preset='best' is unknown; use one of recommended, paper, official"),
     ],
 )
 def test_settings_are_checked_when_they_are_made(settings: dict[str, Any], message: str) -> None:
@@ -325,7 +325,7 @@ def test_names_presets_and_settings_are_checked() -> None:
     )
     refused(ConfigError, "method 'x' is unknown; the methods are weightlora, weightlora.*gradient", lambda: method("x"))
     refused(
-        ConfigError, "preset 'best' is unknown; use one of recommended, paper, official", lambda: method("top", "best")
+        ConfigError, "preset='best' is unknown; use one of recommended, paper, official", lambda: method("top", "best")
     )
     refused(
         ConfigError,

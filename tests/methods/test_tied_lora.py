@@ -120,7 +120,7 @@ def test_all_four_learn_and_tl5_stays_shared(tmp_path: Path) -> None:
 
 
 def test_settings_and_budget() -> None:
-    with pytest.raises(ConfigError, match="variant 'tl4' is unknown; use one of tl6, tl5"):
+    with pytest.raises(ConfigError, match="variant='tl4' is unknown; use one of tl6, tl5"):
         TiedLoRA(variant="tl4")
     shapes = [(16, 16)] * 6
     assert TiedLoRA(variant="tl5").within(6 * 32 * 4, shapes, 8)[1] == 4

@@ -179,7 +179,7 @@ def test_who_tells_the_classes(loaded: LoadedModel, data_dir: Path, tmp_path: Pa
         ({"task": "gsm8k", "classify_by": "answer"}, "classify_by belongs to classification, not to task 'gsm8k'"),
         ({"task": "gsm8k", "prompt": "{question}"}, "prompt belongs to classification"),
         ({"model": "minilm", "label_words": "negative=bad"}, "label_words is for a model that answers in words"),
-        ({"classify_by": "ask"}, "classify_by='ask' is unknown; use head, answer"),
+        ({"classify_by": "ask"}, "classify_by='ask' is unknown; use one of head, answer"),
     ):
         with pytest.raises(WeightLoRAError, match=message):
             asks(**settings)

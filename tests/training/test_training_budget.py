@@ -274,7 +274,7 @@ def test_the_smallest_set_that_holds_a_share_of_the_score(tmp_path: Path) -> Non
     [
         ({"k": 3, "memory": "1GiB"}, "k and memory both say"),
         ({"share": 0.9, "kept": "0.5x"}, "kept and share both say"),
-        ({"share": 1.5}, "share=1.5 is out of range"),
+        ({"share": 1.5}, "share=1.5 is not allowed; use a share of the total score"),
         ({"kept": "half"}, "'half' is not a share"),
         ({"memory": "1GiB", "step_time": "0.5x"}, "memory and step_time both say"),
         ({"memory": "much"}, "'much' is not a number of bytes"),

@@ -78,7 +78,7 @@ def test_a_preset_of_a_papers_has_one_rate() -> None:
     assert wl.VeRA().rate_of("x.vera_lambda_b.default") == 10.0
     assert wl.VBLoRA(adapter_rate=1.0).rate_of("x.vblora_logits_A.default") == 10.0
     assert wl.AdaLoRA().rate_of("transform_layer.weight") == 1.0
-    with pytest.raises(ConfigError, match=r"adapter_rate=0 is not usable; use a multiple above 0"):
+    with pytest.raises(ConfigError, match=r"adapter_rate=0 is not allowed; use a multiple above 0"):
         wl.LoRA(adapter_rate=0)
     with pytest.raises(ConfigError, match="full has no setting 'adapter_rate'"):
         wl.methods.FullFineTuning(adapter_rate=3.0)

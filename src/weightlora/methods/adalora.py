@@ -11,9 +11,9 @@ from torch import Tensor
 
 from weightlora.core.triplets import above_smallest, cubic_budget, orthogonality, smooth_sensitivity, triplet_scores
 from weightlora.graft.adapters import Adapter
-from weightlora.methods.checks import check_smoothing
 from weightlora.methods.policy import Factors, HeldOut, StepView, Weights
 from weightlora.methods.ranks import RankMethod, RankPolicy
+from weightlora.settings import setting
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,13 +44,9 @@ class AdaLoRA(RankMethod):
         "official": {"shrink": False},  # its schedules are steps, task by task; the shares are ours
     }
 
-    beta1: float = 0.85
-    beta2: float = 0.85
-    orth_reg_weight: float = 0.1
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_smoothing(self.beta1, self.beta2, self.orth_reg_weight)
+    beta1: float = setting(0.85, above=0, below=1, use="a number between 0 and 1 such as 0.85")
+    beta2: float = setting(0.85, above=0, below=1, use="a number between 0 and 1 such as 0.85")
+    orth_reg_weight: float = setting(0.1, least=0, use="0 or more, such as 0.1")
 
     def begin(self, adapters: tuple[Adapter, ...], max_steps: int) -> AdaLoRAPolicy:
         return AdaLoRAPolicy(self, adapters, max_steps)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import ClassVar, Literal, get_args
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -16,8 +16,9 @@ from weightlora.graft.adapters import Adapter
 from weightlora.graft.forms import Form, RankGates
 from weightlora.methods.base import Needs
 from weightlora.methods.budgets import SpendingMethod
-from weightlora.methods.checks import check_choice, check_least, check_warmup
+from weightlora.methods.checks import check_warmup
 from weightlora.methods.policy import Decision, Factors, Fresh, Policy, Setup, StepView, slope
+from weightlora.settings import setting
 
 Scoring = Literal["exact", "gradient"]
 
@@ -63,17 +64,12 @@ class ALoRA(SpendingMethod):
 
     select_after: int | float = 0.1
     round_steps: int | float = 0.025
-    rounds: int = 8
-    moves: int | None = None
+    rounds: int = setting(8, least=1)
+    moves: int | None = setting(None, least=1)
     scoring: Scoring = "gradient"
-    max_rank: int | None = None
-    batches: int = 1
+    max_rank: int | None = setting(None, least=1)
+    batches: int = setting(1, least=1)
     seed: int = 0
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_choice("scoring", self.scoring, get_args(Scoring))
-        check_least(self, 1, "rounds", "moves", "max_rank", "batches")
 
     @property
     def needs(self) -> Needs:

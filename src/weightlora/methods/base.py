@@ -6,7 +6,7 @@ import math
 from abc import ABC, ABCMeta, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeVar, get_args
 
 from torch import nn
 
@@ -14,14 +14,15 @@ from weightlora.core.budget import rank_for_params
 from weightlora.errors import ConfigError
 from weightlora.graft.adapters import Adapter, is_adapter
 from weightlora.graft.selection import Selection, select
-from weightlora.methods.checks import check_choice, check_steps
+from weightlora.methods.checks import check_k_value, check_steps
 from weightlora.methods.policy import Policy
-from weightlora.settings import declared
+from weightlora.settings import check, setting
 
 if TYPE_CHECKING:
     from weightlora.graft.tuners import LoraConfig, PeftConfig
 
-PRESETS = ("recommended", "paper", "official")
+Preset = Literal["recommended", "paper", "official"]
+PRESETS = get_args(Preset)
 Shapes = Sequence[tuple[int, int]]  # (d_in, d_out) of each target
 M = TypeVar("M", bound="Method")
 
@@ -60,17 +61,17 @@ class Needs:
 class _FromPreset(ABCMeta):
     """Fills what the caller leaves out from the preset that he names, before any default of the class."""
 
-    def __call__(cls: type[M], *values: object, **given: Any) -> M:  # type: ignore[misc]  # a metaclass's self is a class
+    def __call__(cls: type[M], *alone: object, **given: Any) -> M:  # type: ignore[misc]  # a metaclass's self is a class
         known = [*cls.settings(), "preset"]
         allowed = ", ".join(sorted(known, key=lambda name: (name == "preset", name)))
-        if values:
-            raise ConfigError(f"{cls.name} takes settings by name, not {values[0]!r} alone; they are {allowed}")
+        if alone:
+            raise ConfigError(f"{cls.name} takes settings by name, not {alone[0]!r} alone; they are {allowed}")
         unknown = sorted(set(given) - set(known))
         if unknown:
             raise ConfigError(f"{cls.name} has no setting {unknown[0]!r}; it has {allowed}")
         preset = given.get("preset", "recommended")
-        check_choice("preset", preset, PRESETS)
-        made: M = type.__call__(cls, **{**cls.presets.get(preset, {}), **given})
+        values = cls.presets.get(preset, {}) if isinstance(preset, str) else {}
+        made: M = type.__call__(cls, **{**values, **given})
         return made
 
 
@@ -87,16 +88,19 @@ class Method(ABC, metaclass=_FromPreset):
     chooses_k: ClassVar[bool] = False  # how many adapters survive is an outcome, and differs from run to run
     spending: ClassVar[str] = "ranks are whole numbers"  # why a budget of parameters may not be met
     in_shares: ClassVar[tuple[str, ...]] = ("select_after",)  # settings that may be shares of the run
+    in_counts: ClassVar[tuple[str, ...]] = ()  # settings that are counts, or shares of what there is
     # What every run says for itself: no preset is changed by it, unless the preset has a value for it.
     asked: ClassVar[tuple[str, ...]] = ("k", "memory", "step_time", "kept", "share", "spend", "seed")
 
-    preset: str = "recommended"
+    preset: Preset = "recommended"
 
     def __post_init__(self) -> None:
+        check(self)
         for f in fields(self):
-            object.__setattr__(self, f.name, declared(type(self), f.name, getattr(self, f.name)))
             if f.name in self.in_shares:
                 check_steps(getattr(self, f.name), f.name)
+            if f.name in self.in_counts:
+                check_k_value(getattr(self, f.name), f.name)
 
     @classmethod
     def settings(cls) -> frozenset[str]:
@@ -172,15 +176,8 @@ class PeftMethod(Method):
     rate: ClassVar[float] = 1.0  # the adapters' learning rate over the run's, under the preset `recommended`
     rates: ClassVar[Mapping[str, float]] = {}  # of some of them over the adapters', by a part of the parameter's name
 
-    adapter_rate: float | None = None
-    b_rate: float = 1.0
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        for name in ("adapter_rate", "b_rate"):
-            value = getattr(self, name)
-            if value is not None and not 0 < value < math.inf:
-                raise ConfigError(f"{name}={value} is not usable; use a multiple above 0, such as 3")
+    adapter_rate: float | None = setting(None, above=0, use="a multiple above 0, such as 3")
+    b_rate: float = setting(1.0, above=0, use="a multiple above 0, such as 3")
 
     def rate_of(self, name: str) -> float:
         if not is_adapter(name):

@@ -13,9 +13,10 @@ from weightlora.core.projection import support
 from weightlora.graft.adapters import Adapter
 from weightlora.methods.base import AdapterMethod
 from weightlora.methods.budgets import CountMethod
-from weightlora.methods.checks import check_k, check_least, check_warmup
+from weightlora.methods.checks import check_k, check_warmup
 from weightlora.methods.policy import Decision, Fixed, Fresh, Policy, StepView
 from weightlora.methods.weightlora.worth import Gradient, Worth
+from weightlora.settings import setting
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,11 +80,7 @@ class OneShotGradient(CountMethod):
     name: ClassVar[str] = "gradient"
     worth: ClassVar[type[Worth]] = Gradient
 
-    batches: int = 8
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_least(self, 1, "batches")
+    batches: int = setting(8, least=1)
 
     def begin(self, adapters: tuple[Adapter, ...], max_steps: int) -> GradientPolicy:
         return GradientPolicy(self, adapters, max_steps)

@@ -11,8 +11,8 @@ import torch
 from weightlora.core.budget import grown_ranks, k_for_params, rank_for_params
 from weightlora.graft.adapters import Adapter
 from weightlora.methods.base import AdapterMethod, Needs, Shapes
-from weightlora.methods.checks import check_k_value, check_least
 from weightlora.methods.policy import GrowthPlan
+from weightlora.settings import setting
 
 ANY_K = "K is such that any K adapters fit, the largest too"  # of methods that choose K adapters of one rank
 K = TypeVar("K", bound="CountMethod")
@@ -24,12 +24,9 @@ class CountMethod(AdapterMethod):
     """Settings of a method that keeps `k` adapters as they are: a count, or as a float a share of all n."""
 
     spending: ClassVar[str] = ANY_K
+    in_counts: ClassVar[tuple[str, ...]] = ("k",)
 
     k: int | float = 0.25
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_k_value(self.k)
 
     @property
     def needs(self) -> Needs:
@@ -44,11 +41,7 @@ class CountMethod(AdapterMethod):
 class SpendingMethod(AdapterMethod):
     """Settings of a method that hands ranks out: all together may cost `spend` parameters; None: no matter what."""
 
-    spend: int | None = None
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_least(self, 1, "spend")
+    spend: int | None = setting(None, least=1)
 
     def within(self: S, params: int, shapes: Shapes, rank: int, kinds: Sequence[str] = ()) -> tuple[S, int]:
         return replace(self, spend=params), rank_for_params(params, shapes)

@@ -10,28 +10,7 @@ from weightlora.errors import ConfigError, ScheduleError
 from weightlora.graft.adapters import Adapter
 
 
-def check_choice(name: str, value: str, allowed: tuple[str, ...]) -> None:
-    """Refuse a word that the setting `name` does not know.
-
-    >>> check_choice("rule", "best", ("signed", "positive"))
-    Traceback (most recent call last):
-    ...
-    weightlora.errors.ConfigError: rule 'best' is unknown; use one of signed, positive
-    """
-    if value not in allowed:
-        raise ConfigError(f"{name} {value!r} is unknown; use one of {', '.join(allowed)}")
-
-
-def check_least(method: object, least: int, *names: str) -> None:
-    """Refuse a number below `least` in one of a method's settings."""
-    for name in names:
-        value, usual = getattr(method, name), getattr(type(method), name)
-        if value is not None and value < least:
-            instead = ", or None" if usual is None else ""
-            raise ConfigError(f"{name}={value!r} is not allowed; use {least} or more{instead}")
-
-
-def check_k_value(k: int | float, name: str = "k") -> None:
+def check_k_value(k: int | float | None, name: str = "k") -> None:
     """Refuse a ``k`` that no model could satisfy. A float is a share, so that 1.0 is all adapters and 1 is one.
 
     >>> check_k_value(0)
@@ -39,7 +18,7 @@ def check_k_value(k: int | float, name: str = "k") -> None:
     ...
     weightlora.errors.ConfigError: k=0 is not allowed; use a count of adapters (1 or more) or a share such as 0.25
     """
-    if not (0 < k <= 1 if isinstance(k, float) else k >= 1):
+    if k is not None and not (0 < k <= 1 if isinstance(k, float) else k >= 1):
         raise ConfigError(f"{name}={k!r} is not allowed; use a count of adapters (1 or more) or a share such as 0.25")
 
 
@@ -96,21 +75,6 @@ def check_select_after(steps: int | float, max_steps: int) -> int:
     """
     count = check_warmup(steps, max_steps)
     return max(2, count) if isinstance(steps, float) and max_steps > 2 else count
-
-
-def check_smoothing(beta1: float, beta2: float, orth_reg_weight: float) -> None:
-    """Refuse smoothing factors outside (0, 1) and a regulariser below 0.
-
-    >>> check_smoothing(0.85, 1.0, 0.1)
-    Traceback (most recent call last):
-    ...
-    weightlora.errors.ConfigError: beta2=1.0 is not allowed; use a number between 0 and 1 such as 0.85
-    """
-    for name, beta in (("beta1", beta1), ("beta2", beta2)):
-        if not 0 < beta < 1:
-            raise ConfigError(f"{name}={beta!r} is not allowed; use a number between 0 and 1 such as 0.85")
-    if not 0 <= orth_reg_weight < math.inf:
-        raise ConfigError(f"orth_reg_weight={orth_reg_weight!r} is not usable; use 0 or more, such as 0.1")
 
 
 def check_interval(interval: int | float, max_steps: int, name: str = "deltaT") -> int:

@@ -11,10 +11,10 @@ from torch import Tensor
 
 from weightlora.core.components import component_shares, rising_cuts, unevenness
 from weightlora.core.triplets import above_smallest
-from weightlora.errors import ConfigError
 from weightlora.graft.adapters import Adapter
 from weightlora.methods.policy import Factors, HeldOut, StepView, Weights
 from weightlora.methods.ranks import RankMethod, RankPolicy
+from weightlora.settings import setting
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,15 +44,8 @@ class DynamicLoRA(RankMethod):
     }
 
     deltaT: int | float = 0.01
-    beta: float = 0.9
-    dem_weight: float = 0.1
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if not 0 <= self.beta < 1:
-            raise ConfigError(f"beta={self.beta!r} is not allowed; use 0 or more and less than 1, such as 0.9")
-        if not 0 <= self.dem_weight < float("inf"):
-            raise ConfigError(f"dem_weight={self.dem_weight!r} is not usable; use 0 or more, such as 0.1")
+    beta: float = setting(0.9, least=0, below=1, use="0 or more and less than 1, such as 0.9")
+    dem_weight: float = setting(0.1, least=0, use="0 or more, such as 0.1")
 
     def begin(self, adapters: tuple[Adapter, ...], max_steps: int) -> DynamicLoRAPolicy:
         return DynamicLoRAPolicy(self, adapters, max_steps)

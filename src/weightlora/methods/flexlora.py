@@ -14,8 +14,8 @@ from weightlora.errors import ConfigError, ScheduleError
 from weightlora.graft.adapters import Adapter
 from weightlora.graft.forms import Form, RankGates
 from weightlora.methods.base import AdapterMethod
-from weightlora.methods.checks import check_least
 from weightlora.methods.policy import Decision, Factors, Fresh, HeldOut, Policy, Setup, StepView, Weights
+from weightlora.settings import setting
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,13 +40,12 @@ class FlexLoRA(AdapterMethod):
     name: ClassVar[str] = "flexlora"
     rate: ClassVar[float] = 3.0  # measured; see docs/methods.md
 
-    clients: int = 4
-    rounds: int = 4
+    clients: int = setting(4, least=1)
+    rounds: int = setting(4, least=1)
     ranks: tuple[int, ...] | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_least(self, 1, "clients", "rounds")
         if self.ranks is not None and (len(self.ranks) != self.clients or min(self.ranks) < 1):
             raise ConfigError(f"ranks={list(self.ranks)} must be {self.clients} numbers of 1 or more, one per client")
 

@@ -11,13 +11,14 @@ import torch
 from torch import Tensor
 
 from weightlora.core.blocks import block_gates
-from weightlora.errors import ConfigError, ScheduleError
+from weightlora.errors import ScheduleError
 from weightlora.graft.adapters import Adapter, block_numbers
 from weightlora.graft.selection import Selection
 from weightlora.methods.base import Needs
 from weightlora.methods.budgets import SpendingMethod, spread
-from weightlora.methods.checks import check_least, check_select_after
+from weightlora.methods.checks import check_select_after
 from weightlora.methods.policy import Decision, Fresh, GrowthPlan, Restarting, Setup, StepView, slope
+from weightlora.settings import setting
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,16 +56,10 @@ class Flexora(SpendingMethod):
     }
 
     select_after: int | float = 0.15
-    alpha_lr: float = 0.01
-    outer_batches: int = 1
-    batches: int = 8
+    alpha_lr: float = setting(0.01, above=0, use="a positive rate such as 0.01")
+    outer_batches: int = setting(1, least=1)
+    batches: int = setting(8, least=1)
     seed: int = 0
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if not 0 < self.alpha_lr < math.inf:
-            raise ConfigError(f"alpha_lr={self.alpha_lr} is not usable; use a positive rate such as 0.01")
-        check_least(self, 1, "outer_batches", "batches")
 
     @property
     def needs(self) -> Needs:

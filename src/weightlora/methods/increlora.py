@@ -15,8 +15,9 @@ from weightlora.errors import ScheduleError
 from weightlora.graft.adapters import Adapter
 from weightlora.graft.forms import Form, RankGates
 from weightlora.methods.budgets import SpendingMethod
-from weightlora.methods.checks import check_interval, check_k, check_k_value, check_least, check_smoothing, check_warmup
+from weightlora.methods.checks import check_interval, check_k, check_warmup
 from weightlora.methods.policy import Decision, Factors, Fresh, HeldOut, Policy, Setup, StepView, Weights, lora_params
+from weightlora.settings import setting
 
 RESERVE = 1e-5  # E of a rank that learns its direction before it counts
 
@@ -53,22 +54,17 @@ class IncreLoRA(SpendingMethod):
     chooses_k: ClassVar[bool] = True
     spending: ClassVar[str] = "while it grows every adapter has a reserve of ranks that learn too"
     in_shares: ClassVar[tuple[str, ...]] = ("init_warmup", "incre_interval")
+    in_counts: ClassVar[tuple[str, ...]] = ("top_h",)
 
-    incre_rank_num: int | None = None
+    incre_rank_num: int | None = setting(None, least=1)
     top_h: int | float = 0.2
     init_warmup: int | float = 0.02
     incre_interval: int | float = 0.02
-    beta1: float = 0.85
-    beta2: float = 0.85
-    orth_reg_weight: float = 0.1
+    beta1: float = setting(0.85, above=0, below=1, use="a number between 0 and 1 such as 0.85")
+    beta2: float = setting(0.85, above=0, below=1, use="a number between 0 and 1 such as 0.85")
+    orth_reg_weight: float = setting(0.1, least=0, use="0 or more, such as 0.1")
     shrink: bool = True
     seed: int = 0
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_k_value(self.top_h, "top_h")
-        check_least(self, 1, "incre_rank_num")
-        check_smoothing(self.beta1, self.beta2, self.orth_reg_weight)
 
     def step_of(self, rank: float) -> int:
         """Ranks that an adapter gains at a time, where the mean target is `rank`."""

@@ -11,14 +11,15 @@ import torch
 from torch import Tensor
 
 from weightlora.core.prefix import smallest_prefix
-from weightlora.errors import ConfigError, ScheduleError
+from weightlora.errors import ScheduleError
 from weightlora.graft.adapters import Adapter
 from weightlora.graft.watch import output_energy
 from weightlora.methods.base import Needs
 from weightlora.methods.budgets import SpendingMethod, spread
-from weightlora.methods.checks import check_least, check_select_after
+from weightlora.methods.checks import check_select_after
 from weightlora.methods.policy import Decision, Fresh, GrowthPlan, Restarting, Setup, StepView
 from weightlora.methods.tied_lora import sharers
+from weightlora.settings import setting
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,15 +55,9 @@ class LoRADrop(SpendingMethod):
     }
 
     select_after: int | float = 0.1
-    threshold: float = 0.9
-    batches: int = 8
+    threshold: float = setting(0.9, above=0, most=1, use="a share above 0 and at most 1")
+    batches: int = setting(8, least=1)
     seed: int = 0
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if not 0 < self.threshold <= 1:
-            raise ConfigError(f"threshold={self.threshold!r} is not allowed; use a share above 0 and at most 1")
-        check_least(self, 1, "batches")
 
     @property
     def needs(self) -> Needs:

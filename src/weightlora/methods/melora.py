@@ -13,8 +13,8 @@ from weightlora.errors import AdapterError
 from weightlora.graft.adapters import Adapter
 from weightlora.graft.architectures import Blocks
 from weightlora.methods.base import AdapterMethod
-from weightlora.methods.checks import check_least
 from weightlora.methods.policy import Factors, Fixed, HeldOut, Policy, Setup, Weights
+from weightlora.settings import setting
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,11 +42,7 @@ class MELoRA(AdapterMethod):
     # Official: r=8, n=2 for GLUE (alpha 16), which is the default; r=1, n=8 for instruction tuning.
     presets: ClassVar[Mapping[str, Mapping[str, object]]] = {"paper": {"minis": 2}, "official": {"minis": 2}}
 
-    minis: int = 2
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_least(self, 1, "minis")
+    minis: int = setting(2, least=1)
 
     def begin(self, adapters: tuple[Adapter, ...], max_steps: int) -> Policy:
         for adapter in adapters:

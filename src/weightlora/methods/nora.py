@@ -18,9 +18,9 @@ from weightlora.graft.architectures import Nest
 from weightlora.graft.forms import Form
 from weightlora.graft.watch import input_size
 from weightlora.methods.base import AdapterMethod, Needs, Shapes
-from weightlora.methods.checks import check_least
 from weightlora.methods.milora import check_dense, check_ranks
 from weightlora.methods.policy import Factors, Fixed, HeldOut, Policy, Setup, Weights
+from weightlora.settings import setting
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,17 +54,10 @@ class NoRA(AdapterMethod):
         "official": {},
     }
 
-    outer_rank: int | None = None
-    calibration_batches: int = 4
-    exponent: float = 1.0
+    outer_rank: int | None = setting(None, least=1)
+    calibration_batches: int = setting(4, least=0)
+    exponent: float = setting(1.0, least=0, use="1.0, or 0.5 where inputs have outliers")
     seed: int = 0
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_least(self, 1, "outer_rank")
-        check_least(self, 0, "calibration_batches")
-        if not 0 <= self.exponent < float("inf"):
-            raise ConfigError(f"exponent={self.exponent} is not usable; use 1.0, or 0.5 where inputs have outliers")
 
     @property
     def needs(self) -> Needs:

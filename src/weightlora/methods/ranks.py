@@ -18,8 +18,9 @@ from weightlora.graft.adapters import Adapter
 from weightlora.graft.forms import RankGates
 from weightlora.methods.base import Shapes
 from weightlora.methods.budgets import SpendingMethod
-from weightlora.methods.checks import check_interval, check_least, check_warmup
+from weightlora.methods.checks import check_interval, check_warmup
 from weightlora.methods.policy import Decision, Factors, Fresh, HeldOut, Policy, Setup, StepView, Weights, lora_params
+from weightlora.settings import setting
 
 UNKNOWN = 2**31  # what a loop that does not say how long it is passes for its optimizer steps
 R = TypeVar("R", bound="RankMethod")
@@ -45,8 +46,8 @@ class RankMethod(SpendingMethod):
     spending: ClassVar[str] = "it starts with more ranks than it ends with"
     in_shares: ClassVar[tuple[str, ...]] = ("tinit", "tfinal", "deltaT")
 
-    target_r: int | None = None
-    init_r: int | None = None
+    target_r: int | None = setting(None, least=1)
+    init_r: int | None = setting(None, least=1)
     tinit: int | float = 0.15
     tfinal: int | float = 0.5
     deltaT: int | float = 0.002
@@ -55,7 +56,6 @@ class RankMethod(SpendingMethod):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_least(self, 1, "target_r", "init_r")
         if self.target_r is not None and self.init_r is not None and self.init_r < self.target_r:
             raise ConfigError(f"init_r={self.init_r} is below target_r={self.target_r}; ranks are only taken away")
 

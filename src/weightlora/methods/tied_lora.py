@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 from weightlora.core.budget import total_params
 from weightlora.errors import ConfigError
@@ -12,10 +12,7 @@ from weightlora.graft.adapters import Adapter
 from weightlora.graft.architectures import Vectors
 from weightlora.graft.forms import Form
 from weightlora.methods.base import AdapterMethod, Shapes
-from weightlora.methods.checks import check_choice
 from weightlora.methods.policy import Factors, Fixed, Policy, Setup
-
-VARIANTS = ("tl6", "tl5")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,11 +40,7 @@ class TiedLoRA(AdapterMethod):
         "official": {"variant": "tl6"},
     }
 
-    variant: str = "tl6"
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_choice("variant", self.variant, VARIANTS)
+    variant: Literal["tl6", "tl5"] = "tl6"
 
     def within(self, params: int, shapes: Shapes, rank: int, kinds: Sequence[str] = ()) -> tuple[TiedLoRA, int]:
         names = kinds or [str(place) for place in range(len(shapes))]  # kinds unknown: as if no two layers shared

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, ClassVar
 from weightlora.errors import ConfigError
 from weightlora.graft.tuners import dora_config, tuner_config
 from weightlora.methods.base import M, Shapes, TunerMethod
-from weightlora.methods.checks import check_least
+from weightlora.settings import setting
 
 if TYPE_CHECKING:
     from weightlora.graft.tuners import LoraConfig, PeftConfig
@@ -59,13 +59,9 @@ class VeRA(TunerMethod):
     presets: ClassVar[Mapping[str, Mapping[str, object]]] = {"official": {"r": 1024}}
     MAX_RANK: ClassVar[int] = 1024  # what the official script uses; more is all cost
 
-    r: int = 256
+    r: int = setting(256, least=1)
     d_initial: float = 0.1
     key: int = 0
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_least(self, 1, "r")
 
     def rank(self, built: int) -> int:
         return self.r
@@ -101,14 +97,13 @@ class VBLoRA(TunerMethod):
     rates: ClassVar[Mapping[str, float]] = {"vblora_logits": 10.0}
     presets: ClassVar[Mapping[str, Mapping[str, object]]] = {"official": {"vector_length": 256}}
 
-    r: int = 4
+    r: int = setting(4, least=1)
     num_vectors: int = 90
     vector_length: int | None = None
-    topk: int = 2
+    topk: int = setting(2, least=1)
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_least(self, 1, "r", "topk")
         if self.num_vectors < self.topk:
             raise ConfigError(f"num_vectors={self.num_vectors} is less than topk={self.topk}; use at least that")
 

@@ -16,7 +16,6 @@ from weightlora.core.published import linear_cka
 from weightlora.errors import ScheduleError
 from weightlora.graft.adapters import Adapter, block_numbers
 from weightlora.graft.watch import block_features, dense_gradients
-from weightlora.methods.checks import check_k_value
 from weightlora.methods.placements.once import SeeingPlacement, ranked
 from weightlora.methods.policy import HeldOut, Policy
 
@@ -28,13 +27,10 @@ class BlockPlacement(SeeingPlacement):
     Adapters outside blocks are kept, with the score 0.
     """
 
+    in_counts: ClassVar[tuple[str, ...]] = ("blocks",)
     meaning: ClassVar[str]  # of what the blocks that stay have, in words
 
     blocks: int | float = 0.5
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_k_value(self.blocks, "blocks")
 
     def begin(self, adapters: tuple[Adapter, ...], max_steps: int) -> Policy:
         count = len({block for block in block_numbers(adapters) if block is not None})

@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 
 from weightlora.core.published import scaled_ranks
-from weightlora.errors import ConfigError
 from weightlora.graft.adapters import Adapter
 from weightlora.methods.placements.once import SeeingMethod
 from weightlora.methods.policy import Decision, Factors, HeldOut, Policy, Setup, Weights
+from weightlora.settings import setting
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,12 +45,7 @@ class EVA(SeeingMethod):
     spending: ClassVar[str] = "the sum of ranks is held, and wide layers cost more for one"
     presets: ClassVar[dict[str, dict[str, float]]] = {"paper": {"rho": 2.0}, "official": {"rho": 2.0}}
 
-    rho: float = 2.0
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if not 1 <= self.rho < float("inf"):
-            raise ConfigError(f"rho={self.rho!r} is not allowed; use 1 (ranks stay where they are) or more")
+    rho: float = setting(2.0, least=1, use="1 (ranks stay where they are) or more")
 
     def begin(self, adapters: tuple[Adapter, ...], max_steps: int) -> Policy:
         return EVAPolicy(self, adapters)

@@ -13,8 +13,8 @@ from torch import Tensor
 from weightlora.graft.adapters import Adapter
 from weightlora.methods.base import AdapterMethod, Needs
 from weightlora.methods.budgets import SpendingMethod, spread
-from weightlora.methods.checks import check_least
 from weightlora.methods.policy import Decision, GrowthPlan, HeldOut, Policy, Setup
+from weightlora.settings import setting
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,11 +45,7 @@ class OneLook(AdapterMethod):
 class SeeingMethod(SpendingMethod):
     """Settings of a method that sees the model at work, on `batches` batches of rows that it does not train on."""
 
-    batches: int = 8
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_least(self, 1, "batches")
+    batches: int = setting(8, least=1)
 
     @property
     def needs(self) -> Needs:

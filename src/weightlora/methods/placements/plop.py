@@ -11,9 +11,9 @@ from torch import Tensor
 
 from weightlora.graft.adapters import Adapter
 from weightlora.graft.watch import feature_alignment
-from weightlora.methods.checks import check_least
 from weightlora.methods.placements.once import SeeingPlacement, means
 from weightlora.methods.policy import HeldOut
+from weightlora.settings import setting
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,11 +39,7 @@ class PLoP(SeeingPlacement):
 
     name: ClassVar[str] = "plop"
 
-    kinds: int = 3
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_least(self, 1, "kinds")
+    kinds: int = setting(3, least=1)
 
     def measure(self, adapters: Sequence[Adapter], weights: Iterator[Tensor], held_out: HeldOut | None) -> list[float]:
         assert held_out is not None

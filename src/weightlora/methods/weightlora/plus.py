@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import ClassVar, TypeVar, get_args
+from typing import ClassVar, TypeVar
 
 import torch
 
@@ -14,11 +14,11 @@ from weightlora.errors import ScheduleError
 from weightlora.graft.adapters import Adapter
 from weightlora.graft.selection import Selection
 from weightlora.methods.base import Needs, Shapes
-from weightlora.methods.checks import check_choice, check_least
 from weightlora.methods.policy import Decision, GrowthPlan
 from weightlora.methods.weightlora.policy import WeightLoRAPolicy
 from weightlora.methods.weightlora.presets import WEIGHTLORA_PLUS
 from weightlora.methods.weightlora.settings import WeightLoRA
+from weightlora.settings import setting
 
 P = TypeVar("P", bound="WeightLoRAPlus")
 
@@ -50,16 +50,9 @@ class WeightLoRAPlus(WeightLoRA):
     noise: Noise = "normal"
     orthonormal: bool = True
     remainder: Remainder = "drop"
-    max_rank: int | None = None
+    max_rank: int | None = setting(None, least=1)
     comeback: bool = True
     seed: int = 0
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_choice("growth", self.growth, get_args(Growth))
-        check_choice("noise", self.noise, get_args(Noise))
-        check_choice("remainder", self.remainder, get_args(Remainder))
-        check_least(self, 1, "max_rank")
 
     @property
     def needs(self) -> Needs:

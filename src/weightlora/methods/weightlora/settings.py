@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import ClassVar, Literal, TypeVar, get_args
+from typing import ClassVar, Literal, TypeVar
 
 from weightlora.core.budget import k_for_params
 from weightlora.core.gates import Shape
@@ -15,10 +14,10 @@ from weightlora.errors import ConfigError
 from weightlora.graft.adapters import Adapter
 from weightlora.methods.base import AdapterMethod, Limit, Needs, Shapes
 from weightlora.methods.budgets import ANY_K
-from weightlora.methods.checks import check_choice, check_k_value
 from weightlora.methods.weightlora.policy import QUARTER, WeightLoRAPolicy
 from weightlora.methods.weightlora.presets import WEIGHTLORA
 from weightlora.methods.weightlora.worth import WORTHS, Score
+from weightlora.settings import setting
 
 AMOUNTS = ("k", "memory", "step_time", "kept", "share")  # each says how many adapters live
 W = TypeVar("W", bound="WeightLoRA")
@@ -77,35 +76,26 @@ class WeightLoRA(AdapterMethod):
     name: ClassVar[str] = "weightlora"
     spending: ClassVar[str] = f"all n train until the seam; {ANY_K}"
     presets: ClassVar[Mapping[str, Mapping[str, object]]] = WEIGHTLORA
+    in_counts: ClassVar[tuple[str, ...]] = ("k",)
 
     k: int | float | None = None
     memory: str | int | None = None
     step_time: str | None = None
     kept: str | None = None
-    share: float | None = None
+    share: float | None = setting(None, above=0, most=1, use="a share of the total score, such as 0.9")
     select_after: int | float | None = 0.15
     score: Score = "credit"
     coverage: bool = False
-    gate_lr: float = 0.0
+    gate_lr: float = setting(0.0, least=0, use="0 to hold the gates at 1, or a positive rate")
     gate_lr_scheduled: bool = False
     rule: Rule = "signed"
-    project_every: int | None = None
+    project_every: int | None = setting(None, least=1, use="1 or more, or None for only at T")
     k_schedule: Shape = "constant"
     drift: bool = False
     init_A: Literal["lora", "official"] = "lora"
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_choice("score", self.score, get_args(Score))
-        check_choice("rule", self.rule, get_args(Rule))
-        check_choice("k_schedule", self.k_schedule, get_args(Shape))
-        check_choice("init_A", self.init_A, ("lora", "official"))
-        if not 0 <= self.gate_lr < math.inf:
-            raise ConfigError(f"gate_lr={self.gate_lr} is not usable; use 0 to hold the gates at 1, or a positive rate")
-        if self.project_every is not None and self.project_every < 1:
-            raise ConfigError(
-                f"project_every={self.project_every} is not allowed; use 1 or more, or None for only at T"
-            )
         given = [name for name in AMOUNTS if getattr(self, name) is not None]
         if len(given) > 1:
             raise ConfigError(f"{given[0]} and {given[1]} both say how many adapters are kept; give one of them")
@@ -113,15 +103,11 @@ class WeightLoRA(AdapterMethod):
             self.preset != "recommended" or self.score == "omega" or self.coverage or self.select_after is None
         ):
             object.__setattr__(self, "k", QUARTER)
-        if self.k is not None:
-            check_k_value(self.k)
         if self.memory is not None:
             parse_bytes(self.memory)
         for name in ("step_time", "kept"):
             if getattr(self, name) is not None:
                 parse_share(getattr(self, name))
-        if self.share is not None and not 0 < self.share <= 1:
-            raise ConfigError(f"share={self.share} is out of range; use a share of the total score, such as 0.9")
         if self.coverage and given and self.k is None:
             raise ConfigError(
                 f"coverage=True spreads a number of adapters, and {given[0]} gives no number; use k, or coverage=False"
