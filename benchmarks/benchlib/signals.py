@@ -18,9 +18,8 @@ from weightlora.core.importance import (
     integrated,
     one_shot,
     trapezoid,
-    whitened_energy,
 )
-from weightlora.core.published import alignment, condition_number, explained_variance, linear_cka, sensitivity
+from weightlora.core.published import alignment, condition_number, linear_cka, sensitivity
 
 Scores = dict[str, list[float]]
 
@@ -256,3 +255,52 @@ def _integrated_gates(
     for layer, scale in zip(trained.layers, scales, strict=True):
         layer.scaling["default"] = scale
     return integrated(gradients, weights).tolist(), losses[-2] - losses[-1]
+
+
+def whitened_energy(grad_B: Tensor, second_moment: Tensor, ridge: float = 1e-6) -> Tensor:
+    r"""Gradient energy in units of the features' spread: `tr(G C^-1 G^T)`.
+
+    G is dL/dB at B = 0, `C = E[h h^T]` the second moment of the features `h = A x`. The decrease that the best B buys
+    where the loss is quadratic in the layer's output. It does not depend on A's scale, nor on its basis: `A -> M A`
+    takes `G -> G M^T` and `C -> M C M^T`.
+
+    Args:
+        grad_B: (d_out, r).
+        second_moment: C, (r, r).
+        ridge: added to C's diagonal, as a share of its mean.
+
+    Returns:
+        A scalar tensor, float64.
+
+    Source: Layer Card (arXiv 2602.04019), restricted to the adapter's features.
+
+    >>> import torch
+    >>> whitened_energy(torch.tensor([[2.0]]), torch.tensor([[4.0]]), ridge=0.0)
+    tensor(1., dtype=torch.float64)
+    """
+    G, C = grad_B.double(), second_moment.double()
+    C = C + torch.eye(len(C), dtype=C.dtype, device=C.device) * (ridge * C.diagonal().mean())
+    solved: Tensor = torch.linalg.solve(C, G.T)
+    return (solved * G.T).sum()
+
+
+def explained_variance(second_moment: Tensor, r: int) -> Tensor:
+    r"""Shares of the inputs' variance that their first r principal directions explain: `lambda_j / sum lambda`.
+
+    Args:
+        second_moment: `E[x x^T]` of a layer's inputs, (d_in, d_in), symmetric.
+        r: how many directions, at most d_in.
+
+    Returns:
+        (r,), falling, float64.
+
+    Source: EVA (arXiv 2410.07170), which hands ranks out along these shares over all layers. Departure: from the
+    second moment in place of an incremental singular value decomposition, with the same result.
+
+    >>> import torch
+    >>> explained_variance(torch.diag(torch.tensor([1.0, 3.0])), 1)
+    tensor([0.7500], dtype=torch.float64)
+    """
+    values = torch.linalg.eigvalsh(second_moment.double()).flip(0).clamp(min=0)
+    shares: Tensor = values[:r] / values.sum()
+    return shares

@@ -101,20 +101,6 @@ def test_growth_never_shrinks() -> None:
     assert grown_ranks(100, [], []) == []
 
 
-def test_wrong_growth() -> None:
-    with pytest.raises(ConfigError, match="2 ranks for 1 shapes"):
-        grown_ranks(10, [SQUARE], [1, 1])
-    for order in ([0, 0], [0, 2], [-1]):
-        with pytest.raises(ConfigError, match="each index once"):
-            grown_ranks(10, [SQUARE] * 2, [1, 1], order=order, remainder="top")
-    with pytest.raises(ConfigError, match="drop, top"):
-        grown_ranks(10, [SQUARE], [1], remainder="all")  # type: ignore[arg-type]
-    with pytest.raises(ConfigError, match="max_rank=0"):
-        grown_ranks(10, [SQUARE], [1], max_rank=0)
-    with pytest.raises(ConfigError, match="r=0"):
-        adapter_params(0, 3, 3)
-
-
 @settings(max_examples=200, deadline=None)
 @given(st.integers(1, 600), st.integers(1, 4), shape_lists)
 def test_rank_and_k_for_params(params: int, r: int, shapes: list[tuple[int, int]]) -> None:

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from weightlora.core.importance import coverage, credit, gate_gradient, one_shot
+from weightlora.core.importance import coverage, credit, one_shot
 from weightlora.errors import ConfigError
 
 SCALE = 4.0
@@ -36,30 +36,6 @@ class Toy:
     def dense_gradient(self, omega: float) -> Tensor:
         W = (self.W + omega * SCALE * self.B @ self.A).requires_grad_()
         return torch.autograd.grad(self.dense_loss(W), W)[0]
-
-
-@pytest.mark.parametrize("at", [0.0, 1.0, -0.7])
-def test_gate_gradient_is_the_derivative(at: float) -> None:
-    toy = Toy()
-    omega = torch.tensor(at, dtype=torch.float64, requires_grad=True)
-    (auto,) = torch.autograd.grad(toy.loss(omega, toy.A, toy.B), omega)
-    got = gate_gradient(toy.A, toy.B, toy.dense_gradient(at), SCALE)
-    step = 1e-6
-    up, down = (toy.loss(torch.tensor(at + e, dtype=torch.float64), toy.A, toy.B) for e in (step, -step))
-    assert float(got) == pytest.approx(float(auto), rel=1e-12)
-    assert float(got) == pytest.approx(float((up - down) / (2 * step)), rel=1e-7)
-    assert abs(float(got)) > 0.1
-
-
-def test_gate_gradient_in_low_precision_counts_in_float32() -> None:
-    toy = Toy()
-    grad = toy.dense_gradient(1.0)
-    low = [t.to(torch.bfloat16) for t in (toy.A, toy.B, grad)]
-    got = gate_gradient(*low, SCALE)
-    assert got.dtype == torch.float32
-    assert got.shape == ()
-    exact = SCALE * (low[2].double() * (low[1].double() @ low[0].double())).sum()
-    assert float(got) == pytest.approx(float(exact), rel=1e-5)
 
 
 def test_one_shot_is_the_product_after_a_unit_step() -> None:
@@ -88,18 +64,11 @@ def test_credit_is_the_first_order_decrease() -> None:
     assert float(credit(grads, downhill)) > 0
 
 
-def test_credit_types_and_refusals() -> None:
+def test_credit_types() -> None:
     low = torch.full((300,), 1.0, dtype=torch.bfloat16)
     assert float(credit([low], [-low])) == 300  # bfloat16 itself would stop counting at 256
     assert credit([low], [-low]).dtype == torch.float32
     assert credit([low, low.double()], [low, low]).dtype == torch.float64
-    for grads, deltas in (([], []), ([low], [])):
-        with pytest.raises(ConfigError, match="one update for each gradient"):
-            credit(grads, deltas)
-    with pytest.raises(ConfigError, match="differ in shape"):
-        credit([low], [low[:1]])  # would broadcast
-    with pytest.raises(ConfigError, match="do not belong together"):
-        gate_gradient(torch.ones(2, 7), torch.ones(5, 2), torch.ones(7, 5), 1.0)
 
 
 def value(chosen: tuple[int, ...] | list[int], scores: list[float], groups: list[int]) -> float:
@@ -143,10 +112,5 @@ def test_coverage_ties_and_refusals() -> None:
     assert coverage([5.0, 4.0, 1.2], [0, 0, 1], 2) == [0, 2]  # 3 - sqrt(5) is less than sqrt(1.2)
     assert coverage([-1.0, 0.0, -5.0], [0, 1, 2], 2) == [0, 1]
     assert coverage([-1.0, 0.0, 2.0], [0, 0, 0], 1) == [2]
-    for k in (0, 4):
-        with pytest.raises(ConfigError, match=f"k={k}"):
-            coverage([1.0, 2.0, 3.0], [0, 0, 0], k)
     with pytest.raises(ConfigError, match=r"scores at \[1\]"):
         coverage([1.0, float("nan")], [0, 0], 1)
-    with pytest.raises(ConfigError, match="2 scores for 1 groups"):
-        coverage([1.0, 2.0], [0], 1)

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from weightlora.core.projection import Rule, support, top_k
-from weightlora.errors import ConfigError, WeightLoRAError
+from weightlora.errors import WeightLoRAError
 
 RULES: tuple[Rule, ...] = ("signed", "positive", "magnitude")
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
@@ -111,22 +111,9 @@ def test_nan_is_refused_with_its_places() -> None:
     v = torch.zeros(40)
     v[[3, 7]] = float("nan")
     with pytest.raises(WeightLoRAError, match=r"NaN at \[3, 7\]"):
-        top_k(v, 2)
+        support(v, 2)
+    assert top_k(v, 1).isnan().sum() == 1  # the host is not asked
     v[:] = float("nan")
     with pytest.raises(WeightLoRAError, match="and 24 more"):
         support(v, 2, "magnitude")
     assert support(torch.tensor([1.0, float("inf"), -float("inf")]), 2) == [0, 1]
-
-
-def test_wrong_arguments() -> None:
-    v = torch.ones(3)
-    for k in (0, -1):
-        with pytest.raises(ConfigError, match=f"k={k} is out of range"):
-            top_k(v, k)
-    for wrong in (True, 1.5):
-        with pytest.raises(ConfigError, match="not a whole number"):
-            top_k(v, wrong)  # type: ignore[arg-type]
-    with pytest.raises(ConfigError, match="signed, positive, magnitude"):
-        top_k(v, 1, "largest")  # type: ignore[arg-type]
-    with pytest.raises(ConfigError, match=r"shape \(1, 3\)"):
-        support(v[None], 1)

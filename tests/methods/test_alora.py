@@ -152,18 +152,12 @@ def test_a_round_against_its_rules(data: st.DataObject) -> None:
         assert set(out) <= set(ranks)
         assert not set(new) & set(ranks)
         assert ranks or not new
-    with pytest.raises(ConfigError, match="live ranks and scores differ in number"):
-        one_round([[0, 1]], [[0.5]], 1, [4])
 
 
-def test_the_papers_example_and_bad_input() -> None:
+def test_the_papers_example() -> None:
     scores = [[0.9] * 8, [0.8] * 8, [0.7] * 8, [0.1] * 8]
     assert [len(new) for new in one_round([list(range(8))] * 4, scores, 8, [16] * 4)[1]] == [3, 3, 2, 0]
     assert hand_out(8, [0.3, 0.2, 0.1], [8, 8, 8]) == [3, 3, 2]
-    with pytest.raises(ConfigError, match="2 scores for 1 receivers"):
-        hand_out(1, [0.1, 0.2], [1])
-    with pytest.raises(ConfigError, match="count=-1 is out of range"):
-        hand_out(-1, [], [])
 
 
 @pytest.mark.parametrize("scoring", ["exact", "gradient"])

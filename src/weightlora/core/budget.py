@@ -5,9 +5,8 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from decimal import ROUND_HALF_UP, Decimal
-from typing import Literal, get_args
+from typing import Literal
 
-from weightlora.core._check import check_choice, check_count
 from weightlora.errors import AdapterError, ConfigError
 
 Remainder = Literal["drop", "top"]
@@ -57,14 +56,9 @@ such as 0.25
 def adapter_params(r: int, d_in: int, d_out: int) -> int:
     """Parameters of one adapter, `r * (d_in + d_out)`.
 
-    Raises:
-        ConfigError: a number below 1.
-
     >>> adapter_params(8, 768, 768)
     12288
     """
-    for name, value in (("r", r), ("d_in", d_in), ("d_out", d_out)):
-        check_count(name, value, 1)
     return r * (d_in + d_out)
 
 
@@ -75,13 +69,9 @@ def total_params(ranks: Sequence[int], shapes: Sequence[tuple[int, int]]) -> int
         ranks: rank of each adapter.
         shapes: (d_in, d_out) of each adapter.
 
-    Raises:
-        ConfigError: lengths differ or a number is below 1.
-
     >>> total_params([8] * 36, [(768, 768)] * 36)
     442368
     """
-    _check_lengths(ranks, shapes)
     return sum(adapter_params(r, *shape) for r, shape in zip(ranks, shapes, strict=True))
 
 
@@ -112,9 +102,6 @@ def grown_ranks(
     Returns:
         One rank for each adapter, none below its present one.
 
-    Raises:
-        ConfigError: lengths differ, a number is below 1, `order` repeats or leaves the range, unknown remainder.
-
     Source: paper section 3.4, phase 2 ("in a way that the total memory consumption does not change"). Departure: the
     authors' code doubles ranks whatever the budget.
 
@@ -123,14 +110,8 @@ def grown_ranks(
     >>> grown_ranks(442368, [(768, 768)] * 10, [8] * 10, order=range(9, -1, -1), remainder="top")
     [28, 28, 29, 29, 29, 29, 29, 29, 29, 29]
     """
-    check_choice("remainder", remainder, get_args(Remainder))
-    check_count("budget", budget, 1)
-    if max_rank is not None:
-        check_count("max_rank", max_rank, 1)
     spent = total_params(ranks, shapes)
     order = range(len(ranks)) if order is None else order
-    if len(set(order)) != len(order) or not set(order) <= set(range(len(ranks))):
-        raise ConfigError(f"order={list(order)} is not an order of {len(ranks)} adapters; use each index once")
     if spent >= budget:
         return list(ranks)
     caps = [max(r, min(*shape, max_rank or min(shape))) for r, shape in zip(ranks, shapes, strict=True)]
@@ -179,7 +160,6 @@ def k_for_params(params: int, r: int, shapes: Sequence[tuple[int, int]]) -> int:
     >>> k_for_params(123_000, 8, [(768, 768)] * 36)
     10
     """
-    check_count("r", r, 1)
     each = _per_rank(params, shapes)
     total, k = 0, 0
     for size in sorted(each, reverse=True):
@@ -198,16 +178,11 @@ def k_for_params(params: int, r: int, shapes: Sequence[tuple[int, int]]) -> int:
 def affordable(order: Sequence[int], costs: Sequence[int], budget: int) -> list[int]:
     """Which entries a budget pays for, taken along `order`; one that is too dear is passed over. Sorted.
 
-    Raises:
-        ConfigError: a cost or the budget is below 1.
-
     >>> affordable([2, 0, 1, 3], [5, 3, 4, 2], budget=11)
     [0, 2, 3]
     """
-    check_count("budget", budget, 1)
     taken, left = [], budget
     for index in order:
-        check_count("cost", costs[index], 1)
         if costs[index] <= left:
             taken.append(index)
             left -= costs[index]
@@ -251,12 +226,6 @@ def _spend(
 
 def _per_rank(params: int, shapes: Sequence[tuple[int, int]]) -> list[int]:
     """Parameters that one rank takes in each adapter."""
-    check_count("params", params, 1)
     if not shapes:
         raise AdapterError("there are no adapters to spend parameters on; check the target modules")
     return [adapter_params(1, *shape) for shape in shapes]
-
-
-def _check_lengths(ranks: Sequence[int], shapes: Sequence[tuple[int, int]]) -> None:
-    if len(ranks) != len(shapes):
-        raise ConfigError(f"{len(ranks)} ranks for {len(shapes)} shapes; give one rank for each adapter")

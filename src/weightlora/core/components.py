@@ -7,9 +7,6 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from weightlora.core._check import check_count
-from weightlora.errors import ConfigError
-
 
 def component_shares(A: Tensor, B: Tensor, c: Tensor) -> Tensor:
     r"""How large each rank is in its adapter: ``||c_i b_i a_i||_F / (||B diag(c) A||_F + 1e-8)``.
@@ -25,20 +22,12 @@ def component_shares(A: Tensor, B: Tensor, c: Tensor) -> Tensor:
     Returns:
         ``(r,)``, float64 if any input is, else float32.
 
-    Raises:
-        ConfigError: the shapes do not belong together.
-
     Source: Dynamic LoRA (Mao et al. 2024).
 
     >>> import torch
     >>> component_shares(torch.eye(2), torch.eye(2), torch.tensor([3.0, -4.0]))
     tensor([0.6000, 0.8000])
     """
-    if A.ndim != 2 or B.ndim != 2 or not A.shape[0] == B.shape[1] == len(c):
-        raise ConfigError(
-            f"A {tuple(A.shape)}, B {tuple(B.shape)} and c {tuple(c.shape)} do not belong together;"
-            " they must be (r, d_in), (d_out, r) and (r,)"
-        )
     work = torch.float64 if torch.float64 in (A.dtype, B.dtype, c.dtype) else torch.float32
     A, B, c = A.to(work), B.to(work), c.to(work)
     whole = (torch.outer(c, c) * (B.T @ B) * (A @ A.T)).sum().clamp_min(0.0).sqrt()
@@ -56,17 +45,11 @@ def rising_cuts(step: int, horizon: int, start: int, target: int) -> int:
         horizon: M_p.
         start, target: total ranks, ``start >= target``.
 
-    Raises:
-        ConfigError: a number is out of range.
-
     Source: Dynamic LoRA.
 
     >>> [rising_cuts(p, 100, 36, 20) for p in (0, 50, 75, 100)]
     [1, 2, 6, 16]
     """
-    check_count("horizon", horizon, 1)
-    check_count("step", step, 0, horizon)
-    check_count("target", target, 0, start)
     return min(start - target, max(1, int((start - target) * (step / horizon) ** 3)))
 
 
@@ -79,15 +62,10 @@ def unevenness(factors: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
     Returns:
         A scalar: the sum of (unbiased) variances over the number of rows and columns.
 
-    Raises:
-        ConfigError: there are no factors.
-
     Source: Dynamic LoRA, its regulariser "DEM".
 
     >>> import torch
     >>> unevenness([(torch.tensor([[1.0, 3.0]]), torch.tensor([[5.0], [5.0]]))])  # (2 + 0) / 2
     tensor(1.)
     """
-    if not factors:
-        raise ConfigError("there are no factors to measure; give at least one pair")
     return torch.cat([v for A, B in factors for v in (A.var(dim=1), B.var(dim=0))]).mean()

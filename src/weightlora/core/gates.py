@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import math
-from typing import Literal, get_args
+from typing import Literal
 
 import torch
 from torch import Tensor
 
-from weightlora.core._check import check_choice, check_count
-from weightlora.core.projection import Rule, project
-from weightlora.errors import ConfigError
+from weightlora.core.projection import Rule, top_k
 
 Shape = Literal["constant", "cubic", "halving"]
 
@@ -24,7 +21,7 @@ def gate_step(omega: Tensor, grad: Tensor, lr: float, k: int | None, rule: Rule 
     If the step `lr * grad` is exactly zero everywhere (the first step, as B = 0; a learning rate of 0) the gates come
     back as they were: projecting n equal gates would keep the first k for no reason. The decision is made on the
     device, so nothing here waits for an accelerator. A NaN is never projected away: it stays in the result, and
-    `top_k` or `support` refuse it when the choice is made.
+    `support` refuses it when the choice is made.
 
     Args:
         omega: gates of shape (n,); not changed.
@@ -36,9 +33,6 @@ def gate_step(omega: Tensor, grad: Tensor, lr: float, k: int | None, rule: Rule 
     Returns:
         A new tensor of shape (n,) with the dtype and device of omega, without a graph.
 
-    Raises:
-        ConfigError: shapes differ, lr is negative or not finite, k below 1, unknown rule.
-
     Source: Nguyen, Needell, Woolf 2014 (StoIHT); paper section 3.3. Departures: the authors' code skips the projection
     when the norm of the gradient is below 1e-10 and reads that norm on the host; here "zero" means exactly zero.
 
@@ -49,18 +43,11 @@ def gate_step(omega: Tensor, grad: Tensor, lr: float, k: int | None, rule: Rule 
     >>> gate_step(omega, torch.zeros(3), lr=5.0, k=2)
     tensor([1., 1., 1.])
     """
-    check_choice("rule", rule, get_args(Rule))
-    if k is not None:
-        check_count("k", k, 1)
-    if omega.ndim != 1 or omega.shape != grad.shape:
-        raise ConfigError(f"omega {tuple(omega.shape)} and its gradient {tuple(grad.shape)} must both have shape (n,)")
-    if not math.isfinite(lr) or lr < 0:
-        raise ConfigError(f"gate lr={lr} is not usable; it must be a finite number >= 0")
     with torch.no_grad():
         step = lr * grad.to(omega.dtype)
         stepped = omega - step
         if k is not None:
-            stepped = project(stepped, k, rule)
+            stepped = top_k(stepped, k, rule)
         elif rule == "positive":
             stepped = stepped.clamp(min=0)
         return torch.where(step.any(), stepped, omega)
@@ -83,9 +70,6 @@ def gradual_k(step: int, total: int, n: int, k: int, shape: Shape = "constant") 
         k: number to keep, in 1..n.
         shape: see above.
 
-    Raises:
-        ConfigError: a number out of its range or an unknown shape.
-
     Source: "cubic" is the pruning schedule of Zhu and Gupta 2017; "halving" is the authors' WeightLoRA+, where
     k <- k // 2 at each event and K = n / 2^events. Departure: here the last level is the k asked for.
 
@@ -94,11 +78,6 @@ def gradual_k(step: int, total: int, n: int, k: int, shape: Shape = "constant") 
     >>> [gradual_k(t, 20, 60, 15, "halving") for t in (1, 9, 10, 19, 20)]
     [60, 60, 30, 30, 15]
     """
-    check_choice("shape", shape, get_args(Shape))
-    check_count("total", total, 1)
-    check_count("step", step, 1)
-    check_count("n", n, 1)
-    check_count("k", k, 1, n)
     if shape == "constant" or step >= total:
         return k
     if shape == "cubic":

@@ -7,8 +7,6 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from weightlora.errors import ConfigError
-
 
 def svd_merge(factors: Sequence[tuple[Tensor, Tensor]], weights: Sequence[float], rank: int) -> tuple[Tensor, Tensor]:
     r"""Best approximation of ``sum_i w_i B_i A_i`` in a given rank: ``B = U_r S_r``, ``A = V_r^T``.
@@ -24,9 +22,6 @@ def svd_merge(factors: Sequence[tuple[Tensor, Tensor]], weights: Sequence[float]
     Returns:
         ``(A (rank, d_in), B (d_out, rank))`` float64, A with orthonormal rows (or zero ones).
 
-    Raises:
-        ConfigError: nothing given, lengths differ, weights do not sum to 1, rank below 1.
-
     Source: Bai et al. 2024 (FlexLoRA), redistribution by SVD.
 
     >>> import torch
@@ -34,10 +29,6 @@ def svd_merge(factors: Sequence[tuple[Tensor, Tensor]], weights: Sequence[float]
     >>> torch.allclose(B @ A, 2 * torch.eye(2, dtype=torch.float64))
     True
     """
-    if not factors or len(factors) != len(weights):
-        raise ConfigError(f"{len(factors)} updates and {len(weights)} weights; give one weight for each update")
-    if abs(sum(weights) - 1.0) > 1e-9 or rank < 1:
-        raise ConfigError(f"weights {list(weights)} must sum to 1, and rank {rank} must be 1 or more")
     left = torch.cat([w * B.double() for w, (_, B) in zip(weights, factors, strict=True)], dim=1)
     right = torch.cat([A.double() for A, _ in factors])
     left_q, left_r = torch.linalg.qr(left)

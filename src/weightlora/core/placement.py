@@ -34,9 +34,6 @@ class PlacementCosts:
         group_bytes: (groups,) what keeping that input costs; 0 if the base keeps it anyway.
         floor: (depths,) the cost without any adapter when backward ends at that block. Never rises with the block.
 
-    Raises:
-        ConfigError: lengths differ, an index is out of range, a cost is negative or no whole number, `floor` rises.
-
     >>> costs = PlacementCosts(depth=(0, 1, 1), own=(1, 1, 1), group=(0, 1, 1), group_bytes=(4, 4), floor=(20, 10))
     >>> costs.total([1, 2]), costs.total([0, 2])
     (16, 30)
@@ -47,28 +44,6 @@ class PlacementCosts:
     group: tuple[int, ...]
     group_bytes: tuple[int, ...]
     floor: tuple[int, ...]
-
-    def __post_init__(self) -> None:
-        for name in ("depth", "own", "group", "group_bytes", "floor"):
-            bad = [v for v in getattr(self, name) if isinstance(v, bool) or not isinstance(v, int) or v < 0]
-            if bad:
-                raise ConfigError(f"{name} holds {bad[0]!r}; costs and indices are whole numbers of 0 or more")
-        n = len(self.own)
-        if not n or len(self.depth) != n or len(self.group) != n:
-            raise ConfigError(
-                f"{n} own costs, {len(self.depth)} depths and {len(self.group)} groups; give one of each per adapter"
-            )
-        if max(self.depth) >= len(self.floor) or max(self.group) >= len(self.group_bytes):
-            raise ConfigError(
-                f"depth reaches {max(self.depth)} with {len(self.floor)} floors, group {max(self.group)} with"
-                f" {len(self.group_bytes)} group costs; give a floor for every block and a cost for every group"
-            )
-        rises = [d for d in range(1, len(self.floor)) if self.floor[d] > self.floor[d - 1]]
-        if rises:
-            raise ConfigError(
-                f"floor rises from block {rises[0] - 1} to {rises[0]};"
-                " a backward pass that ends higher cannot cost more"
-            )
 
     def total(self, chosen: Iterable[int]) -> int:
         """The cost of a set (not empty), as the class says."""
@@ -113,7 +88,7 @@ def place(importance: Sequence[float], costs: PlacementCosts, budget: int) -> Pl
 
     Raises:
         BudgetError: nothing fits; `smallest` is the least that any adapter of positive importance takes.
-        ConfigError: lengths differ, an importance is not finite, or none is positive.
+        ConfigError: an importance is not finite, or none is positive.
 
     Source: ours, a departure from the paper, which keeps a given number K. Branching from the relaxation's solution:
     Dyer, Riha and Walker 1995, Pisinger 1995.
@@ -128,8 +103,6 @@ def place(importance: Sequence[float], costs: PlacementCosts, budget: int) -> Pl
     ...
     weightlora.errors.BudgetError: no adapter fits into a budget of 12; the smallest placement takes 15
     """
-    if len(importance) != len(costs.own):
-        raise ConfigError(f"{len(importance)} importances for the costs of {len(costs.own)} adapters; give one each")
     bad = [i for i, value in enumerate(importance) if not math.isfinite(value)]
     if bad:
         raise ConfigError(f"importances at {bad} are not finite; training diverged before the choice")

@@ -24,15 +24,13 @@ def smallest_prefix(scores: Sequence[float], threshold: float) -> list[int]:
         Sorted indices; none where every score is 0.
 
     Raises:
-        ConfigError: a score is negative or not finite, or the threshold is out of range.
+        ConfigError: a score is negative or not finite.
 
     Source: LoRA-drop, stage 2.
 
     >>> smallest_prefix([1.0, 6.0, 0.0, 3.0], 0.9), smallest_prefix([1.0, 6.0, 0.0, 3.0], 1.0)
     ([1, 3], [0, 1, 3])
     """
-    if not 0 < threshold <= 1:
-        raise ConfigError(f"threshold={threshold!r} is not allowed; use a share above 0 and at most 1, such as 0.9")
     bad = [i for i, score in enumerate(scores) if not (math.isfinite(score) and score >= 0)]
     if bad:
         raise ConfigError(f"scores at {bad} are negative or not finite; training diverged before the choice")

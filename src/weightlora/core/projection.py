@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Literal, get_args
+from typing import Literal
 
 import torch
 from torch import Tensor
 
-from weightlora.core._check import check_choice, check_count
-from weightlora.errors import ConfigError, WeightLoRAError
+from weightlora.errors import WeightLoRAError
 
 Rule = Literal["signed", "positive", "magnitude"]
 
@@ -37,11 +36,8 @@ def top_k(values: Tensor, k: int, rule: Rule = "signed") -> Tensor:
         rule: which problem to solve, see above.
 
     Returns:
-        A new tensor of shape (n,) with the dtype and device of `values`.
-
-    Raises:
-        ConfigError: k below 1, an unknown rule, or `values` is not a vector.
-        WeightLoRAError: `values` holds NaN; the line names the indices.
+        A new tensor of shape (n,) with the dtype and device of `values`. A NaN counts as largest and survives: the
+        host is never asked.
 
     Source: paper section 3.3 ("we retain only the Top-K coordinates and nullify the others"); "signed" is what the
     authors' optimizer does, "positive" is the paper's forward, which uses an adapter only where omega_i > 0.
@@ -55,9 +51,7 @@ def top_k(values: Tensor, k: int, rule: Rule = "signed") -> Tensor:
     >>> top_k(v, 4, "positive")
     tensor([0.5000, 0.0000, 0.5000, 1.0000])
     """
-    _check(values, k, rule)
-    _refuse_nan(values)
-    return project(values, k, rule)
+    return torch.where(_keep(values, k, rule), values, torch.zeros_like(values))
 
 
 def support(values: Tensor, k: int, rule: Rule = "signed") -> list[int]:
@@ -72,7 +66,7 @@ def support(values: Tensor, k: int, rule: Rule = "signed") -> list[int]:
         rule: as in :func:`top_k`.
 
     Raises:
-        ConfigError, WeightLoRAError: as :func:`top_k`.
+        WeightLoRAError: `values` holds NaN; the line names the indices.
 
     >>> import torch
     >>> support(torch.tensor([0.1, 0.9, -0.2, 0.9]), 2)
@@ -80,19 +74,14 @@ def support(values: Tensor, k: int, rule: Rule = "signed") -> list[int]:
     >>> support(torch.tensor([-1.0, -2.0, 3.0]), 2, "positive")
     [2]
     """
-    _check(values, k, rule)
-    _refuse_nan(values)
+    bad = torch.isnan(values).nonzero().flatten().tolist()
+    if bad:
+        more = f" and {len(bad) - _SHOWN} more" if len(bad) > _SHOWN else ""
+        raise WeightLoRAError(
+            f"the values to choose from are NaN at {bad[:_SHOWN]}{more}; training diverged before the choice: "
+            "lower the learning rate (of the gates first)"
+        )
     return [int(i) for i in _keep(values, k, rule).nonzero().flatten().tolist()]
-
-
-def project(values: Tensor, k: int, rule: Rule) -> Tensor:
-    """:func:`top_k` without its checks, hence without a host synchronisation; a NaN counts as largest and survives.
-
-    >>> import torch
-    >>> project(torch.tensor([1.0, float("nan"), 2.0]), 1, "signed")
-    tensor([0., nan, 0.])
-    """
-    return torch.where(_keep(values, k, rule), values, torch.zeros_like(values))
 
 
 def _keep(values: Tensor, k: int, rule: Rule) -> Tensor:
@@ -102,20 +91,3 @@ def _keep(values: Tensor, k: int, rule: Rule) -> Tensor:
     kept = torch.sort(key, descending=True, stable=True).indices[:k]
     mask = torch.zeros_like(values, dtype=torch.bool).index_fill(0, kept, True)
     return mask & ~(values <= 0) if rule == "positive" else mask
-
-
-def _check(values: Tensor, k: int, rule: Rule) -> None:
-    check_choice("rule", rule, get_args(Rule))
-    check_count("k", k, 1)
-    if values.ndim != 1:
-        raise ConfigError(f"the values to choose from have shape {tuple(values.shape)}; give one vector of shape (n,)")
-
-
-def _refuse_nan(values: Tensor) -> None:
-    bad = torch.isnan(values).nonzero().flatten().tolist()
-    if bad:
-        more = f" and {len(bad) - _SHOWN} more" if len(bad) > _SHOWN else ""
-        raise WeightLoRAError(
-            f"the values to choose from are NaN at {bad[:_SHOWN]}{more}; training diverged before the choice: "
-            "lower the learning rate (of the gates first)"
-        )

@@ -66,40 +66,13 @@ def sensitivity(weight: Tensor, grad_W: Tensor) -> Tensor:
     Returns:
         A scalar tensor, float64.
 
-    Raises:
-        ConfigError: the shapes differ.
-
     Source: GoRA (arXiv 2502.12171), equation 5.
 
     >>> import torch
     >>> sensitivity(torch.tensor([[1.0, -2.0]]), torch.tensor([[3.0, 0.5]]))
     tensor(2., dtype=torch.float64)
     """
-    if weight.shape != grad_W.shape:
-        raise ConfigError(f"weight {tuple(weight.shape)} and gradient {tuple(grad_W.shape)} differ in shape")
     return (weight.double() * grad_W.double()).abs().mean()
-
-
-def explained_variance(second_moment: Tensor, r: int) -> Tensor:
-    r"""Shares of the inputs' variance that their first r principal directions explain: `lambda_j / sum lambda`.
-
-    Args:
-        second_moment: `E[x x^T]` of a layer's inputs, (d_in, d_in), symmetric.
-        r: how many directions, at most d_in.
-
-    Returns:
-        (r,), falling, float64.
-
-    Source: EVA (arXiv 2410.07170), which hands ranks out along these shares over all layers. Departure: from the
-    second moment in place of an incremental singular value decomposition, with the same result.
-
-    >>> import torch
-    >>> explained_variance(torch.diag(torch.tensor([1.0, 3.0])), 1)
-    tensor([0.7500], dtype=torch.float64)
-    """
-    values = torch.linalg.eigvalsh(second_moment.double()).flip(0).clamp(min=0)
-    shares: Tensor = values[:r] / values.sum()
-    return shares
 
 
 def linear_cka(X: Tensor, Y: Tensor) -> Tensor:
@@ -112,9 +85,6 @@ def linear_cka(X: Tensor, Y: Tensor) -> Tensor:
     Returns:
         A scalar tensor in [0, 1], float64.
 
-    Raises:
-        ConfigError: the numbers of rows differ.
-
     Source: Kornblith et al. 2019; layers whose input and output differ most are adapted by Layer-wise LoRA with CKA.
 
     >>> import torch
@@ -122,8 +92,6 @@ def linear_cka(X: Tensor, Y: Tensor) -> Tensor:
     >>> linear_cka(X, 3 * X + 1)
     tensor(1., dtype=torch.float64)
     """
-    if len(X) != len(Y):
-        raise ConfigError(f"{len(X)} and {len(Y)} rows; both sets of features must be of the same rows")
     X, Y = (features.double() - features.double().mean(0) for features in (X, Y))
     alike: Tensor = (Y.T @ X).norm() ** 2 / ((X.T @ X).norm() * (Y.T @ Y).norm())
     return alike

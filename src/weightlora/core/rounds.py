@@ -5,9 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-from weightlora.core._check import check_count
-from weightlora.errors import ConfigError
-
 
 def hand_out(
     count: int,
@@ -27,18 +24,11 @@ def hand_out(
     Returns:
         Ranks for each receiver; fewer than `count` in all only where there is no more room, or none that is paid for.
 
-    Raises:
-        ConfigError: lengths differ or a count is negative.
-
     Source: ALoRA; the cap is ours.
 
     >>> hand_out(8, [0.1, 0.3, 0.2], [9, 9, 9]), hand_out(8, [0.1, 0.3, 0.2], [9, 1, 9])
     ([2, 3, 3], [3, 1, 4])
     """
-    if len(scores) != len(free):
-        raise ConfigError(f"{len(scores)} scores for {len(free)} receivers; give one score for each")
-    for name, value in (("count", count), *(("free", room) for room in free)):
-        check_count(name, value, 0)
     given = [0] * len(free)
     order = sorted(range(len(free)), key=lambda i: (-scores[i], i))
     price, left = ([0] * len(free), 0) if costs is None or budget is None else (list(costs), budget)
@@ -73,17 +63,11 @@ def one_round(
     Returns:
         Ranks that go and ranks that come, by module.
 
-    Raises:
-        ConfigError: lengths differ or a count is negative.
-
     Source: ALoRA (Liu et al. 2024); the cap is ours.
 
     >>> one_round([[0, 1], [0, 1], [0]], [[0.1, 0.9], [0.5, 0.6], [0.8]], 1, [4, 4, 4])
     ([[0], [], []], [[], [], [1]])
     """
-    if [len(ranks) for ranks in live] != [len(part) for part in scores]:
-        raise ConfigError("live ranks and scores differ in number; give one score for each live rank")
-    check_count("moves", moves, 0)
     flat = [(score, i, rank) for i, part in enumerate(scores) for rank, score in zip(live[i], part, strict=True)]
     lowest = sorted(flat)[:moves]
     gone = [sorted(rank for _, i, rank in lowest if i == module) for module in range(len(live))]
