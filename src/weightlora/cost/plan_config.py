@@ -9,8 +9,6 @@ import torch
 from weightlora.cost.plan_spec import PlanConfig
 from weightlora.cost.tensors import QUANTIZATIONS
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-
 
 def changes_of(config: PlanConfig, dtype: torch.dtype) -> list[dict[str, Any]]:
     """Changes to a configuration that save memory, from the least to the most intrusive."""

@@ -13,13 +13,12 @@ from torch import Tensor, nn
 from weightlora.cost import Planner, Traced, isolated_rng, kept_bytes
 from weightlora.cost.measure import step_peak
 from weightlora.cost.plan import Traces
-from weightlora.cost.plan_config import DTYPES
 from weightlora.cost.plan_spec import PlanConfig
 from weightlora.errors import ConfigError
 from weightlora.graft.depth import checkpoint_blocks
 from weightlora.graft.fast import fast_path
 from weightlora.runs.targets import TASK_TYPES, placed, targets
-from weightlora.tasks.skeletons import HEADS, Skeleton, skeleton
+from weightlora.tasks.skeletons import Skeleton, skeleton
 
 
 def planner_for(config: PlanConfig, overhead: int = 0, traces: Traces | None = None) -> Planner:
@@ -53,12 +52,10 @@ def adapted(config: PlanConfig, device: str = "meta") -> tuple[Skeleton, nn.Modu
     Raises:
         ConfigError, AdapterError: the model or its targets are not there.
     """
-    if config.head not in (None, *HEADS):
-        raise ConfigError(f"head={config.head!r} is unknown; use {', '.join(HEADS)}")
     bones = skeleton(
         config.model,
-        dtype=DTYPES[config.dtype] if config.dtype else None,
-        head=config.head,  # type: ignore[arg-type]  # checked above
+        dtype=getattr(torch, config.dtype) if config.dtype else None,
+        head=config.head,  # type: ignore[arg-type]  # checked by the configuration
         num_labels=config.num_labels,
         device=device,
     )

@@ -13,14 +13,16 @@ from transformers import PreTrainedModel, Trainer
 
 
 @contextlib.contextmanager
-def instead(thing: object, name: str, value: object) -> Iterator[None]:
-    """Let an attribute be another; one that the object itself did not have is taken away again."""
-    own = {name: vars(thing)[name]} if name in vars(thing) else {}
-    setattr(thing, name, value)
+def instead(thing: object, **values: object) -> Iterator[None]:
+    """Let attributes be others; those that the object itself did not have are taken away again."""
+    own = {name: vars(thing)[name] for name in values if name in vars(thing)}
+    for name, value in values.items():
+        setattr(thing, name, value)
     try:
         yield
     finally:
-        delattr(thing, name)
+        for name in values:
+            delattr(thing, name)
         vars(thing).update(own)
 
 
@@ -83,5 +85,5 @@ class Inside:
     def keeping_random_state(self) -> Iterator[Callable[[Path], None]]:
         """While it lasts, ``train`` loads no random state; what is handed out does, from a checkpoint."""
         load = self._own._load_rng_state
-        with instead(self._own, "_load_rng_state", lambda checkpoint: None):
+        with instead(self._own, _load_rng_state=lambda checkpoint: None):
             yield lambda folder: load(str(folder))

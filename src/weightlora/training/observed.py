@@ -13,6 +13,7 @@ from transformers import Trainer
 
 from weightlora.cost.measure import KeptTensors, StepCost, counting
 from weightlora.errors import AdapterError
+from weightlora.training.inside import instead
 
 log = logging.getLogger("weightlora")
 
@@ -30,22 +31,17 @@ def first_step(trainer: Trainer) -> Iterator[Observed]:
 
     The trainer's own ``training_step`` and ``compute_loss`` run, once, as ever; both are the trainer's again after it.
     """
-    seen, names = Observed(), ("training_step", "compute_loss")
-    before = {name: vars(trainer)[name] for name in names if name in vars(trainer)}
+    seen, stepping, losing = Observed(), contextlib.ExitStack(), contextlib.ExitStack()
     step: Callable[..., Tensor] = trainer.training_step
     loss: Callable[..., object] = trainer.compute_loss
     counts: list[tuple[_Operations, int]] = []
 
-    def own() -> None:
-        for name in names:
-            vars(trainer).pop(name, None)
-        vars(trainer).update(before)
-
     def observed_step(*args: object, **kwargs: object) -> Tensor:
+        stepping.close()
         with contextlib.ExitStack() as stack:
 
             def observed_loss(*args: object, **kwargs: object) -> object:
-                own()
+                losing.close()
                 operations, kept = stack.enter_context(_Operations()), KeptTensors(trainer.model)  # type: ignore[arg-type]
                 stack.callback(kept.let_go)
                 with kept.hooks():
@@ -54,22 +50,17 @@ def first_step(trainer: Trainer) -> Iterator[Observed]:
                     counts.append((operations, kept.bytes()))
                 return value
 
-            own()
-            trainer.compute_loss = observed_loss  # type: ignore[assignment,method-assign]
-            try:
+            with losing:
+                losing.enter_context(instead(trainer, compute_loss=observed_loss))
                 value = step(*args, **kwargs)
-            finally:
-                own()
         with _told():
             for operations, kept in counts:
                 seen.cost = StepCost(kept_activation_bytes=kept, flops=operations.counted())
         return value
 
-    trainer.training_step = observed_step  # type: ignore[method-assign]
-    try:
+    with stepping:
+        stepping.enter_context(instead(trainer, training_step=observed_step))
         yield seen
-    finally:
-        own()
 
 
 @contextlib.contextmanager

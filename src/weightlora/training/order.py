@@ -75,11 +75,11 @@ class DataOrder:
 
         with contextlib.ExitStack() as stack:
             if again:
-                stack.enter_context(instead(args, "ignore_data_skip", False))
+                stack.enter_context(instead(args, ignore_data_skip=False))
             if kept is not None and start is not None and _batches_into_epoch(trainer, kept, step):
                 self._go_on(stack, kept, start, step)
-            stack.enter_context(instead(trainer, "get_train_dataloader", get_train_dataloader))
-            stack.enter_context(instead(trainer, "get_batch_samples", get_batch_samples))
+            own = {"get_train_dataloader": get_train_dataloader, "get_batch_samples": get_batch_samples}
+            stack.enter_context(instead(trainer, **own))
             yield
 
     def _go_on(self, stack: contextlib.ExitStack, loader: DataLoader, start: Path, step: int) -> None:
@@ -100,8 +100,7 @@ class DataOrder:
         stack.enter_context(
             instead(
                 transformers_trainer,
-                "skip_first_batches",
-                lambda given, count: rest if given is loader else skip(given, count),
+                skip_first_batches=lambda given, count: rest if given is loader else skip(given, count),
             )
         )
 

@@ -5,13 +5,10 @@ from __future__ import annotations
 import contextlib
 import shutil
 import time
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
-
-from transformers import Trainer
 
 from weightlora.cost.measure import PeakMemory
 from weightlora.errors import ScheduleError
@@ -19,7 +16,7 @@ from weightlora.graft.surgery import reshape, tie
 from weightlora.training import checkpoint
 from weightlora.training.callback import SeamCallback
 from weightlora.training.identity import enter_folder
-from weightlora.training.inside import Inside, model_of
+from weightlora.training.inside import Inside, instead, model_of
 from weightlora.training.order import DataOrder
 from weightlora.training.predict import Predictor
 from weightlora.training.prepare import Prepared, Start
@@ -29,28 +26,24 @@ from weightlora.training.resuming import load_optimizer, set_rates, trainers_opt
 from weightlora.training.sharding import leave_to_fsdp, shard_base
 from weightlora.training.trainer import (
     checkpoint_as_in_training,
-    going_on,
     split_batch,
     step_counted,
     unwrap,
     use_batch,
-    warmup_arguments,
 )
 from weightlora.training.unreached import naming_unreached
 from weightlora.training.whole_run import WholeRun
 
-Arguments = Callable[[Trainer], AbstractContextManager[None]]
-
 
 @dataclass(frozen=True, kw_only=True)
 class Phase:
-    """Steps with one structure. ``arguments``: the trainer's arguments that are others while it lasts."""
+    """Steps with one structure. ``arguments``: of the trainer, which are others while it lasts."""
 
     name: Literal["warmup", "final"]
     begins: int
     ends: int
     gates: int
-    arguments: Arguments
+    arguments: Mapping[str, object]
 
 
 class Running:
@@ -153,11 +146,15 @@ class Running:
     def _warmup(self, seam: int) -> Phase:
         learned = self.driver.policy.setup.gates == "learn"
         gates = len(self.driver.adapters) if learned else 0
-        return Phase(name="warmup", begins=0, ends=seam, gates=gates, arguments=warmup_arguments)
+        # The whole state is saved at the seam, by a strategy that the callback may change, and no earlier model is
+        # loaded back there.
+        strategy = self.trainer.args.save_strategy
+        arguments = {"load_best_model_at_end": False, "save_only_model": False, "save_strategy": strategy}
+        return Phase(name="warmup", begins=0, ends=seam, gates=gates, arguments=arguments)
 
     def _final(self) -> Phase:
         seam, ends = self.driver.seam or 0, self.prepared.max_steps
-        arguments: Arguments = going_on if seam else lambda _: contextlib.nullcontext()
+        arguments = {"eval_on_start": False} if seam else {}  # what belongs at the start of a run was done there
         return Phase(name="final", begins=seam, ends=ends, gates=0, arguments=arguments)
 
     def _phase(self, phase: Phase, callback: SeamCallback) -> None:
@@ -174,7 +171,7 @@ class Running:
         call = self.whole.call(phase.name == "final", earlier)
         begun = 0 if self.folder is None else checkpoint.whole(self.folder) or 0
         counted, order = step_counted(trainer, self.measure), self.order.over(self.folder, begun)
-        with phase.arguments(trainer), call, counted as seen, order:
+        with instead(trainer.args, **phase.arguments), call, counted as seen, order:
             if driver.gates is not None:
                 driver.gates.omega.grad = None  # what counting left there
             peak = PeakMemory()

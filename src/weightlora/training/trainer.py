@@ -245,27 +245,3 @@ def unwrap(trainer: Trainer) -> None:
     wrapped = trainer.model_wrapped
     if getattr(wrapped, "_orig_mod", None) is not trainer.model:  # where torch.compile keeps what it has compiled
         trainer.model_wrapped = trainer.model  # type: ignore[assignment]  # there by now
-
-
-@contextlib.contextmanager
-def warmup_arguments(trainer: Trainer) -> Iterator[None]:
-    """Arguments that must differ until T: the whole state is saved at T, and no earlier model is loaded back there."""
-    args = trainer.args
-    before = args.load_best_model_at_end, args.save_only_model, args.save_strategy
-    args.load_best_model_at_end = args.save_only_model = False
-    try:
-        yield
-    finally:
-        args.load_best_model_at_end, args.save_only_model, args.save_strategy = before
-
-
-@contextlib.contextmanager
-def going_on(trainer: Trainer) -> Iterator[None]:
-    """Arguments that must differ after T: what belongs at the start of a run was done there."""
-    args = trainer.args
-    before = args.eval_on_start
-    args.eval_on_start = False
-    try:
-        yield
-    finally:
-        args.eval_on_start = before

@@ -11,7 +11,7 @@ from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState,
 
 from weightlora.decoding import decode_part
 from weightlora.errors import CheckpointError
-from weightlora.training.inside import Inside
+from weightlora.training.inside import Inside, instead
 from weightlora.training.processes import mean_over_processes
 
 EVENTS = ("on_train_begin", "on_train_end", "on_epoch_begin", "on_epoch_end")
@@ -92,33 +92,22 @@ class WholeRun:
     def joined(self) -> Iterator[None]:
         """While it lasts; at its end the run has ended, unless it failed."""
         trainer, handler = self.trainer, self.trainer.callback_handler
-        own = {name: value for name, value in vars(trainer).items() if name == "log"}
         self.log, self.told = trainer.log, {name: getattr(handler, name) for name in EVENTS}
-        trainer.log = self._log  # type: ignore[method-assign]
-        vars(handler).update({name: getattr(self, f"_{name}") for name in EVENTS})
-        try:
+        with instead(trainer, log=self._log), instead(handler, **{name: getattr(self, f"_{name}") for name in EVENTS}):
             yield
             if self.begun and not self.ended:  # the run ended where another call might have gone on
                 self.log(self.metrics)  # type: ignore[arg-type]  # a call has ended, so there are some
                 trainer.control = self._on_train_end(trainer.args, trainer.state, trainer.control, last=True)
-        finally:
-            for name in EVENTS:
-                del vars(handler)[name]
-            del trainer.log
-            vars(trainer).update(own)
 
     @contextlib.contextmanager
     def call(self, last: bool, earlier: float) -> Iterator[None]:
         """One call of ``train``: whether it ends the run, and after how many seconds of it."""
         args = self.trainer.args
         self.last, self.earlier = last, earlier
-        before = args.restore_callback_states_from_checkpoint
-        if self.begun:
-            args.restore_callback_states_from_checkpoint = False  # they are alive, and hold more than was saved
-        try:
+        # Those that have heard the run begin are alive, and hold more than was saved.
+        restore = args.restore_callback_states_from_checkpoint and not self.begun
+        with instead(args, restore_callback_states_from_checkpoint=restore):
             yield
-        finally:
-            args.restore_callback_states_from_checkpoint = before
 
     def _log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if "train_loss" in logs and "train_runtime" in logs:  # what a call says at its end
@@ -144,12 +133,8 @@ class WholeRun:
         if self.begun:
             return self._inner("on_train_begin", args, state, control, **given)
         self.begun = True
-        now = {name: getattr(args, name) for name in ARGUMENTS}
-        vars(args).update(self.arguments)
-        try:
+        with instead(args, **self.arguments):
             return self.told["on_train_begin"](args, state, control, **given)
-        finally:
-            vars(args).update(now)
 
     def _on_train_end(
         self,
@@ -186,9 +171,5 @@ class WholeRun:
     def _inner(self, event: str, *args: object, **given: object) -> TrainerControl:
         """Tell none but the callbacks of this package."""
         handler = self.trainer.callback_handler
-        everyone = handler.callbacks
-        handler.callbacks = [callback for callback in everyone if isinstance(callback, InnerCallback)]
-        try:
+        with instead(handler, callbacks=[each for each in handler.callbacks if isinstance(each, InnerCallback)]):
             return self.told[event](*args, **given)
-        finally:
-            handler.callbacks = everyone
