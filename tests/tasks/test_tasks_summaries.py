@@ -81,7 +81,7 @@ def test_a_wrong_row_is_named_with_its_line(tmp_path: Path, row: dict[str, Any],
 def test_settings_and_folders_that_cannot_be(data_dir: Path, tmp_path: Path, loaded: LoadedModel) -> None:
     with pytest.raises(ConfigError, match="max_target_length=2"):
         load_task("xsum", data_dir=data_dir, max_target_length=2)
-    with pytest.raises(DataError, match=r"no such folder for task 'cnn_dailymail' in data_dir; add"):
+    with pytest.raises(DataError, match=r"no such folder for task 'cnn_dailymail' in data_dir .*; add"):
         load_task("cnn_dailymail", data_dir=tmp_path)
     with pytest.raises(DataError, match="cannot be read from the hub's EdinburghNLP/xsum"):
         load_task("xsum")

@@ -172,10 +172,10 @@ def _docstrings(spec: TaskSpec) -> _Source:
 
 def _glue(spec: TaskSpec) -> _Source:
     glue = GLUE[spec.name]
-    train, judge = load_glue(spec.name, spec.folder, validation=spec.holdout is None)
+    train, *rest = load_glue(spec)
     return _Source(
         train=train,
-        validation=judge,
+        validation=rest[0] if rest else None,
         text_columns=glue.columns,
         labels=glue.labels,
         metric=glue.metric,

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
 
-from weightlora.errors import DataError
 from weightlora.tasks import metrics
 from weightlora.tasks.examples import Examples
-from weightlora.tasks.files import Table, read_table, read_targets, read_texts
-from weightlora.tasks.sources import Source, from_hub
+from weightlora.tasks.files import Table, read_targets, read_texts
+from weightlora.tasks.sources import Source, read_source
+from weightlora.tasks.spec import TaskSpec
 
 HUB_NAME = "nyu-mll/glue"
 
@@ -60,46 +59,25 @@ GLUE: dict[str, GlueSpec] = {
 }
 
 
-def load_glue(name: str, data_dir: Path | None, *, validation: bool) -> tuple[Examples, Examples | None]:
-    """Read a GLUE task's training and validation split.
+def load_glue(spec: TaskSpec) -> list[Examples]:
+    """Read a GLUE task's training rows and, where they judge, its validation rows.
 
     Args:
-        name: one of `GLUE`.
-        data_dir: folder that holds ``<name>/train.jsonl`` and ``<name>/validation.jsonl`` (MNLI:
-            ``validation_matched.jsonl``); None for the hub's ``nyu-mll/glue``.
-        validation: whether the validation split is wanted at all.
-
-    Returns:
-        Both splits, the second one None where it is not wanted.
+        spec: of one of `GLUE`; its ``data_dir`` holds ``<name>/train.jsonl`` and ``<name>/validation.jsonl`` (MNLI:
+            ``validation_matched.jsonl``), without one they come from the hub's ``nyu-mll/glue``.
 
     Raises:
         DataError: a file is missing or wrong, or the hub cannot be reached.
     """
-    spec = GLUE[name]
-    splits = ("train", spec.validation) if validation else ("train",)
-    read = _from_hub(name, splits) if data_dir is None else _from_folder(name, data_dir, splits)
-    return read[0], read[1] if validation else None
-
-
-def _from_folder(name: str, data_dir: Path, splits: tuple[str, ...]) -> list[Examples]:
-    folder = data_dir / name
-    if not folder.is_dir():
-        here = sorted(task for task in GLUE if (data_dir / task).is_dir()) if data_dir.is_dir() else []
-        problem = f"it holds: {', '.join(here)}" if here else "it holds no GLUE task"
-        raise DataError(
-            f"{folder}: no such folder for task {name!r} in data_dir ({problem}); add {name}/train.jsonl and"
-            f" {name}/{GLUE[name].validation}.jsonl, or leave data_dir out to use the hub"
-        )
-    spec = GLUE[name]
-    remedy = f"task {name!r} needs the columns {', '.join((*spec.columns, 'label'))}"
+    glue = GLUE[spec.name]
+    remedy = f"task {spec.name!r} needs the columns {', '.join((*glue.columns, 'label'))}"
     found = []
-    for split in splits:
-        table = read_table(folder / f"{split}.jsonl")
-        texts = {column: read_texts(table, column, remedy) for column in spec.columns}
-        if spec.labels is None:
+    for table in read_source(spec, Source(hub=HUB_NAME, config=spec.name, validation=glue.validation)):
+        texts = {column: read_texts(table, column, remedy) for column in glue.columns}
+        if glue.labels is None:
             found.append(Examples(texts=texts, labels=read_targets(table, "label", remedy)))
         else:
-            found.append(Examples(texts=texts, labels=_label_numbers(table, spec.labels, remedy)))
+            found.append(Examples(texts=texts, labels=_label_numbers(table, glue.labels, remedy)))
     return found
 
 
@@ -111,13 +89,3 @@ def _label_numbers(table: Table, names: tuple[str, ...], remedy: str) -> list[in
             raise table.error(row, f"the label {value!r} is not one of {allowed}; use a labelled split, with numbers")
         numbers.append(value)
     return numbers
-
-
-def _from_hub(name: str, splits: tuple[str, ...]) -> list[Examples]:
-    spec = GLUE[name]
-    source = Source(hub=HUB_NAME, config=name, validation=spec.validation)
-    loaded = [from_hub(name, source, split) for split in splits]
-    return [
-        Examples(texts={column: list(split[column]) for column in spec.columns}, labels=list(split["label"]))
-        for split in loaded
-    ]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -41,30 +41,34 @@ def read_splits(spec: TaskSpec) -> list[Table]:
     Raises:
         DataError: a file is missing or broken, or the hub cannot be reached.
     """
-    name, folder = spec.name, spec.folder
-    if is_file_task(name):
-        files = [name, *([spec.validation_file] if spec.validation_file and spec.holdout is None else [])]
+    if is_file_task(spec.name):
+        files = [spec.name, *([spec.validation_file] if spec.validation_file and spec.holdout is None else [])]
         return [read_table(Path(file)) for file in files]
-    source = SOURCES[name]
-    splits = ("train", source.validation) if spec.holdout is None else ("train",)
-    if folder is None:
-        hub = Path(source.hub)
-        read = [(hub / split, from_hub(name, source, split).to_list()) for split in splits]
-        return [Table(path=path, rows=rows, lines=list(range(1, len(rows) + 1))) for path, rows in read]
-    if not (folder / name).is_dir():
-        raise DataError(
-            f"{folder / name}: no such folder for task {name!r} in data_dir; add {name}/train.jsonl and"
-            f" {name}/{source.validation}.jsonl, or leave data_dir out to use the hub"
-        )
-    return [read_table(folder / name / f"{split}.jsonl") for split in splits]
+    return list(read_source(spec, SOURCES[spec.name]))
 
 
-def from_hub(name: str, source: Source, split: str) -> datasets.Dataset:
-    """One split of a data set on the hub.
+def read_source(spec: TaskSpec, source: Source) -> Iterator[Table]:
+    """Read the training rows of a task with a source and, where they judge, the validation rows.
 
     Raises:
-        DataError: it cannot be read; the message names the folder that would do instead.
+        DataError: a file is missing or broken, or the hub cannot be reached.
     """
+    name, folder = spec.name, spec.folder
+    if folder is not None and not (folder / name).is_dir():
+        here = sorted(path.name for path in folder.iterdir() if path.is_dir()) if folder.is_dir() else []
+        raise DataError(
+            f"{folder / name}: no such folder for task {name!r} in data_dir (it holds {', '.join(here[:8]) or 'none'});"
+            f" add {name}/train.jsonl and {name}/{source.validation}.jsonl, or leave data_dir out to use the hub"
+        )
+    for split in ("train", source.validation) if spec.holdout is None else ("train",):
+        if folder is not None:
+            yield read_table(folder / name / f"{split}.jsonl")
+        else:
+            rows = _from_hub(name, source, split).to_list()
+            yield Table(path=Path(source.hub) / split, rows=rows, lines=list(range(1, len(rows) + 1)))
+
+
+def _from_hub(name: str, source: Source, split: str) -> datasets.Dataset:
     reason = None if Path(source.hub).is_dir() else unreachable(source.hub, "README.md", "dataset")
     if reason is None:
         try:
