@@ -29,7 +29,7 @@ from adapter_path import write
 from benchlib.ground import Ground, Outcome, Settings
 from benchlib.signals import all_scores, in_rounds
 from benchlib.verdicts import DECIDING, DECIDING_SEEDS, DIRECT_SEEDS, judge, picture, show
-from weightlora.core import coverage, place
+from weightlora.core import coverage, place, proportional_ranks
 from weightlora.runs.record import collect_versions, machine
 
 RESULTS = Path(__file__).parent / "results"
@@ -45,11 +45,15 @@ GROUNDS = {
         max_length=48,
         words="text network parallel files numbers language tests",
     ),
+    "smollm2-gsm8k": Settings(
+        model="smollm2", task="gsm8k", steps=64, batch=4, judged_rows=105, max_length=512, longest=112
+    ),
     "minilm-docstrings": Settings(
         model="minilm", task="docstrings", steps=150, batch=16, judged_rows=436, max_length=48
     ),
 }
 RATES = (5e-4, 1e-3, 2e-3, 4e-3)
+HEAD_RATES = (1e-5, 3e-5, 1e-4, 3e-4)  # of an output layer that is trained whole
 SETS = 60
 FEW = 0.03  # of all adapters, where pruning in rounds is tried
 # Compared directly: the rule that was the default, and the one that told random sets apart best by its sum.
@@ -119,7 +123,11 @@ class Study:
                 return dict(one)
         head = more.pop("head", False)
         ground = self.ground
-        out: Outcome = ground.readout(seed) if head else ground.trial(indices, seed=seed, rate=rate, **more)
+        out: Outcome
+        if not head:
+            out = ground.trial(indices, seed=seed, rate=rate, **more)
+        else:
+            out = ground.output_layer(seed, more["head_rate"]) if more else ground.readout(seed)
         one = {"label": label, "seed": seed, "rate": rate, "set": list(indices), **dataclasses.asdict(out)} | more
         self.data["trials"].append(one)
         self.save()
@@ -151,6 +159,7 @@ class Study:
             ("rounds", self._rounds),
             ("longer", self._longer),
             ("rates", self._rates),
+            ("own", self._own),
         ):
             if name in stages:
                 stage(rate)
@@ -169,6 +178,9 @@ class Study:
             self.trial("all", range(len(self.blocks)), seed, rate)
             if self.ground.answers is not None:
                 self.trial("head alone", [], seed, rate, head=True)
+            elif self.ground.language:
+                for head_rate in HEAD_RATES:
+                    self.trial(f"output layer alone, rate {head_rate}", [], seed, rate, head=True, head_rate=head_rate)
             for head_rate in (1e-3, 5e-3) if self.ground.heads else (1e-3,):
                 self.trial(f"none, head rate {head_rate}", [], seed, rate, head_rate=head_rate)
 
@@ -216,6 +228,19 @@ class Study:
             for other in RATES:
                 self.trial(label, chosen, seed, other, **more)
 
+    def _own(self, rate: float) -> None:
+        """The stated comparisons again, with the halves at the best rate of the half by credit."""
+        self._rates(rate)
+        half = DECIDING[0][0]
+        tried = [t for t in self.data["trials"] if t["label"] == half and t["seed"] in TUNE_SEEDS]
+        own = min(RATES, key=lambda r: sum(t["nats"] for t in tried if t["rate"] == r))
+        self.data["rate of the half"] = own
+        halves = {label for pair in DECIDING for label in pair} - {"all"}
+        for seed in DECIDING_SEEDS:
+            for label, chosen, more in self.direct():
+                if label in halves:
+                    self.trial(label, chosen, seed, own, **more)
+
     def direct(self) -> list[tuple[str, list[int], dict[str, Any]]]:
         """Choices of the rules and of the controls: name, set, other settings.
 
@@ -241,10 +266,15 @@ class Study:
         spread = coverage(scores[RULES[0]], self.blocks, k)
         rows += [(f"K={k}, {RULES[0]}, spread", spread, {})]
         rows += [(f"K={k}, matched chance", self._matched(first, draw), {})]
-        rows += [(f"K={k}, deepest", list(range(n - k, n)), {}), ("all, rank 1", list(range(n)), {"rank": 1})]
+        rows += [(f"K={k}, deepest", list(range(n - k, n)), {}), ("all, rank 1", list(range(n)), {"ranks": 1})]
         wide = [i for i, name in enumerate(self.ground.names) if name.endswith(("up_proj", "intermediate.dense"))]
         rows += [("feed-forward in", wide, {})]
-        return rows
+        n_ranks = [self.settings.rank] * n
+        shapes = [(layer.in_features, layer.out_features) for layer in self.ground.linears]
+        return [
+            *rows,
+            ("all, ranks by GoRA", list(range(n)), {"ranks": proportional_ranks(scores[RULES[1]], shapes, n_ranks)}),
+        ]
 
     def _above(self, block: int) -> list[int]:
         return [i for i, b in enumerate(self.blocks) if b >= block]
@@ -272,7 +302,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     run = commands.add_parser("run")
     run.add_argument("--ground", choices=sorted(GROUNDS), required=True)
     run.add_argument("--data-dir", required=True)
-    run.add_argument("--stages", default="scores,qualify,stated,sets,direct,rounds,longer,rates")
+    run.add_argument("--stages", default="scores,qualify,stated,sets,direct,rounds,longer,rates,own")
     run.add_argument("--rate", type=float, help="found on another task of the same model; default: tuned here")
     run.add_argument("--threads", type=int, default=1)
     judged = commands.add_parser("judge")

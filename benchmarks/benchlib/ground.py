@@ -40,6 +40,7 @@ class Settings:
     judged_rows: int = 436
     max_length: int = 96
     words: str = ""  # that stand for the classes, each of one token, where their names are longer
+    longest: int = 0  # rows of more tokens are left out, where whole texts are learned
 
 
 @dataclass(frozen=True)
@@ -81,15 +82,22 @@ Observer = Callable[["Trained", int], None]
 class Trained:
     """Adapters in place on the ground's model, their factors in the order of `indices`."""
 
-    def __init__(self, ground: Ground, indices: Sequence[int], seed: int, rank: int | None = None) -> None:
+    def __init__(
+        self, ground: Ground, indices: Sequence[int], seed: int, ranks: int | Sequence[int] | None = None
+    ) -> None:
         self.ground, self.indices = ground, list(indices)
         torch.manual_seed(seed)
         names = [ground.names[i] for i in self.indices]
         ground.model.__dict__.pop("peft_config", None)
         if names:
-            r = rank or ground.settings.rank  # the scale alpha / r stays
-            alpha = ground.settings.alpha * r // ground.settings.rank
-            config = peft.LoraConfig(r=r, lora_alpha=alpha, target_modules=names, lora_dropout=0.0)
+            usual, scale = ground.settings.rank, ground.settings.alpha // ground.settings.rank  # the scale stays
+            each = [ranks or usual] * len(names) if isinstance(ranks, int | None) else list(ranks)
+            config = peft.LoraConfig(
+                target_modules=names,
+                lora_dropout=0.0,
+                rank_pattern=dict(zip(names, each, strict=True)),
+                alpha_pattern={name: scale * r for name, r in zip(names, each, strict=True)},
+            )
             peft.inject_adapter_in_model(config, ground.model)
         self.layers: list[Any] = [ground.model.get_submodule(name) for name in names]
         self.factors = [(m.lora_A["default"].weight, m.lora_B["default"].weight) for m in self.layers]
@@ -124,18 +132,25 @@ class Ground:
             task = replace(task, words=tuple(settings.words.split()))  # type: ignore[call-arg]
         loaded = load_model(settings.model, **task.model_settings, seed=0)
         prepared = task.prepare(loaded, settings.max_length)
-        self.answers = prepared.preprocess_logits.tokens if task.head == "causal-lm" else None  # type: ignore[union-attr]
-        self.model: Any = loaded.model.to(torch.bfloat16) if self.answers else loaded.model
+        self.language = task.head == "causal-lm"
+        # The tokens that can answer; whole texts have none.
+        self.answers = getattr(prepared.preprocess_logits, "tokens", None)
+        self.model: Any = loaded.model.to(torch.bfloat16) if self.language else loaded.model
         self.names: list[str] = list(loaded.linear_targets)
         self.heads = list(loaded.heads)
-        self.collate, self.train_rows = prepared.collator, prepared.train
-        step = max(1, len(prepared.validation) // settings.judged_rows)
-        self.judged_rows = prepared.validation.select(range(0, len(prepared.validation), step))
+        self.collate = prepared.collator
+        self.train_rows, judged = (self._short(rows) for rows in (prepared.train, prepared.validation))
+        step = max(1, len(judged) // settings.judged_rows)
+        self.judged_rows = judged.select(range(0, len(judged), step))
         self._base = {name: self.model.get_submodule(name) for name in self.names}
-        self.blocks: Any = self.model.model.layers if self.answers else []
+        self.blocks: Any = self.model.model.layers if self.language else []
         self._seen: dict[tuple[int, int], list[Tensor]] = {}  # hidden states before every block, by key of a batch
         self.lowest = 0
         self._head = {name: p.detach().clone() for name, p in self.model.named_parameters() if self._of_head(name)}
+
+    def _short(self, rows: Any) -> Any:
+        longest = self.settings.longest
+        return rows.select([i for i, ids in enumerate(rows["input_ids"]) if len(ids) <= longest]) if longest else rows
 
     def _of_head(self, name: str) -> bool:
         return any(name.startswith(head + ".") for head in self.heads)
@@ -178,7 +193,7 @@ class Ground:
         ]
 
     def _key(self, seed: int, number: int) -> dict[str, tuple[int, int]]:
-        return {} if self.answers is None else {"key": (seed, number)}
+        return {"key": (seed, number)} if self.language else {}
 
     def loss(self, batch: dict[str, Tensor]) -> Tensor:
         """Mean loss of a batch in nats, of the answer's token where words answer."""
@@ -197,15 +212,15 @@ class Ground:
 
     def _score(self, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
         """The mean loss, and which rows are right."""
-        with torch.autocast("cpu", torch.bfloat16, enabled=self.answers is not None):
-            if self.answers is None:
+        with torch.autocast("cpu", torch.bfloat16, enabled=self.language):
+            if not self.language:
                 out = self.model(**batch)
                 return out.loss, out.logits.argmax(-1) == batch["labels"]
             hidden = self._hidden(batch)
             where = batch["labels"][:, 1:] != IGNORED
             logits = self.model.lm_head(hidden[:, :-1][where]).float()
         right = batch["labels"][:, 1:][where]
-        options = torch.tensor(self.answers)
+        options = torch.arange(logits.shape[1]) if self.answers is None else torch.tensor(self.answers)
         chosen = options[logits[:, options].argmax(-1)]
         return nn.functional.cross_entropy(logits, right), chosen == right
 
@@ -244,7 +259,7 @@ class Ground:
 
     def block_modules(self) -> list[nn.Module]:
         """The transformer blocks, in order."""
-        if self.answers:
+        if self.language:
             return list(self.blocks)
         name = self.names[0]
         return list(self.model.get_submodule(name[: name.index(".0.")]))
@@ -258,13 +273,13 @@ class Ground:
         """Held-out nats and accuracy of the model as it is."""
         self.model.eval()
         order = sorted(range(len(self.judged_rows)), key=lambda i: len(self.judged_rows[i]["input_ids"]))
-        nats, right = 0.0, 0
+        nats, right = 0.0, 0.0
         for start in range(0, len(order), size):
             rows = order[start : start + size]
             batch = self.collate([self.judged_rows[i] for i in rows]) | self._key(-1, start)
             loss, found = self._score(batch)
             nats += float(loss) * len(rows)
-            right += int(found.sum())
+            right += float(found.float().mean()) * len(rows)
         return nats / len(order), right / len(order)
 
     def readout(self, seed: int) -> Outcome:
@@ -290,6 +305,35 @@ class Ground:
         nats, accuracy = _nats(*new, _fitted(*known, decay))
         return Outcome(nats, accuracy, 0, 0, round(time.perf_counter() - began, 1))
 
+    def output_layer(self, seed: int, rate: float) -> Outcome:
+        """Train the output layer's weights alone on the frozen last hidden state: a head where whole texts are learned.
+
+        The rows and the schedule are those of a trial with this seed.
+        """
+        self.reset()
+        self.lowest, began = 0, time.perf_counter()
+        self.model.eval()
+        frozen, total = self.model.lm_head, self.settings.steps
+        layer = nn.Linear(frozen.in_features, frozen.out_features, bias=False)
+        layer.weight.data.copy_(frozen.weight)  # apart from the embedding, which stays
+        optimizer = torch.optim.AdamW(layer.parameters(), lr=rate, weight_decay=0.0)
+        schedule = get_linear_schedule_with_warmup(optimizer, math.ceil(0.06 * total), total)
+        for batch in self.batches(seed, total):
+            where = batch["labels"][:, 1:] != IGNORED
+            with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+                hidden = self._hidden(batch)[:, :-1][where].float()
+            nn.functional.cross_entropy(layer(hidden), batch["labels"][:, 1:][where]).backward()
+            nn.utils.clip_grad_norm_(layer.parameters(), 1.0)
+            optimizer.step()
+            schedule.step()
+            optimizer.zero_grad()
+        self.model.lm_head = layer
+        try:
+            nats, accuracy = self.judge()
+        finally:
+            self.model.lm_head = frozen
+        return Outcome(nats, accuracy, 0, 0, round(time.perf_counter() - began, 1))
+
     def _features(self, batches: Sequence[dict[str, Any]]) -> tuple[Tensor, Tensor]:
         """Hidden states where the answer is read, scaled to a mean square of 1, and the index of the right answer."""
         hidden, classes = [], []
@@ -311,7 +355,7 @@ class Ground:
         observe: Observer | None = None,
         steps: int | None = None,
         judged: bool = True,
-        rank: int | None = None,
+        ranks: int | Sequence[int] | None = None,
     ) -> Outcome:
         """Train LoRA on a set of adapters and judge it; AdamW, linear schedule with 6% of warm-up, clipped at 1.
 
@@ -322,12 +366,12 @@ class Ground:
             head_rate: that of a new head.
             observe: called after each backward pass (gradients not clipped yet) with the number of the step.
             steps: in place of the settings' number.
-            rank: in place of the settings' rank.
+            ranks: in place of the settings' rank: one for all, or one for each adapter.
             judged: whether held-out rows are looked at; else the outcome has no score.
         """
         self.reset()
         self.lowest = min((self.block_of(i) for i in indices), default=len(self.blocks) - 1)
-        trained, began = Trained(self, indices, seed, rank), time.perf_counter()
+        trained, began = Trained(self, indices, seed, ranks), time.perf_counter()
         total = steps or self.settings.steps
         learns = [p for p in (*trained.flat(), *self.head())]
         fixed = self.collate([self.train_rows[i] for i in range(self.settings.batch)])

@@ -62,9 +62,18 @@ def _against_sets(
     return {"spearman with loss": alone, "partial": verdicts}
 
 
-def paired(data: dict[str, Any], label: str, against: str) -> tuple[float, float, int]:
-    """Mean difference of held-out nats over the seeds that both have, half of its 95% interval, and their number."""
-    by_label = {one: {t["seed"]: t["nats"] for t in data["trials"] if _is(t, one, data)} for one in (label, against)}
+def paired(data: dict[str, Any], label: str, against: str, *, own: bool = False) -> tuple[float, float, int]:
+    """Mean difference of held-out nats over the seeds that both have, half of its 95% interval, and their number.
+
+    Args:
+        data: of a ground.
+        label: of a set.
+        against: of another.
+        own: the halves at the best rate of the half by credit, in place of that of LoRA on all.
+    """
+    by_label = {
+        one: {t["seed"]: t["nats"] for t in data["trials"] if _is(t, one, data, own)} for one in (label, against)
+    }
     both = sorted(set(by_label[label]) & set(by_label[against]))
     gaps = np.array([by_label[label][seed] - by_label[against][seed] for seed in both])
     if len(gaps) < 2:
@@ -73,8 +82,9 @@ def paired(data: dict[str, Any], label: str, against: str) -> tuple[float, float
     return float(gaps.mean()), float(half), len(gaps)
 
 
-def _is(trial: dict[str, Any], label: str, data: dict[str, Any]) -> bool:
-    return bool(trial["label"] == label and trial["rate"] == data["rate"] and trial["seed"] in DECIDING_SEEDS)
+def _is(trial: dict[str, Any], label: str, data: dict[str, Any], own: bool = False) -> bool:
+    rate = data["rate of the half"] if own and label.startswith("half kept") else data["rate"]
+    return bool(trial["label"] == label and trial["rate"] == rate and trial["seed"] in DECIDING_SEEDS)
 
 
 def show(found: dict[str, Any], data: dict[str, Any]) -> None:
@@ -96,12 +106,20 @@ def show(found: dict[str, Any], data: dict[str, Any]) -> None:
             f"| {label} | {count} | {len(one['set'])} | {one['params'] / 1000:.0f} k | {one['kept'] / whole:.2f}x |"
             f" {nats:.4f} | {gap:+.4f} ± {half:.4f} | {right:.3f} |"
         )
-    gaps = [(a, b, *paired(data, a, b)) for a, b in DECIDING]
-    values = sorted((_p_value(data, a, b), a, b, gap, half) for a, b, gap, half, count in gaps if count > 1)
+    _show_stated(data, own=False)
+    if data.get("rate of the half", data["rate"]) != data["rate"]:
+        print(f"\nAgain, with the halves at their own best rate, {data['rate of the half']}:")
+        _show_stated(data, own=True)
+    print()
+
+
+def _show_stated(data: dict[str, Any], *, own: bool) -> None:
+    """The comparisons that were stated before."""
+    gaps = [(a, b, *paired(data, a, b, own=own)) for a, b in DECIDING]
+    values = sorted((_p_value(gap, half, count), a, b, gap, half) for a, b, gap, half, count in gaps if count > 1)
     for rank, (p, a, b, gap, half) in enumerate(values):
         holm = min(1.0, max((len(values) - i) * values[i][0] for i in range(rank + 1)))
         print(f"\n{a} minus {b}: {gap:+.4f} ± {half:.4f} nats, p = {p:.3f}, {holm:.3f} by Holm")
-    print()
 
 
 def _show_scores(found: dict[str, Any]) -> None:
@@ -157,7 +175,6 @@ def _random(data: dict[str, Any]) -> list[dict[str, Any]]:
     return [t for t in data["trials"] if t["label"].startswith("random ")]
 
 
-def _p_value(data: dict[str, Any], label: str, against: str) -> float:
-    gap, half, count = paired(data, label, against)
+def _p_value(gap: float, half: float, count: int) -> float:
     t = gap / (half / stats.t.ppf(0.975, count - 1)) if half > 0 else math.inf
     return float(2 * stats.t.sf(abs(t), count - 1))
