@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 import gc
 import importlib
@@ -13,22 +14,24 @@ from types import SimpleNamespace
 from typing import Any
 
 import jinja2
+import torch
 
 Function = Callable[..., Any]
+KEPT = 8  # small models, some tens of megabytes each
 
 
-def _traced_once(trace: Function) -> Function:
-    """A trace follows from the model's structure and the batch: the same of both need no second one."""
+def _counted_once(count: Function) -> Function:
+    """A trace, and the cost of a step, follow from the model's structure and the batch: those are looked at once."""
     known: dict[Any, Any] = {}
 
-    @functools.wraps(trace)
+    @functools.wraps(count)
     def found(model: Any, loss: Callable[[], Any], **settings: Any) -> Any:
         held = inspect.getclosurevars(loss).nonlocals
         if held.keys() != {"trainer", "inputs"}:
-            return trace(model, loss, **settings)
+            return count(model, loss, **settings)
         key = (*_structure(model), *_way_of_training(held["trainer"]), _numbers(held["inputs"]), *settings.items())
         if key not in known:
-            known[key] = trace(model, loss, **settings)
+            known[key] = count(model, loss, **settings)
         return known[key]
 
     return found
@@ -41,8 +44,20 @@ def _structure(model: Any) -> tuple[Any, ...]:
         (first.setdefault(id(p), name), p.shape, p.dtype, p.requires_grad, p.device)
         for name, p in (*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False))
     )
-    modules = tuple((m.training, len(m._forward_hooks), len(m._forward_pre_hooks)) for m in model.modules())
-    return repr(model), weights, modules, repr(getattr(model, "config", None))
+    modules = tuple(
+        (m.training, getattr(m, "gradient_checkpointing", None), len(m._forward_hooks), len(m._forward_pre_hooks))
+        for m in model.modules()
+    )
+    return repr(model), _paths(model), weights, modules, repr(getattr(model, "config", None))
+
+
+def _paths(model: Any) -> tuple[Any, ...]:
+    """By what adapters are computed."""
+    return tuple(
+        (name, type(variant), getattr(variant, "path", variant), type(getattr(variant, "form", None)))
+        for m in model.modules()
+        for name, variant in getattr(m, "lora_variant", {}).items()
+    )
 
 
 def _way_of_training(trainer: Any) -> tuple[Any, ...]:
@@ -54,11 +69,47 @@ def _numbers(inputs: Any) -> tuple[Any, ...]:
     return tuple((key, t.dtype, t.shape, t.numpy().tobytes()) for key, t in sorted(inputs.items()))
 
 
+def _opened_once(opens: Function) -> Function:
+    """A tokenizer for each caller, of which all share the part that is slow to read and does not change."""
+    first = functools.cache(opens)
+
+    @functools.wraps(opens)
+    def another(*inputs: str) -> Any:
+        return _another(first(*inputs))
+
+    return another
+
+
+def _another(tokenizer: Any) -> Any:
+    shared = [tokenizer._tokenizer, *(v for v in vars(tokenizer).values() if isinstance(v, dict) and len(v) > 1000)]
+    return copy.deepcopy(tokenizer, {id(each): each for each in shared})
+
+
+def _built_once(build: Function) -> Function:
+    """A small model of random weights follows from its name, its settings and the seed: each caller gets a copy."""
+    known: dict[Any, Any] = {}
+
+    @functools.wraps(build)
+    def another(name: str, head: str, settings: dict[str, Any], dtype: Any) -> Any:
+        key = (name, head, repr(settings), dtype, torch.initial_seed())
+        if key not in known:
+            if len(known) == KEPT:
+                del known[next(iter(known))]
+            known[key] = build(name, head, settings, dtype)
+        model, tokenizer, missing = known[key]
+        return copy.deepcopy(model), _another(tokenizer), set(missing)
+
+    return another
+
+
 # Where it is, its name, and how it gets a memory.
 ONCE: tuple[tuple[Any, str, Callable[[Function], Function]], ...] = (
     (jinja2.Environment, "compile", functools.cache),  # the template of PEFT's model card, when an adapter is saved
-    (importlib.import_module("weightlora.training.budget"), "trace", _traced_once),
-    (importlib.import_module("weightlora.training.trainer"), "trace", _traced_once),
+    (importlib.import_module("weightlora.training.budget"), "trace", _counted_once),
+    (importlib.import_module("weightlora.training.trainer"), "trace", _counted_once),
+    (importlib.import_module("weightlora.training.trainer"), "step_cost", _counted_once),
+    (importlib.import_module("weightlora.tasks.models"), "_minilm_tokenizer", _opened_once),
+    (importlib.import_module("weightlora.tasks.models"), "_build_shape", _built_once),
     # Accelerate asks at every step whether a package is installed.
     (importlib.import_module("accelerate.utils.imports"), "_is_package_available", functools.cache),
 )

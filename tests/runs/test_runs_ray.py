@@ -10,7 +10,7 @@ import time
 from pathlib import Path
 
 import pytest
-from tests.runs.commands import read, spec, weightlora
+from tests.runs.commands import labelled, read, spec, weightlora
 from tests.runs.killer import Killer
 
 from weightlora.study.jobs import attempt
@@ -70,8 +70,9 @@ def times(folders: list[Path]) -> dict[str, int]:
 @pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/fd").is_dir(), reason="NO /proc: a worker cannot be found by its lock")
 def test_a_node_is_killed_and_nothing_is_lost_or_run_twice(killer: Killer, tmp_path: Path) -> None:
-    shape = ["--task", "docstrings", "--model", "bert-tiny-shape", "--max-length", "24", "--max-train-samples", "200"]
-    shape += ["--max-eval-samples", "40", "--per-device-train-batch-size", "8", "--ray", "auto"]
+    rows = str(labelled(tmp_path / "rows.jsonl"))
+    shape = ["--task", "files", "--train-file", rows, "--label-column", "label", "--max-length", "24"]
+    shape += ["--model", "bert-tiny-shape", "--per-device-train-batch-size", "8", "--ray", "auto"]
     words = ["sweep", *shape, "--methods", "top,lora", "--seeds", "0,1", "--max-steps", str(STEPS)]
     words += ["--save-steps", str(SAVE), "--save-total-limit", "9"]
     words += ["--out", "out"]  # relative: workers must not take it for a path of theirs

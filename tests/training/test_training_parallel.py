@@ -18,6 +18,7 @@ import torch
 from safetensors.torch import load_file
 from tests.builders import lora, max_difference, trainer
 from tests.forks import ROOT, Forks
+from tests.runs.commands import labelled
 from torch import Tensor
 
 from weightlora.errors import ConfigError
@@ -382,9 +383,10 @@ def test_the_launchers_themselves(tmp_path: Path) -> None:
     Accelerate's launcher hands over to ``torch.distributed.run``, which is torchrun: one start goes through both.
     """
     run = tmp_path / "run"
+    task = ["--task", "files", "--train-file", str(labelled(tmp_path / "rows.jsonl")), "--label-column", "label"]
     path = os.pathsep.join([str(ROOT / "src"), os.environ.get("PYTHONPATH", "")])
     done = subprocess.run(
-        [sys.executable, "-m", *ACCELERATE, "-m", "weightlora", "train", *COMMAND, "--out", str(run)],
+        [sys.executable, "-m", *ACCELERATE, "-m", "weightlora", "train", *COMMAND, *task, "--out", str(run)],
         capture_output=True, text=True, check=False, timeout=280,
         env={**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
     )  # fmt: skip

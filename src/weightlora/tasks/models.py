@@ -253,9 +253,12 @@ def _build_shape(name: str, head: Head, settings: dict[str, object], dtype: torc
     if head not in heads:
         _refuse(name, head)
     config, inputs = build(**settings)
-    tokenizer = AutoTokenizer.from_pretrained(minilm_folder(), model_input_names=inputs)
     model = CLASSES[head].from_config(config)
-    return model if dtype is None else model.to(dtype), tokenizer, set()
+    return model if dtype is None else model.to(dtype), _minilm_tokenizer(*inputs), set()
+
+
+def _minilm_tokenizer(*inputs: str) -> PreTrainedTokenizerBase:
+    return AutoTokenizer.from_pretrained(minilm_folder(), model_input_names=list(inputs))  # type: ignore[no-any-return]
 
 
 def _refuse(name: str, head: Head) -> NoReturn:

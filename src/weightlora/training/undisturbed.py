@@ -93,6 +93,9 @@ class _Noted:
         """A container, and down to `depth` levels what it holds."""
         if id(value) in self.containers:
             return
+        if not value:  # most of a module's tables of hooks
+            self.containers[id(value)] = value, ()
+            return
         self.containers[id(value)] = value, value.copy()
         held = list(value.values()) if isinstance(value, dict) else list(value)
         for item in held if depth and len(held) <= MANY else ():
@@ -117,8 +120,8 @@ class _Noted:
 
 def _same(value: Any, before: Any) -> bool:
     """Whether a container holds the very same things in the same order."""
-    if len(value) != len(before):
-        return False
+    if len(value) != len(before) or not value:
+        return len(value) == len(before)
     if isinstance(value, set):
         return bool(value == before)
     if isinstance(value, dict) and not all(map(operator.is_, value.values(), before.values())):
