@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import json
 import os
 import shutil
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 
 @contextlib.contextmanager
@@ -54,6 +56,15 @@ def write_text(path: Path, text: str) -> Path:
     with new_file(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
     return path
+
+
+def read_object(path: Path) -> dict[str, Any] | None:
+    """Read a JSON file that holds an object; None where it is none, or cannot be read."""
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return None
+    return found if isinstance(found, dict) else None
 
 
 @contextlib.contextmanager

@@ -102,15 +102,15 @@ def test_hostile_words_are_drawn_as_they_are(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"mode": "fast"}, r"mode is 'fast'; allowed are cheap, paper"),
+        ({"mode": "fast"}, r"'mode' is 'fast'; allowed are cheap, paper"),
         ({"adapters": []}, "no adapters or no seeds"),
         ({"seeds": []}, "no adapters or no seeds"),
         ({"seeds": [{"seed": 0, "products": [1.0], "selected": []}]}, r"1 products, but there are 36 adapters"),
         ({"seeds": [{"seed": 0, "products": [1.0] * 36, "selected": ["x"]}]}, r"selects 'x', which is not among"),
         ({"seeds": [{"seed": 0, "products": ["1.x"] * 36, "selected": []}]}, "not a probe's JSON"),
-        ({"seeds": [{"seed": 0}]}, "not a probe's JSON, or it is damaged: KeyError"),
+        ({"seeds": [{"seed": 0}]}, "not a probe's JSON, or it is damaged: it has no key 'seeds\\[0\\].products'"),
         ({"adapters": [{"name": "a", "block": 0, "kind": "q"}] * 2}, "names an adapter more than once"),
-        ({"task": None}, "None is not text"),
+        ({"task": None}, "key 'task' must be text, not null"),
     ],
 )
 def test_what_does_not_fit_together_is_refused(tmp_path: Path, change: dict[str, Any], message: str) -> None:

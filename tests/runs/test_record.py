@@ -345,7 +345,7 @@ def test_headline_and_phases() -> None:
     record = example()
     assert record.score == 0.9
     assert example(metric="f1").score is None
-    assert record.first_phase is record.final_phase is record.phases[0]
+    assert record.final_phase is record.phases[0]
     assert record.phases[0].seconds_per_step == 0.5
     assert dataclasses.replace(record.phases[0], steps=0).seconds_per_step is None
     assert example(phases=()).final_phase is None

@@ -83,11 +83,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _read(name: str, words: Sequence[str], options: argparse.Namespace) -> Given:
-    """What a user gave: words to options and settings, and a recipe's settings beneath.
-
-    Raises:
-        ConfigError: the recipe cannot be read, or --json cannot be written.
-    """
+    """What a user gave: words to options and settings, and a recipe's settings beneath."""
     command = COMMANDS[name]
     recipe = None
     if command.takes_run and name != "reproduce" and words and not words[0].startswith("-"):

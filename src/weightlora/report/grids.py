@@ -98,13 +98,7 @@ def _level(value: float, low: float, high: float) -> str:
 def _grid(
     places: Sequence[Place], looks: Sequence[str], titles: Mapping[str, str], marked: Mapping[str, str]
 ) -> tuple[list[Path], list[Text], float]:
-    """The cells, the stars and the names around them, and where they end below.
-
-    Args:
-        places, looks: one cell each.
-        titles: adapter name to words, for cells that tell them.
-        marked: adapter name to words, for cells that carry a star.
-    """
+    """The cells, the stars and the names around them, and where they end below."""
     grid = Grid.of(tuple(places))
     span, tall = max(grid.columns.values()) + 1, max(grid.rows.values()) + 1
     wide = min(WIDEST, (WIDTH - LEFT - 2) / span)

@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
-import io
 import json
 import math
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal
 
-from weightlora.errors import ConfigError
-from weightlora.files import new_file
+from weightlora.decoding import decode
+from weightlora.errors import CheckpointError, ConfigError
 from weightlora.report.layout import Place, layout
+from weightlora.report.png import FONT, plain_axes, short_model, write_png
 from weightlora.report.units import mean_and_spread
 from weightlora.runs.record import AdapterScore
 
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 Mode = Literal["cheap", "paper"]
-WIDTH, DPI, FONT = 6.4, 200, 11  # inches; the picture is to be read at half its width too
+WIDTH, DPI = 6.4, 200  # inches; the picture is to be read at half its width too
 PANEL = 1.7  # the height of one panel
 MEAN, SPREAD, STAR = "#0a5ca8", "#9cbfe0", "#f2a900"  # told apart by lightness and by shape, not by hue alone
 OUTSIDE = -1.6  # where adapters outside the layers stand
@@ -48,11 +48,20 @@ class ProbeSeed:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class ProbeAdapter:
+    """Where an adapter lies; the block is None outside the layers."""
+
+    name: str
+    block: int | None
+    kind: str
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Probe:
     """A probe as it lies in its JSON file.
 
     Args:
-        adapters: ``(name, block, kind)`` of each; the block is None outside the layers.
+        adapters: each of them, in order.
         seeds: one entry per seed.
         mode: "cheap" (one run, gate gradients) or "paper" (one adapter at a time).
         task, model, steps: what was probed, and for how many optimizer steps.
@@ -63,7 +72,7 @@ class Probe:
     Source: paper, section 3.1 and Figure 2: ``|<grad_{W_i} f, A_i B_i>|`` for each layer i, over seeds.
     """
 
-    adapters: tuple[tuple[str, int | None, str], ...]
+    adapters: tuple[ProbeAdapter, ...]
     seeds: tuple[ProbeSeed, ...]
     mode: Mode
     task: str
@@ -71,13 +80,11 @@ class Probe:
     steps: int
 
     def __post_init__(self) -> None:
-        names = {name for name, _, _ in self.adapters}
+        names = {adapter.name for adapter in self.adapters}
         if not self.adapters or not self.seeds:
             raise ConfigError("the probe has no adapters or no seeds, so there is nothing to draw; measure it again")
         if len(names) < len(self.adapters):
             raise ConfigError("the probe names an adapter more than once; measure it again")
-        if self.mode not in get_args(Mode):
-            raise ConfigError(f"the probe's mode is {self.mode!r}; allowed are {', '.join(get_args(Mode))}")
         for entry in self.seeds:
             if len(entry.products) != len(self.adapters):
                 raise ConfigError(
@@ -105,25 +112,9 @@ class Probe:
         [0.5]
         """
         try:
-            return cls(
-                adapters=tuple((_text(a["name"]), _block(a["block"]), _text(a["kind"])) for a in data["adapters"]),
-                seeds=tuple(
-                    ProbeSeed(
-                        seed=int(entry["seed"]),
-                        products=tuple(math.nan if p is None else float(p) for p in entry["products"]),
-                        selected=tuple(_text(name) for name in entry["selected"]),
-                    )
-                    for entry in data["seeds"]
-                ),
-                mode=data["mode"],
-                task=_text(data["task"]),
-                model=_text(data["model"]),
-                steps=int(data["steps"]),
-            )
-        except (KeyError, TypeError, ValueError) as error:
-            if isinstance(error, ConfigError):
-                raise
-            raise ConfigError(f"this is not a probe's JSON, or it is damaged: {error!r}") from None
+            return decode(cls, data, "")
+        except CheckpointError as error:
+            raise ConfigError(f"this is not a probe's JSON, or it is damaged: {error}") from None
 
     @classmethod
     def read(cls, path: str | os.PathLike[str]) -> Probe:
@@ -145,17 +136,7 @@ class Probe:
 
     def times_selected(self, index: int) -> int:
         """In how many seeds an adapter was selected."""
-        return sum(self.adapters[index][0] in entry.selected for entry in self.seeds)
-
-
-def _text(value: object) -> str:
-    if not isinstance(value, str):
-        raise TypeError(f"{value!r} is not text")
-    return value
-
-
-def _block(value: float | str | None) -> int | None:
-    return None if value is None else int(value)
+        return sum(self.adapters[index].name in entry.selected for entry in self.seeds)
 
 
 def probe_plot(probe: Probe, path: str | os.PathLike[str]) -> Path:
@@ -164,7 +145,6 @@ def probe_plot(probe: Probe, path: str | os.PathLike[str]) -> Path:
     A point is the mean over seeds, its bar one sample standard deviation to each side (from two seeds on). A star
     marks what at least one seed selected; where seeds disagree, a number above it says how many did (left out in
     models of more than 16 layers, for want of room). Equal probes give equal bytes.
-    No global state of matplotlib is changed.
 
     Returns:
         ``path``.
@@ -172,24 +152,12 @@ def probe_plot(probe: Probe, path: str | os.PathLike[str]) -> Path:
     Raises:
         ConfigError: matplotlib is not installed.
     """
-    try:
-        from matplotlib import style
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-    except ImportError as error:
-        raise ConfigError("a picture needs matplotlib: pip install 'weightlora[report]'") from error
-    stream = io.BytesIO()
-    with style.context("default"):
-        figure = _figure(probe)
-        FigureCanvasAgg(figure)
-        figure.savefig(stream, format="png", metadata={"Software": None})
-    with new_file(Path(path)) as temporary:
-        temporary.write_bytes(stream.getvalue())
-    return Path(path)
+    return write_png(lambda: _figure(probe), path)
 
 
 def _panels(probe: Probe) -> dict[str, list[tuple[int, Place]]]:
     """Panel title to its adapters (index, place), in module order, by tower and kind."""
-    scores = [AdapterScore(name=n, block=b, kind=k, omega=1.0, score=None, kept=False) for n, b, k in probe.adapters]
+    scores = [AdapterScore(**vars(each), omega=1.0, score=None, kept=False) for each in probe.adapters]
     panels: dict[str, list[tuple[int, Place]]] = {}
     for index, place in enumerate(layout(scores)):
         title = f"{place.tower}: {place.kind}" if place.tower else place.kind
@@ -210,14 +178,14 @@ def _figure(probe: Probe) -> Figure:
     top = max(sum(_bar(probe.magnitudes(index))) for index in range(len(probe.adapters))) or 1.0
     exponent = math.floor(math.log10(top))
     exponent = 0 if -2 < exponent < 4 else exponent
-    last = max((block for _, block, _ in probe.adapters if block is not None), default=0)
+    last = _last(probe)
     for number, (title, members) in enumerate(panels.items()):
         row, column = divmod(number, columns)
         bottom = total - head - (row + 1) * PANEL + 0.3
         box = (left + column * (wide + gap)) / WIDTH, bottom / total, wide / WIDTH, (PANEL - 0.6) / total
         axes = figure.add_axes(box)
         _draw_panel(axes, probe, members, 10.0**exponent)
-        _draw_scales(axes, top / 10.0**exponent, last, outside=any(block is None for _, block, _ in probe.adapters))
+        _draw_scales(axes, top / 10.0**exponent, last, outside=any(each.block is None for each in probe.adapters))
         axes.set_title(title, fontsize=FONT, loc="left", pad=4, parse_math=False)
         if column:
             axes.tick_params(labelleft=False)
@@ -256,7 +224,12 @@ def _draw_panel(axes: Axes, probe: Probe, members: Sequence[tuple[int, Place]], 
 
 def _crowded(probe: Probe) -> bool:
     """Whether there are too many layers for large marks with numbers on them."""
-    return max((block for _, block, _ in probe.adapters if block is not None), default=0) > 15
+    return _last(probe) > 15
+
+
+def _last(probe: Probe) -> int:
+    """The number of the highest layer."""
+    return max((each.block for each in probe.adapters if each.block is not None), default=0)
 
 
 def _mark(starred: bool, crowded: bool) -> dict[str, Any]:
@@ -277,11 +250,7 @@ def _draw_scales(axes: Axes, top: float, last: int, outside: bool) -> None:
     ticks |= {block: str(block) for block in range(0, last + 1, every)}
     axes.set_xticks(list(ticks), list(ticks.values()))
     axes.locator_params(axis="y", nbins=4)
-    axes.tick_params(labelsize=FONT - 1, length=3, color="#888888")
-    axes.grid(axis="y", color="#e6e6e6", linewidth=0.8)
-    axes.set_axisbelow(True)
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.spines[["left", "bottom"]].set_color("#888888")
+    plain_axes(axes)
 
 
 def _draw_words(figure: Figure, probe: Probe, total: float, exponent: int) -> None:
@@ -290,7 +259,7 @@ def _draw_words(figure: Figure, probe: Probe, total: float, exponent: int) -> No
 
     seeds = len(probe.seeds)
     lines = (
-        f"{probe.task}, {_last_name(probe.model)}, {probe.steps} steps, {seeds} seed{'s' if seeds > 1 else ''}",
+        f"{probe.task}, {short_model(probe.model)}, {probe.steps} steps, {seeds} seed{'s' if seeds > 1 else ''}",
         WORDS[probe.mode],
     )
     figure.text(0.5, 1 - 0.08 / total, "\n".join(lines), ha="center", va="top", fontsize=FONT, parse_math=False)
@@ -312,10 +281,3 @@ def _draw_words(figure: Figure, probe: Probe, total: float, exponent: int) -> No
         handles, names, loc="lower center", ncols=3, fontsize=FONT - 1, frameon=False, borderaxespad=0.1,
         handletextpad=0.4, columnspacing=1.4, handlelength=1.4,
     )  # fmt: skip
-
-
-def _last_name(model: str) -> str:
-    """A hub name as it is; of a folder its last part."""
-    if model.count("/") > 1 or "\\" in model:
-        return model.replace("\\", "/").rstrip("/").rpartition("/")[2]
-    return model

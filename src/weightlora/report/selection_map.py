@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import io
 import os
 import re
 import textwrap
@@ -12,10 +11,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from weightlora.errors import ConfigError
-from weightlora.files import new_file
 from weightlora.report import picture
 from weightlora.report.grids import LEFT, selection_picture
 from weightlora.report.picture import FONT, LETTER, Picture, Text
+from weightlora.report.png import short_model, write_png
 from weightlora.runs.record import Record
 
 if TYPE_CHECKING:
@@ -37,7 +36,7 @@ def selection_map(record: Record, path: str | os.PathLike[str]) -> Path:
     One cell per adapter: its layer on the vertical axis (the lowest at the bottom), its kind on the horizontal one,
     its gate omega as colour. Where all gates are equal they say nothing, so the method's score is drawn instead; the
     line below the picture names which. Survivors carry a star and a frame; a dashed cell has no adapter. Equal records
-    give equal bytes. No global state of matplotlib is changed, and no window system is needed.
+    give equal bytes.
 
     Returns:
         ``path``.
@@ -50,28 +49,14 @@ def selection_map(record: Record, path: str | os.PathLike[str]) -> Path:
             f"the record of method {record.method!r} lists no adapters, so there is no selection to draw; "
             "draw a run of a method with adapters"
         )
-    try:
-        from matplotlib import style
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-    except ImportError as error:
-        raise ConfigError("a picture needs matplotlib: pip install 'weightlora[report]'") from error
-    stream = io.BytesIO()
-    with style.context("default"):  # the user's own style would change sizes and colours
-        figure = _figure(selection_picture(record), _title(record))
-        FigureCanvasAgg(figure)
-        figure.savefig(stream, format="png", metadata={"Software": None}, pil_kwargs={"compress_level": 3})
-    with new_file(Path(path)) as temporary:
-        temporary.write_bytes(stream.getvalue())
-    return Path(path)
+    return write_png(lambda: _figure(selection_picture(record), _title(record)), path, compression=3)
 
 
 def _title(record: Record) -> list[str]:
     """Two facts, wrapped to the picture's width: what was kept of what, and in which run."""
     alive = f"{len(record.kept)} of {record.n_adapters} adapters kept"
-    model = record.model
-    if model.count("/") > 1 or "\\" in model:  # a folder: its last name says enough
-        model = model.replace("\\", "/").rstrip("/").rpartition("/")[2]
-    lines = f"{record.method} ({record.preset}): {alive}", f"{record.task}, {model}, seed {record.seed}"
+    where = f"{record.task}, {short_model(record.model)}, seed {record.seed}"
+    lines = f"{record.method} ({record.preset}): {alive}", where
     return [part for line in lines for part in textwrap.wrap(line, 52)]
 
 

@@ -117,11 +117,7 @@ def _run_view(run: RunFiles, id: str, runs: Sequence[RunFiles]) -> RunView:
 
 
 def _headline(record: Record, *, alone: bool) -> str:
-    """What stands beside the run's name while it is folded: seed, score, and how much was kept.
-
-    Args:
-        alone: all runs of the page are of one task and model, which need not be said each time.
-    """
+    """What stands beside the run's name while it is folded: seed, score, and how much was kept."""
     words = [f"seed {record.seed}"] if alone else [record.task, record.model, f"seed {record.seed}"]
     if record.score is not None:
         words.append(f"{record.metric} {record.score:.4f}")

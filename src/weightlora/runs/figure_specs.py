@@ -19,11 +19,7 @@ class _FigureSpec:
 
     @classmethod
     def of(cls: type[T], settings: Mapping[str, object]) -> T:
-        """Make it from settings of its own and of the run, text read as on a command line.
-
-        Raises:
-            ConfigError: a value that is not allowed.
-        """
+        """Make it from settings of its own and of the run, text read as on a command line."""
         names = {each.name for each in fields(cls)} - {"run"}
         own = {name: value for name, value in settings.items() if name in names}
         run = RunSpec.of({name: value for name, value in settings.items() if name not in names})

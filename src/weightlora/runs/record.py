@@ -181,11 +181,6 @@ class Record:
         return self if metric is None else dataclasses.replace(self, metric=metric)
 
     @property
-    def first_phase(self) -> PhaseResult | None:
-        """The phase before the seam, or the only one."""
-        return self.phases[0] if self.phases else None
-
-    @property
     def final_phase(self) -> PhaseResult | None:
         """The phase after the last seam, or the only one."""
         return self.phases[-1] if self.phases else None

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from weightlora.errors import CheckpointError, ConfigError
-from weightlora.files import write_text
+from weightlora.files import read_object, write_text
 from weightlora.settings import check, flat_name, plain, setting, typed
 from weightlora.tasks.spec import TaskSpec
 
@@ -214,11 +214,8 @@ class RunSpec:
     @staticmethod
     def is_one(path: str | Path) -> bool:
         """Say whether a file is a run's configuration, of this release or another."""
-        try:
-            data = json.loads(Path(path).read_text(encoding="utf-8"))
-        except (OSError, ValueError, RecursionError):
-            return False
-        return isinstance(data, dict) and {"schema_version", "task", "model", "method", "training"} <= set(data)
+        data = read_object(Path(path)) or {}
+        return {"schema_version", "task", "model", "method", "training"} <= set(data)
 
     @classmethod
     def load(cls, folder: str | Path) -> RunSpec:
@@ -310,11 +307,7 @@ def _training_parser() -> HfArgumentParser:
 
 
 def _settings_of(name: str, given: Mapping[str, object], lenient: bool) -> dict[str, object]:
-    """Those of some settings that a method has, text read as its fields have it.
-
-    Raises:
-        ConfigError: a setting of no method, or, unless `lenient`, of another one.
-    """
+    """Those of some settings that a method has, text read as its fields have it."""
     from weightlora.methods import METHODS
 
     kind = METHODS.get(name)

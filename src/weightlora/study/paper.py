@@ -82,11 +82,7 @@ def figure(name: str, given: Overlay, *, small: bool) -> tuple[str, Overlay]:
 
 
 def _only(grid: Grid, given: Overlay) -> Grid:
-    """The cells that `task`, `tasks` and `methods` ask for.
-
-    Raises:
-        ConfigError: one asks for what the table does not have; the message lists what it has.
-    """
+    """The cells that `task`, `tasks` and `methods` ask for."""
     cells = grid.cells
     tasks = [task for name in ("task", "tasks") for task, _ in entries(given.get(name, ""), name, "task")]
     methods = [name.lower() for name, _ in entries(given.get("methods", ""), "methods", "method")]

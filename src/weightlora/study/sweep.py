@@ -173,11 +173,7 @@ def _choose(grid: Grid, cell: Cell, pairs: Sequence[tuple[Job, Record]]) -> dict
 
 
 def _cannot_start(grid: Grid, folder: Path) -> dict[str, str]:
-    """Why some rows cannot start: a mistake must show now, not after hours of others. Of one task alone.
-
-    Raises:
-        WeightLoRAError: what they share cannot work, or none can start.
-    """
+    """Why some rows cannot start: a mistake must show now, not after hours of others. Of one task alone."""
     if len({cell.spec.task.name for cell in grid.cells}) > 1:
         return {}
     first = {

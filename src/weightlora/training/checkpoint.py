@@ -9,14 +9,13 @@ import re
 import shutil
 import zipfile
 from pathlib import Path, PureWindowsPath
-from typing import Any
 
 import torch
 from torch.serialization import get_unsafe_globals_in_checkpoint
 from transformers import PreTrainedModel, Trainer, TrainerState
 
 from weightlora.errors import CheckpointError
-from weightlora.files import new_folder, sweep, write_text
+from weightlora.files import new_folder, read_object, sweep, write_text
 from weightlora.graft.manifest import MANIFEST, STATE, Manifest, readable
 from weightlora.training.identity import RUN, Run
 from weightlora.training.inside import Inside
@@ -46,7 +45,7 @@ def whole(folder: Path, *, manifest: bool = True) -> int | None:
     if not found or not (folder / RUN).is_file() or (manifest and not (folder / MANIFEST).is_file()):
         return None
     step = int(found.group(2))
-    return step if (_object(folder / TRAINER_STATE) or {}).get("global_step") == step else None
+    return step if (read_object(folder / TRAINER_STATE) or {}).get("global_step") == step else None
 
 
 def latest(output_dir: Path, *, manifest: bool = True) -> Path | None:
@@ -61,7 +60,7 @@ def begun_steps(output_dir: Path) -> int | None:
     Counted when it began: another number of processes would count the steps of an epoch otherwise.
     """
     folder = latest(output_dir, manifest=False)
-    steps = None if folder is None else (_object(folder / TRAINER_STATE) or {}).get("max_steps")
+    steps = None if folder is None else (read_object(folder / TRAINER_STATE) or {}).get("max_steps")
     return steps if isinstance(steps, int) and steps > 0 else None
 
 
@@ -73,7 +72,7 @@ def folders(output_dir: Path) -> list[Path]:
 
 def check_length(start: Path, steps: int) -> None:
     """Raise CheckpointError unless the run of a checkpoint has as many optimizer steps, first to last."""
-    begun = (_object(start / TRAINER_STATE) or {}).get("max_steps")
+    begun = (read_object(start / TRAINER_STATE) or {}).get("max_steps")
     if begun != steps:
         raise CheckpointError(
             f"{start} is of a run of {begun} steps, this one has {steps}; resume with max_steps={begun}, or begin a run"
@@ -147,8 +146,8 @@ def _absent(folder: Path) -> str | None:
     Without one the trainer would go on with other random numbers, and say so to nobody.
     """
     try:
-        together = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))["data"]["batch"]["processes"]
-    except (OSError, ValueError, RecursionError, KeyError, TypeError):
+        together = (read_object(folder / MANIFEST) or {})["data"]["batch"]["processes"]
+    except (KeyError, TypeError):
         return None  # a method without adapters, or damage that is told elsewhere
     if not isinstance(together, int) or not 1 < together < 2**16:
         return None
@@ -158,7 +157,7 @@ def _absent(folder: Path) -> str | None:
 
 def _elsewhere(folder: Path) -> str | None:
     """The first file that names another one, for the trainer to read, and may so lead out of the run's folder."""
-    state = _object(folder / TRAINER_STATE)
+    state = read_object(folder / TRAINER_STATE)
     if state is None:
         return f"{TRAINER_STATE} is damaged"
     best, step = state.get("best_model_checkpoint"), state.get("best_global_step")
@@ -167,22 +166,13 @@ def _elsewhere(folder: Path) -> str | None:
     if step is not None and not isinstance(step, int):
         return f"{TRAINER_STATE} is damaged: best_global_step {step!r} is no number of steps"
     for file in sorted(folder.glob("*.index.json")):
-        shards = (_object(file) or {}).get("weight_map")
+        shards = (read_object(file) or {}).get("weight_map")
         if not isinstance(shards, dict):
             return f"{file.name} is damaged"
         for shard in shards.values():
             if not isinstance(shard, str) or not _SHARD.fullmatch(shard):
                 return f"{file.name} is damaged: it names {shard!r}, which is no file beside it"
     return None
-
-
-def _object(path: Path) -> dict[str, Any] | None:
-    """A JSON file that holds an object, or None."""
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
-        return None
-    return found if isinstance(found, dict) else None
 
 
 def _is_json(path: Path) -> bool:
@@ -195,13 +185,10 @@ def _is_json(path: Path) -> bool:
 
 def _changed(folder: Path) -> str | None:
     """The first file that is not as it was written."""
-    try:
-        sealed = json.loads((folder / SEAL).read_text(encoding="utf-8"))
-    except FileNotFoundError:
+    if not (folder / SEAL).exists():
         return None
-    except (OSError, ValueError, RecursionError):
-        return f"{SEAL} is damaged"
-    if not isinstance(sealed, dict):
+    sealed = read_object(folder / SEAL)
+    if sealed is None:
         return f"{SEAL} is damaged"
     now = _hashes(folder)
     for name in sorted({*sealed, *now}):
@@ -285,7 +272,7 @@ def best_so_far(start: Path, *, needed: bool) -> Path | None:
     Raises:
         CheckpointError: it is needed, to be loaded at the end, and gone or damaged.
     """
-    named = (_object(start / TRAINER_STATE) or {}).get("best_model_checkpoint")
+    named = (read_object(start / TRAINER_STATE) or {}).get("best_model_checkpoint")
     if named is None:
         return None
     best = start.parent / PureWindowsPath(named).name
@@ -322,7 +309,9 @@ def discard_after(output_dir: Path, step: int) -> None:
         found = _NAME.match(folder.name)
         if found and int(found.group(2)) >= step and (whole(folder) is None or damage(folder) is not None):
             # Ours are written before the trainer's own last file, its state.
-            if _object(folder / TRAINER_STATE) and not any((folder / name).exists() for name in (MANIFEST, SEAL, RUN)):
+            if read_object(folder / TRAINER_STATE) and not any(
+                (folder / name).exists() for name in (MANIFEST, SEAL, RUN)
+            ):
                 raise CheckpointError(
                     f"{folder} is the checkpoint of a trainer without a method, and this run would write over it;"
                     " move it, or give another output_dir"

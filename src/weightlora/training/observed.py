@@ -101,11 +101,7 @@ class _Operations(TorchDispatchMode):
         return out
 
     def counted(self) -> int:
-        """All so far.
-
-        Raises:
-            AdapterError: a formula did not fit what ran.
-        """
+        """All so far."""
         if self.error is not None:
             raise self.error
         return int(self.total)
