@@ -22,7 +22,7 @@ from adapter_path import write
 from weightlora.cost import PlanConfig, Planner
 from weightlora.cost.parallel import Parallel, traffic
 from weightlora.runs.plan import planner_for
-from weightlora.tasks.skeletons import SHAPES
+from weightlora.tasks.shapes import PUBLISHED
 
 LARGEST = "llama-3.1-405b"
 SIZES = {"hidden_size": 16384, "intermediate_size": 53248, "num_hidden_layers": 126, "num_attention_heads": 128}
@@ -34,7 +34,7 @@ def planner(name: str, length: int) -> Planner:
         return planner_for(config)
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "config.json"
-        path.write_text(json.dumps({**SHAPES["llama-3.1-70b"], **SIZES}))
+        path.write_text(json.dumps({**PUBLISHED["llama-3.1-70b"], **SIZES}))
         return planner_for(replace(config, model=str(path)))
 
 

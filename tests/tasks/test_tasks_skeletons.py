@@ -7,10 +7,11 @@ import torch
 
 from weightlora.errors import ConfigError
 from weightlora.tasks import MODELS, load_model
-from weightlora.tasks.skeletons import SHAPES, skeleton
+from weightlora.tasks.shapes import PUBLISHED
+from weightlora.tasks.skeletons import skeleton
 
 # Parameters as published for the checkpoints: Hugging Face's own counts of the models below their heads.
-PUBLISHED = {"llama-3-8b": 8_030_261_248, "llama-3.1-70b": 70_553_706_496}
+COUNTS = {"llama-3-8b": 8_030_261_248, "llama-3.1-70b": 70_553_706_496}
 
 
 @pytest.mark.parametrize("name", [name for name in MODELS if name != "smollm2"])  # which has tests of its own
@@ -23,10 +24,10 @@ def test_a_skeleton_is_the_model(name: str) -> None:
     assert bones.attention_targets == loaded.attention_targets
 
 
-@pytest.mark.parametrize("name", PUBLISHED)
+@pytest.mark.parametrize("name", COUNTS)
 def test_published_counts(name: str) -> None:
     built = skeleton(name)
-    assert sum(p.numel() for p in built.model.parameters()) == PUBLISHED[name]
+    assert sum(p.numel() for p in built.model.parameters()) == COUNTS[name]
     assert (built.head, built.heads, built.model.dtype) == ("causal-lm", (), torch.bfloat16)
 
 
@@ -45,7 +46,7 @@ def test_other_heads_labels_and_dtypes() -> None:
     assert skeleton("bert-tiny-shape", num_labels=7).model.classifier.out_features == 7
     assert skeleton("bart-large").head == "seq2seq-lm"
     assert skeleton("deberta-v3-base").head == "sequence-classification"
-    assert set(SHAPES) & set(MODELS) == {"smollm2"}, "what it is can be planned where its weights are not installed"
+    assert set(PUBLISHED) & set(MODELS) == {"smollm2"}, "what it is can be planned where its weights are not installed"
 
 
 def test_what_is_no_model() -> None:

@@ -30,7 +30,7 @@ from weightlora.errors import ConfigError
 from weightlora.tasks.hub import unreachable
 from weightlora.tasks.layers import Layers, layers_of
 from weightlora.tasks.pooling import MeanPooledBertConfig, MeanPooledBertForSequenceClassification
-from weightlora.tasks.shapes import SHAPES
+from weightlora.tasks.shapes import SMALL, config_of
 from weightlora.tasks.smollm2 import NAME as SMOLLM2
 from weightlora.tasks.smollm2 import smollm2_folder
 from weightlora.tasks.task import Head
@@ -112,7 +112,7 @@ def load_model(
     """
     settings = _label_settings(num_labels, labels, regression) if head == CLASSIFICATION else {}
     with quiet(), _seeded(seed):
-        if name in SHAPES:
+        if name in SMALL:
             model, tokenizer, missing = _build_shape(name, head, settings, dtype)
         elif name == "minilm":
             model, tokenizer, missing = _load_minilm(head, settings, dtype)
@@ -249,12 +249,11 @@ def minilm_folder() -> Path:
 
 
 def _build_shape(name: str, head: Head, settings: dict[str, object], dtype: torch.dtype | None) -> Parts:
-    build, heads = SHAPES[name]
-    if head not in heads:
+    shape = SMALL[name]
+    if head not in shape.heads:
         _refuse(name, head)
-    config, inputs = build(**settings)
-    model = CLASSES[head].from_config(config)
-    return model if dtype is None else model.to(dtype), _minilm_tokenizer(*inputs), set()
+    model = CLASSES[head].from_config(config_of(shape.values, **settings))
+    return model if dtype is None else model.to(dtype), _minilm_tokenizer(*shape.inputs), set()
 
 
 def _minilm_tokenizer(*inputs: str) -> PreTrainedTokenizerBase:
@@ -262,7 +261,7 @@ def _minilm_tokenizer(*inputs: str) -> PreTrainedTokenizerBase:
 
 
 def _refuse(name: str, head: Head) -> NoReturn:
-    others = [other for other, (_, heads) in SHAPES.items() if head in heads]
+    others = [other for other, shape in SMALL.items() if head in shape.heads]
     raise ConfigError(f"model {name!r} has no {head} head; pass {', '.join(others)}, a hub name, or a folder")
 
 
@@ -352,8 +351,3 @@ def _answer_layer(model: PreTrainedModel, heads: tuple[str, ...]) -> str | None:
 
 def _has_weights(module: nn.Module) -> bool:
     return next(module.parameters(), None) is not None
-
-
-def shape_config(name: str) -> PreTrainedConfig:
-    """The config of one of the small shapes."""
-    return SHAPES[name][0]()[0]

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from types import MappingProxyType
-from typing import Any, get_args
 
 import torch
 from torch import Tensor
@@ -20,43 +17,12 @@ from transformers import (
 )
 
 from weightlora.errors import ConfigError
-from weightlora.tasks import models, smollm2
+from weightlora.tasks import models
 from weightlora.tasks.layers import Layers, layers_of
 from weightlora.tasks.models import CLASSIFICATION
 from weightlora.tasks.pooling import MeanPooledBertConfig, MeanPooledBertForSequenceClassification
+from weightlora.tasks.shapes import PUBLISHED, SMALL, config_of
 from weightlora.tasks.task import Head
-
-HEADS: tuple[str, ...] = get_args(Head)
-# Well-known shapes, so that planning for them needs no network. The values are those of the published configs.
-_DEBERTA = {"model_type": "deberta-v2", "vocab_size": 128100, "relative_attention": True, "position_buckets": 256,
-            "pos_att_type": ["p2c", "c2p"], "share_att_key": True, "norm_rel_ebd": "layer_norm",
-            "max_relative_positions": -1, "position_biased_input": False, "type_vocab_size": 0,
-            "max_position_embeddings": 512, "layer_norm_eps": 1e-7, "pooler_dropout": 0.0,
-            "pooler_hidden_act": "gelu", "pad_token_id": 0}  # fmt: skip
-_LLAMA = {"model_type": "llama", "vocab_size": 128256, "rms_norm_eps": 1e-5, "pad_token_id": 128001,
-          "bos_token_id": 128000, "eos_token_id": 128001, "head_dim": 128,
-          "dtype": "bfloat16",
-          "architectures": ["LlamaForCausalLM"]}  # fmt: skip
-SHAPES: Mapping[str, Mapping[str, Any]] = MappingProxyType(
-    {
-        "deberta-v3-base": {**_DEBERTA, "hidden_size": 768, "num_hidden_layers": 12, "num_attention_heads": 12,
-                            "intermediate_size": 3072, "pooler_hidden_size": 768},
-        "deberta-v3-large": {**_DEBERTA, "hidden_size": 1024, "num_hidden_layers": 24, "num_attention_heads": 16,
-                             "intermediate_size": 4096, "pooler_hidden_size": 1024},
-        "bart-large": {"model_type": "bart", "vocab_size": 50265, "d_model": 1024, "encoder_layers": 12,
-                       "decoder_layers": 12, "encoder_attention_heads": 16, "decoder_attention_heads": 16,
-                       "encoder_ffn_dim": 4096, "decoder_ffn_dim": 4096, "max_position_embeddings": 1024,
-                       "architectures": ["BartForConditionalGeneration"]},
-        "llama-3-8b": {**_LLAMA, "hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32,
-                       "num_attention_heads": 32, "num_key_value_heads": 8, "max_position_embeddings": 8192,
-                       "rope_theta": 500000.0},
-        "llama-3.1-70b": {**_LLAMA, "hidden_size": 8192, "intermediate_size": 28672, "num_hidden_layers": 80,
-                          "num_attention_heads": 64, "num_key_value_heads": 8, "max_position_embeddings": 131072,
-                          "rope_theta": 500000.0},
-        smollm2.NAME: {"model_type": "llama", **smollm2.CONFIG},
-    }
-)  # fmt: skip
-"""Shapes that :func:`skeleton` knows beside `MODELS`."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -104,7 +70,7 @@ def skeleton(
     """Build a model from its config alone; on the meta device, no weights are read or allocated.
 
     Args:
-        name: one of `MODELS` or `SHAPES`, a hub name, a folder with a config.json, or such a file.
+        name: one of `MODELS` or `PUBLISHED`, a hub name, a folder with a config.json, or such a file.
         dtype: of the weights; default: what the config says, else float32.
         head: what is on top; default: what the config's ``architectures`` say, else classification.
         num_labels: of a classification.
@@ -150,16 +116,15 @@ def skeleton(
 
 
 def _config(name: str) -> PreTrainedConfig:
-    if name in SHAPES:
-        values = dict(SHAPES[name])
-        return AutoConfig.for_model(values.pop("model_type"), **values)
+    if name in PUBLISHED:
+        return config_of(PUBLISHED[name])
     if name == "minilm":
         values = BertConfig.from_pretrained(models.minilm_folder()).to_dict()
         return MeanPooledBertConfig(**{k: v for k, v in values.items() if k not in ("model_type", "architectures")})
-    if name in models.MODELS:
-        return models.shape_config(name)
+    if name in SMALL:
+        return config_of(SMALL[name].values)
     path = Path(name).expanduser()
-    known = tuple(dict.fromkeys((*models.MODELS, *SHAPES)))
+    known = tuple(dict.fromkeys((*models.MODELS, *PUBLISHED)))
     source = str(path) if path.is_file() else models.find_model(name, known=known)
     try:
         return AutoConfig.from_pretrained(source, trust_remote_code=False)
