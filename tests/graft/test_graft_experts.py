@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from weightlora.graft.export import export
 from weightlora.graft.fast import fast_path
 from weightlora.graft.selection import Selection
 from weightlora.graft.surgery import disconnect, grow_adapters, reshape
-from weightlora.methods import Method, OneShotGradient, RandomAdapters, WeightLoRA, WeightLoRAPlus, method
+from weightlora.methods import LoRA, Method, OneShotGradient, RandomAdapters, WeightLoRA, WeightLoRAPlus, method
 from weightlora.methods.policy import lora_params
 from weightlora.training import fit
 from weightlora.training.sharding import check_method
@@ -196,7 +197,7 @@ def test_ranks_operations_and_sharding_are_refused(tmp_path: Path) -> None:
     with pytest.raises(AdapterError, match=r"gate_up_proj is a bare parameter .* rank of its adapter cannot change"):
         grow_adapters(model, {live[2].name: 3}, generator=torch.Generator())
     with pytest.raises(AdapterError, match="rank of its adapter cannot change"):
-        reshape(model, {live[2].name: 3}, {live[2].name: 1.0})
+        reshape(model, LoRA().keep_all([replace(live[2], index=0, rank=3)], "of another rank"))
     with pytest.raises(ScheduleError, match=r"cannot be counted: PEFT adds the adapter of .* to the whole weight"):
         operations(model := mixture(), loss_of(model))
     chosen = RandomAdapters(k=2)

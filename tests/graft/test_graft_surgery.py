@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,7 @@ from weightlora.graft.adapters import adapters, parameters
 from weightlora.graft.forms import Gates
 from weightlora.graft.optimizer import Drop, remap
 from weightlora.graft.surgery import disconnect, fold, grow_adapters, reshape
+from weightlora.methods import LoRA
 
 QUERY, KEY, VALUE = (f"bert.encoder.layer.0.attention.self.{kind}" for kind in ("query", "key", "value"))
 
@@ -230,7 +232,7 @@ def test_reshape_makes_room_for_a_finished_run(tmp_path: Path) -> None:
     grow_adapters(model, {VALUE: 7}, generator=torch.Generator().manual_seed(0))
     kept = adapters(model)
     fresh = lora()
-    reshape(fresh, {a.name: a.rank for a in kept}, {a.name: a.scale for a in kept})
+    reshape(fresh, LoRA().keep_all(kept, "as they are"))
     assert adapters(fresh) == kept
     assert all(not torch.any(f) for name, pair in parameters(fresh, "default", [VALUE]).items() for f in pair)
     fresh.load_state_dict(model.state_dict())
@@ -241,7 +243,7 @@ def test_reshape_makes_room_for_a_finished_run(tmp_path: Path) -> None:
 
 def test_reshape_refuses_another_model() -> None:
     with pytest.raises(AdapterError, match="the checkpoint keeps an adapter on 'elsewhere', which this model does not"):
-        reshape(lora(), {"elsewhere": 4}, {"elsewhere": 2.0})
+        reshape(lora(), LoRA().keep_all([replace(adapters(lora())[0], name="elsewhere")], "of another model"))
 
 
 def test_works_in_a_plain_sequential() -> None:

@@ -14,7 +14,7 @@ from tests.methods.test_methods_battery import HELD_OUT, Loop
 from torch import nn
 
 import weightlora as wl
-from weightlora.core.blocks import block_gates
+from weightlora.core.gates import block_gates
 from weightlora.errors import ConfigError, ScheduleError
 from weightlora.graft.adapters import adapters, block_numbers
 from weightlora.graft.forms import Gates

@@ -16,7 +16,7 @@ from tests.methods.test_methods_battery import HELD_OUT, STEPS, Loop
 from torch import nn
 
 import weightlora as wl
-from weightlora.core.prefix import smallest_prefix
+from weightlora.core.importance import smallest_prefix
 from weightlora.errors import ConfigError, ScheduleError
 from weightlora.graft.adapters import adapters
 from weightlora.graft.watch import output_energy

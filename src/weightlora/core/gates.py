@@ -1,4 +1,4 @@
-"""The gate step of WeightLoRA (StoIHT) and how many gates may be open during the warm-up."""
+"""The gate step of WeightLoRA (StoIHT), how many gates may be open during the warm-up, and gates of whole blocks."""
 
 from __future__ import annotations
 
@@ -89,3 +89,22 @@ def gradual_k(step: int, total: int, n: int, k: int, shape: Shape = "constant") 
         level //= 2
     levels.append(k)
     return levels[step * (len(levels) - 1) // total]
+
+
+def block_gates(alpha: Tensor) -> Tensor:
+    r"""`L softmax(alpha)`: one gate per block, mean 1, all 1 where alpha is all equal.
+
+    Args:
+        alpha: (L,), float.
+
+    Returns:
+        (L,), same dtype, differentiable.
+
+    Source: Flexora.
+
+    >>> block_gates(torch.zeros(3))
+    tensor([1., 1., 1.])
+    """
+    # Not L * softmax(alpha): L * (1 / L) is not always 1, and at equal alphas gates have to be exactly that.
+    weights = torch.exp(alpha - alpha.detach().max())
+    return weights / weights.mean()

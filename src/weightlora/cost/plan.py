@@ -5,14 +5,16 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, Any, cast
+
+import torch
 
 from weightlora.core.budget import resolve_k
 from weightlora.core.sizes import format_bytes
 from weightlora.cost.estimate import Estimate, Phase, PhaseCost, Setting, Traced
 from weightlora.cost.parallel import Parallel, Traffic
-from weightlora.cost.plan_config import changes_of, flag
 from weightlora.cost.plan_spec import PlanConfig
+from weightlora.cost.tensors import QUANTIZATIONS
 from weightlora.errors import ConfigError, PlanError
 from weightlora.graft.adapters import base_of
 
@@ -258,11 +260,11 @@ class Planner:
 
     def nearest(self, memory: int) -> str:
         """In words: the setting nearest to this one with which one example fits."""
-        for changes in changes_of(self.config, self.dtype):
+        for changes in _changes_of(self.config, self.dtype):
             other = Planner(replace(self.config, **changes), self.traced, self.overhead, self.traces)
             needs = max(other._total(phase, 1) for phase in (other.warmup(), other.final()))
             if needs <= memory:
-                flags = " ".join(flag(name, value) for name, value in changes.items())
+                flags = " ".join(_flag(name, value) for name, value in changes.items())
                 return f"the nearest that fits is {flags} ({format_bytes(needs)})"
         return "nothing near it fits: take a smaller model, or more memory"
 
@@ -276,3 +278,30 @@ def _by_layer(modules: Mapping[str, int], units: tuple[str, ...]) -> dict[str, i
         if size:
             found[name] = found.get(name, 0) + size
     return found
+
+
+def _changes_of(config: PlanConfig, dtype: torch.dtype) -> list[dict[str, Any]]:
+    """Changes to a configuration that save memory, from the least to the most intrusive."""
+    steps: list[dict[str, object]] = []
+    if config.r > 1:
+        steps.append({"r": max(1, config.r // 4)})
+    base: dict[str, object] = {} if config.checkpointing else {"checkpointing": True}
+    steps += [base] if base else []
+    if dtype == torch.float32:
+        base = {**base, "dtype": "bfloat16", **({"autocast": False} if config.autocast else {})}
+        steps.append(base)
+    for name in QUANTIZATIONS[:2]:
+        if config.quantization is None or (config.quantization == "8bit" and name == "4bit"):
+            steps.append({**base, "quantization": name})
+    last, length = steps[-1] if steps and "r" not in steps[-1] else {}, config.length // 2
+    while length >= 64:
+        steps.append({**last, "length": length})
+        length //= 2
+    return steps
+
+
+def _flag(name: str, value: object) -> str:
+    """A change as it is written on the command line."""
+    if isinstance(value, bool):
+        return f"--{name}" if value else f"no --{name}"
+    return f"--{name} {value}"

@@ -7,7 +7,7 @@ from torch import nn
 
 from weightlora.graft.selection import Selection
 from weightlora.graft.start import note_start
-from weightlora.graft.surgery import reshape, tie
+from weightlora.graft.surgery import reshape
 
 
 def take_over(model: nn.Module, source: nn.Module, selection: Selection, name: str = "default") -> None:
@@ -20,7 +20,6 @@ def take_over(model: nn.Module, source: nn.Module, selection: Selection, name: s
         name: PEFT's adapter name.
     """
     note_start(model, name)
-    reshape(model, {c.name: c.rank for c in selection.kept}, {c.name: c.scale for c in selection.kept}, name)
-    tie(model, selection.groups, name)
+    reshape(model, selection, name)
     trained = get_peft_model_state_dict(source, adapter_name=name, save_embedding_layers=False)
     set_peft_model_state_dict(model, trained, adapter_name=name)

@@ -20,7 +20,7 @@ from weightlora.graft.start import give_back
 if TYPE_CHECKING:
     from weightlora.graft.adapters import Adapter
     from weightlora.graft.profiles import Pair
-    from weightlora.graft.selection import Choice
+    from weightlora.graft.selection import Choice, Selection
 
 
 def disconnect(model: nn.Module, names: Sequence[str], name: str = "default") -> dict[nn.Parameter, Change]:
@@ -149,11 +149,12 @@ def grow_adapters(
     return changes
 
 
-def reshape(model: nn.Module, ranks: Mapping[str, int], scales: Mapping[str, float], name: str = "default") -> None:
-    """Give a freshly built model the structure of a finished surgery: only `ranks` live, with these ranks and scales.
+def reshape(model: nn.Module, selection: Selection, name: str = "default") -> None:
+    """Give a freshly built model the structure of a finished surgery: the survivors alone, their ranks, scales, ties.
 
     Factors of a new rank are zero afterwards; load a checkpoint into them. Used when a run is resumed after the seam.
     """
+    ranks, scales = ({c.name: getattr(c, what) for c in selection.kept} for what in ("rank", "scale"))
     present = [path for path, _ in lora_layers(model, name)]
     missing = [path for path in ranks if path not in present]
     if missing:
@@ -164,6 +165,7 @@ def reshape(model: nn.Module, ranks: Mapping[str, int], scales: Mapping[str, flo
     disconnect(model, [path for path in present if path not in ranks], name)
     for change in resize(model, ranks, scales, name).values():
         nn.init.zeros_(change.new)
+    tie(model, selection.groups, name)
 
 
 def resize(

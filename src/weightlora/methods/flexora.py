@@ -10,7 +10,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from weightlora.core.blocks import block_gates
+from weightlora.core.gates import block_gates
 from weightlora.errors import ScheduleError
 from weightlora.graft.adapters import Adapter, block_numbers
 from weightlora.graft.selection import Selection

@@ -10,7 +10,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from weightlora.core.prefix import smallest_prefix
+from weightlora.core.importance import smallest_prefix
 from weightlora.errors import ScheduleError
 from weightlora.graft.adapters import Adapter
 from weightlora.graft.watch import output_energy

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import re
 import sys
 from collections.abc import Iterator, Sequence
@@ -11,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from weightlora.errors import CheckpointError, ConfigError, WeightLoRAError
+from weightlora.files import read_object
 from weightlora.runs.record import AdapterScore, Kept, PhaseResult, Record
 
 RECORD = "record.json"
@@ -140,11 +140,7 @@ def _text(path: Path) -> str:
 
 def _object(path: Path) -> dict[str, object]:
     """A JSON object, or an empty one where there is none."""
-    try:
-        data = json.loads(_text(path))
-    except (ValueError, RecursionError):
-        return {}
-    return data if isinstance(data, dict) else {}
+    return read_object(path) or {}
 
 
 def _number(value: object) -> bool:

@@ -257,7 +257,7 @@ def _build_shape(name: str, head: Head, settings: dict[str, object], dtype: torc
 
 
 def _minilm_tokenizer(*inputs: str) -> PreTrainedTokenizerBase:
-    return AutoTokenizer.from_pretrained(minilm_folder(), model_input_names=list(inputs))  # type: ignore[no-any-return]
+    return AutoTokenizer.from_pretrained(minilm_folder(), model_input_names=list(inputs))
 
 
 def _refuse(name: str, head: Head) -> NoReturn:

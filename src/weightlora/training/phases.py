@@ -12,7 +12,7 @@ from typing import Literal
 
 from weightlora.cost.measure import PeakMemory
 from weightlora.errors import ScheduleError
-from weightlora.graft.surgery import reshape, tie
+from weightlora.graft.surgery import reshape
 from weightlora.training import checkpoint
 from weightlora.training.callback import SeamCallback
 from weightlora.training.identity import enter_folder
@@ -133,9 +133,7 @@ class Running:
         assert selection is not None
         assert order is not None
         order.count(self.driver.method)
-        kept = selection.kept
-        reshape(driver.model, {c.name: c.rank for c in kept}, {c.name: c.scale for c in kept}, driver.name)
-        tie(driver.model, selection.groups, driver.name)
+        reshape(driver.model, selection, driver.name)
         order.follow()
         driver.selection, driver.step = selection, start.manifest.step
         driver.settle()

@@ -17,11 +17,6 @@ def processes() -> int:
     return distributed.get_world_size() if _together() else 1
 
 
-def is_main() -> bool:
-    """Whether this process is the one that writes."""
-    return not _together() or distributed.get_rank() == 0
-
-
 def wait() -> None:
     """Wait until all processes have reached this call."""
     if processes() > 1:
@@ -37,7 +32,7 @@ def main_alone() -> Iterator[bool]:
     True
     """
     wait()
-    yield is_main()
+    yield not _together() or distributed.get_rank() == 0
     wait()
 
 
