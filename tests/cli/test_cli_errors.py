@@ -175,6 +175,10 @@ CASES: dict[str, Case] = {
     "compare: unknown method": (lambda d: ["compare", *d.train()[1:], "--methods", "lora,lroa"], ("'lroa'",)),
     "compare: unknown preset": (lambda d: ["compare", *d.train()[1:], "--methods", "lora:papre"], ("'papre'",)),
     "compare: seeds": (lambda d: ["compare", *d.train()[1:], "--seeds", "0,one"], ("'one'",)),
+    "compare: rates for factors": (
+        lambda d: ["compare", *d.train()[1:], "--tune", "3e-4,1e-3"],
+        ("tune=0.0003,0.001 must be multiples of each method's own learning rate", "learning_rates, such as 3e-4,1e-3"),
+    ),
     "compare: rates": (lambda d: ["compare", *d.train()[1:], "--tune", "0,1"], ("tune=0",)),
     "compare: no method can run": (
         lambda d: ["compare", *d.train()[1:], "--methods", "gradient"], ("gradient: ", "8"),

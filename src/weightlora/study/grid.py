@@ -86,9 +86,13 @@ class Grid:
         for rate in self.learning_rates:
             if not 0 < rate < math.inf:
                 raise ConfigError(f"learning_rates has {rate:g}; use rates above 0, such as 5e-5,5e-4")
-        if any(not 0 < factor < math.inf for factor in self.tune):
+        rates = bool(self.tune) and max(self.tune) < 0.01  # what somebody gave who took it for a list of rates
+        if rates or any(not 0 < factor < math.inf for factor in self.tune):
             factors = ",".join(f"{factor:g}" for factor in self.tune)
-            raise ConfigError(f"tune={factors} must be factors above 0, such as 0.3,1,3")
+            raise ConfigError(
+                f"tune={factors} must be multiples of each method's own learning rate, such as 0.3,1,3; rates themselves"
+                " go with learning_rates, such as 3e-4,1e-3"
+            )
         for warmup in self.lr_warmups:
             if not 0 <= warmup < math.inf:
                 raise ConfigError(f"lr_warmups has {warmup:g}; use steps, or shares of the run, of 0 or more")
