@@ -29,7 +29,9 @@ from adapter_path import write
 from benchlib.ground import Ground, Outcome, Settings
 from benchlib.signals import all_scores, in_rounds
 from benchlib.verdicts import DECIDING, DECIDING_SEEDS, DIRECT_SEEDS, judge, picture, show
-from weightlora.core import coverage, place, proportional_ranks
+from weightlora.core.importance import coverage
+from weightlora.core.placement import place
+from weightlora.core.published import proportional_ranks
 from weightlora.runs.record import collect_versions, machine
 
 RESULTS = Path(__file__).parent / "results"

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from transformers import get_linear_schedule_with_warmup
 
-from weightlora.core import PlacementCosts
+from weightlora.core.placement import PlacementCosts
 from weightlora.cost import kept_bytes, placement_costs, trace
 from weightlora.runs.spec import RunSpec
 from weightlora.tasks import load_model, read_task

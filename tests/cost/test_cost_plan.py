@@ -78,14 +78,6 @@ def test_optimizer_state_to_the_byte(tmp_path: Path, name: str, shape: str) -> N
     assert optimizer_bytes(name, shapes_of([p for p in model.parameters() if p.requires_grad])) == real_state(optimizer)
 
 
-def test_momentum() -> None:
-    weight = nn.Parameter(torch.zeros(5, 3))
-    optimizer = torch.optim.SGD([weight], lr=0.1, momentum=0.9)
-    weight.sum().backward()
-    optimizer.step()
-    assert optimizer_bytes("sgd", shapes_of([weight]), momentum=True) == real_state(optimizer) == 60
-
-
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("shape", SHAPES)
 def test_parameters_and_gradients_to_the_byte(shape: str, dtype: str) -> None:

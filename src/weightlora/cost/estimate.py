@@ -136,7 +136,6 @@ class Estimate:
         model: with every adapter live; on the meta device or with weights.
         trace_of: the trace of a micro-batch of a given size; asked once for each.
         setting: optimizer, checkpointing, quantisation.
-        name: PEFT's adapter name; default: the active one.
     """
 
     def __init__(
@@ -144,11 +143,9 @@ class Estimate:
         model: nn.Module,
         trace_of: Callable[[int], ActivationTrace],
         setting: Setting | None = None,
-        *,
-        name: str | None = None,
     ) -> None:
         self.setting, self._trace_of = setting or Setting(), trace_of
-        name = adapter_name(model, name)
+        name = adapter_name(model)
         pairs = list(parameters(model, name).values())
         self._experts = [a.experts or 1 for a in adapters(model, name)]
         own = {id(p): p for pair in pairs for p in pair}

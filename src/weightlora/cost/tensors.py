@@ -73,13 +73,12 @@ def _quantised(count: int, rows: int, quantization: str) -> int:
     return math.ceil(count / 2) + blocks + 4 * math.ceil(blocks / 256) + 4 * 256 + 4 + code
 
 
-def optimizer_bytes(name: str, shapes: Sequence[Shaped], *, momentum: bool = False) -> int:
+def optimizer_bytes(name: str, shapes: Sequence[Shaped]) -> int:
     """Bytes of an optimizer's state after its first step.
 
     Args:
         name: as in ``TrainingArguments.optim``.
         shapes: of each trained tensor.
-        momentum: of SGD.
 
     "adamw_*": two moments in the tensor's dtype and a float32 step; 8-bit: one byte each where a tensor has 4,096
     numbers or more, with a float32 scale per 256. "adafactor" as Transformers sets it up: a float32 per row, per column
@@ -87,10 +86,10 @@ def optimizer_bytes(name: str, shapes: Sequence[Shaped], *, momentum: bool = Fal
     """
     if name not in OPTIMIZERS:
         raise ConfigError(f"the optimizer {name!r} is not known to the planner; use one of {', '.join(OPTIMIZERS)}")
-    return sum(_state(OPTIMIZERS[name], shape, width, momentum) for shape, width in shapes)
+    return sum(_state(OPTIMIZERS[name], shape, width) for shape, width in shapes)
 
 
-def _state(kind: str, shape: tuple[int, ...], width: int, momentum: bool) -> int:
+def _state(kind: str, shape: tuple[int, ...], width: int) -> int:
     count = math.prod(shape)
     if kind == "adam":
         return 2 * count * width + 4
@@ -101,7 +100,7 @@ def _state(kind: str, shape: tuple[int, ...], width: int, momentum: bool) -> int
         return 4 * moments + 4
     if kind == "one":
         return count * width + 4
-    return count * width if kind == "sgd" and momentum else 0
+    return 0
 
 
 def shapes_of(tensors: Sequence[Tensor]) -> list[Shaped]:

@@ -51,9 +51,7 @@ _ONLY_FOR: Mapping[str, Mapping[str, tuple[int, ...]]] = {
 _SEED_BYTES = 8
 
 
-def trace(
-    model: nn.Module, loss: Callable[[], Tensor], *, name: str | None = None, stock: bool = False, cuda: bool = False
-) -> ActivationTrace:
+def trace(model: nn.Module, loss: Callable[[], Tensor], *, stock: bool = False, cuda: bool = False) -> ActivationTrace:
     """Run one forward pass without computing or allocating anything, and note what autograd would keep.
 
     Weights are stood in for by tensors without data (also where the model is on the meta device), so a model of any
@@ -63,7 +61,6 @@ def trace(
     Args:
         model: with LoRA adapters, ungated; given back as it was.
         loss: runs the forward pass on a real batch and returns the loss.
-        name: PEFT's adapter name; default: the active one.
         stock: adapters compute by PEFT's own forward, not by our path.
         cuda: dropout and attention as CUDA would run them, where the weights are not on such a device anyway.
 
@@ -77,7 +74,7 @@ def trace(
     >>> t.kept([0, 1]), t.kept([1])   # x and h of one adapter: 3 x 4 and 3 x 2 numbers of 4 bytes
     (144, 72)
     """
-    name = adapter_name(model, name)
+    name = adapter_name(model)
     odd = holds_more_than_data(model)
     if odd is not None:
         raise AdapterError(

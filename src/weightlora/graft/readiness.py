@@ -103,10 +103,10 @@ def check_held(model: nn.Module, name: str, held: Sequence[nn.Parameter]) -> Non
     )
 
 
-def few(names: Sequence[str], most: int = 3) -> str:
+def few(names: Sequence[str]) -> str:
     """The first names of many, for a message.
 
     >>> few(["a", "b"]), few(["a", "b", "c", "d"])
     ('a, b', 'a, b, c, ...')
     """
-    return ", ".join([*names[:most], *(["..."] if len(names) > most else [])])
+    return ", ".join([*names[:3], *(["..."] if len(names) > 3 else [])])

@@ -10,16 +10,15 @@ from weightlora.graft.start import note_start
 from weightlora.graft.surgery import reshape
 
 
-def take_over(model: nn.Module, source: nn.Module, selection: Selection, name: str = "default") -> None:
+def take_over(model: nn.Module, source: nn.Module, selection: Selection) -> None:
     """Give a freshly built model the structure and the trained weights, heads included, of a finished one.
 
     Args:
         model: as the run that made `source` began: the same base, with all its adapters.
         source: what the run ended with; its base may be sharded, and is not looked at.
         selection: what the run kept.
-        name: PEFT's adapter name.
     """
-    note_start(model, name)
-    reshape(model, selection, name)
-    trained = get_peft_model_state_dict(source, adapter_name=name, save_embedding_layers=False)
-    set_peft_model_state_dict(model, trained, adapter_name=name)
+    note_start(model, "default")
+    reshape(model, selection)
+    trained = get_peft_model_state_dict(source, save_embedding_layers=False)
+    set_peft_model_state_dict(model, trained)

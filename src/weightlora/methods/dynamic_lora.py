@@ -54,6 +54,8 @@ class DynamicLoRA(RankMethod):
 class DynamicLoRAPolicy(RankPolicy):
     """Smoothed shares of every rank; see :class:`DynamicLoRA`."""
 
+    remembered: ClassVar[tuple[str, ...]] = ("mask", "alive", "shares")
+
     def __init__(self, method: DynamicLoRA, adapters: tuple[Adapter, ...], max_steps: int) -> None:
         super().__init__(method, adapters, max_steps)
         self.method = method
@@ -83,10 +85,3 @@ class DynamicLoRAPolicy(RankPolicy):
             return None
         fall = rising_cuts(p, horizon, self.start, self.target)
         return self.last_cut(self.shares, fall) if p == horizon else above_smallest(self.shares, fall)
-
-    def state(self) -> dict[str, Tensor]:
-        return super().state() | {"shares": self.shares}
-
-    def load_state(self, state: Mapping[str, Tensor]) -> None:
-        super().load_state(state)
-        self.shares = state["shares"].clone()

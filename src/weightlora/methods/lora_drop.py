@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
-from torch import Tensor
 
 from weightlora.core.importance import smallest_prefix
 from weightlora.errors import ScheduleError
@@ -70,6 +69,8 @@ class LoRADrop(SpendingMethod):
 class LoRADropPolicy(Restarting):
     """Measures outputs once, at the seam; see :class:`LoRADrop`."""
 
+    remembered: ClassVar[tuple[str, ...]] = ("energies",)
+
     def __init__(self, method: LoRADrop, adapters: tuple[Adapter, ...], max_steps: int) -> None:
         super().__init__(adapters, Setup(), method.seed)
         self.method = method
@@ -127,10 +128,3 @@ class LoRADropPolicy(Restarting):
         own = sorted(self.own(), key=lambda i: (-shares[i], i))
         pairs = [*((self.adapters[i],) for i in own), *self._groups()]
         return spread(self.method.spend, pairs, range(len(pairs)))
-
-    def state(self) -> dict[str, Tensor]:
-        return super().state() | {"energies": self.energies}
-
-    def load_state(self, state: Mapping[str, Tensor]) -> None:
-        super().load_state(state)
-        self.energies = state["energies"].clone()

@@ -11,7 +11,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
-from typing import Literal, Protocol, TypeVar
+from typing import ClassVar, Literal, Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -183,7 +183,22 @@ class Setup:
         return {index: rank for index, (rank, _) in enumerate(self.ranks)}
 
 
-class Policy(ABC):
+class Remembers:
+    """What of something a resumed run needs: tensors, by the names of their attributes."""
+
+    remembered: ClassVar[tuple[str, ...]] = ()
+
+    def state(self) -> dict[str, Tensor]:
+        """Everything a resumed run needs beside weights, gates and forms."""
+        return {name: getattr(self, name).cpu() for name in self.remembered}
+
+    def load_state(self, state: Mapping[str, Tensor]) -> None:
+        """Put :meth:`state` back."""
+        for name in self.remembered:
+            setattr(self, name, state[name].clone())
+
+
+class Policy(Remembers, ABC):
     """The decisions of one run.
 
     ``seam`` is the optimizer step after which surgery happens: 0 before training, None never (then :meth:`decide` is
@@ -212,13 +227,6 @@ class Policy(ABC):
             omegas: the gate of every adapter; all 1 without gates.
         """
 
-    def state(self) -> dict[str, Tensor]:
-        """Everything a resumed run needs beside weights, gates and forms."""
-        return {}
-
-    def load_state(self, state: Mapping[str, Tensor]) -> None:
-        """Put :meth:`state` back."""
-
 
 class Fixed(Policy):
     """A decision that needs no training: made at the start (``seam = 0``), or nothing to decide (``seam = None``)."""
@@ -245,9 +253,10 @@ class Restarting(Policy):
         self.restart = torch.Generator().manual_seed(seed)
 
     def state(self) -> dict[str, Tensor]:
-        return {"restart": self.restart.get_state()}
+        return super().state() | {"restart": self.restart.get_state()}
 
     def load_state(self, state: Mapping[str, Tensor]) -> None:
+        super().load_state(state)
         self.restart.set_state(state["restart"])
 
 

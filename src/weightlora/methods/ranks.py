@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from abc import abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import ClassVar, TypeVar
 
@@ -72,6 +72,7 @@ class RankPolicy(Policy):
     """Rank gates from zero, cuts between tinit and M - tfinal; subclasses say which ranks fall."""
 
     anew: ClassVar[bool] = False
+    remembered: ClassVar[tuple[str, ...]] = ("mask", "alive")
 
     def __init__(self, method: RankMethod, adapters: tuple[Adapter, ...], max_steps: int) -> None:
         super().__init__(adapters)
@@ -155,9 +156,3 @@ class RankPolicy(Policy):
     def count(self, live: Sequence[Adapter]) -> int:
         # Plain LoRA after the seam; otherwise every rank has trained its gate too.
         return lora_params(live) + (0 if self.settings.shrink else sum(a.rank for a in live))
-
-    def state(self) -> dict[str, Tensor]:
-        return {"mask": self.mask, "alive": self.alive}
-
-    def load_state(self, state: Mapping[str, Tensor]) -> None:
-        self.mask, self.alive = state["mask"].clone(), state["alive"].clone()

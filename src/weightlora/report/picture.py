@@ -79,11 +79,11 @@ class Axis:
     end: float
 
     @classmethod
-    def around(cls, values: Iterable[float], start: float, end: float, *, margin: float = 0.05) -> Axis:
+    def around(cls, values: Iterable[float], start: float, end: float) -> Axis:
         """A scale that shows all values within reason, with some room around them; 0 to 1 if there are none."""
         known = [value for value in values if abs(value) <= LARGEST] or [0.0, 1.0]
         low, high = min(known), max(known)
-        room = (high - low) * margin or abs(high) * 0.1
+        room = (high - low) * 0.05 or abs(high) * 0.1
         room = room if room > 1e-100 else 1.0
         return cls(low=low - room, high=high + room, start=start, end=end)
 
@@ -170,15 +170,13 @@ def fitted(words: str, room: float) -> str:
     return words if len(words) <= most else words[: most - 1] + "…"
 
 
-def frame(
-    across: Axis, up: Axis, *, across_name: str, up_name: str, whole: bool = True
-) -> tuple[list[Path], list[Text]]:
+def frame(across: Axis, up: Axis, *, across_name: str, up_name: str) -> tuple[list[Path], list[Text]]:
     """Grid lines, tick labels and axis names of a chart whose plot is the box that the two axes span."""
     paths, texts = [], []
     for y, words in up.ticks(4):
         paths.append(Path(d=line([(across.start, y), (across.end, y)]), look="grid"))
         texts.append(Text(x=across.start - 5, y=y + 4, words=words, look="end"))
-    for x, words in across.ticks(5, whole=whole):
+    for x, words in across.ticks(5, whole=True):
         texts.append(Text(x=x, y=up.start + 15, words=words, look="mid"))
     paths.append(Path(d=line([(across.start, up.start), (across.end, up.start)]), look="axis"))
     texts.append(Text(x=across.end, y=up.start + 30, words=across_name, look="end name"))

@@ -55,7 +55,7 @@ def _flag(key: str, value: object) -> list[str]:
     return [name, json.dumps(value) if isinstance(value, Mapping) else str(value)]
 
 
-def _lines(command: str, flags: list[list[str]], width: int = 44) -> str:
+def _lines(command: str, flags: list[list[str]]) -> str:
     r"""The command with its flags, several to a line where they are short.
 
     >>> print(_lines("weightlora train", [["--k", "9"], ["--task", "my task"], ["--model", "one-with-a-long-name"]]))
@@ -66,7 +66,7 @@ def _lines(command: str, flags: list[list[str]], width: int = 44) -> str:
     lines = [command]
     for words in filter(None, flags):
         text = shlex.join(words)
-        if len(lines) > 1 and len(lines[-1]) + len(text) < width:
+        if len(lines) > 1 and len(lines[-1]) + len(text) < 44:
             lines[-1] += f" {text}"
         else:
             lines.append(f"  {text}")

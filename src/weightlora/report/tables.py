@@ -349,11 +349,11 @@ def _rows(record: Record) -> str:
     return f", on {where['rows']} {kind} rows; {where['train_rows']} training rows"
 
 
-def _kept_names(record: Record, most: int = 12) -> list[str]:
-    """The survivors' short names in the record's order: at most ``most`` of them and the count of the others."""
+def _kept_names(record: Record) -> list[str]:
+    """The survivors' short names in the record's order: at most a dozen of them and the count of the others."""
     short = {place.adapter.name: place.short for place in layout(record.adapters)}
     names = [short.get(entry.name) or ".".join(entry.name.split(".")[-2:]) for entry in record.kept]
-    return names if len(names) <= most else [*names[:most], f"and {len(names) - most} more"]
+    return names if len(names) <= 12 else [*names[:12], f"and {len(names) - 12} more"]
 
 
 def phase_rows(phases: Sequence[PhaseResult]) -> list[list[str]]:

@@ -37,7 +37,6 @@ class Driver:
         model: a model with LoRA adapters; taken over from here on.
         method: what is wanted.
         max_steps: optimizer steps of the whole run.
-        name: PEFT's adapter name; default: the active one.
         engine: how adapters compute, as :func:`weightlora.fit`.
         held_out: batches that the run does not train on, for a method that looks at some.
         budget: what survivors may cost, for a method with a limit.
@@ -51,14 +50,13 @@ class Driver:
         model: nn.Module,
         method: AdapterMethod,
         max_steps: int,
-        name: str | None = None,
         engine: PathName = "auto",
         held_out: HeldOut | None = None,
         budget: Budget | None = None,
     ) -> None:
         self.model, self.method, self.engine, self.held_out = model, method, engine, held_out
         self.gated_engine = check_path(engine)
-        self.name = adapter_name(model, name)
+        self.name = adapter_name(model)
         self.adapters = adapters(model, self.name)
         refuse_tied(self.adapters)
         needs = method.needs

@@ -11,12 +11,13 @@ from torch import Tensor
 
 from weightlora.core.importance import credit, cross_energy, gate_points, integrated, one_shot, trapezoid
 from weightlora.graft.adapters import Adapter
-from weightlora.methods.policy import StepView, slope
+from weightlora.methods.policy import Remembers, StepView, slope
 
+POINTS = 5  # at which gates that rise together are read
 Score = Literal["omega", "credit", "next-credit", "trapezoid", "gradient", "cross-gradient", "integrated"]
 
 
-class Worth(ABC):
+class Worth(Remembers, ABC):
     """Adds up what steps tell of all n adapters.
 
     ``copies``: of all adapters that a step holds. ``compares``: needs the factors from before each step. ``holds``:
@@ -41,18 +42,11 @@ class Worth(ABC):
     def scores(self) -> Tensor:
         """(n,) float64; more is better."""
 
-    @abstractmethod
-    def state(self) -> dict[str, Tensor]:
-        """What a resumed run needs."""
-
-    @abstractmethod
-    def load_state(self, state: Mapping[str, Tensor]) -> None:
-        """Put :meth:`state` back."""
-
 
 class Credit(Worth):
     """``-sum_t <grad_t, p_(t+1) - p_t>``, gradient and update of the same batch."""
 
+    remembered = ("credits",)
     copies = 1
     compares = True
     meaning = "loss decrease bought by an adapter's own updates"
@@ -70,12 +64,6 @@ class Credit(Worth):
 
     def scores(self) -> Tensor:
         return self.credits
-
-    def state(self) -> dict[str, Tensor]:
-        return {"credits": self.credits.cpu()}
-
-    def load_state(self, state: Mapping[str, Tensor]) -> None:
-        self.credits = state["credits"].clone()
 
 
 class NextCredit(Credit):
@@ -189,12 +177,12 @@ class CrossGradient(Gradient):
 class IntegratedGates(Worth):
     """``-int_0^1 dL/domega_i`` with all gates raised together, on held-out batches, once, at the seam."""
 
+    remembered = ("parts",)
     batches = 8
     meaning = "loss decrease bought by an adapter, with all gates raised from 0 to 1"
 
-    def __init__(self, adapters: Sequence[Adapter], points: int = 5) -> None:
+    def __init__(self, adapters: Sequence[Adapter]) -> None:
         super().__init__(adapters)
-        self.points = points
         self.parts = torch.zeros(self.n, dtype=torch.float64)
 
     def add(self, view: StepView, *, last: bool) -> None:
@@ -204,7 +192,7 @@ class IntegratedGates(Worth):
         assert view.held_out is not None
         gates, held_out = view.gates, view.held_out
         before = gates.omega.detach().clone()
-        points, weights = gate_points(self.points)
+        points, weights = gate_points(POINTS)
         gradients = []
         for point in points:
             gates.set(before * point)
@@ -215,12 +203,6 @@ class IntegratedGates(Worth):
 
     def scores(self) -> Tensor:
         return self.parts
-
-    def state(self) -> dict[str, Tensor]:
-        return {"parts": self.parts}
-
-    def load_state(self, state: Mapping[str, Tensor]) -> None:
-        self.parts = state["parts"].clone()
 
 
 WORTHS: Mapping[str, type[Worth]] = {
