@@ -108,6 +108,7 @@ ONCE: tuple[tuple[Any, str, Callable[[Function], Function]], ...] = (
     (importlib.import_module("weightlora.training.budget"), "trace", _counted_once),
     (importlib.import_module("weightlora.training.trainer"), "trace", _counted_once),
     (importlib.import_module("weightlora.training.trainer"), "step_cost", _counted_once),
+    (importlib.import_module("weightlora.training.trainer"), "operations", _counted_once),
     (importlib.import_module("weightlora.tasks.models"), "_minilm_tokenizer", _opened_once),
     (importlib.import_module("weightlora.tasks.models"), "_build_shape", _built_once),
     # Accelerate asks at every step whether a package is installed.

@@ -117,6 +117,11 @@ def test_the_frontier_is_what_runs_with_the_best_k_hold_and_keep(tmp_path: Path)
         held = sum(choice.score or 0.0 for choice in run.selection.kept)
         assert points[k].share == pytest.approx(held / sum(scores))
         assert points[k].kept_activation_bytes == run.phases[-1].kept_activation_bytes
+        # What the lowest block passes down in vain is counted, too: a good part of a model of two blocks.
+        counted, said = run.phases[-1].flops_per_step, points[k].flops_per_step
+        assert counted is not None
+        assert said is not None
+        assert counted <= said <= 1.1 * counted
 
 
 def test_no_frontier_without_scores(tmp_path: Path) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 
 from weightlora.decoding import require
 from weightlora.errors import ConfigError
@@ -38,12 +38,12 @@ class PhaseResult:
     peak_memory_bytes: int | None
 
     def __post_init__(self) -> None:
-        for field in fields(self):
-            value = getattr(self, field.name)
+        for each in fields(self):
+            value = getattr(self, each.name)
             if isinstance(value, (int, float)) and not value >= 0:  # NaN is no cost either
-                raise ConfigError(f"phase {self.name!r}: {field.name} is {value}; it cannot be negative or undefined")
+                raise ConfigError(f"phase {self.name!r}: {each.name} is {value}; it cannot be negative or undefined")
             if isinstance(value, int) and value >= 2**63:
-                raise ConfigError(f"phase {self.name!r}: {field.name} has {value.bit_length()} bits; 63 are enough")
+                raise ConfigError(f"phase {self.name!r}: {each.name} has {value.bit_length()} bits; 63 are enough")
 
     @property
     def seconds_per_step(self) -> float | None:
@@ -53,7 +53,14 @@ class PhaseResult:
 
 @dataclass(frozen=True, kw_only=True)
 class FrontierPoint:
-    """Hold what the best ``k`` adapters by score have of the total score, and keep for backward.
+    """Hold what the best ``k`` adapters by score have of the total score, and what a step with them costs.
+
+    Args:
+        k: how many.
+        share: of the total score.
+        kept_activation_bytes: kept for the backward pass of one micro-batch.
+        flops_per_step: floating point operations of one optimizer step, never too few, and too many by less
+            than those of a block; None where they cannot be counted.
 
     Raises:
         ConfigError: a number that no set of adapters has.
@@ -62,8 +69,9 @@ class FrontierPoint:
     k: int
     share: float
     kept_activation_bytes: int
+    flops_per_step: int | None = field(default_factory=type(None))  # older records have none
 
     def __post_init__(self) -> None:
-        sizes = (self.k, self.kept_activation_bytes)
+        sizes = (self.k, self.kept_activation_bytes, self.flops_per_step or 0)
         require(all(0 <= size < 2**63 for size in sizes), f"frontier has {sizes}, out of range")
         require(0 <= self.share <= 1.000001, f"frontier has a share of {self.share}; it must be one")

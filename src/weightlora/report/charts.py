@@ -24,7 +24,7 @@ from weightlora.report.picture import (
 )
 from weightlora.report.runfiles import Log
 from weightlora.report.tables import PHASE_NUMBERS
-from weightlora.report.units import BYTES, Unit, ratio
+from weightlora.report.units import BYTES, FLOPS, Scale, Unit, human, ratio
 from weightlora.runs.record import EVAL_LOSS, Record
 
 LEFT, RIGHT, TOP, BOTTOM = 44, 10, 26, 206
@@ -169,28 +169,36 @@ def score_picture(record: Record) -> Picture | None:
 
 
 def frontier_picture(record: Record) -> Picture | None:
-    """What the best k adapters hold of the total score, against what they keep for backward; None without scores."""
-    points = [(point.kept_activation_bytes, point.share, point.k) for point in record.frontier]
+    """What the best k adapters hold of the total score, against what a step with them costs; None without scores."""
+    points = record.frontier
     if len(points) < 2:
         return None
-    unit = Unit.fit([kept for kept, _, _ in points], BYTES)
-    across = Axis.around([kept / unit.factor for kept, _, _ in points], LEFT, WIDTH - RIGHT)
+    curves: list[tuple[str, str, Scale, list[tuple[int, float, int]]]] = [
+        ("second", "kept for backward", BYTES, [(p.k, p.share, p.kept_activation_bytes) for p in points]),
+        ("kept", "operations of a step", FLOPS, [(p.k, p.share, p.flops_per_step) for p in points if p.flops_per_step]),
+    ]
+    across = Axis(low=0, high=1, start=LEFT, end=WIDTH - RIGHT)
     up = Axis(low=0, high=1, start=BOTTOM, end=TOP)
-    paths, texts = frame(across, up, across_name=f"kept for backward, {unit.sign}", up_name="share of the score")
-    places = [(across.at(kept / unit.factor), up.at(share), k, share) for kept, share, k in points]
-    paths.append(Path(d=line([(x, y) for x, y, _, _ in places]), look="second"))
-    for x, y, k, share in places:
-        paths.append(Path(d=dot(x, y), look="dot second", title=f"the best {k}: {share:.0%} of the score"))
-    for x, y, k, _ in places[:: max(1, len(places) // 6)]:
-        texts.append(Text(x=x + 5, y=y + 12, words=f"K={k}"))
+    paths, texts = frame(across, up, across_name="cost, over that of all adapters", up_name="share of the score")
+    drawn = [curve for curve in curves if curve[3]]
+    for look, name, scale, costs in drawn:
+        whole = max(1, *(cost for _, _, cost in costs))
+        places = [(across.at(cost / whole), up.at(share)) for _, share, cost in costs]
+        paths.append(Path(d=line(places), look=look))
+        for (x, y), (k, share, cost) in zip(places, costs, strict=True):
+            words = f"the best {k}: {share:.0%} of the score, {name}: {human(cost, scale)}"
+            paths.append(Path(d=dot(x, y), look=f"dot {look}", title=words))
+        if look == "second":
+            labelled = list(zip(places, costs, strict=True))[:: max(1, len(places) // 6)]
+            texts += [Text(x=x + 5, y=y + 12, words=f"K={k}") for (x, y), (k, _, _) in labelled]
     return Picture(
         name="frontier",
-        title="Share of the score against memory",
-        about="For several K, the share of the total score that the best K adapters hold, against what they keep",
+        title="Share of the score against cost",
+        about="For several K, the share of the total score that the best K adapters hold, against what a step costs",
         height=HEIGHT,
         paths=tuple(paths),
         texts=tuple(texts),
-        keys=(),
+        keys=tuple((look, name) for look, name, _, _ in drawn),
     )
 
 

@@ -90,8 +90,8 @@ class Grid:
         if rates or any(not 0 < factor < math.inf for factor in self.tune):
             factors = ",".join(f"{factor:g}" for factor in self.tune)
             raise ConfigError(
-                f"tune={factors} must be multiples of each method's own learning rate, such as 0.3,1,3; rates themselves"
-                " go with learning_rates, such as 3e-4,1e-3"
+                f"tune={factors} must be multiples of each method's own learning rate, such as 0.3,1,3; rates"
+                " themselves go with learning_rates, such as 3e-4,1e-3"
             )
         for warmup in self.lr_warmups:
             if not 0 <= warmup < math.inf:

@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 from transformers import Trainer
 
 from weightlora.cost import ActivationTrace, Estimate, Phase, Setting
 from weightlora.cost.results import FrontierPoint
-from weightlora.errors import AdapterError
+from weightlora.errors import AdapterError, WeightLoRAError
 from weightlora.graft.depth import checkpointed_every
 from weightlora.graft.selection import Selection
 from weightlora.training.driver import Driver
-from weightlora.training.trainer import checkpointing_settings, trace_step, use_batch
+from weightlora.training.trainer import checkpointing_settings, operations_of_step, trace_step, use_batch
 
 log = logging.getLogger("weightlora")
 POINTS = 20  # of a frontier
@@ -25,6 +25,7 @@ class Predictor:
 
     One forward per micro-batch size is traced, of the model with every adapter live, before anything trains. Methods
     whose adapters compute in a form of their own, or are tied, are not predicted, nor are models that cannot be traced.
+    Where some survive, one pass of the base is counted, too, for the frontier.
 
     Args:
         trainer: its model has all adapters, and its arguments the batch of the run.
@@ -41,6 +42,8 @@ class Predictor:
         splits = [batches[0] or usual, batches[1] or batches[0] or usual]
         on, every = checkpointing_of(trainer)
         self.sizes, self.seam = [size for size, _ in splits], driver.seam
+        self.accumulation = splits[1][1]
+        self.operations: Callable[[Iterable[int]], int] | None = None
         self.index = {a.name: a.index for a in driver.adapters}
         self.whole = Phase(
             name="final" if self.seam is None else "warmup",
@@ -61,6 +64,8 @@ class Predictor:
                 if traced is None:  # without a batch
                     return
                 traces[split[0]] = traced
+            if self.seam is not None and not on:
+                self.operations = _operations(trainer)
         except AdapterError as error:
             log.info("costs are not predicted: %s", error)
             return
@@ -102,7 +107,7 @@ class Predictor:
         return {**before, "final": final}
 
     def frontier(self, selection: Selection | None) -> list[FrontierPoint]:
-        """What the best k by score hold of the total score and keep for backward, for some twenty k.
+        """What the best k by score hold of the total score, and what a step with them costs, for some twenty k.
 
         Nothing without scores, or where nothing was traced.
 
@@ -124,6 +129,7 @@ class Predictor:
                 kept_activation_bytes=self.estimate.activations(
                     Phase(name="final", live=tuple(order[:k]), inputs=self.whole.inputs and k == n), self.sizes[1]
                 ),
+                flops_per_step=None if self.operations is None else self.operations(order[:k]) * self.accumulation,
             )
             for k in counts
         ]
@@ -134,6 +140,15 @@ class Predictor:
             "kept_activation_bytes": self.estimate.activations(phase, size),
             "trainable_params": self.estimate.trainable_params(phase),
         }
+
+
+def _operations(trainer: Trainer) -> Callable[[Iterable[int]], int] | None:
+    """Operations of the micro-batch of the arguments, for any set; None where they cannot be counted."""
+    try:
+        return operations_of_step(trainer)
+    except WeightLoRAError as error:
+        log.info("operations are not predicted: %s", error)
+        return None
 
 
 def checkpointing_of(trainer: Trainer) -> tuple[bool, int]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from inspect import signature
 from typing import Any
 
@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 from transformers import Trainer
 
-from weightlora.cost import ActivationTrace, StepCost, counting, isolated_rng, step_cost, trace
+from weightlora.cost import ActivationTrace, StepCost, counting, isolated_rng, operations, step_cost, trace
 from weightlora.errors import AdapterError, ConfigError
 from weightlora.graft.depth import checkpoint_blocks
 from weightlora.training.inside import Inside, model_of
@@ -99,6 +99,22 @@ def trace_step(trainer: Trainer, *, stock: bool = False) -> ActivationTrace | No
         raise AdapterError(f"{own} may only be called by training")
     with first_loss(trainer) as loss:
         return None if loss is None else trace(trainer.model, loss, stock=stock)  # type: ignore[arg-type]
+
+
+def operations_of_step(trainer: Trainer) -> Callable[[Iterable[int]], int] | None:
+    """Count what the first micro-batch takes with any set of live adapters, by one pass of the base.
+
+    It is never too little, and too much by less than what one block takes. None without a batch.
+
+    Raises:
+        AdapterError: it failed, or is computed by :func:`own_code`.
+        ScheduleError: as :func:`weightlora.cost.operations.operations`.
+    """
+    own = own_code(trainer)
+    if own is not None:
+        raise AdapterError(f"{own} may only be called by training")
+    with first_loss(trainer) as loss:
+        return None if loss is None else operations(trainer.model, loss).total  # type: ignore[arg-type]
 
 
 def first_batch(trainer: Trainer) -> object:
