@@ -95,7 +95,10 @@ ROOMS: dict[str, Room] = {
     "cli": Room(
         rooms=names(f"{INNER} study report files settings") | {""},
         packages=names("transformers"),
-        eager=names("files settings decoding methods.names"),
+        eager=names(
+            "files settings decoding methods.names core.sizes tasks.spec cost.plan_spec runs.spec runs.figure_specs"
+            " runs.record runs.recipe runs.together study.spec study.cluster"
+        ),
     ),
 }
 

@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from weightlora.files import write_text
 from weightlora.methods.names import NAMES
 
 
@@ -34,8 +35,6 @@ class Given:
         """Write the result for machines where --json asks for it; print lines for people, unless that is the place."""
         target = self.options.json
         if target not in (None, "-"):
-            from weightlora.files import write_text
-
             write_text(Path(target), result if result.endswith("\n") else result + "\n")
         said = [result] if target == "-" else list(lines)
         try:
@@ -62,7 +61,7 @@ class Command:
     example: str
     add: Callable[[argparse.ArgumentParser], None]
     run: Callable[[Given], int]
-    specs: Callable[[], tuple[type, ...]] = tuple
+    specs: tuple[type, ...] = ()
     title: str = "options"
     takes_run: bool = False
     shared: bool = False

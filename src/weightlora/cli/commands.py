@@ -8,8 +8,8 @@ import logging
 import shlex
 import sys
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
-from typing import Any
 
 from weightlora.cli.command import (
     Command,
@@ -22,14 +22,27 @@ from weightlora.cli.command import (
     option_run,
     say,
 )
+from weightlora.core.sizes import format_bytes, parse_bytes
+from weightlora.cost.plan_spec import PlanConfig
 from weightlora.errors import ConfigError
+from weightlora.runs.figure_specs import CurveSpec, ProbeSpec
+from weightlora.runs.record import EVAL_LOSS, Record
+from weightlora.runs.spec import RunSpec
+from weightlora.runs.together import follows
 from weightlora.settings import typed
 
 
-def _report(given: Given, record: Any, folder: Path) -> int:
+def _about(run: Path) -> str:
+    """What a card says of a run that has finished."""
+    from weightlora.report import card_section
+    from weightlora.runs.run import RECORD, finished
+
+    return card_section(Record.read(run / RECORD)) if finished(run) else ""
+
+
+def _report(given: Given, record: Record, folder: Path) -> int:
     """Print what a run came to; 1 if it failed."""
     from weightlora.runs.run import ADAPTER, ERROR, MODEL, PICTURE
-    from weightlora.runs.together import follows
 
     if follows():
         return 0  # the main process tells
@@ -52,7 +65,7 @@ def _report(given: Given, record: Any, folder: Path) -> int:
     return 0
 
 
-def _draw(record: Any, folder: Path) -> None:
+def _draw(record: Record, folder: Path) -> None:
     """The picture of the selection, where matplotlib is there to draw it."""
     from weightlora.report import selection_map
     from weightlora.runs.run import PICTURE
@@ -66,7 +79,6 @@ def _draw(record: Any, folder: Path) -> None:
 def train(given: Given) -> int:
     from weightlora.runs import run
     from weightlora.runs.dry import check, describe
-    from weightlora.runs.spec import RunSpec
 
     spec, options = RunSpec.of(given.settings), given.options
     if options.dry_run:
@@ -86,7 +98,6 @@ def resume(given: Given) -> int:
 def select(given: Given) -> int:
     from weightlora.runs import run
     from weightlora.runs.serve import placement
-    from weightlora.runs.spec import RunSpec
 
     options = given.options
     if options.source is not None:
@@ -109,8 +120,6 @@ def select(given: Given) -> int:
 
 
 def plan(given: Given) -> int:
-    from weightlora.core.sizes import format_bytes, parse_bytes
-    from weightlora.cost.plan_spec import PlanConfig
     from weightlora.cost.plan_text import plan_text
     from weightlora.runs.plan import planner_for
 
@@ -134,25 +143,13 @@ def plan(given: Given) -> int:
 
 
 def export(given: Given) -> int:
-    from weightlora.report import card_section
-    from weightlora.runs.record import Record
-    from weightlora.runs.run import RECORD, finished
     from weightlora.runs.serve import export_run
 
     options = given.options
     run, out = Path(options.run), Path(options.out) if options.out else Path(options.run) / options.profile
-    about = card_section(Record.read(run / RECORD)) if finished(run) else ""
-    done = export_run(run, out, options.profile, overwrite=options.overwrite, about=about)
-    facts = {
-        "path": str(done.path),
-        "profile": done.profile,
-        "max_difference": done.max_difference,
-        "tolerance": done.tolerance,
-        "rank": done.rank,
-        "notes": list(done.notes),
-    }
+    done = export_run(run, out, options.profile, overwrite=options.overwrite, about=_about(run))
     given.show_json(
-        facts,
+        {**asdict(done), "path": str(done.path)},
         f"{done.profile} export: {done.path}",
         f"reloaded and compared: largest logit difference {done.max_difference:.2g} (allowed {done.tolerance:.2g})",
         *done.notes,
@@ -161,16 +158,11 @@ def export(given: Given) -> int:
 
 
 def push(given: Given) -> int:
-    from weightlora.core.sizes import format_bytes
-    from weightlora.report import card_section
     from weightlora.runs import hub
-    from weightlora.runs.record import Record
-    from weightlora.runs.run import RECORD, finished
 
     options = given.options
-    run = Path(options.run)
-    about = card_section(Record.read(run / RECORD)) if finished(run) else ""
-    done = hub.push(run, options.repo, options.profile, public=options.public, dry_run=options.dry_run, about=about)
+    run, how = Path(options.run), {"public": options.public, "dry_run": options.dry_run}
+    done = hub.push(run, options.repo, options.profile, about=_about(run), **how)
     seen = "private" if done.private else "public"
     given.show_json(
         asdict(done),
@@ -195,7 +187,6 @@ def report(given: Given) -> int:
 def probe(given: Given) -> int:
     from weightlora.report.probe_plot import Probe, probe_plot
     from weightlora.runs import probe as probing
-    from weightlora.runs.figure_specs import ProbeSpec
 
     folder = Path(given.options.out)
     config = ProbeSpec.of(given.settings)
@@ -208,7 +199,6 @@ def probe(given: Given) -> int:
 def memory(given: Given) -> int:
     from weightlora.report.memory_plot import memory_plot
     from weightlora.runs import figure3
-    from weightlora.runs.figure_specs import CurveSpec
 
     folder = Path(given.options.out)
     data = figure3.memory_curve(CurveSpec.of(given.settings), folder, argv=argv(), say=say)
@@ -217,17 +207,19 @@ def memory(given: Given) -> int:
     return 0
 
 
-def _add_train(parser: argparse.ArgumentParser) -> None:
+def _add_new(parser: argparse.ArgumentParser, out: str) -> None:
     option_method(parser)
-    option_out(parser, "runs/train")
+    option_out(parser, out)
     option_overwrite(parser)
+
+
+def _add_train(parser: argparse.ArgumentParser) -> None:
+    _add_new(parser, "runs/train")
     option_dry_run(parser)
 
 
 def _add_select(parser: argparse.ArgumentParser) -> None:
-    option_method(parser)
-    option_out(parser, "runs/select")
-    option_overwrite(parser)
+    _add_new(parser, "runs/select")
     parser.add_argument(
         "--format",
         choices=("peft", "trl", "axolotl", "llama-factory", "unsloth"),
@@ -251,24 +243,6 @@ def _add_plan(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--probe", action="store_true", help="run one step on random weights, and correct the plan by it"
     )
-
-
-def _plan_specs() -> tuple[type, ...]:
-    from weightlora.cost.plan_spec import PlanConfig
-
-    return (PlanConfig,)
-
-
-def _probe_specs() -> tuple[type, ...]:
-    from weightlora.runs.figure_specs import ProbeSpec
-
-    return (ProbeSpec,)
-
-
-def _memory_specs() -> tuple[type, ...]:
-    from weightlora.runs.figure_specs import CurveSpec
-
-    return (CurveSpec,)
 
 
 def _add_export(parser: argparse.ArgumentParser) -> None:
@@ -297,8 +271,6 @@ def _option_profile(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_report(parser: argparse.ArgumentParser) -> None:
-    from weightlora.runs.record import EVAL_LOSS
-
     parser.add_argument("runs", metavar="RUN", nargs="+", help="a run directory, a record.json, or a folder of runs")
     option_out(parser, "report.html", metavar="FILE")
     parser.add_argument(
@@ -306,16 +278,6 @@ def _add_report(parser: argparse.ArgumentParser) -> None:
         choices=(EVAL_LOSS,),
         help="compare by the loss on the validation rows (lower is better); default: the task's metric",
     )
-
-
-def _add_probe(parser: argparse.ArgumentParser) -> None:
-    option_method(parser)
-    option_out(parser, "runs/probe")
-    option_overwrite(parser)
-
-
-def _add_memory(parser: argparse.ArgumentParser) -> None:
-    option_out(parser, "runs/memory")
 
 
 COMMANDS = {
@@ -349,9 +311,9 @@ COMMANDS = {
         help="draw the paper's Figure 2: how much each adapter would still change the loss",
         usage="[RECIPE.yaml] [FLAGS]",
         example="weightlora probe --task sst2 --data-dir DATA --seeds 0,1,2 --k 9 --max-steps 400 --out probe",
-        add=_add_probe,
+        add=partial(_add_new, out="runs/probe"),
         run=probe,
-        specs=_probe_specs,
+        specs=(ProbeSpec,),
         title="probe",
         takes_run=True,
     ),
@@ -359,9 +321,9 @@ COMMANDS = {
         help="draw the paper's Figure 3: memory against the number of adapters",
         usage="[RECIPE.yaml] [FLAGS]",
         example="weightlora memory --task sst2 --data-dir DATA --model deberta-v3-base-shape --limit 16GiB",
-        add=_add_memory,
+        add=partial(option_out, default="runs/memory"),
         run=memory,
-        specs=_memory_specs,
+        specs=(CurveSpec,),
         title="curves",
         takes_run=True,
     ),
@@ -372,7 +334,7 @@ COMMANDS = {
         "  weightlora plan --model deberta-v3-base --targets attention --r 8 --k 9 --batch 32 --memory 8GiB",
         add=_add_plan,
         run=plan,
-        specs=_plan_specs,
+        specs=(PlanConfig,),
         title="plan",
     ),
     "export": Command(

@@ -9,7 +9,9 @@ from dataclasses import fields
 from typing import NoReturn
 
 from weightlora.errors import ConfigError
+from weightlora.runs.spec import PARTS, MethodSpec, ModelSpec, TrainingSpec, training_fields, training_values
 from weightlora.settings import flat_name
+from weightlora.tasks.spec import TaskSpec
 
 # The settings that most methods share. Every other setting of a method is a flag, too.
 METHOD_HELP = {
@@ -92,9 +94,6 @@ def add_spec(parser: argparse.ArgumentParser, kind: type, title: str) -> None:
 
 def add_run(parser: argparse.ArgumentParser) -> None:
     """Add everything that defines a run."""
-    from weightlora.runs.spec import MethodSpec, ModelSpec, TrainingSpec
-    from weightlora.tasks.spec import TaskSpec
-
     add_spec(parser, TaskSpec, "task")
     add_spec(parser, ModelSpec, "model and adapters")
     add_spec(parser, TrainingSpec, "training")
@@ -115,7 +114,6 @@ def given_settings(
 ) -> dict[str, object]:
     """The settings of a run that the command line names, as a mapping; what nobody knows is a usage error."""
     from weightlora.methods import METHODS
-    from weightlora.runs.spec import PARTS, training_fields, training_values
 
     names = {flat_name(each) for kind in PARTS.values() for each in fields(kind)} | set(METHOD_HELP)
     found = {name: value for name, value in vars(parsed).items() if name in names}

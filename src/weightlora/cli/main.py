@@ -20,6 +20,8 @@ from weightlora.cli.command import Command, Given
 from weightlora.cli.flags import add_run, add_spec, dashed, given_settings, refuse_unknown
 from weightlora.errors import ConfigError, WeightLoRAError
 from weightlora.files import disk_is_full, why_not_written
+from weightlora.runs.recipe import read_recipe
+from weightlora.runs.together import follows, launched
 from weightlora.settings import flat_name
 
 COMMANDS: dict[str, Command] = {
@@ -63,7 +65,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             _check_processes(name, words)
             return COMMANDS[name].run(_read(name, words[1:], options))
     except WeightLoRAError as error:
-        which = f" (process {_number()})" if _number() else ""
+        which = f" (process {follows()})" if follows() else ""
         print(f"weightlora {name}: error: {error}{which}", file=sys.stderr)
         return 2
     except ModuleNotFoundError as error:
@@ -88,8 +90,6 @@ def _read(name: str, words: Sequence[str], options: argparse.Namespace) -> Given
     recipe = None
     if command.takes_run and name != "reproduce" and words and not words[0].startswith("-"):
         recipe, words = words[0], words[1:]
-    from weightlora.runs.recipe import read_recipe
-
     parser = command_parser(name)
     beneath = {} if recipe is None else read_recipe(recipe)[0]
     for action in parser._actions:  # a recipe may hold options, too: --overwrite, --out
@@ -103,7 +103,7 @@ def _read(name: str, words: Sequence[str], options: argparse.Namespace) -> Given
     if name == "report":  # which loads none of the libraries
         return Given(options=options)
     _quiet_libraries()
-    named = {flat_name(each) for kind in command.specs() for each in fields(kind)}
+    named = {flat_name(each) for kind in command.specs for each in fields(kind)}
     own = {key: value for key, value in vars(options).items() if key in named}
     if not command.takes_run:
         return Given(options=options, flags=own)
@@ -112,20 +112,11 @@ def _read(name: str, words: Sequence[str], options: argparse.Namespace) -> Given
 
 def _check_processes(name: str, words: Sequence[str]) -> None:
     """Most commands have nothing to share out among the processes of a launcher, and would all write the same files."""
-    from weightlora.runs.together import launched
-
     if launched() > 1 and (not COMMANDS[name].shared or "--dry-run" in words):
         raise ConfigError(
             f"{launched()} processes were started, but only train and resume can use several; start"
             f" `weightlora {name}` in one process, without torchrun or accelerate launch"
         )
-
-
-def _number() -> int:
-    """Of this process among those of its run; 0 for the main one."""
-    from weightlora.runs.together import follows
-
-    return follows()
 
 
 def _lacking(package: str | None, extra: str) -> str:
@@ -179,7 +170,7 @@ def command_parser(name: str) -> argparse.ArgumentParser:
         allow_abbrev=False,
     )
     command.add(parser)
-    for kind in command.specs():
+    for kind in command.specs:
         add_spec(parser, kind, command.title)
     if command.takes_run:
         add_run(parser)
@@ -204,7 +195,7 @@ def _quiet_libraries() -> None:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     logging.basicConfig(format="%(message)s", level=logging.WARNING)
     # What one process says, the others would repeat.
-    logging.getLogger("weightlora").setLevel(logging.ERROR if _number() else logging.INFO)
+    logging.getLogger("weightlora").setLevel(logging.ERROR if follows() else logging.INFO)
     # It prints its warnings itself; handed on, each would come twice.
     logging.getLogger("huggingface_hub").propagate = False
     # Imported by PEFT wherever it is installed, it complains about kernels of its own that nothing here needs.

@@ -3,23 +3,29 @@
 from __future__ import annotations
 
 import argparse
+import json
 import shlex
 import sys
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from weightlora.cli.command import Command, Given, option_dry_run, option_out, say
 from weightlora.cli.flags import words_of
+from weightlora.errors import ConfigError
+from weightlora.files import write_text
+from weightlora.runs.figure_specs import CurveSpec, ProbeSpec
+from weightlora.runs.spec import RunSpec
+from weightlora.study.cluster import Cluster
+from weightlora.study.spec import GridSpec
 
 if TYPE_CHECKING:
-    from weightlora.study.cluster import Cluster
     from weightlora.study.grid import Grid
 
 TEXT_WIDTH = 120
 
 
 def compare(given: Given) -> int:
-    from weightlora.errors import ConfigError
     from weightlora.study.grid import make_grid
 
     if "tasks" in given.settings:
@@ -36,7 +42,6 @@ def sweep(given: Given) -> int:
 
 
 def _run(given: Given, grid: Grid, folder: Path) -> int:
-    from weightlora.files import write_text
     from weightlora.report import study_table
     from weightlora.study.sweep import sweep as run
 
@@ -57,9 +62,6 @@ def _run(given: Given, grid: Grid, folder: Path) -> int:
 
 
 def reproduce(given: Given) -> int:
-    import json
-
-    from weightlora.files import write_text
     from weightlora.report import paper_table
     from weightlora.study import paper
     from weightlora.study.sweep import sweep as run
@@ -89,7 +91,6 @@ def _figure(given: Given, name: str, small: bool) -> int:
     """Make a figure by the command that its recipe is for."""
     from weightlora.cli.commands import COMMANDS
     from weightlora.runs.dry import check
-    from weightlora.runs.spec import RunSpec
     from weightlora.study import paper
 
     command, settings = paper.figure(name, given.flags, small=small)
@@ -128,19 +129,12 @@ def _dry_run(given: Given, grid: Grid, folder: Path) -> int:
 
 def _cluster(given: Given) -> Cluster | None:
     """The cluster that the flags name, or None."""
-    from weightlora.errors import ConfigError
-    from weightlora.study.cluster import Cluster
-
     options = given.options
-    cpus, gpus = options.ray_cpus, options.ray_gpus
-    if options.ray is None:
-        for flag, value in (("--ray-cpus", cpus), ("--ray-gpus", gpus)):
-            if value is not None:
-                raise ConfigError(f"{flag} needs --ray ADDRESS")
-        return None
-    return Cluster(
-        address=options.ray, **({} if cpus is None else {"cpus": cpus}), **({} if gpus is None else {"gpus": gpus})
-    )
+    both = {"cpus": options.ray_cpus, "gpus": options.ray_gpus}
+    wanted = {name: value for name, value in both.items() if value is not None}
+    if options.ray is None and wanted:
+        raise ConfigError(f"--ray-{next(iter(wanted))} needs --ray ADDRESS")
+    return None if options.ray is None else Cluster(address=options.ray, **wanted)
 
 
 def _unwatched() -> bool:
@@ -165,13 +159,8 @@ def _add_where(parser: argparse.ArgumentParser) -> None:
     option_dry_run(parser)
 
 
-def _add_compare(parser: argparse.ArgumentParser) -> None:
-    option_out(parser, "runs/compare")
-    _add_where(parser)
-
-
-def _add_sweep(parser: argparse.ArgumentParser) -> None:
-    option_out(parser, "runs/sweep")
+def _add_study(parser: argparse.ArgumentParser, out: str) -> None:
+    option_out(parser, out)
     _add_where(parser)
 
 
@@ -184,26 +173,14 @@ def _add_reproduce(parser: argparse.ArgumentParser) -> None:
     _add_where(parser)
 
 
-def _specs() -> tuple[type, ...]:
-    from weightlora.study.spec import GridSpec
-
-    return (GridSpec,)
-
-
-def _reproduce_specs() -> tuple[type, ...]:
-    from weightlora.runs.figure_specs import CurveSpec, ProbeSpec
-
-    return (*_specs(), ProbeSpec, CurveSpec)
-
-
 COMMANDS = {
     "compare": Command(
         help="run methods against each other, over seeds, in one table",
         usage="[RECIPE.yaml] [FLAGS]",
         example="weightlora compare --methods weightlora,random,lora --seeds 0,1,2 --task sst2 --data-dir DATA --k 9",
-        add=_add_compare,
+        add=partial(_add_study, out="runs/compare"),
         run=compare,
-        specs=_specs,
+        specs=(GridSpec,),
         title="grid (comma-separated lists)",
         takes_run=True,
     ),
@@ -211,9 +188,9 @@ COMMANDS = {
         help="tune and run a grid of tasks and methods over seeds, here or on a Ray cluster",
         usage="[RECIPE.yaml] [FLAGS]",
         example="weightlora sweep --tasks cola,sst2 --methods lora,weightlora --learning-rates 3e-4,1e-3 --out glue",
-        add=_add_sweep,
+        add=partial(_add_study, out="runs/sweep"),
         run=sweep,
-        specs=_specs,
+        specs=(GridSpec,),
         title="grid (comma-separated lists)",
         takes_run=True,
     ),
@@ -223,7 +200,7 @@ COMMANDS = {
         example="weightlora reproduce table1 --task cola --methods lora,weightlora --scale small --data-dir DATA",
         add=_add_reproduce,
         run=reproduce,
-        specs=_reproduce_specs,
+        specs=(GridSpec, ProbeSpec, CurveSpec),
         title="grid (comma-separated lists)",
         takes_run=True,
     ),
