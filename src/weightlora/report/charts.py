@@ -278,8 +278,8 @@ def cost_picture(record: Record) -> Picture | None:
     before, after = record.phases[0], record.phases[-1]
     paths, texts, y = [], [], 8.0
     room = WIDTH - 70
-    for name, read, scale in PHASE_NUMBERS:
-        values = [value for value in (read(before), read(after)) if value is not None]
+    for name, key, scale in PHASE_NUMBERS:
+        values = [value for value in (getattr(before, key), getattr(after, key)) if value is not None]
         if len(values) < 2 or max(values) <= 0:
             continue
         unit = Unit.fit(values, scale)

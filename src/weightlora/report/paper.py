@@ -103,7 +103,7 @@ def _cells(row: Mapping[str, Any], marks: Mapping[str, str], digits: int) -> tup
         MISSING if row["difference"] is None else f"{row['difference']:+.{digits}f}",
         f"{row['ok']}/{row['total']}",
         row["paper_params"] or MISSING,
-        MISSING if row["params"] is None else human(row["params"], COUNT),
+        human(row["params"], COUNT),
         " ".join(marks[line] for line in row["differs"] if line in marks),
     )
 

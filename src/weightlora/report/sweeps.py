@@ -106,7 +106,7 @@ def _cells(row: Mapping[str, Any]) -> tuple[str, ...]:
         *(f"{chosen[name]:g}" if name in chosen else MISSING for name in ("learning_rate", "warmup_steps")),
         str(row["trials"]),
         MISSING if not high else f"{low}" if low == high else f"{low}-{high}",
-        MISSING if row["params"] is None else human(row["params"], COUNT),
+        human(row["params"], COUNT),
     )
 
 

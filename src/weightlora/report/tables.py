@@ -17,12 +17,6 @@ from weightlora.runs.record import EVAL_LOSS, PhaseResult, Record, metric_words
 
 BASELINE = "lora"
 _BREAK = "~"  # where a heading's word may be broken when columns are side by side
-_SCALES = {
-    "trainable_params": COUNT,
-    "kept_activation_bytes": BYTES,
-    "flops_per_step": FLOPS,
-    "seconds_per_step": SECONDS,
-}
 _TITLES = {
     "method": "method",
     "seeds": "seeds",
@@ -36,14 +30,15 @@ _TITLES = {
     "seconds_per_step": "time per step",
     "relative_time": f"time vs {BASELINE}",
 }
-PHASE_NUMBERS: tuple[tuple[str, Callable[[PhaseResult], float | None], Scale], ...] = (
-    ("trainable parameters", lambda phase: phase.trainable_params, COUNT),
-    ("kept activations", lambda phase: phase.kept_activation_bytes, BYTES),
-    ("FLOPs per step", lambda phase: phase.flops_per_step, FLOPS),
-    ("time per step", lambda phase: phase.seconds_per_step, SECONDS),
-    ("peak memory", lambda phase: phase.peak_memory_bytes, BYTES),
+PHASE_NUMBERS: tuple[tuple[str, str, Scale], ...] = (
+    ("trainable parameters", "trainable_params", COUNT),
+    ("kept activations", "kept_activation_bytes", BYTES),
+    ("FLOPs per step", "flops_per_step", FLOPS),
+    ("time per step", "seconds_per_step", SECONDS),
+    ("peak memory", "peak_memory_bytes", BYTES),
 )
-"""What a phase cost: name, how to read it, its units."""
+"""What a phase cost: name, attribute of a phase, its units."""
+_SCALES = {key: scale for _, key, scale in PHASE_NUMBERS if key in _TITLES}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -228,15 +223,13 @@ def _row(label: str, group: Sequence[Record]) -> dict[str, Any]:
         "ranks_max": max(ranks, default=None),
         "n_adapters": max((record.n_adapters for record in done), default=None),
         "trainable_params": mean_and_spread([record.trainable_params["final"] for record in done])[0],
-        "kept_activation_bytes": _final(done, lambda phase: phase.kept_activation_bytes),
-        "flops_per_step": _final(done, lambda phase: phase.flops_per_step),
-        "seconds_per_step": _final(done, lambda phase: phase.seconds_per_step),
+        **{key: _final(done, key) for key in _SCALES if key != "trainable_params"},
     }
 
 
-def _final(records: Sequence[Record], number: Callable[[PhaseResult], float | None]) -> float | None:
+def _final(records: Sequence[Record], key: str) -> float | None:
     """The mean of a number of the final phases; None unless every run has it."""
-    found = [number(record.final_phase) if record.final_phase else None for record in records]
+    found = [getattr(record.final_phase, key, None) for record in records]
     known = [value for value in found if value is not None]
     return mean_and_spread(known)[0] if len(known) == len(found) else None
 
@@ -366,8 +359,8 @@ def phase_rows(phases: Sequence[PhaseResult]) -> list[list[str]]:
     table = [["", *(phase.name for phase in phases), "change" if several else ""]]
     table.append(["steps", *(str(phase.steps) for phase in phases), ""])
     table.append(["micro-batch", *(_batch(phase) for phase in phases), ""])
-    for name, number, scale in PHASE_NUMBERS:
-        values = [number(phase) for phase in phases]
+    for name, key, scale in PHASE_NUMBERS:
+        values = [getattr(phase, key) for phase in phases]
         if any(value is not None for value in values):
             unit = Unit.fit(values, scale)
             change = ratio(values[0], values[-1]) if several else ""

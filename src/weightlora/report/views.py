@@ -13,14 +13,13 @@ from weightlora.report.picture import Picture
 from weightlora.report.runfiles import RunFiles
 from weightlora.report.stability import Stability, stability
 from weightlora.report.tables import PHASE_NUMBERS, Table, comparison_table, phase_rows
-from weightlora.report.units import BYTES, COUNT, FLOPS, MISSING, SECONDS, Scale, Unit, human, ratio
+from weightlora.report.units import BYTES, COUNT, MISSING, Unit, human, ratio
 from weightlora.runs.record import Record, metric_words
 
 STATUS = {"ok": "finished", "failed": "failed", "running": "not finished"}
 # What keeps a page of fifty runs small: how many points the paths of all runs' gates, and of their losses, may have
 # together; and up to how many adapters in all each mark says its value when pointed at.
 GATE_POINTS, LOSS_POINTS, TITLED_CELLS = 40_000, 5_000, 2_000
-_SCALES: dict[str, Scale] = {"flops_per_step": FLOPS, "seconds_per_step": SECONDS, "trainable_params": COUNT}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -151,8 +150,8 @@ def _tiles(record: Record) -> tuple[Tile, ...]:
         ranks = sorted({entry.rank for entry in record.kept})
         rank = f"rank {ranks[0]}" if len(ranks) == 1 else f"ranks {ranks[0]} to {ranks[-1]}"
         tiles.append(Tile(name="adapters kept", value=f"{len(record.kept)} of {record.n_adapters}", detail=rank))
-    for name, read, scale in PHASE_NUMBERS:
-        values = [read(phase) for phase in record.phases]
+    for name, key, scale in PHASE_NUMBERS:
+        values = [getattr(phase, key) for phase in record.phases]
         if not values or values[-1] is None:
             continue
         before = values[0] if len(values) > 1 else None
@@ -183,10 +182,11 @@ def _phases(record: Record) -> tuple[tuple[str, ...], ...]:
 def _predictions(record: Record) -> tuple[tuple[str, ...], ...]:
     """Predicted beside measured, a row per phase and number; the rows after a heading, or nothing."""
     phases = {phase.name: phase for phase in record.phases}
+    scales = {key: scale for _, key, scale in PHASE_NUMBERS}
     rows = []
     for phase, numbers in record.predicted.items():
         for key, predicted in numbers.items():
-            scale = _SCALES.get(key, BYTES if key.endswith("bytes") else COUNT)
+            scale = scales.get(key, BYTES if key.endswith("bytes") else COUNT)
             measured = getattr(phases.get(phase), key, None)
             unit = Unit.fit([predicted, measured], scale)
             off = f"{predicted / measured - 1:+.1%}" if measured else MISSING
@@ -254,29 +254,19 @@ def _comparison(records: Sequence[Record], id: str) -> ComparisonView:
 
 def _stability_rows(measured: Sequence[Stability]) -> tuple[tuple[str, ...], ...]:
     rows = [
-        (
-            entry.label,
-            str(entry.runs),
-            "-".join(map(str, dict.fromkeys(entry.sizes))) + f" of {entry.n}",
-            f"{entry.shared:.2f}",
-            f"{entry.random_shared:.2f}",
-            f"{entry.overlap:.0%}",
-            f"{entry.random_overlap:.0%}",
-            str(sum(count == entry.runs for count in entry.counts.values())),
-        )
+        {
+            "method": entry.label,
+            "runs": str(entry.runs),
+            "kept": "-".join(map(str, dict.fromkeys(entry.sizes))) + f" of {entry.n}",
+            "shared by two seeds": f"{entry.shared:.2f}",
+            "by random sets": f"{entry.random_shared:.2f}",
+            "overlap": f"{entry.overlap:.0%}",
+            "of random sets": f"{entry.random_overlap:.0%}",
+            "kept by all": str(sum(count == entry.runs for count in entry.counts.values())),
+        }
         for entry in measured
     ]
-    heads = (
-        "method",
-        "runs",
-        "kept",
-        "shared by two seeds",
-        "by random sets",
-        "overlap",
-        "of random sets",
-        "kept by all",
-    )
-    return (heads, *rows) if rows else ()
+    return (tuple(rows[0]), *(tuple(row.values()) for row in rows)) if rows else ()
 
 
 def _unequal(records: Sequence[Record]) -> list[str]:
