@@ -46,6 +46,20 @@ class SpendingMethod(AdapterMethod):
     def within(self: S, params: int, shapes: Shapes, rank: int, kinds: Sequence[str] = ()) -> tuple[S, int]:
         return replace(self, spend=params), rank_for_params(params, shapes)
 
+    def grown(self, adapters: Sequence[Adapter], kept: Sequence[int], scores: Sequence[float]) -> GrowthPlan | None:
+        """Ranks that spend the parameters on the adapters `kept`, one more where a score is largest; None: no limit."""
+        order = ranked([scores[i] for i in kept])
+        return None if self.spend is None else spread(self.spend, [(adapters[i],) for i in kept], order)
+
+
+def ranked(scores: Sequence[float]) -> list[int]:
+    """Indices by falling score; the earlier first where two are equal.
+
+    >>> ranked([1.0, 3.0, 3.0])
+    [1, 2, 0]
+    """
+    return sorted(range(len(scores)), key=lambda i: (-scores[i], i))
+
 
 def spread(params: int, pairs: Sequence[Sequence[Adapter]], order: Sequence[int]) -> GrowthPlan:
     """Ranks that spend `params` on pairs of factors, each of one adapter or shared by several: one and the same, and

@@ -13,11 +13,10 @@ from torch import Tensor
 from weightlora.core.gates import block_gates
 from weightlora.errors import ScheduleError
 from weightlora.graft.adapters import Adapter, block_numbers
-from weightlora.graft.selection import Selection
 from weightlora.methods.base import Needs
-from weightlora.methods.budgets import SpendingMethod, spread
+from weightlora.methods.budgets import SpendingMethod
 from weightlora.methods.checks import check_select_after
-from weightlora.methods.policy import Decision, Fresh, GrowthPlan, Restarting, Setup, StepView, slope
+from weightlora.methods.policy import Decision, Fresh, Restarting, Setup, StepView, slope
 from weightlora.settings import setting
 
 
@@ -121,13 +120,8 @@ class FlexoraPolicy(Restarting):
         why = f"the {count} of {len(alphas)} blocks whose alpha is above 0 after {self.seam} steps"
         scores = [0.0 if block is None else alphas[block] for block in self.blocks]
         selection = self.method.choose(self.adapters, kept, why, step=self.seam, omegas=omegas, scores=scores)
-        return Decision(selection=selection, growth=self._growth(selection), restart=self.restart)
-
-    def _growth(self, selection: Selection) -> GrowthPlan | None:
-        kept = [a for a in self.adapters if a.name in set(selection.names)]
-        scores = [choice.score or 0.0 for choice in selection.kept]
-        order = sorted(range(len(kept)), key=lambda i: (-scores[i], i))
-        return None if self.method.spend is None else spread(self.method.spend, [(a,) for a in kept], order)
+        growth = self.method.grown(self.adapters, kept, scores)
+        return Decision(selection=selection, growth=growth, restart=self.restart)
 
     def state(self) -> dict[str, Tensor]:
         moments = {f"adam.{key}": value.clone() for key, value in self.adam.state.get(self.alpha, {}).items()}

@@ -16,7 +16,8 @@ from weightlora.core.published import linear_cka
 from weightlora.errors import ScheduleError
 from weightlora.graft.adapters import Adapter, block_numbers
 from weightlora.graft.watch import block_features, dense_gradients
-from weightlora.methods.placements.once import SeeingPlacement, ranked
+from weightlora.methods.budgets import ranked
+from weightlora.methods.placements.once import SeeingPlacement
 from weightlora.methods.policy import HeldOut, Policy
 
 

@@ -10,9 +10,9 @@ from torch import Tensor
 
 from weightlora.core.published import condition_number
 from weightlora.graft.adapters import Adapter
-from weightlora.methods.budgets import CountMethod
+from weightlora.methods.budgets import CountMethod, ranked
 from weightlora.methods.checks import check_k
-from weightlora.methods.placements.once import OneLook, ranked
+from weightlora.methods.placements.once import OneLook
 from weightlora.methods.policy import HeldOut, Policy
 
 

@@ -12,8 +12,8 @@ from torch import Tensor
 
 from weightlora.graft.adapters import Adapter
 from weightlora.methods.base import AdapterMethod, Needs
-from weightlora.methods.budgets import SpendingMethod, spread
-from weightlora.methods.policy import Decision, GrowthPlan, HeldOut, Policy, Setup
+from weightlora.methods.budgets import SpendingMethod
+from weightlora.methods.policy import Decision, HeldOut, Policy, Setup
 from weightlora.settings import setting
 
 
@@ -96,30 +96,5 @@ class OneLookPolicy(Policy):
         selection = self.method.choose(self.adapters, sorted(kept), why, step=0, scores=self.scores)
         if not isinstance(self.method, Placement) or self.spend is None:
             return Decision(selection=selection)
-        growth = self._growth(sorted(kept), self.spend)
+        growth = self.method.grown(self.adapters, sorted(kept), self.scores)
         return Decision(selection=selection, growth=growth, restart=torch.Generator().manual_seed(self.method.seed))
-
-    def _growth(self, kept: Sequence[int], spend: int) -> GrowthPlan:
-        order = ranked([self.scores[i] for i in kept])
-        return spread(spend, [(self.adapters[i],) for i in kept], order)
-
-
-def ranked(scores: Sequence[float]) -> list[int]:
-    """Indices by falling score; the earlier first where two are equal.
-
-    >>> ranked([1.0, 3.0, 3.0])
-    [1, 2, 0]
-    """
-    return sorted(range(len(scores)), key=lambda i: (-scores[i], i))
-
-
-def means(values: Sequence[float], groups: Sequence[str]) -> dict[str, float]:
-    """The mean of every group's values.
-
-    >>> means([1.0, 2.0, 3.0], ["a", "b", "a"])
-    {'a': 2.0, 'b': 2.0}
-    """
-    members: dict[str, list[float]] = {}
-    for value, group in zip(values, groups, strict=True):
-        members.setdefault(group, []).append(value)
-    return {group: sum(found) / len(found) for group, found in members.items()}

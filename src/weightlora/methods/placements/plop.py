@@ -11,7 +11,7 @@ from torch import Tensor
 
 from weightlora.graft.adapters import Adapter
 from weightlora.graft.watch import feature_alignment
-from weightlora.methods.placements.once import SeeingPlacement, means
+from weightlora.methods.placements.once import SeeingPlacement
 from weightlora.methods.policy import HeldOut
 from weightlora.settings import setting
 
@@ -48,7 +48,10 @@ class PLoP(SeeingPlacement):
         return found
 
     def keep(self, adapters: Sequence[Adapter], scores: Sequence[float]) -> tuple[Sequence[int], str]:
-        of_kind = means(scores, [a.role for a in adapters])
+        members: dict[str, list[float]] = {}
+        for adapter, score in zip(adapters, scores, strict=True):
+            members.setdefault(adapter.role, []).append(score)
+        of_kind = {kind: sum(found) / len(found) for kind, found in members.items()}
         best = sorted(of_kind, key=lambda kind: -of_kind[kind])[: self.kinds]
         why = f"{', '.join(best)}: the {len(best)} of {len(of_kind)} kinds least aligned with their inputs"
         return [a.index for a in adapters if a.role in best], why
