@@ -16,6 +16,7 @@ from pathlib import Path
 def entry() -> None:
     own = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}  # else it writes one to the home folder
     own |= {"RAY_USAGE_STATS_ENABLED": "0", "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0"}
+    own |= {"TORCHDYNAMO_DISABLE": "1"}  # else workers load a compiler, for the functions of bitsandbytes
     os.environ |= own | {"RAY_worker_niceness": "0"}  # Ray's 15 would starve beside other tests
     sys.exit(on_two_nodes(json.loads(sys.argv[1]), Path(sys.argv[2])))
 
