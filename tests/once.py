@@ -66,7 +66,10 @@ def _way_of_training(trainer: Any) -> tuple[Any, ...]:
 
 
 def _numbers(inputs: Any) -> tuple[Any, ...]:
-    return tuple((key, t.dtype, t.shape, t.numpy().tobytes()) for key, t in sorted(inputs.items()))
+    return tuple(
+        (key, t.dtype, t.shape, t.numpy().tobytes()) if isinstance(t, torch.Tensor) else (key, repr(t))
+        for key, t in sorted(inputs.items())
+    )
 
 
 def _opened_once(opens: Function) -> Function:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import socket
 import threading
 import time
 from pathlib import Path
@@ -111,9 +112,23 @@ def test_a_node_is_killed_and_nothing_is_lost_or_run_twice(killer: Killer, tmp_p
     assert adapters[0].read_bytes() == adapters[1].read_bytes()
 
 
-def test_without_a_cluster_there_is_one_clear_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_cluster_that_is_gone_gets_one_clear_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ray left its address behind when it died, and would wait for it for minutes."""
+    with socket.socket() as nobody:
+        nobody.bind(("127.0.0.1", 0))  # and does not listen
+        gone = f"127.0.0.1:{nobody.getsockname()[1]}"
+        monkeypatch.setenv("RAY_TMPDIR", str(tmp_path))
+        (tmp_path / "ray").mkdir()
+        (tmp_path / "ray" / "ray_current_cluster").write_text(f"{gone}\n")
+        _refused(tmp_path, capsys, "auto", gone)
+        _refused(tmp_path, capsys, gone, gone)
+
+
+def _refused(tmp_path: Path, capsys: pytest.CaptureFixture[str], address: str, gone: str) -> None:
     words = ("sweep", "--model", "bert-tiny-shape", "--max-steps", "2", "--out", tmp_path / "out")
-    assert weightlora(*words, "--ray", "auto") == 2
+    assert weightlora(*words, "--ray", address) == 2
     said = capsys.readouterr().err.strip().splitlines()[-1]
-    assert said.startswith("weightlora sweep: error: no Ray cluster at 'auto' (")
+    assert said.startswith(f"weightlora sweep: error: no Ray cluster at {address!r} (nobody answers at {gone}: ")
     assert said.endswith("start one with `ray start --head`, or use --ray local")

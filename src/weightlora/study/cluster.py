@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import socket
 from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,6 +11,7 @@ from types import ModuleType
 
 from weightlora.errors import ConfigError
 
+ANSWERS = 10.0  # seconds within which a cluster must answer
 RETRIES = 3  # lives that a run has left after its worker has died under it; each goes on from the last checkpoint
 
 
@@ -85,12 +87,28 @@ def _import_ray() -> ModuleType:
     return ray
 
 
+def _check_answers(address: str) -> None:
+    """Raise OSError where nobody answers: Ray itself would wait for minutes, also for a cluster that is gone."""
+    folder = os.environ.get("RAY_TMPDIR") or os.environ.get("TMPDIR") or "/tmp"
+    left = Path(folder, "ray", "ray_current_cluster")  # where `auto` looks
+    if address == "auto":
+        address = os.environ.get("RAY_ADDRESS") or (left.read_text().strip() if left.is_file() else "auto")
+    host, colon, port = address.rpartition(":")
+    if not colon or "//" in host or not port.isdigit():
+        return
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), timeout=ANSWERS).close()
+    except OSError as error:
+        raise OSError(f"nobody answers at {address}: {error}") from None
+
+
 def _connect(ray: ModuleType, address: str) -> None:
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     # Ray's coming behaviour: a task without GPUs leaves CUDA_VISIBLE_DEVICES alone. Said now, it does not warn.
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     options = {} if address != "local" else {"include_dashboard": False}
     try:
+        _check_answers(address)
         ray.init(address=address, log_to_driver=False, logging_level="WARNING", **options)
     except (ConnectionError, ValueError, RuntimeError, OSError) as error:
         reason = str(error).strip().splitlines()[0]
