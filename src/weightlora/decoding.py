@@ -126,6 +126,8 @@ def _decode_float(value: object, where: str) -> float:
 
 def _expect(kind: type[T], value: object, where: str) -> T:
     if type(value) is not kind:
+        if not where:
+            raise CheckpointError(f"it must be {_NAMES[kind]}, not {kind_of(value)}")
         raise CheckpointError(f"key '{where}' must be {_NAMES[kind]}, not {kind_of(value)}")
     return value
 

@@ -331,6 +331,7 @@ def test_a_run_of_each_spends_its_budget(method: Any, tmp_path: Path) -> None:
         (lambda: CKA(blocks=1.5), "blocks=1.5 is not allowed; use a count"),
         (lambda: EVA(rho=0.5), "rho=0.5 is not allowed; use 1"),
         (lambda: GoRA(batches=0), "batches=0 is not allowed"),
+        (lambda: Aletheia(batches=0), "batches=0 is not allowed"),
         (
             lambda: Loop.start(Aletheia(blocks=4), model()),
             r"blocks=4 is more than the 3 that have adapters; use 1\.\.3",

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from tests.methods.test_methods_battery import Loop
 
-from weightlora.methods import WeightLoRAPlus
+from weightlora.errors import ConfigError
+from weightlora.methods import GrowthPlan, WeightLoRAPlus
 
 EVENTS = {"k": 2, "select_after": 6, "project_every": 3}  # n = 6, then 3, then 2
 
@@ -53,3 +56,18 @@ def test_it_goes_on_after_a_cut(cut: int) -> None:
     second.run(6)
     assert second.tuner.selection == whole.tuner.selection
     assert torch.tensor(list(second.tuner.omegas.values())).count_nonzero() == 2
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"mode": "gausian"}, "mode='gausian' is not known; use one of gaussian, qr"),
+        ({"options": {"noise": "gaussian"}}, "noise='gaussian' is not known; use one of normal, uniform"),
+        ({"ranks": {"a": 4.0}}, "a is to grow to rank 4.0; give a whole number of 1 or more"),
+    ],
+)
+def test_a_plan_of_growth_that_cannot_be_done_is_refused(wrong: dict[str, Any], message: str) -> None:
+    good: dict[str, Any] = {"ranks": {"a": 4}, "mode": "qr", "generator": torch.Generator(), "options": {}}
+    GrowthPlan(**good)
+    with pytest.raises(ConfigError, match=message):
+        GrowthPlan(**good | wrong)

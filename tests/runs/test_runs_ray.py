@@ -120,6 +120,8 @@ def test_a_cluster_that_is_gone_gets_one_clear_line(
         nobody.bind(("127.0.0.1", 0))  # and does not listen
         gone = f"127.0.0.1:{nobody.getsockname()[1]}"
         monkeypatch.setenv("RAY_TMPDIR", str(tmp_path))
+        # The cluster of the test above may live at this moment.
+        monkeypatch.setattr("ray._private.services.find_gcs_addresses", set)
         (tmp_path / "ray").mkdir()
         (tmp_path / "ray" / "ray_current_cluster").write_text(f"{gone}\n")
         _refused(tmp_path, capsys, "auto", gone)

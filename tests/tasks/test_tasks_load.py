@@ -62,7 +62,7 @@ def test_the_other_two_glue_tasks_from_a_folder(name: str, columns: tuple[str, s
 
 
 def test_a_folder_without_the_task_or_the_file(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match=r"no such folder for task 'rte' in data_dir \(it holds none\); add rte/"):
+    with pytest.raises(DataError, match=r"no such folder for task 'rte' in data_dir \(it holds no folder\); add rte/"):
         load_task("rte", data_dir=tmp_path)
     (tmp_path / "mnli").mkdir()
     with pytest.raises(DataError, match=r"it holds mnli\); add rte/train.jsonl and rte/validation.jsonl"):

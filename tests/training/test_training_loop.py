@@ -11,7 +11,7 @@ from peft import get_peft_model
 from tests.builders import adapter_state, base, batches, lora, max_difference, trainer
 from torch import Tensor, nn
 
-from weightlora.errors import AdapterError, ScheduleError
+from weightlora.errors import AdapterError, ConfigError, ScheduleError
 from weightlora.graft.adapters import adapters
 from weightlora.methods import (
     DeepestAdapters,
@@ -214,6 +214,21 @@ def test_the_gate_rate_follows_the_schedule() -> None:
     assert float(moved[0].abs().min()) > 0
     # omega is near 1, where float32 resolves 1e-7.
     assert torch.allclose(moved[1], 0.25 * moved[0], atol=3e-7)
+
+
+@pytest.mark.parametrize("factor", [-0.5, float("nan")])
+def test_a_gate_rate_that_no_step_can_have_is_refused(factor: float) -> None:
+    model = lora(dropout=0.0)
+    optimizer = adamw(model, weight_decay=0.0)
+    made = WeightLoRA(k=6, select_after=9, score="omega", gate_lr=0.1, gate_lr_scheduled=True)
+    tuner = attach(model, made, optimizer)
+    for group in optimizer.param_groups:
+        group["lr"] *= factor  # as a schedule may have made it
+    (inputs,) = some(1)
+    model(**inputs).loss.backward()
+    optimizer.step()
+    with pytest.raises(ConfigError, match=r"gate lr=.* is not usable; it must be a finite number >= 0"):
+        tuner.step()
 
 
 def test_accumulated_gradients_are_one_step() -> None:

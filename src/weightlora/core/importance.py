@@ -143,15 +143,16 @@ def holding(scores: Sequence[float], share: float) -> list[int]:
     Raises:
         ConfigError: a score is not finite, or none is above zero.
 
-    >>> holding([5.0, 1.0, 3.0, 1.0], 0.8)
-    [0, 2]
+    >>> holding([5.0, 1.0, 3.0, 1.0], 0.8), holding([0.7, 0.2, 0.1], 0.9)
+    ([0, 2], [0, 1])
     """
     _check_finite(scores)
     if not any(score > 0 for score in scores):
         raise ConfigError(
             "no score is above zero, so there is no share of them to keep; train longer before the choice"
         )
-    return smallest_prefix([max(score, 0.0) for score in scores], share)
+    # As shares are written, not as binary numbers add up: 0.7 and 0.2 hold 0.9.
+    return smallest_prefix([max(score, 0.0) for score in scores], share * (1 - 1e-12))
 
 
 def smallest_prefix(scores: Sequence[float], threshold: float) -> list[int]:

@@ -11,14 +11,15 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
-from typing import ClassVar, Literal, Protocol, TypeVar
+from typing import ClassVar, Literal, Protocol, TypeVar, get_args
 
 import torch
 from torch import Tensor, nn
 
 from weightlora.core.budget import total_params
-from weightlora.core.growth import Growth
+from weightlora.core.growth import Growth, Noise
 from weightlora.core.placement import PlacementCosts
+from weightlora.errors import ConfigError
 from weightlora.graft.adapters import Adapter
 from weightlora.graft.forms import Form, Gates, RankGates
 from weightlora.graft.selection import Selection
@@ -105,6 +106,14 @@ class GrowthPlan:
     mode: Growth
     generator: torch.Generator
     options: Mapping[str, str | bool]
+
+    def __post_init__(self) -> None:
+        for name, value, known in (("mode", self.mode, Growth), ("noise", self.options.get("noise", "normal"), Noise)):
+            if value not in get_args(known):
+                raise ConfigError(f"{name}={value!r} is not known; use one of {', '.join(get_args(known))}")
+        for name, rank in self.ranks.items():
+            if type(rank) is not int or rank < 1:
+                raise ConfigError(f"{name} is to grow to rank {rank!r}; give a whole number of 1 or more")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -3,13 +3,38 @@
 from __future__ import annotations
 
 import difflib
+from collections.abc import Iterator, MutableMapping
 
 from weightlora import methods
 from weightlora.errors import ConfigError
 from weightlora.methods.base import Method
 from weightlora.methods.names import NAMES
 
-METHODS: dict[str, type[Method]] = {name: getattr(methods, kind) for name, kind in NAMES.items()}
+
+class _Registry(MutableMapping[str, type[Method]]):
+    """Ours are looked up when asked for, because this room may still be loading; a user's own are held."""
+
+    def __init__(self) -> None:
+        self._held: dict[str, type[Method] | None] = dict.fromkeys(NAMES)
+
+    def __getitem__(self, name: str) -> type[Method]:
+        held = self._held[name]
+        return getattr(methods, NAMES[name]) if held is None else held  # type: ignore[no-any-return]
+
+    def __setitem__(self, name: str, kind: type[Method]) -> None:
+        self._held[name] = kind
+
+    def __delitem__(self, name: str) -> None:
+        del self._held[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._held)
+
+    def __len__(self) -> int:
+        return len(self._held)
+
+
+METHODS: MutableMapping[str, type[Method]] = _Registry()
 
 
 def method(name: str, preset: str = "recommended", **settings: object) -> Method:

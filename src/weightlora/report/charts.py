@@ -179,7 +179,9 @@ def frontier_picture(record: Record) -> Picture | None:
     ]
     across = Axis(low=0, high=1, start=LEFT, end=WIDTH - RIGHT)
     up = Axis(low=0, high=1, start=BOTTOM, end=TOP)
-    paths, texts = frame(across, up, across_name="cost, over that of all adapters", up_name="share of the score")
+    paths, texts = frame(
+        across, up, across_name="cost, over that of all adapters", up_name="share of the score", whole=False
+    )
     drawn = [curve for curve in curves if curve[3]]
     for look, name, scale, costs in drawn:
         whole = max(1, *(cost for _, _, cost in costs))
@@ -190,7 +192,9 @@ def frontier_picture(record: Record) -> Picture | None:
             paths.append(Path(d=dot(x, y), look=f"dot {look}", title=words))
         if look == "second":
             labelled = list(zip(places, costs, strict=True))[:: max(1, len(places) // 6)]
-            texts += [Text(x=x + 5, y=y + 12, words=f"K={k}") for (x, y), (k, _, _) in labelled]
+            texts += [
+                Text(x=min(x + 5, WIDTH - RIGHT - 26), y=y + 12, words=f"K={k}") for (x, y), (k, _, _) in labelled
+            ]
     return Picture(
         name="frontier",
         title="Share of the score against cost",

@@ -170,13 +170,15 @@ def fitted(words: str, room: float) -> str:
     return words if len(words) <= most else words[: most - 1] + "…"
 
 
-def frame(across: Axis, up: Axis, *, across_name: str, up_name: str) -> tuple[list[Path], list[Text]]:
-    """Grid lines, tick labels and axis names of a chart whose plot is the box that the two axes span."""
+def frame(
+    across: Axis, up: Axis, *, across_name: str, up_name: str, whole: bool = True
+) -> tuple[list[Path], list[Text]]:
+    """Grid lines, tick labels (whole numbers across, or any) and axis names of a chart in the box of two axes."""
     paths, texts = [], []
     for y, words in up.ticks(4):
         paths.append(Path(d=line([(across.start, y), (across.end, y)]), look="grid"))
         texts.append(Text(x=across.start - 5, y=y + 4, words=words, look="end"))
-    for x, words in across.ticks(5, whole=True):
+    for x, words in across.ticks(5, whole=whole):
         texts.append(Text(x=x, y=up.start + 15, words=words, look="mid"))
     paths.append(Path(d=line([(across.start, up.start), (across.end, up.start)]), look="axis"))
     texts.append(Text(x=across.end, y=up.start + 30, words=across_name, look="end name"))

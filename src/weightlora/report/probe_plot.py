@@ -8,7 +8,7 @@ import math
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from weightlora.decoding import decode
 from weightlora.errors import CheckpointError, ConfigError
@@ -80,6 +80,8 @@ class Probe:
     steps: int
 
     def __post_init__(self) -> None:
+        if self.mode not in get_args(Mode):
+            raise ConfigError(f"the probe's mode is {self.mode!r}; allowed are {', '.join(get_args(Mode))}")
         names = {adapter.name for adapter in self.adapters}
         if not self.adapters or not self.seeds:
             raise ConfigError("the probe has no adapters or no seeds, so there is nothing to draw; measure it again")

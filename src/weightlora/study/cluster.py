@@ -87,12 +87,14 @@ def _import_ray() -> ModuleType:
     return ray
 
 
-def _check_answers(address: str) -> None:
+def _check_answers(ray: ModuleType, address: str) -> None:
     """Raise OSError where nobody answers: Ray itself would wait for minutes, also for a cluster that is gone."""
     folder = os.environ.get("RAY_TMPDIR") or os.environ.get("TMPDIR") or "/tmp"
-    left = Path(folder, "ray", "ray_current_cluster")  # where `auto` looks
+    left = Path(folder, "ray", "ray_current_cluster")
     if address == "auto":
-        address = os.environ.get("RAY_ADDRESS") or (left.read_text().strip() if left.is_file() else "auto")
+        address = os.environ.get("RAY_ADDRESS") or address
+    if address == "auto" and left.is_file() and not ray._private.services.find_gcs_addresses():
+        address = left.read_text(encoding="utf-8").strip()  # where `auto` looks if no cluster's head runs here
     host, colon, port = address.rpartition(":")
     if not colon or "//" in host or not port.isdigit():
         return
@@ -108,7 +110,7 @@ def _connect(ray: ModuleType, address: str) -> None:
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     options = {} if address != "local" else {"include_dashboard": False}
     try:
-        _check_answers(address)
+        _check_answers(ray, address)
         ray.init(address=address, log_to_driver=False, logging_level="WARNING", **options)
     except (ConnectionError, ValueError, RuntimeError, OSError) as error:
         reason = str(error).strip().splitlines()[0]

@@ -55,9 +55,9 @@ def read_source(spec: TaskSpec, source: Source) -> Iterator[Table]:
     """
     name, folder = spec.name, spec.folder
     if folder is not None and not (folder / name).is_dir():
-        here = sorted(path.name for path in folder.iterdir() if path.is_dir()) if folder.is_dir() else []
+        here = ", ".join(sorted(path.name for path in folder.glob("[!.]*") if path.is_dir())[:8]) or "no folder"
         raise DataError(
-            f"{folder / name}: no such folder for task {name!r} in data_dir (it holds {', '.join(here[:8]) or 'none'});"
+            f"{folder / name}: no such folder for task {name!r} in data_dir (it holds {here});"
             f" add {name}/train.jsonl and {name}/{source.validation}.jsonl, or leave data_dir out to use the hub"
         )
     for split in ("train", source.validation) if spec.holdout is None else ("train",):

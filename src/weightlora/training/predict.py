@@ -25,7 +25,7 @@ class Predictor:
 
     One forward per micro-batch size is traced, of the model with every adapter live, before anything trains. Methods
     whose adapters compute in a form of their own, or are tied, are not predicted, nor are models that cannot be traced.
-    Where some survive, one pass of the base is counted, too, for the frontier.
+    Where some survive as they are, one pass of the base is counted, too, for the frontier.
 
     Args:
         trainer: its model has all adapters, and its arguments the batch of the run.
@@ -64,7 +64,8 @@ class Predictor:
                 if traced is None:  # without a batch
                     return
                 traces[split[0]] = traced
-            if self.seam is not None and not on:
+            # Survivors that grow cost more than these ranks; without a look at step 0 nothing has a score.
+            if (self.seam or (self.seam == 0 and setup.look)) and not on and not driver.method.needs.grows:
                 self.operations = _operations(trainer)
         except AdapterError as error:
             log.info("costs are not predicted: %s", error)

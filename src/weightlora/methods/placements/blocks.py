@@ -19,6 +19,7 @@ from weightlora.graft.watch import block_features, dense_gradients
 from weightlora.methods.budgets import ranked
 from weightlora.methods.placements.once import SeeingPlacement
 from weightlora.methods.policy import HeldOut, Policy
+from weightlora.settings import setting
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -115,7 +116,7 @@ class Aletheia(BlockPlacement):
     name: ClassVar[str] = "aletheia"
     meaning: ClassVar[str] = "the largest gradients"
 
-    batches: int = 5
+    batches: int = setting(5, least=1)
 
     def worth(self, blocks: Sequence[int | None], held_out: HeldOut) -> list[float]:
         total = [0.0] * len({block for block in blocks if block is not None})

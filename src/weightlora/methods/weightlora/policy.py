@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
@@ -14,7 +15,7 @@ from weightlora.core.importance import coverage, holding
 from weightlora.core.placement import place
 from weightlora.core.projection import support
 from weightlora.core.sizes import format_bytes
-from weightlora.errors import BudgetError, ScheduleError
+from weightlora.errors import BudgetError, ConfigError, ScheduleError
 from weightlora.graft.adapters import Adapter, block_numbers
 from weightlora.graft.selection import Selection
 from weightlora.methods.checks import check_k, check_select_after
@@ -72,6 +73,8 @@ class WeightLoRAPolicy(Policy):
         project = (last and method.score == "omega") if every is None else (view.step % every == 0 or last)
         k = gradual_k(view.step, self.horizon, len(self.adapters), self.k, method.k_schedule) if project else None
         lr = method.gate_lr * (view.lr_factor if method.gate_lr_scheduled else 1.0)
+        if not (math.isfinite(lr) and lr >= 0):  # as the user's scheduler has made it
+            raise ConfigError(f"gate lr={lr} is not usable; it must be a finite number >= 0")
         omega, grad = gates.omega.detach().clone(), gates.omega.grad
         if self._out:
             inside = [i for i in range(len(self.adapters)) if i not in self._out]
