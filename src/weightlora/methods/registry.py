@@ -19,7 +19,7 @@ class _Registry(MutableMapping[str, type[Method]]):
 
     def __getitem__(self, name: str) -> type[Method]:
         held = self._held[name]
-        return getattr(methods, NAMES[name]) if held is None else held  # type: ignore[no-any-return]
+        return getattr(methods, NAMES[name]) if held is None else held
 
     def __setitem__(self, name: str, kind: type[Method]) -> None:
         self._held[name] = kind
