@@ -271,12 +271,10 @@ class Study:
         rows += [(f"K={k}, deepest", list(range(n - k, n)), {}), ("all, rank 1", list(range(n)), {"ranks": 1})]
         wide = [i for i, name in enumerate(self.ground.names) if name.endswith(("up_proj", "intermediate.dense"))]
         rows += [("feed-forward in", wide, {})]
-        n_ranks = [self.settings.rank] * n
         shapes = [(layer.in_features, layer.out_features) for layer in self.ground.linears]
-        return [
-            *rows,
-            ("all, ranks by GoRA", list(range(n)), {"ranks": proportional_ranks(scores[RULES[1]], shapes, n_ranks)}),
-        ]
+        ranks = proportional_ranks(scores[RULES[1]], shapes, [self.settings.rank] * n)
+        rows += [("all, ranks by GoRA", list(range(n)), {"ranks": ranks})]
+        return rows
 
     def _above(self, block: int) -> list[int]:
         return [i for i, b in enumerate(self.blocks) if b >= block]
