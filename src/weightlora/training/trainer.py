@@ -88,15 +88,19 @@ def measure_step(trainer: Trainer) -> StepCost | None:
         return None if loss is None else step_cost(trainer.model, loss)  # type: ignore[arg-type]
 
 
+def _refuse_own_code(trainer: Trainer) -> None:
+    own = own_code(trainer)
+    if own is not None:
+        raise AdapterError(f"{own} may only be called by training")
+
+
 def trace_step(trainer: Trainer, *, stock: bool = False) -> ActivationTrace | None:
     """What the first micro-batch would keep, for any set of live adapters; nothing is computed. None without a batch.
 
     Raises:
         AdapterError: it cannot be traced, as :func:`weightlora.cost.trace`, or is computed by :func:`own_code`.
     """
-    own = own_code(trainer)
-    if own is not None:
-        raise AdapterError(f"{own} may only be called by training")
+    _refuse_own_code(trainer)
     with first_loss(trainer) as loss:
         return None if loss is None else trace(trainer.model, loss, stock=stock)  # type: ignore[arg-type]
 
@@ -110,9 +114,7 @@ def operations_of_step(trainer: Trainer) -> Callable[[Iterable[int]], int] | Non
         AdapterError: it failed, or is computed by :func:`own_code`.
         ScheduleError: as :func:`weightlora.cost.operations.operations`.
     """
-    own = own_code(trainer)
-    if own is not None:
-        raise AdapterError(f"{own} may only be called by training")
+    _refuse_own_code(trainer)
     with first_loss(trainer) as loss:
         return None if loss is None else operations(trainer.model, loss).total  # type: ignore[arg-type]
 
