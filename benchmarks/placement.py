@@ -28,7 +28,7 @@ import torch
 from adapter_path import write
 from benchlib.ground import Ground, Outcome, Settings
 from benchlib.signals import all_scores, in_rounds
-from benchlib.verdicts import DECIDING, DECIDING_SEEDS, DIRECT_SEEDS, judge, picture, show
+from benchlib.verdicts import DECIDING, DECIDING_HALVES, DECIDING_SEEDS, DIRECT_SEEDS, GROWN, judge, picture, show
 from weightlora.core.importance import coverage
 from weightlora.core.placement import place
 from weightlora.core.published import proportional_ranks
@@ -162,6 +162,7 @@ class Study:
             ("longer", self._longer),
             ("rates", self._rates),
             ("own", self._own),
+            ("grown", self._grown),
         ):
             if name in stages:
                 stage(rate)
@@ -188,10 +189,9 @@ class Study:
 
     def _stated(self, rate: float) -> None:
         """The comparisons that were stated before they were run: all that a task for confirmation needs."""
-        decide = {label for pair in DECIDING for label in pair}
         for seed in DECIDING_SEEDS:
             for label, chosen, more in self.direct():
-                if label in decide:
+                if label == "all" or label in DECIDING_HALVES:
                     self.trial(label, chosen, seed, rate, **more)
 
     def _direct(self, rate: float) -> None:
@@ -226,22 +226,33 @@ class Study:
     def _rates(self, rate: float) -> None:
         """Whether a smaller set wants another rate than all."""
         label, chosen, more = next(row for row in self.direct() if row[0] == DECIDING[0][0])
-        for seed in TUNE_SEEDS:
-            for other in RATES:
-                self.trial(label, chosen, seed, other, **more)
+        self._best_rate(label, chosen, more)
 
     def _own(self, rate: float) -> None:
         """The stated comparisons again, with the halves at the best rate of the half by credit."""
-        self._rates(rate)
-        half = DECIDING[0][0]
-        tried = [t for t in self.data["trials"] if t["label"] == half and t["seed"] in TUNE_SEEDS]
-        own = min(RATES, key=lambda r: sum(t["nats"] for t in tried if t["rate"] == r))
-        self.data["rate of the half"] = own
-        halves = {label for pair in DECIDING for label in pair} - {"all"}
+        halves = {label: (chosen, more) for label, chosen, more in self.direct() if label in DECIDING_HALVES}
+        own = self._best_rate(DECIDING[0][0], *halves[DECIDING[0][0]])
         for seed in DECIDING_SEEDS:
-            for label, chosen, more in self.direct():
-                if label in halves:
-                    self.trial(label, chosen, seed, own, **more)
+            for label, (chosen, more) in halves.items():
+                self.data.setdefault("own rates", {})[label] = own
+                self.trial(label, chosen, seed, own, **more)
+
+    def _grown(self, rate: float) -> None:
+        """The half by credit with ranks raised to the parameters of LoRA on all, at its own best rate."""
+        chosen, size = self._half(), self.data["scores"][str(SCORE_SEED)]["parameters"]
+        more = {"ranks": int(self.settings.rank * sum(size) / sum(size[i] for i in chosen))}
+        own = self._best_rate(GROWN[0], chosen, more)
+        self.data.setdefault("own rates", {})[GROWN[0]] = own
+        for seed in DECIDING_SEEDS:
+            self.trial(GROWN[0], chosen, seed, own, **more)
+
+    def _half(self) -> list[int]:
+        return next(chosen for label, chosen, _ in self.direct() if label == DECIDING[0][0])
+
+    def _best_rate(self, label: str, chosen: Sequence[int], more: dict[str, Any]) -> float:
+        """By held-out loss over two seeds of its own."""
+        found = {r: sum(self.trial(label, chosen, s, r, **more)["nats"] for s in TUNE_SEEDS) for r in RATES}
+        return min(RATES, key=lambda r: found[r])
 
     def direct(self) -> list[tuple[str, list[int], dict[str, Any]]]:
         """Choices of the rules and of the controls: name, set, other settings.
@@ -302,7 +313,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     run = commands.add_parser("run")
     run.add_argument("--ground", choices=sorted(GROUNDS), required=True)
     run.add_argument("--data-dir", required=True)
-    run.add_argument("--stages", default="scores,qualify,stated,sets,direct,rounds,longer,rates,own")
+    run.add_argument("--stages", default="scores,qualify,stated,sets,direct,rounds,longer,rates,own,grown")
     run.add_argument("--rate", type=float, help="found on another task of the same model; default: tuned here")
     run.add_argument("--threads", type=int, default=1)
     judged = commands.add_parser("judge")
