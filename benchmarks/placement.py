@@ -28,7 +28,17 @@ import torch
 from adapter_path import write
 from benchlib.ground import Ground, Outcome, Settings
 from benchlib.signals import all_scores, in_rounds
-from benchlib.verdicts import DECIDING, DECIDING_HALVES, DECIDING_SEEDS, DIRECT_SEEDS, GROWN, judge, picture, show
+from benchlib.verdicts import (
+    DECIDING,
+    DECIDING_HALVES,
+    DECIDING_SEEDS,
+    DIRECT_SEEDS,
+    GROWN,
+    agreement,
+    judge,
+    picture,
+    show,
+)
 from weightlora.core.importance import coverage
 from weightlora.core.placement import place
 from weightlora.core.published import proportional_ranks
@@ -316,17 +326,21 @@ def main(argv: Sequence[str] | None = None) -> int:
     run.add_argument("--stages", default="scores,qualify,stated,sets,direct,rounds,longer,rates,own,grown")
     run.add_argument("--rate", type=float, help="found on another task of the same model; default: tuned here")
     run.add_argument("--threads", type=int, default=1)
-    judged = commands.add_parser("judge")
-    judged.add_argument("--results", type=Path, default=RESULTS)
+    judging = commands.add_parser("judge")
+    judging.add_argument("--results", type=Path, default=RESULTS)
     args = parser.parse_args(argv)
     if args.command == "judge":
+        judged: dict[str, dict[str, Any]] = {}
         for path in sorted(p for p in args.results.glob("placement-*.json") if "judged" not in p.name):
-            found = judge(path)
+            judged[path.stem] = found = judge(path)
             data = json.loads(path.read_text())
             show(found, data)
             if found["sets"]:
                 picture(data, path.with_suffix(".png"))
             write(path.with_name(path.name.replace("placement-", "placement-judged-")), found)
+        if {"placement-smollm2-sst2", "placement-minilm-sst2"} <= judged.keys():
+            pair = judged["placement-smollm2-sst2"], judged["placement-minilm-sst2"]
+            agreement(*pair, args.results / "placement-scores.png")
         return 0
     torch.set_num_threads(args.threads)
     Study(args.ground, args.data_dir).run(args.stages.split(","), args.rate)

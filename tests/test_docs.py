@@ -82,6 +82,11 @@ def own_trainer() -> dict[str, Any]:
 
 
 @pytest.fixture
+def placement_table() -> dict[str, Any]:
+    return {"table": str(ROOT / "benchmarks" / "results" / "placement-smollm2-sst2.json")}
+
+
+@pytest.fixture
 def bitsandbytes() -> None:
     pytest.importorskip("bitsandbytes", reason="NO BITSANDBYTES: it is installed on Linux x86_64 alone")
 

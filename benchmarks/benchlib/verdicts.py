@@ -174,6 +174,27 @@ def picture(data: dict[str, Any], path: Path) -> None:
     pyplot.close(figure)
 
 
+def agreement(below: dict[str, Any], above: dict[str, Any], path: Path) -> None:
+    """How scores rank the adapters alike (Spearman): one ground below the diagonal, another above it."""
+    names = [name for name in below["between scores"] if name in above["between scores"]]
+    size = range(len(names))
+    cells = np.array([[(below if i > j else above)["between scores"][names[i]][names[j]] for j in size] for i in size])
+    figure, axes = pyplot.subplots(figsize=(9, 7.5), layout="constrained")
+    axes.imshow(cells, cmap="RdBu_r", vmin=-1, vmax=1)
+    for i in size:
+        for j in size:
+            said = "" if i == j else f"{cells[i, j]:.2f}".replace("0.", ".").replace("-.00", ".00")
+            axes.text(
+                j, i, said, ha="center", va="center", fontsize=7, color="white" if abs(cells[i, j]) > 0.7 else "black"
+            )
+    axes.set_xticks(size, names, rotation=45, ha="right", rotation_mode="anchor", fontsize=8)
+    axes.set_yticks(size, names, fontsize=8)
+    lower, upper = (f"{one['ground']['model']}, {one['ground']['task']}" for one in (below, above))
+    axes.set_title(f"below the diagonal: {lower}; above it: {upper}", fontsize=9)
+    figure.savefig(path, dpi=150)
+    pyplot.close(figure)
+
+
 def _whole(data: dict[str, Any]) -> int:
     """What LoRA on all keeps for backward."""
     return int(next(t["kept"] for t in data["trials"] if t["label"] == "all" and t["rate"] == data["rate"]))
