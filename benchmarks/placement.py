@@ -38,6 +38,7 @@ from benchlib.verdicts import (
     judge,
     picture,
     show,
+    show_grown,
 )
 from weightlora.core.importance import coverage
 from weightlora.core.placement import place
@@ -65,7 +66,7 @@ GROUNDS = {
     ),
 }
 RATES = (5e-4, 1e-3, 2e-3, 4e-3)
-HEAD_RATES = (1e-5, 3e-5, 1e-4, 3e-4)  # of an output layer that is trained whole
+HEAD_RATES = (1e-5, 3e-5, 1e-4, 3e-4, 1e-3, 3e-3)  # of an output layer that is trained whole
 SETS = 60
 FEW = 0.03  # of all adapters, where pruning in rounds is tried
 # Compared directly: the rule that was the default, and the one that told random sets apart best by its sum.
@@ -317,6 +318,21 @@ class Study:
         return sorted(found)
 
 
+def judge_all(results: Path) -> None:
+    """Print the tables of all grounds, and write their verdicts and pictures beside them."""
+    verdicts, grounds = {}, {}
+    for path in sorted(p for p in results.glob("placement-*.json") if "judged" not in p.name):
+        name = path.stem.removeprefix("placement-")
+        verdicts[name], grounds[name] = judge(path), json.loads(path.read_text())
+        show(verdicts[name], grounds[name])
+        if verdicts[name]["sets"]:
+            picture(grounds[name], path.with_suffix(".png"))
+        write(results / f"placement-judged-{name}.json", verdicts[name])
+    show_grown(list(grounds.values()))
+    if {"smollm2-sst2", "minilm-sst2"} <= verdicts.keys():
+        agreement(verdicts["smollm2-sst2"], verdicts["minilm-sst2"], results / "placement-scores.png")
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
@@ -330,17 +346,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     judging.add_argument("--results", type=Path, default=RESULTS)
     args = parser.parse_args(argv)
     if args.command == "judge":
-        judged: dict[str, dict[str, Any]] = {}
-        for path in sorted(p for p in args.results.glob("placement-*.json") if "judged" not in p.name):
-            judged[path.stem] = found = judge(path)
-            data = json.loads(path.read_text())
-            show(found, data)
-            if found["sets"]:
-                picture(data, path.with_suffix(".png"))
-            write(path.with_name(path.name.replace("placement-", "placement-judged-")), found)
-        if {"placement-smollm2-sst2", "placement-minilm-sst2"} <= judged.keys():
-            pair = judged["placement-smollm2-sst2"], judged["placement-minilm-sst2"]
-            agreement(*pair, args.results / "placement-scores.png")
+        judge_all(args.results)
         return 0
     torch.set_num_threads(args.threads)
     Study(args.ground, args.data_dir).run(args.stages.split(","), args.rate)

@@ -110,24 +110,28 @@ def show(found: dict[str, Any], data: dict[str, Any]) -> None:
             f"| {label} | {count} | {len(one['set'])} | {one['params'] / 1000:.0f} k | {one['kept'] / whole:.2f}x |"
             f" {nats:.4f} | {gap:+.4f} ± {half:.4f} | {right:.3f} |"
         )
-    _show_stated(data, DECIDING, own=False)
-    rates = data.get("own rates", {})
-    if rates.get(DECIDING[0][0], data["rate"]) != data["rate"]:
-        print(f"\nAgain, with the halves at their own best rate, {rates[DECIDING[0][0]]}:")
-        _show_stated(data, DECIDING, own=True)
-    if GROWN[0] in rates:
-        print(f"\nRanks raised to the parameters of LoRA on all, at their own best rate, {rates[GROWN[0]]}:")
-        _show_stated(data, [GROWN], own=True)
+    _show_differences([(f"{a} minus {b}", *paired(data, a, b)) for a, b in DECIDING])
+    own = data.get("own rates", {}).get(DECIDING[0][0], data["rate"])
+    if own != data["rate"]:
+        print(f"\nAgain, with the halves at their own best rate, {own}:")
+        _show_differences([(f"{a} minus {b}", *paired(data, a, b, own=True)) for a, b in DECIDING])
     print()
 
 
-def _show_stated(data: dict[str, Any], pairs: Sequence[tuple[str, str]], *, own: bool) -> None:
-    """The comparisons that were stated before."""
-    gaps = [(a, b, *paired(data, a, b, own=own)) for a, b in pairs]
-    values = sorted((_p_value(gap, half, count), a, b, gap, half) for a, b, gap, half, count in gaps if count > 1)
-    for rank, (p, a, b, gap, half) in enumerate(values):
+def show_grown(grounds: Sequence[dict[str, Any]]) -> None:
+    """One comparison of each ground, at own rates, corrected over grounds."""
+    with_it = [data for data in grounds if GROWN[0] in data.get("own rates", {})]
+    labels = [f"{data['settings']['model']}, {data['settings']['task']}" for data in with_it]
+    print("## Ranks raised to the parameters of LoRA on all, minus LoRA on all")
+    _show_differences([(name, *paired(data, *GROWN, own=True)) for name, data in zip(labels, with_it, strict=True)])
+
+
+def _show_differences(gaps: Sequence[tuple[str, float, float, int]]) -> None:
+    """What was stated before: name, difference, half of its interval, seeds; the most certain first."""
+    values = sorted((_p_value(gap, half, count), name, gap, half) for name, gap, half, count in gaps if count > 1)
+    for rank, (p, name, gap, half) in enumerate(values):
         holm = min(1.0, max((len(values) - i) * values[i][0] for i in range(rank + 1)))
-        print(f"\n{a} minus {b}: {gap:+.4f} ± {half:.4f} nats, p = {p:.3f}, {holm:.3f} by Holm")
+        print(f"\n{name}: {gap:+.4f} ± {half:.4f} nats, p = {p:.3f}, {holm:.3f} by Holm")
 
 
 def _show_scores(found: dict[str, Any]) -> None:
