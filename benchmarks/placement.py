@@ -150,18 +150,17 @@ class Study:
         )
         return one
 
-    def tuned(self) -> float:
-        """LoRA's best rate for all adapters, by held-out loss over two seeds of its own."""
-        n = len(self.blocks)
-        first = {rate: self.trial("all", range(n), TUNE_SEEDS[0], rate)["nats"] for rate in RATES}
+    def best_rate(self, label: str, chosen: Sequence[int], more: dict[str, Any]) -> float:
+        """The one with the least held-out loss over two seeds of its own."""
+        first = {rate: self.trial(label, chosen, TUNE_SEEDS[0], rate, **more)["nats"] for rate in RATES}
         # What is far behind already is not tried again.
         near = [rate for rate in RATES if first[rate] < min(first.values()) + 0.1]
-        second = {rate: self.trial("all", range(n), TUNE_SEEDS[1], rate)["nats"] for rate in near}
+        second = {rate: self.trial(label, chosen, TUNE_SEEDS[1], rate, **more)["nats"] for rate in near}
         return min(near, key=lambda rate: first[rate] + second[rate])
 
     def run(self, stages: Sequence[str], rate: float | None = None) -> None:
         """The stages, in the order in which they tell the most; with a rate found on another task, or tuned here."""
-        rate = self.tuned() if rate is None else rate
+        rate = self.best_rate("all", range(len(self.blocks)), {}) if rate is None else rate
         self.data["rate"] = rate
         for name, stage in (
             ("scores", self._scores),
@@ -236,13 +235,12 @@ class Study:
 
     def _rates(self, rate: float) -> None:
         """Whether a smaller set wants another rate than all."""
-        label, chosen, more = next(row for row in self.direct() if row[0] == DECIDING[0][0])
-        self._best_rate(label, chosen, more)
+        self.best_rate(DECIDING[0][0], self._half(), {})
 
     def _own(self, rate: float) -> None:
         """The stated comparisons again, with the halves at the best rate of the half by credit."""
         halves = {label: (chosen, more) for label, chosen, more in self.direct() if label in DECIDING_HALVES}
-        own = self._best_rate(DECIDING[0][0], *halves[DECIDING[0][0]])
+        own = self.best_rate(DECIDING[0][0], self._half(), {})
         for seed in DECIDING_SEEDS:
             for label, (chosen, more) in halves.items():
                 self.data.setdefault("own rates", {})[label] = own
@@ -252,18 +250,13 @@ class Study:
         """The half by credit with ranks raised to the parameters of LoRA on all, at its own best rate."""
         chosen, size = self._half(), self.data["scores"][str(SCORE_SEED)]["parameters"]
         more = {"ranks": int(self.settings.rank * sum(size) / sum(size[i] for i in chosen))}
-        own = self._best_rate(GROWN[0], chosen, more)
+        own = self.best_rate(GROWN[0], chosen, more)
         self.data.setdefault("own rates", {})[GROWN[0]] = own
         for seed in DECIDING_SEEDS:
             self.trial(GROWN[0], chosen, seed, own, **more)
 
     def _half(self) -> list[int]:
         return next(chosen for label, chosen, _ in self.direct() if label == DECIDING[0][0])
-
-    def _best_rate(self, label: str, chosen: Sequence[int], more: dict[str, Any]) -> float:
-        """By held-out loss over two seeds of its own."""
-        found = {r: sum(self.trial(label, chosen, s, r, **more)["nats"] for s in TUNE_SEEDS) for r in RATES}
-        return min(RATES, key=lambda r: found[r])
 
     def direct(self) -> list[tuple[str, list[int], dict[str, Any]]]:
         """Choices of the rules and of the controls: name, set, other settings.

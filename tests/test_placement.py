@@ -11,12 +11,12 @@ import numpy as np
 import pytest
 
 from benchlib.judging import load, partial, value
-from benchlib.verdicts import DECIDING, judge, paired, show
+from benchlib.verdicts import DECIDING, judge, paired, show, show_grown
 from placement import random_sets
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
-GROUNDS = ("smollm2-sst2", "minilm-sst2", "minilm-docstrings")
+GROUNDS = ("smollm2-sst2", "minilm-sst2", "minilm-docstrings", "smollm2-gsm8k")
 
 BLOCKS = [i // 7 for i in range(210)]
 KINDS = [str(i % 7) for i in range(210)]
@@ -68,7 +68,7 @@ def results(ground: str, judged: str = "") -> dict[str, Any]:
 
 def test_the_verdicts_are_those_of_the_trials() -> None:
     """Where judging takes no bootstrap; the others are made by ``placement.py judge``."""
-    assert judge(RESULTS / "placement-minilm-docstrings.json") == results("minilm-docstrings", "judged-")
+    assert judge(RESULTS / "placement-smollm2-gsm8k.json") == results("smollm2-gsm8k", "judged-")
 
 
 def test_the_evidence_says_what_the_results_say(capsys: pytest.CaptureFixture[str]) -> None:
@@ -80,6 +80,8 @@ def test_the_evidence_says_what_the_results_say(capsys: pytest.CaptureFixture[st
         show(judged, results(ground))
         for one in judged.get("partial", {}).values():
             scores.add(f"{one['correlation']:+.2f} ({one['low']:+.2f} to {one['high']:+.2f})")
+    data = [results(ground) for ground in GROUNDS]
+    show_grown(data)
     printed = capsys.readouterr().out
     in_tables = [line for line in page.splitlines() if line.startswith("|")]
     found = [cell for line in in_tables for cell in re.findall(r"[+-]\d\.\d\d \([^)]* to [^)]*\)", line)]
@@ -91,9 +93,8 @@ def test_the_evidence_says_what_the_results_say(capsys: pytest.CaptureFixture[st
     assert [row for row in told if row not in printed] == []
     differences = [re.match(r"\| [^|]* \| \**([+-][\d.]+ ± [\d.]+)\** \|", line) for line in in_tables]
     stated = [one[1] for one in differences if one]
-    data = [results(ground) for ground in GROUNDS]
     again = sum(one["rate"] != one.get("own rates", {}).get(DECIDING[0][0], one["rate"]) for one in data)
-    assert len(stated) == 3 * (len(GROUNDS) + again)
+    assert len(stated) == 3 * (len(GROUNDS) + again) + len(GROUNDS)  # growth's is one of each ground
     assert [one for one in stated if f"{one} nats, p = " not in printed] == []
 
 
