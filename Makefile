@@ -27,7 +27,7 @@ demo: $(VENV)/.stamp-demo ## train on the embedded task, beside LoRA on all adap
 	@out="$(DEMO_OUT)"; n=1; \
 	while [ -e "$$out" ]; do n=$$((n + 1)); out="$(DEMO_OUT)-$$n"; done; \
 	( set -ex; \
-	$(BIN)/weightlora compare --methods weightlora,lora --seeds 0 --task docstrings --model minilm $(DEMO_FLAGS) --out "$$out"; \
+	$(BIN)/weightlora compare --methods weightlora+,lora --seeds 0 --task docstrings --model minilm $(DEMO_FLAGS) --out "$$out"; \
 	$(BIN)/weightlora report "$$out" --out "$$out/report.html" ) && \
 	echo "pictures: open $$out/report.html" && \
 	echo "next, on your own rows: $(BIN)/weightlora train --task files --train-file YOURS.csv --label-column label --k 0.25 --out runs/mine"

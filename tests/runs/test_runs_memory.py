@@ -61,7 +61,7 @@ def test_a_share_of_the_operations(small_data: Path, tmp_path: Path) -> None:
         (("--memory", "1GiB", "--k", "3"), "k and memory both say how many adapters are kept"),
         (("--memory", "a lot"), "'a lot' is not a number of bytes"),
         (("--step-time", "60%"), "'60%' is not a share"),
-        (("--memory", "1GiB", "--params", "9k"), "params and memory both say"),
+        (("--method", "weightlora", "--memory", "1GiB", "--params", "9k"), "params and memory both say"),
         (("--step-time", "0.01x"), "step_time=0.01x is too little"),
         (("--method", "random", "--memory", "1GiB"), "random has no setting 'memory'"),
     ],

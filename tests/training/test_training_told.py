@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import logging
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from tests.builders import trainer
+from torch import nn
 from transformers import PrinterCallback, Trainer
 from transformers.utils import logging as transformers_logging
 
-from weightlora.methods import WeightLoRA
+from weightlora.graft.adapters import adapters
+from weightlora.methods import WeightLoRA, WeightLoRAPlus
 from weightlora.training import fit
 from weightlora.training.told import beside_the_losses, log
 
@@ -34,6 +37,10 @@ class Follower(Trainer):
         return False
 
 
+def learning(model: nn.Module) -> int:
+    return sum(p.numel() for name, p in model.named_parameters() if "lora_" in name and p.requires_grad)
+
+
 def said(made: Trainer) -> None:
     with beside_the_losses(made):
         log.info("a decision")
@@ -49,6 +56,18 @@ def test_decisions_stand_beside_the_losses(tmp_path: Path, capsys: pytest.Captur
     places = [out.index(line) for line in lines]
     assert places == sorted(places)
     assert places[1] < out.index("'loss'") < places[2], "the loss of step 2 comes before the seam"
+
+
+def test_growth_says_what_it_comes_to(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    made = trainer(tmp_path, steps=4, disable_tqdm=False)
+    before, learned = adapters(made.model), learning(made.model)
+    fit(made, WeightLoRAPlus(k=2, select_after=2))
+    (line,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("their rank goes ")]
+    old, new, after, all_n = (int(number.replace(",", "")) for number in re.findall(r"[\d,]+\b", line))
+    grown = adapters(made.model)
+    assert (old, new) == (before[0].rank, grown[0].rank)
+    assert (after, all_n) == (learning(made.model), learned)
+    assert new > old
 
 
 def test_warnings_go_where_they_always_went(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -349,6 +349,10 @@ class Driver:
                 factor.grad = None  # of the step before, so that it is not taken for one of the next
         self.ride()
         log.info("kept %d of %d adapters: %s", selection.k, selection.n, selection.why)
+        if growth is not None:
+            old, new = _range(a.rank for a in self.adapters if a.name in kept), _range(growth.ranks.values())
+            words = "their rank goes from %s to %s: %s parameters of adapters learn from here on, %s did until now"
+            log.info(words, old, new, f"{after:,}", f"{self.counts['trainable']:,}")
         return self.selection
 
     def state(self) -> dict[str, Tensor]:
@@ -366,3 +370,9 @@ class Driver:
         start = {k.removeprefix("start."): v for k, v in state.items() if k.startswith("start.")}
         load_start_state(self.model, self.name, start)
         self.step = step
+
+
+def _range(ranks: Iterable[int]) -> str:
+    found = sorted(set(ranks))
+    low, high = found[0], found[-1]
+    return str(low) if low == high else f"{low}..{high}"
