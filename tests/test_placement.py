@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from benchlib.judging import load, partial, value
-from benchlib.verdicts import DECIDING, judge, paired, show, show_grown
+from benchlib.verdicts import DECIDING, GROWN, judge, paired, show, show_grown
 from placement import random_sets
 
 ROOT = Path(__file__).parents[1]
@@ -101,8 +101,11 @@ def test_the_evidence_says_what_the_results_say(capsys: pytest.CaptureFixture[st
 # A row of the README: the ground, and the sets that it compares.
 HEADLINE = {
     "SmolLM2-135M, SST-2: 76 of 210": ("smollm2-sst2", "half kept, credit"),
+    "SmolLM2-135M, GSM8K: 89 of 210": ("smollm2-gsm8k", "half kept, credit"),
+    "the same, GSM8K, with LoRA's parameters": ("smollm2-gsm8k", GROWN[0]),
     "MiniLM, SST-2: 17 of 36": ("minilm-sst2", "half kept, credit"),
     "MiniLM, docstrings: 17 of 36": ("minilm-docstrings", "half kept, credit"),
+    "the same, docstrings, with LoRA's parameters": ("minilm-docstrings", GROWN[0]),
     "the same, 17 of 36 by chance": ("minilm-docstrings", "half kept, chance"),
     "the same, a head alone": ("minilm-docstrings", "none, head rate 0.005"),
 }
@@ -119,3 +122,19 @@ def test_the_readme_says_what_the_results_say(row: str) -> None:
     chosen = next(t for t in data["trials"] if t["label"] == label and t["seed"] == 1)["set"]
     counts = re.search(r"(\d+) of (\d+)", line)
     assert counts is None or [*map(int, counts.groups())] == [len(chosen), len(data["adapters"])]
+
+
+def test_the_evidence_says_what_growth_came_to() -> None:
+    """Means over the seeds, row by row."""
+    rows = json.loads((RESULTS / "growth-docstrings.json").read_text())["rows"]
+    page = (ROOT / "docs" / "evidence.md").read_text(encoding="utf-8")
+    loss = {(one["method"], one["seed"]): one["eval_loss"] for one in rows}
+    for method in ("weightlora+", "weightlora", "lora"):
+        own = [one for one in rows if one["method"] == method]
+        accuracy, nats = (np.mean([one[key] for one in own]) for key in ("accuracy", "eval_loss"))
+        (line,) = re.findall(rf"^\| `{re.escape(method)}` \| \d+ of 36 \|.*$", page, re.MULTILINE)
+        assert f"| {accuracy:.4f} | {nats:.4f} |" in line
+        assert f"| {own[0]['adapters']} of 36 | {own[0]['ranks'][0]} |" in line
+    gaps = [loss["weightlora+", seed] - loss["weightlora", seed] for seed in range(1, 6)]
+    assert max(gaps) < 0
+    assert f"`weightlora+` minus `weightlora`: {np.mean(gaps):+.4f} ± " in page
