@@ -111,10 +111,11 @@ def show(found: dict[str, Any], data: dict[str, Any]) -> None:
             f" {nats:.4f} | {gap:+.4f} ± {half:.4f} | {right:.3f} |"
         )
     _show_differences([(f"{a} minus {b}", *paired(data, a, b)) for a, b in DECIDING])
-    own = data.get("own rates", {}).get(DECIDING[0][0], data["rate"])
-    if own != data["rate"]:
-        print(f"\nAgain, with the halves at their own best rate, {own}:")
-        _show_differences([(f"{a} minus {b}", *paired(data, a, b, own=True)) for a, b in DECIDING])
+    rates = data.get("own rates", {})
+    if rates.get(DECIDING[0][0], data["rate"]) != data["rate"]:
+        print(f"\nAgain, with the halves at their own best rate, {rates[DECIDING[0][0]]}:")
+        again = [(a, b) for a, b in DECIDING if {a, b} <= {"all", *rates}]
+        _show_differences([(f"{a} minus {b}", *paired(data, a, b, own=True)) for a, b in again])
     print()
 
 
