@@ -11,7 +11,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from weightlora.files import write_text
-from weightlora.methods.names import DEFAULT, NAMES
+from weightlora.methods.names import NAMES
+from weightlora.runs.spec import DEFAULT_METHOD
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,7 +97,7 @@ def option_dry_run(parser: argparse.ArgumentParser) -> None:
 
 def option_method(parser: argparse.ArgumentParser) -> None:
     """Add --method."""
-    text = f"a method: {', '.join(NAMES)} (default: {DEFAULT})"
+    text = f"a method: {', '.join(NAMES)} (default: {DEFAULT_METHOD})"
     parser.add_argument("--method", default=argparse.SUPPRESS, help=text)
 
 

@@ -1,7 +1,5 @@
 """Which methods there are: the name that a user gives, and the class. Known without loading one."""
 
-DEFAULT = "weightlora+"  # what docs/evidence.md supports: the same memory as weightlora, nearer to LoRA's loss
-
 NAMES = {
     "weightlora": "WeightLoRA",
     "weightlora+": "WeightLoRAPlus",

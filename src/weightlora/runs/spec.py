@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING, Any
 
 from weightlora.errors import CheckpointError, ConfigError
 from weightlora.files import read_object, write_text
-from weightlora.methods.names import DEFAULT
 from weightlora.settings import check, flat_name, plain, setting, typed
 from weightlora.tasks.spec import TaskSpec
 
@@ -24,6 +23,7 @@ if TYPE_CHECKING:
 
 CONFIG = "config.json"
 SCHEMA_VERSION = 1
+DEFAULT_METHOD = "weightlora+"  # what docs/evidence.md supports: the same memory as weightlora, nearer to LoRA's loss
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,7 +75,7 @@ class MethodSpec:
         ConfigError: an unknown method, preset or setting, or a value that is not allowed.
     """
 
-    name: str = setting(DEFAULT, flag="method")
+    name: str = setting(DEFAULT_METHOD, flag="method")
     preset: str = setting("recommended", "recommended (default), paper or official")
     settings: dict[str, object] = setting({})
 
@@ -175,7 +175,7 @@ class RunSpec:
                 training[name] = training_value(name, value)
             else:
                 settings[name] = value
-        own = _settings_of(parts["method"].get("name", DEFAULT), settings, lenient)
+        own = _settings_of(parts["method"].get("name", DEFAULT_METHOD), settings, lenient)
         return cls(
             task=TaskSpec(**parts["task"]),
             model=ModelSpec(**parts["model"]),

@@ -11,10 +11,9 @@ from typing import Any
 
 from weightlora.errors import ConfigError
 from weightlora.methods import METHODS
-from weightlora.methods.names import DEFAULT
 from weightlora.runs.build import training_arguments
 from weightlora.runs.record import check_metric
-from weightlora.runs.spec import RunSpec
+from weightlora.runs.spec import DEFAULT_METHOD, RunSpec
 from weightlora.settings import check, numbers, wholes
 from weightlora.study.spec import GridSpec
 from weightlora.tasks import LANGUAGE, read_task
@@ -159,7 +158,7 @@ def make_grid(recipe: Overlay, given: Overlay) -> Grid:
         shared = RunSpec.of(*around, tasks[0][1], {"task": tasks[0][0], "method": "lora"}, lenient=True)
         rows: list[tuple[str, Overlay]] = [(name, {}) for name in all_methods(shared if len(tasks) == 1 else None)]
     else:
-        rows = entries(lists.methods or DEFAULT, "methods", "method")
+        rows = entries(lists.methods or DEFAULT_METHOD, "methods", "method")
     ranks: Sequence[int | None] = wholes(lists.ranks, "ranks") or [None]
     return Grid(
         cells=tuple(_cell(around, row, task, rank) for rank in ranks for row in rows for task in tasks),
