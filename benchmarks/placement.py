@@ -66,7 +66,7 @@ GROUNDS = {
     ),
 }
 RATES = (5e-4, 1e-3, 2e-3, 4e-3)
-HEAD_RATES = (1e-5, 3e-5, 1e-4, 3e-4, 1e-3, 3e-3)  # of an output layer that is trained whole
+HEAD_RATES = (1e-5, 3e-5, 1e-4, 3e-4)  # of an output layer that is trained whole
 SETS = 60
 FEW = 0.03  # of all adapters, where pruning in rounds is tried
 # Compared directly: the rule that was the default, and the one that told random sets apart best by its sum.
