@@ -30,10 +30,10 @@ from benchlib.ground import Ground, Outcome, Settings
 from benchlib.signals import all_scores, in_rounds
 from benchlib.verdicts import (
     DECIDING,
-    DECIDING_HALVES,
     DECIDING_SEEDS,
     DIRECT_SEEDS,
     GROWN,
+    HALF,
     agreement,
     judge,
     picture,
@@ -199,10 +199,10 @@ class Study:
 
     def _stated(self, rate: float) -> None:
         """The comparisons that were stated before they were run: all that a task for confirmation needs."""
+        sets = {"all": list(range(len(self.blocks))), **self._halves()}
         for seed in DECIDING_SEEDS:
-            for label, chosen, more in self.direct():
-                if label == "all" or label in DECIDING_HALVES:
-                    self.trial(label, chosen, seed, rate, **more)
+            for label, chosen in sets.items():
+                self.trial(label, chosen, seed, rate)
 
     def _direct(self, rate: float) -> None:
         for seed in DIRECT_SEEDS:
@@ -235,28 +235,30 @@ class Study:
 
     def _rates(self, rate: float) -> None:
         """Whether a smaller set wants another rate than all."""
-        self.best_rate(DECIDING[0][0], self._half(), {})
+        self.best_rate(HALF, self._halves()[HALF], {})
 
     def _own(self, rate: float) -> None:
         """The stated comparisons again, with the halves at the best rate of the half by credit."""
-        halves = {label: (chosen, more) for label, chosen, more in self.direct() if label in DECIDING_HALVES}
-        own = self.best_rate(DECIDING[0][0], self._half(), {})
+        halves = self._halves()
+        own = self.best_rate(HALF, halves[HALF], {})
+        self.data.setdefault("own rates", {}).update(dict.fromkeys(halves, own))
         for seed in DECIDING_SEEDS:
-            for label, (chosen, more) in halves.items():
-                self.data.setdefault("own rates", {})[label] = own
-                self.trial(label, chosen, seed, own, **more)
+            for label, chosen in halves.items():
+                self.trial(label, chosen, seed, own)
 
     def _grown(self, rate: float) -> None:
         """The half by credit with ranks raised to the parameters of LoRA on all, at its own best rate."""
-        chosen, size = self._half(), self.data["scores"][str(SCORE_SEED)]["parameters"]
+        chosen, size = self._halves()[HALF], self.data["scores"][str(SCORE_SEED)]["parameters"]
         more = {"ranks": int(self.settings.rank * sum(size) / sum(size[i] for i in chosen))}
         own = self.best_rate(GROWN[0], chosen, more)
         self.data.setdefault("own rates", {})[GROWN[0]] = own
         for seed in DECIDING_SEEDS:
             self.trial(GROWN[0], chosen, seed, own, **more)
 
-    def _half(self) -> list[int]:
-        return next(chosen for label, chosen, _ in self.direct() if label == DECIDING[0][0])
+    def _halves(self) -> dict[str, list[int]]:
+        """The sets of the stated comparisons beside LoRA on all."""
+        named = {label for pair in DECIDING for label in pair} - {"all"}
+        return {label: chosen for label, chosen, _ in self.direct() if label in named}
 
     def direct(self) -> list[tuple[str, list[int], dict[str, Any]]]:
         """Choices of the rules and of the controls: name, set, other settings.
