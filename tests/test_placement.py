@@ -66,9 +66,10 @@ def results(ground: str, judged: str = "") -> dict[str, Any]:
     return found
 
 
-def test_the_verdicts_are_those_of_the_trials() -> None:
+@pytest.mark.parametrize("ground", ["minilm-docstrings", "smollm2-gsm8k"])
+def test_the_verdicts_are_those_of_the_trials(ground: str) -> None:
     """Where judging takes no bootstrap; the others are made by ``placement.py judge``."""
-    assert judge(RESULTS / "placement-smollm2-gsm8k.json") == results("smollm2-gsm8k", "judged-")
+    assert judge(RESULTS / f"placement-{ground}.json") == results(ground, "judged-")
 
 
 def test_the_evidence_says_what_the_results_say(capsys: pytest.CaptureFixture[str]) -> None:
@@ -118,7 +119,9 @@ def test_the_readme_says_what_the_results_say(row: str) -> None:
     (line,) = [line for line in (ROOT / "README.md").read_text(encoding="utf-8").splitlines() if row in line]
     said = [float(number) for number in re.findall(r"[+-]\d\.\d{3}", line)]
     assert said == pytest.approx([gap, gap - half, gap + half], abs=0.0006)
-    chosen = next(t for t in data["trials"] if t["label"] == label and t["seed"] == 1)["set"]
+    one, whole = (next(t for t in data["trials"] if (t["label"], t["seed"]) == (name, 1)) for name in (label, "all"))
+    assert f"| {one['kept'] / whole['kept']:.2f}x |" in line
+    chosen = one["set"]
     counts = re.search(r"(\d+) of (\d+)", line)
     assert counts is None or [*map(int, counts.groups())] == [len(chosen), len(data["adapters"])]
 

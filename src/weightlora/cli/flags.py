@@ -15,10 +15,7 @@ from weightlora.tasks.spec import TaskSpec
 
 # The settings that most methods share. Every other setting of a method is a flag, too.
 METHOD_HELP = {
-    "k": (
-        "K",
-        "adapters to keep: a count, or a share such as 0.25 (default: 0.25; weightlora(+): --kept 0.6x)",
-    ),
+    "k": ("K", "adapters to keep: a count, or a share such as 0.25 (default: 0.25; weightlora(+): --kept 0.6x)"),
     "memory": ("SIZE", "instead of K: bytes that the whole run may take, such as 12GiB (weightlora)"),
     "step_time": ("SHARE", "instead of K: operations of a step, as a share of a step with all adapters, such as 0.7x"),
     "kept": (
