@@ -49,6 +49,7 @@ RESULTS = Path(__file__).parent / "results"
 GROUNDS = {
     "smollm2-sst2": Settings(model="smollm2", task="sst2", steps=64, batch=8, judged_rows=218),
     "minilm-sst2": Settings(model="minilm", task="sst2", steps=150, batch=16, judged_rows=436),
+    "minilm-sst2-long": Settings(model="minilm", task="sst2", steps=225, batch=16, judged_rows=436),
     "smollm2-docstrings": Settings(
         model="smollm2",
         task="docstrings",
