@@ -31,9 +31,9 @@ def cost(shape: str, row: str, *more: str) -> StepCost:
     return count(bench(shape, *more), [row])[row]
 
 
-def all_layers(row: str, layers: int = 12) -> StepCost:
-    """DeBERTa-v3-base in full, from one and from two of its layers: each further one costs the same."""
-    one, two = (cost("deberta-v3-base", row, "--layers", str(number)) for number in (1, 2))
+def all_layers(row: str, shape: str = "deberta-v3-base", layers: int = 12, *more: str) -> StepCost:
+    """A model in full, from one and from two of its layers: each further one costs the same."""
+    one, two = (cost(shape, row, *more, "--layers", str(number)) for number in (1, 2))
     grown = {each: getattr(two, each) - getattr(one, each) for each in ("kept_activation_bytes", "flops")}
     return StepCost(**{each: getattr(one, each) + (layers - 1) * grown[each] for each in grown})
 
@@ -51,18 +51,20 @@ def test_deberta_all_on() -> None:
 
 
 def test_llama_is_within_three_percent_of_the_floor() -> None:
-    floor = floor_bytes(bench("llama-512"))
-    ours, stock = cost("llama-512", "ours"), cost("llama-512", "stock")
-    assert 165 * MiB < floor < 180 * MiB
+    """A row of 256 tokens of eight layers in bfloat16, of which two are computed: some processors take long."""
+    one, two = (floor_bytes(bench("llama-512", "--batch", "1", "--layers", str(number))) for number in (1, 2))
+    floor = one + 7 * (two - one)
+    ours, stock = (all_layers(row, "llama-512", 8, "--batch", "1") for row in ("ours", "stock"))
+    assert 41 * MiB < floor < 45 * MiB
     assert ours.kept_activation_bytes <= 1.03 * floor
     assert ours.kept_activation_bytes < 0.45 * stock.kept_activation_bytes
     assert ours.flops <= stock.flops
 
 
-@pytest.mark.parametrize("shape", ["deberta-v3-base", "llama-512"])
-def test_gates_are_nearly_free(shape: str) -> None:
+@pytest.mark.parametrize(("shape", "more"), [("deberta-v3-base", ()), ("llama-512", ("--batch", "1"))])
+def test_gates_are_nearly_free(shape: str, more: tuple[str, ...]) -> None:
     """In two layers: what a gate costs is the same in each."""
-    plain, gated = (cost(shape, row, "--layers", "2") for row in ("ours", "ours-gated"))
+    plain, gated = (cost(shape, row, *more, "--layers", "2") for row in ("ours", "ours-gated"))
     assert gated.flops <= 1.01 * plain.flops
     assert gated.kept_activation_bytes <= 1.001 * plain.kept_activation_bytes
 

@@ -104,7 +104,7 @@ def test_no_words_no_zero_shot(small_data: Path, tmp_path: Path, capsys: pytest.
 def test_the_pretrained_decoder_by_name(small_data: Path, tmp_path: Path) -> None:
     """The command of the manual, in little: SST-2 by answer tokens."""
     steps = ("--model", "smollm2", "--max-steps", "3", "--per-device-train-batch-size", "2", "--max-eval-samples", "2")
-    steps += ("--max-length", "24", "--targets", "v_proj")
+    steps += ("--max-length", "24", "--targets", "v_proj", "--dtype", "float32")
     seam = ("--task", "sst2", "--data-dir", small_data, "--k", "21", "--select-after", "2")
     assert weightlora("train", *seam, *steps, "--out", tmp_path / "run") == 0
     record = Record.read(tmp_path / "run" / "record.json")

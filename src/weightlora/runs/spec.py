@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from weightlora.methods import Method
 
 CONFIG = "config.json"
+DTYPES = ("float32", "bfloat16")  # float16 would need gradients that are scaled, which scores do not survive
 SCHEMA_VERSION = 1
 DEFAULT_METHOD = "weightlora+"  # what docs/evidence.md supports: the same memory as weightlora, nearer to LoRA's loss
 
@@ -35,6 +36,7 @@ class ModelSpec:
         targets: "all-linear", "attention", "experts" (of a mixture), "vision", or endings of module names,
             comma-separated.
         r, alpha, dropout: of every adapter.
+        dtype: of the base's weights; None: the checkpoint's.
         params: a budget of adapter parameters ("123k"), or None. It sets the method's rank or K; the scale
             ``alpha / r`` stays that of `alpha` and `r`.
 
@@ -55,6 +57,9 @@ class ModelSpec:
     r: int = setting(8, "rank of every adapter (default: 8)", least=1)
     alpha: float = setting(32, "LoRA alpha (default: 32)", above=0, use="a positive number (the paper uses 32)")
     dropout: float = setting(0.05, "LoRA dropout (default: 0.05)", least=0, below=1)
+    dtype: str | None = setting(
+        None, "dtype of the base's weights: float32 or bfloat16 (default: the checkpoint's)", choices=DTYPES
+    )
     params: str | None = setting(
         None, "number of adapter parameters, such as 123k: sets the method's rank or K", metavar="N"
     )
