@@ -9,6 +9,7 @@ import pytest
 from tests.runs.commands import TINY, read, run_folders, spec, weightlora
 
 from weightlora.errors import ConfigError
+from weightlora.runs.build import base_model, task_of
 from weightlora.runs.record import EVAL_LOSS, Record
 from weightlora.study.grid import Cell, Grid, all_methods
 from weightlora.tasks import tell_once
@@ -112,3 +113,12 @@ def test_the_pretrained_decoder_by_name(small_data: Path, tmp_path: Path) -> Non
     assert math.isfinite(record.metrics[EVAL_LOSS])
     base = read(tmp_path / "run" / "adapter" / "adapter_config.json")
     assert base["task_type"] == "CAUSAL_LM"
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_the_weights_are_of_the_dtype_that_was_asked_for(dtype: str) -> None:
+    made = spec(task="docstrings", model="bert-tiny-shape", dtype=dtype)
+    loaded = base_model(made, task_of(made))
+    assert {str(p.dtype) for p in loaded.model.parameters()} == {f"torch.{dtype}"}
+    with pytest.raises(ConfigError, match="dtype='float16' is unknown; use one of float32, bfloat16"):
+        spec(dtype="float16")

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
 from tests.builders import trainer
 from torch import nn
 from transformers import PrinterCallback, Trainer
@@ -16,7 +17,7 @@ from transformers.utils import logging as transformers_logging
 from weightlora.graft.adapters import adapters
 from weightlora.methods import WeightLoRA, WeightLoRAPlus
 from weightlora.training import fit
-from weightlora.training.told import beside_the_losses, log
+from weightlora.training.told import SLOW, beside_the_losses, log, tell_slow_bfloat16
 
 
 @pytest.fixture(autouse=True)
@@ -111,3 +112,30 @@ def test_a_level_of_its_own_is_the_last_word(
         log.info("a decision")
     assert caplog.messages == []
     assert capsys.readouterr().out == ""
+
+
+@pytest.mark.parametrize(
+    ("bf16", "dtype", "change"),
+    [
+        (False, torch.float32, ""),
+        (True, torch.float32, "; set bf16=False"),
+        (False, torch.bfloat16, "; load the base in float32 (--dtype float32)"),
+        (True, torch.bfloat16, "; set bf16=False and load the base in float32 (--dtype float32)"),
+    ],
+)
+@pytest.mark.parametrize("times", [1.5, 60.4])
+def test_a_processor_that_is_slow_in_bfloat16_is_named(
+    bf16: bool,
+    dtype: torch.dtype,
+    change: str,
+    times: float,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("weightlora.training.told.slower_in_bfloat16", lambda: times)
+    made = trainer(tmp_path, bf16=bf16)
+    made.model.to(dtype)  # type: ignore[union-attr]
+    tell_slow_bfloat16(made)
+    said = f"this processor takes 60 times as long for a backward product in bfloat16 as in float32{change}"
+    assert [record.getMessage() for record in caplog.records] == [said] * bool(change and times > SLOW)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import math
-import platform
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -310,25 +309,14 @@ def _steps(args: Seq2SeqTrainingArguments, rows: int) -> int:
     return math.ceil(math.ceil(batches / args.gradient_accumulation_steps) * args.num_train_epochs)
 
 
-def _tell_slow(weights: torch.dtype, args: Seq2SeqTrainingArguments) -> None:
-    """Warn where a processor multiplies bfloat16 without instructions for it: measured, 60 times as slow."""
-    without = platform.machine() in ("x86_64", "AMD64") and torch.backends.cpu.get_cpu_capability() in ("DEFAULT", "AVX2")
-    change = ["leave out --bf16"] * args.bf16 + ["add --dtype float32"] * (weights == torch.bfloat16)
-    if without and change and args.device.type == "cpu":
-        what = "this processor has no instructions for bfloat16 (AVX-512), and would take many times as long"
-        tell_once(logging.WARNING, f"{what}; {' and '.join(change)}")
-
-
 def make_trainer(parts: Parts, spec: RunSpec, folder: Path, callbacks: list[TrainerCallback]) -> Trainer:
     """The task's trainer over the parts; its checkpoints go to ``folder/checkpoints``."""
     from transformers import PrinterCallback
 
     prepared = parts.prepared
-    args = training_arguments(spec, folder / "checkpoints", prepared)
-    _tell_slow(parts.loaded.model.dtype, args)
     trainer = prepared.trainer(
         model=parts.model,
-        args=args,
+        args=training_arguments(spec, folder / "checkpoints", prepared),
         train_dataset=prepared.train,
         eval_dataset=prepared.validation,
         data_collator=prepared.collator,

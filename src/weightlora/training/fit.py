@@ -18,7 +18,7 @@ from weightlora.training.preflight import check_best, check_fit, check_trainers_
 from weightlora.training.prepare import prepare
 from weightlora.training.results import FitResult, PhaseResult
 from weightlora.training.sharding import as_data_parallel, asked_for, check_sharding
-from weightlora.training.told import beside_the_losses
+from weightlora.training.told import beside_the_losses, tell_slow_bfloat16
 from weightlora.training.trainer import check_trainer
 
 
@@ -80,6 +80,7 @@ def fit(  # noqa: PLR0913 - one argument per user setting
     check_trainer(trainer)
     check_sharding(trainer)
     check_best(trainer)
+    tell_slow_bfloat16(trainer)
     if isinstance(method, PlainMethod | TunerMethod):
         if asked_for(trainer) is not None:
             raise ConfigError(
