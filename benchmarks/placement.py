@@ -69,6 +69,7 @@ GROUNDS = {
 RATES = (5e-4, 1e-3, 2e-3, 4e-3)
 HEAD_RATES = (1e-5, 3e-5, 1e-4, 3e-4)  # of an output layer that is trained whole
 SETS = 60
+SHARES = (0.3, 0.7, 0.85)  # of what LoRA on all keeps for backward, beside half
 FEW = 0.03  # of all adapters, where pruning in rounds is tried
 # Compared directly: the rule that was the default, and the one that told random sets apart best by its sum.
 RULES = ("credit", "weight times gradient (GoRA)")
@@ -174,6 +175,7 @@ class Study:
             ("rates", self._rates),
             ("own", self._own),
             ("grown", self._grown),
+            ("shares", self._shares),
         ):
             if name in stages:
                 stage(rate)
@@ -249,12 +251,26 @@ class Study:
 
     def _grown(self, rate: float) -> None:
         """The half by credit with ranks raised to the parameters of LoRA on all, at its own best rate."""
-        chosen, size = self._halves()[HALF], self.data["scores"][str(SCORE_SEED)]["parameters"]
-        more = {"ranks": int(self.settings.rank * sum(size) / sum(size[i] for i in chosen))}
+        chosen = self._halves()[HALF]
+        more = self._raised(chosen)
         own = self.best_rate(GROWN[0], chosen, more)
         self.data.setdefault("own rates", {})[GROWN[0]] = own
         for seed in DECIDING_SEEDS:
             self.trial(GROWN[0], chosen, seed, own, **more)
+
+    def _shares(self, rate: float) -> None:
+        """What other shares of the memory than half cost, with ranks raised likewise, at the rate of LoRA on all."""
+        scores, costs = self.data["scores"][str(SCORE_SEED)], self.ground.placement_costs()
+        whole = costs.total(range(len(self.blocks)))
+        for seed in DECIDING_SEEDS:
+            for share in SHARES:
+                chosen = list(place(scores[RULES[0]], costs, int(share * whole)).chosen)
+                self.trial(f"{share} kept, {RULES[0]}, grown", chosen, seed, rate, **self._raised(chosen))
+
+    def _raised(self, chosen: Sequence[int]) -> dict[str, Any]:
+        """One rank for all that are chosen, with which they have the parameters of LoRA on all."""
+        size = self.data["scores"][str(SCORE_SEED)]["parameters"]
+        return {"ranks": int(self.settings.rank * sum(size) / sum(size[i] for i in chosen))}
 
     def _halves(self) -> dict[str, list[int]]:
         """The sets of the stated comparisons beside LoRA on all."""
@@ -335,7 +351,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     run = commands.add_parser("run")
     run.add_argument("--ground", choices=sorted(GROUNDS), required=True)
     run.add_argument("--data-dir", required=True)
-    run.add_argument("--stages", default="scores,qualify,stated,sets,direct,rounds,longer,rates,own,grown")
+    run.add_argument("--stages", default="scores,qualify,stated,sets,direct,rounds,longer,rates,own,grown,shares")
     run.add_argument("--rate", type=float, help="found on another task of the same model; default: tuned here")
     run.add_argument("--threads", type=int, default=1)
     judging = commands.add_parser("judge")

@@ -246,7 +246,7 @@ def _integrated_gates(
             value = ground.loss(batch) / len(batches)
             if gate in at:
                 value.backward()
-            loss += float(value)
+            loss += float(value.detach())
         losses.append(loss)
         if gate in at:
             # The loss sees gate * B: its derivative by the gate is <dL/dB, B> / gate.
