@@ -37,7 +37,7 @@ def test_a_tighter_memory_changes_the_run_and_is_kept(
         placement = record["placement"]
         assert max(placement["total"], placement["warmup_total"]) <= placement["budget"] == least + more
         assert record["k"] is None
-        assert "of memory at a micro-batch of" in record["why"]
+        assert "of memory at a micro-batch of the" in record["why"]
         chosen = read(tmp_path / str(more) / "selection.json")
         assert chosen["placement"] == placement
         assert [phase["micro_batch"] for phase in record["phases"]] == [
