@@ -105,6 +105,7 @@ class Study:
     def __init__(self, name: str, data_dir: str, results: Path = RESULTS) -> None:
         self.name, self.path = name, results / f"placement-{name}.json"
         self.settings = GROUNDS[name]
+        self.data_dir = data_dir
         self.ground = Ground(self.settings, data_dir)
         g = self.ground
         self.blocks = [g.block_of(i) for i in range(len(g.names))]
@@ -176,6 +177,7 @@ class Study:
             ("own", self._own),
             ("grown", self._grown),
             ("shares", self._shares),
+            ("choosing", self._choosing),
         ):
             if name in stages:
                 stage(rate)
@@ -239,6 +241,12 @@ class Study:
     def _rates(self, rate: float) -> None:
         """Whether a smaller set wants another rate than all."""
         self.best_rate(HALF, self._halves()[HALF], {})
+
+    def _choosing(self, rate: float) -> None:
+        """Whether held-out training rows would have chosen the same rate of LoRA on all."""
+        self.ground, own = Ground(self.settings, self.data_dir, choosing=True), self.ground
+        self.data["rate by training rows"] = self.best_rate("all, judged on training rows", range(len(self.blocks)), {})
+        self.ground = own
 
     def _own(self, rate: float) -> None:
         """The stated comparisons again, with the halves at the best rate of the half by credit."""
@@ -351,7 +359,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     run = commands.add_parser("run")
     run.add_argument("--ground", choices=sorted(GROUNDS), required=True)
     run.add_argument("--data-dir", required=True)
-    run.add_argument("--stages", default="scores,qualify,stated,sets,direct,rounds,longer,rates,own,grown,shares")
+    run.add_argument(
+        "--stages", default="scores,qualify,stated,sets,direct,rounds,longer,rates,own,grown,shares,choosing"
+    )
     run.add_argument("--rate", type=float, help="found on another task of the same model; default: tuned here")
     run.add_argument("--threads", type=int, default=1)
     judging = commands.add_parser("judge")

@@ -114,9 +114,15 @@ class Trained:
 
 
 class Ground:
-    """A loaded model and tokenized rows; every trial begins from the same weights."""
+    """A loaded model and tokenized rows; every trial begins from the same weights.
 
-    def __init__(self, settings: Settings, data_dir: str) -> None:
+    Args:
+        settings: of everything.
+        data_dir: of the task's rows.
+        choosing: training rows alone, of which as many as usual judge, and the others are trained on.
+    """
+
+    def __init__(self, settings: Settings, data_dir: str, *, choosing: bool = False) -> None:
         torch.manual_seed(0)
         self.settings = settings
         spec = RunSpec.of(
@@ -140,6 +146,10 @@ class Ground:
         self.heads = list(loaded.heads)
         self.collate = prepared.collator
         self.train_rows, judged = (self._short(rows) for rows in (prepared.train, prepared.validation))
+        if choosing:
+            rest = len(self.train_rows) - settings.judged_rows
+            judged = self.train_rows.select(range(rest, len(self.train_rows)))
+            self.train_rows = self.train_rows.select(range(rest))
         step = max(1, len(judged) // settings.judged_rows)
         self.judged_rows = judged.select(range(0, len(judged), step))
         self._base = {name: self.model.get_submodule(name) for name in self.names}
