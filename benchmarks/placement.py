@@ -68,6 +68,10 @@ GROUNDS = {
 }
 RATES = (5e-4, 1e-3, 2e-3, 4e-3)
 HEAD_RATES = (1e-5, 3e-5, 1e-4, 3e-4)  # of an output layer that is trained whole
+# In the order in which they tell the most; each is a method of the study.
+STAGES = (
+    "scores", "qualify", "stated", "direct", "sets", "rounds", "longer", "rates", "own", "grown", "shares", "choosing"
+)  # fmt: skip
 SETS = 60
 SHARES = (0.3, 0.7, 0.85)  # of what LoRA on all keeps for backward, beside half
 FEW = 0.03  # of all adapters, where pruning in rounds is tried
@@ -162,25 +166,12 @@ class Study:
         return min(near, key=lambda rate: first[rate] + second[rate])
 
     def run(self, stages: Sequence[str], rate: float | None = None) -> None:
-        """The stages, in the order in which they tell the most; with a rate found on another task, or tuned here."""
+        """Some of the stages, with a rate found on another task, or tuned here."""
         rate = self.best_rate("all", range(len(self.blocks)), {}) if rate is None else rate
         self.data["rate"] = rate
-        for name, stage in (
-            ("scores", self._scores),
-            ("qualify", self._qualify),
-            ("stated", self._stated),
-            ("direct", self._direct),
-            ("sets", self._sets),
-            ("rounds", self._rounds),
-            ("longer", self._longer),
-            ("rates", self._rates),
-            ("own", self._own),
-            ("grown", self._grown),
-            ("shares", self._shares),
-            ("choosing", self._choosing),
-        ):
+        for name in STAGES:
             if name in stages:
-                stage(rate)
+                getattr(self, f"_{name}")(rate)
         self.save()
 
     def _scores(self, rate: float) -> None:
@@ -370,6 +361,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.command == "judge":
         judge_all(args.results)
         return 0
+    if unknown := set(args.stages.split(",")) - set(STAGES):
+        parser.error(f"stage {sorted(unknown)[0]!r} is unknown; use some of {','.join(STAGES)}")
     torch.set_num_threads(args.threads)
     Study(args.ground, args.data_dir).run(args.stages.split(","), args.rate)
     return 0

@@ -147,9 +147,9 @@ class Ground:
         self.collate = prepared.collator
         self.train_rows, judged = (self._short(rows) for rows in (prepared.train, prepared.validation))
         if choosing:
-            rest = len(self.train_rows) - settings.judged_rows
-            judged = self.train_rows.select(range(rest, len(self.train_rows)))
-            self.train_rows = self.train_rows.select(range(rest))
+            order = torch.randperm(len(self.train_rows), generator=torch.Generator().manual_seed(0)).tolist()
+            judged = self.train_rows.select(order[: settings.judged_rows])
+            self.train_rows = self.train_rows.select(order[settings.judged_rows :])
         step = max(1, len(judged) // settings.judged_rows)
         self.judged_rows = judged.select(range(0, len(judged), step))
         self._base = {name: self.model.get_submodule(name) for name in self.names}
