@@ -81,7 +81,8 @@ def _check_returnable(path: str, layer: LoraLayer, name: str, init: str) -> None
         kind = getattr(weight, "dtype", type(weight).__name__)
         raise AdapterError(
             f"{said}, and the base weight of {path} ({kind}) rounds too much for it to be added back exactly; load the"
-            " base with dtype=torch.float32 (bf16=True still computes in bfloat16), or use init_lora_weights=True"
+            " base with dtype=torch.float32 (--dtype float32; bf16=True still computes in bfloat16), or use"
+            " init_lora_weights=True"
         )
     if len(layer.lora_A) > 1:
         raise AdapterError(
