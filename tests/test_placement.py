@@ -16,7 +16,7 @@ from placement import random_sets
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
-GROUNDS = ("smollm2-sst2", "minilm-sst2", "minilm-docstrings", "smollm2-gsm8k")
+GROUNDS = ("smollm2-sst2", "minilm-sst2", "minilm-sst2-long", "minilm-docstrings", "smollm2-gsm8k")
 
 BLOCKS = [i // 7 for i in range(210)]
 KINDS = [str(i % 7) for i in range(210)]
@@ -66,7 +66,7 @@ def results(ground: str, judged: str = "") -> dict[str, Any]:
     return found
 
 
-@pytest.mark.parametrize("ground", ["minilm-docstrings", "smollm2-gsm8k"])
+@pytest.mark.parametrize("ground", ["minilm-sst2-long", "smollm2-gsm8k"])
 def test_the_verdicts_are_those_of_the_trials(ground: str) -> None:
     """Where judging takes no bootstrap; the others are made by ``placement.py judge``."""
     assert judge(RESULTS / f"placement-{ground}.json") == results(ground, "judged-")
