@@ -70,13 +70,15 @@ RATES = (5e-4, 1e-3, 2e-3, 4e-3)
 HEAD_RATES = (1e-5, 3e-5, 1e-4, 3e-4)  # of an output layer that is trained whole
 # In the order in which they tell the most; each is a method of the study.
 STAGES = (
-    "scores", "qualify", "stated", "direct", "sets", "rounds", "longer", "rates", "own", "grown", "shares", "choosing"
+    "scores", "qualify", "stated", "direct", "sets", "rounds", "longer", "rates", "own", "grown", "shares", "quarter",
+    "choosing",
 )  # fmt: skip
 SETS = 60
 SHARES = (0.3, 0.7, 0.85)  # of what LoRA on all keeps for backward, beside half
 FEW = 0.03  # of all adapters, where pruning in rounds is tried
 # Compared directly: the rule that was the default, and the one that told random sets apart best by its sum.
 RULES = ("credit", "weight times gradient (GoRA)")
+QUARTER_RULES = ("whitened gradient", *reversed(RULES))
 TUNE_SEEDS = (100, 101)
 SET_SEED = 1  # of initial values and rows, in every trial of a random set
 SCORE_SEED = 1000  # scores are measured on other batches than sets are trained on
@@ -232,6 +234,18 @@ class Study:
     def _rates(self, rate: float) -> None:
         """Whether a smaller set wants another rate than all."""
         self.best_rate(HALF, self._halves()[HALF], {})
+
+    def _quarter(self, rate: float) -> None:
+        """A quarter of the adapters by the scores that told random sets apart, against draws that change with the seed."""
+        n, scores = len(self.blocks), self.data["scores"][str(SCORE_SEED)]
+        for seed in DECIDING_SEEDS:
+            draw = random.Random(CONTROL_SEED + seed)
+            best = {rule: sorted(range(n), key=lambda i: -scores[rule][i])[: n // 4] for rule in QUARTER_RULES}  # noqa: B023
+            sets = {f"quarter, {rule}": sorted(chosen) for rule, chosen in best.items()}
+            sets["quarter, matched chance"] = self._matched(best[QUARTER_RULES[0]], draw)
+            sets["quarter, chance"] = sorted(draw.sample(range(n), n // 4))
+            for label, chosen in sets.items():
+                self.trial(label, chosen, seed, rate)
 
     def _choosing(self, rate: float) -> None:
         """Whether held-out training rows would have chosen the same rate of LoRA on all."""
