@@ -236,11 +236,11 @@ class Study:
         self.best_rate(HALF, self._halves()[HALF], {})
 
     def _quarter(self, rate: float) -> None:
-        """A quarter of the adapters by the scores that told random sets apart, against draws that change with the seed."""
+        """A quarter of the adapters by scores that told random sets apart, and draws that change with the seed."""
         n, scores = len(self.blocks), self.data["scores"][str(SCORE_SEED)]
         for seed in DECIDING_SEEDS:
             draw = random.Random(CONTROL_SEED + seed)
-            best = {rule: sorted(range(n), key=lambda i: -scores[rule][i])[: n // 4] for rule in QUARTER_RULES}  # noqa: B023
+            best = {rule: sorted(range(n), key=lambda i: -scores[rule][i])[: n // 4] for rule in QUARTER_RULES}
             sets = {f"quarter, {rule}": sorted(chosen) for rule, chosen in best.items()}
             sets["quarter, matched chance"] = self._matched(best[QUARTER_RULES[0]], draw)
             sets["quarter, chance"] = sorted(draw.sample(range(n), n // 4))
