@@ -158,7 +158,8 @@ def picture(data: dict[str, Any], path: Path) -> None:
     placed: list[tuple[float, float]] = []
     for number, label in enumerate((one for one in labels if not one.startswith("random ")), 1):
         mine = [t for t in data["trials"] if _is(t, label, data)]
-        at = mine[0]["kept"] / whole, sum(t["nats"] for t in mine) / len(mine)
+        kept, nats = (sum(t[key] for t in mine) / len(mine) for key in ("kept", "nats"))
+        at = kept / whole, nats
         axes.plot(*at, "^", color="black", markersize=5)
         near = sum(abs(at[0] - x) < 0.03 and abs(at[1] - y) < 0.02 for x, y in placed)
         offset = ((0, 6), (11, -3), (-11, -3), (0, -13), (11, 6), (-11, 6), (11, -13))[min(near, 6)]
