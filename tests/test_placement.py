@@ -104,6 +104,7 @@ HEADLINE = {
     "SmolLM2-135M, GSM8K: 89 of 210": ("smollm2-gsm8k", "half kept, credit"),
     "the same, GSM8K, with LoRA's parameters": ("smollm2-gsm8k", GROWN[0]),
     "MiniLM, SST-2: 17 of 36": ("minilm-sst2", "half kept, credit"),
+    "the same, SST-2, trained half": ("minilm-sst2-long", "half kept, credit"),
     "MiniLM, docstrings: 17 of 36": ("minilm-docstrings", "half kept, credit"),
     "the same, docstrings, with LoRA's parameters": ("minilm-docstrings", GROWN[0]),
     "the same, 17 of 36 by chance": ("minilm-docstrings", "half kept, chance"),

@@ -24,6 +24,8 @@ HALF = "half kept, credit"
 DECIDING = ((HALF, "half kept, all upper"), (HALF, "half kept, chance"), (HALF, "all"))
 # Stated later than those, before it was run: whether ranks raised to LoRA's parameters close what is left.
 GROWN = (f"{HALF}, grown", "all")
+# Stated when random sets had been judged by scores: a quarter of the adapters by the one that told them apart best.
+QUARTER = tuple(("quarter, whitened gradient", f"quarter, {other}") for other in ("matched chance", "chance", "credit"))
 DIRECT_SEEDS = (1, 2, 3)
 DECIDING_SEEDS = (*DIRECT_SEEDS, 4, 5)  # the last two were added when the first three had been looked at
 FAR = 0.3  # nats above the best: a run that lost its way
@@ -107,6 +109,8 @@ def show(found: dict[str, Any], data: dict[str, Any]) -> None:
             f" {nats:.4f} | {gap:+.4f} ± {half:.4f} | {right:.3f} |"
         )
     _show_differences([(f"{a} minus {b}", *paired(data, a, b)) for a, b in DECIDING])
+    if QUARTER[0][0] in labels:
+        _show_differences([(f"{a} minus {b}", *paired(data, a, b)) for a, b in QUARTER])
     rates = data.get("own rates", {})
     if rates.get(HALF, data["rate"]) != data["rate"]:
         print(f"\nAgain, with the halves at their own best rate, {rates[HALF]}:")
