@@ -244,6 +244,7 @@ class Study:
             sets = {f"quarter, {rule}": sorted(chosen) for rule, chosen in best.items()}
             sets["quarter, matched chance"] = self._matched(best[QUARTER_RULES[0]], draw)
             sets["quarter, chance"] = sorted(draw.sample(range(n), n // 4))
+            sets[f"quarter, matched chance of {RULES[0]}"] = self._matched(best[RULES[0]], draw)
             for label, chosen in sets.items():
                 self.trial(label, chosen, seed, rate)
 
