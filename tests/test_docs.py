@@ -83,7 +83,7 @@ def own_trainer() -> dict[str, Any]:
 
 @pytest.fixture
 def placement_table() -> dict[str, Any]:
-    return {"table": str(ROOT / "benchmarks" / "results" / "placement-smollm2-sst2.json")}
+    return {"table": str(ROOT / "benchmarks" / "results" / "placement-minilm-docstrings.json")}
 
 
 @pytest.fixture
