@@ -31,14 +31,17 @@ DECIDING_SEEDS = (*DIRECT_SEEDS, 4, 5)  # the last two were added when the first
 FAR = 0.3  # nats above the best: a run that lost its way
 
 
-def judge(path: Path) -> dict[str, Any]:
-    """Every score against the random sets of one ground, where it has any, and against each other."""
+def judge(path: Path, draws: int = 2000) -> dict[str, Any]:
+    """Every score against the random sets of one ground, where it has any, and against each other.
+
+    ``draws``: of the bootstrap for each interval.
+    """
     data = json.loads(path.read_text())
     sets, scores, adapters = load(str(path))
     blocks = [int(a["block"]) for a in adapters]
     scores["chance"] = [random.Random(i).random() for i in range(len(adapters))]
     found: dict[str, Any] = {"ground": data["settings"], "sets": len(sets), "rate": data.get("rate")}
-    found |= _against_sets(sets, scores, blocks) if sets else {}
+    found |= _against_sets(sets, scores, blocks, draws) if sets else {}
     found["between scores"] = {
         a: {b: round(float(stats.spearmanr(scores[a], scores[b])[0]), 2) for b in scores} for a in scores
     }
@@ -46,7 +49,7 @@ def judge(path: Path) -> dict[str, Any]:
 
 
 def _against_sets(
-    sets: Sequence[Mapping[str, Any]], scores: Mapping[str, Sequence[float]], blocks: Sequence[int]
+    sets: Sequence[Mapping[str, Any]], scores: Mapping[str, Sequence[float]], blocks: Sequence[int], draws: int
 ) -> dict[str, Any]:
     loss = np.array([one["nats"] for one in sets], dtype=float)
     known = np.array(
@@ -58,7 +61,9 @@ def _against_sets(
         for spread in (False, True):
             of_sets = np.array([value(values, one["set"], blocks, spread=spread) for one in sets])
             if np.ptp(of_sets) > 0:
-                verdicts[name + (", spread" if spread else "")] = dataclasses.asdict(partial(loss, of_sets, known))
+                verdicts[name + (", spread" if spread else "")] = dataclasses.asdict(
+                    partial(loss, of_sets, known, draws=draws)
+                )
     alone = {n: float(stats.spearmanr(known[:, i], loss)[0]) for i, n in enumerate(names)}
     return {"spearman with loss": alone, "partial": verdicts}
 
