@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from benchlib.judging import load, partial, value
-from benchlib.verdicts import GROWN, judge, paired, show, show_grown
+from benchlib.verdicts import GROWN, judge, noise, paired, show, show_grown
 from placement import random_sets
 
 ROOT = Path(__file__).parents[1]
@@ -130,6 +130,15 @@ def test_the_readme_says_what_the_results_say(row: str) -> None:
     chosen = one["set"]
     counts = re.search(r"(\d+) of (\d+)", line)
     assert counts is None or [*map(int, counts.groups())] == [len(chosen), len(data["adapters"])]
+
+
+def test_the_evidence_says_how_much_of_each_table_is_noise() -> None:
+    page = (ROOT / "docs" / "evidence.md").read_text(encoding="utf-8")
+    found = [noise(results(ground)) for ground in ("smollm2-sst2", "minilm-sst2", "minilm-docstrings")]
+    assert f"random sets | {' | '.join(f'{of_sets:.3f}' for of_sets, _ in found)} |" in page
+    assert f"three or more | {' | '.join(f'{of_seeds:.3f}' for _, of_seeds in found)} |" in page
+    shares = [f"{of_seeds**2 / of_sets**2:.0%}" for of_sets, of_seeds in found]
+    assert f"that is noise | {' | '.join(shares)} |" in page
 
 
 def test_the_evidence_says_what_growth_came_to() -> None:

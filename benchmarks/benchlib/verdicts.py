@@ -28,6 +28,7 @@ GROWN = (f"{HALF}, grown", "all")
 QUARTER = tuple(("quarter, whitened gradient", f"quarter, {other}") for other in ("matched chance", "chance", "credit"))
 DIRECT_SEEDS = (1, 2, 3)
 DECIDING_SEEDS = (*DIRECT_SEEDS, 4, 5)  # the last two were added when the first three had been looked at
+LOST = 0.5  # nats above the median of random sets
 FAR = 0.3  # nats above the best: a run that lost its way
 
 
@@ -88,6 +89,22 @@ def paired(data: dict[str, Any], label: str, against: str, *, own: bool = False)
     return float(gaps.mean()), float(half), len(gaps)
 
 
+def noise(data: Mapping[str, Any]) -> tuple[float, float]:
+    """Standard deviations of held-out nats: of random sets, and of seeds, pooled over sets with three or more.
+
+    Random sets more than :data:`LOST` above the median are left out.
+    """
+    nats = [t["nats"] for t in _random(data)]
+    of_sets = float(np.std([one for one in nats if one < np.median(nats) + LOST], ddof=1))
+    by_set: dict[tuple[object, ...], list[float]] = {}
+    for t in data["trials"]:
+        if t["set"] and t["seed"] in DECIDING_SEEDS and "steps" not in t and not t["label"].startswith("quarter, "):
+            by_set.setdefault((t["label"], t["rate"]), []).append(t["nats"])
+    several = [one for one in by_set.values() if len(one) >= 3]
+    squares = sum(float(np.var(one, ddof=1)) * (len(one) - 1) for one in several)
+    return of_sets, math.sqrt(squares / sum(len(one) - 1 for one in several))
+
+
 def _is(trial: dict[str, Any], label: str, data: dict[str, Any], own: bool = False) -> bool:
     rates = data.get("own rates", {}) if own or label == GROWN[0] else {}
     rate = rates.get(label, data["rate"])
@@ -98,7 +115,7 @@ def show(found: dict[str, Any], data: dict[str, Any]) -> None:
     """The verdicts as tables, the best first."""
     print(f"## {found['ground']['model']}, {found['ground']['task']}: {found['sets']} sets\n")
     if found["sets"]:
-        _show_scores(found)
+        _show_scores(found, data)
     print("\n| set | seeds | adapters | parameters | kept | nats | minus LoRA on all | accuracy |")
     print("|---|---|---|---|---|---|---|---|")
     labels = {
@@ -140,7 +157,9 @@ def _show_differences(gaps: Sequence[tuple[str, float, float, int]]) -> None:
         print(f"\n{name}: {gap:+.4f} ± {half:.4f} nats, p = {p:.3f}, {holm:.3f} by Holm")
 
 
-def _show_scores(found: dict[str, Any]) -> None:
+def _show_scores(found: dict[str, Any], data: dict[str, Any]) -> None:
+    of_sets, of_seeds = noise(data)
+    print(f"Standard deviation of sets {of_sets:.3f}, of seeds {of_seeds:.3f}: {of_seeds**2 / of_sets**2:.0%} is noise")
     print("Spearman with the loss:", {k: round(v, 2) for k, v in found["spearman with loss"].items()}, "\n")
     print("| score, summed | partial correlation | 95% | spread over blocks | 95% |\n|---|---|---|---|---|")
     verdicts = found["partial"]
@@ -211,7 +230,7 @@ def _whole(data: dict[str, Any]) -> int:
     return int(next(t["kept"] for t in data["trials"] if t["label"] == "all" and t["rate"] == data["rate"]))
 
 
-def _random(data: dict[str, Any]) -> list[dict[str, Any]]:
+def _random(data: Mapping[str, Any]) -> list[dict[str, Any]]:
     return [t for t in data["trials"] if t["label"].startswith("random ")]
 
 
