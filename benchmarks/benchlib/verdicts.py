@@ -96,11 +96,12 @@ def noise(data: Mapping[str, Any]) -> tuple[float, float]:
     """
     nats = [t["nats"] for t in _random(data)]
     of_sets = float(np.std([one for one in nats if one < np.median(nats) + LOST], ddof=1))
-    by_set: dict[tuple[object, ...], list[float]] = {}
+    by_set: dict[tuple[str, ...], dict[int, float]] = {}
     for t in data["trials"]:
-        if t["set"] and t["seed"] in DECIDING_SEEDS and "steps" not in t and not t["label"].startswith("quarter, "):
-            by_set.setdefault((t["label"], t["rate"]), []).append(t["nats"])
-    several = [one for one in by_set.values() if len(one) >= 3]
+        if t["set"] and t["seed"] in DECIDING_SEEDS:
+            same = by_set.setdefault(tuple(str(t.get(key)) for key in ("set", "rate", "ranks", "steps")), {})
+            same[t["seed"]] = t["nats"]  # one set may have two labels
+    several = [list(one.values()) for one in by_set.values() if len(one) >= 3]
     squares = sum(float(np.var(one, ddof=1)) * (len(one) - 1) for one in several)
     return of_sets, math.sqrt(squares / sum(len(one) - 1 for one in several))
 
