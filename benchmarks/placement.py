@@ -237,11 +237,11 @@ class Study:
 
     def _quarter(self, rate: float) -> None:
         """A quarter of the adapters by scores that told random sets apart, and draws that change with the seed."""
-        n, scores = len(self.blocks), self.data["scores"][str(SCORE_SEED)]
+        n = len(self.blocks)
+        best = {rule: self._best(rule, n // 4) for rule in QUARTER_RULES}
         for seed in DECIDING_SEEDS:
             draw = random.Random(CONTROL_SEED + seed)
-            best = {rule: sorted(range(n), key=lambda i: -scores[rule][i])[: n // 4] for rule in QUARTER_RULES}
-            sets = {f"quarter, {rule}": sorted(chosen) for rule, chosen in best.items()}
+            sets = {f"quarter, {rule}": chosen for rule, chosen in best.items()}
             sets["quarter, matched chance"] = self._matched(best[QUARTER_RULES[0]], draw)
             sets["quarter, chance"] = sorted(draw.sample(range(n), n // 4))
             sets[f"quarter, matched chance of {RULES[0]}"] = self._matched(best[RULES[0]], draw)
@@ -310,9 +310,9 @@ class Study:
         rows += [("half kept, chance", list(place(chance, costs, half).chosen), {})]
         first = []
         for rule in RULES:
-            best = sorted(range(n), key=lambda i, rule=rule: -scores[rule][i])[:k]  # type: ignore[misc]
+            best = self._best(rule, k)
             first = first or best
-            rows += [(f"K={k}, {rule}", sorted(best), {})]
+            rows += [(f"K={k}, {rule}", best, {})]
         spread = coverage(scores[RULES[0]], self.blocks, k)
         rows += [(f"K={k}, {RULES[0]}, spread", spread, {})]
         rows += [(f"K={k}, matched chance", self._matched(first, draw), {})]
@@ -326,6 +326,11 @@ class Study:
 
     def _above(self, block: int) -> list[int]:
         return [i for i, b in enumerate(self.blocks) if b >= block]
+
+    def _best(self, rule: str, k: int) -> list[int]:
+        """The k adapters that a score puts highest, in model order."""
+        scores = self.data["scores"][str(SCORE_SEED)][rule]
+        return sorted(sorted(range(len(self.blocks)), key=lambda i: -scores[i])[:k])
 
     def _widest_above(self, block: int) -> list[int]:
         """The adapter with the most parameters in each block from `block` up; of equal ones the first."""
