@@ -22,7 +22,6 @@ if TYPE_CHECKING:
     from weightlora.methods import Method
 
 CONFIG = "config.json"
-DTYPES = ("float32", "bfloat16")  # float16 would need gradients that are scaled, which scores do not survive
 SCHEMA_VERSION = 1
 DEFAULT_METHOD = "weightlora+"  # what docs/evidence.md supports: the same memory as weightlora, nearer to LoRA's loss
 
@@ -57,8 +56,11 @@ class ModelSpec:
     r: int = setting(8, "rank of every adapter (default: 8)", least=1)
     alpha: float = setting(32, "LoRA alpha (default: 32)", above=0, use="a positive number (the paper uses 32)")
     dropout: float = setting(0.05, "LoRA dropout (default: 0.05)", least=0, below=1)
+    # float16 would need gradients that are scaled, which scores do not survive.
     dtype: str | None = setting(
-        None, "dtype of the base's weights: float32 or bfloat16 (default: the checkpoint's)", choices=DTYPES
+        None,
+        "dtype of the base's weights: float32 or bfloat16 (default: the checkpoint's)",
+        choices=("float32", "bfloat16"),
     )
     params: str | None = setting(
         None, "number of adapter parameters, such as 123k: sets the method's rank or K", metavar="N"
