@@ -204,8 +204,7 @@ def most_important(
 
 
 def _limit(budget: Budget, room: Room) -> str:
-    if budget.kind == "memory":
-        return f"{format_bytes(room.budget)} of memory at a micro-batch of the {room.micro_batch} longest rows"
-    if budget.kind == "kept":
-        return f"{format_bytes(room.budget)} kept for backward at a micro-batch of the {room.micro_batch} longest rows"
+    of = {"memory": "of memory", "kept": "kept for backward"}.get(budget.kind)
+    if of:
+        return f"{format_bytes(room.budget)} {of} at a micro-batch of the {room.micro_batch} longest rows"
     return f"{room.budget:.4g} operations a step"
