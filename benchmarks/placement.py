@@ -370,9 +370,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     run = commands.add_parser("run")
     run.add_argument("--ground", choices=sorted(GROUNDS), required=True)
     run.add_argument("--data-dir", required=True)
-    run.add_argument(
-        "--stages", default="scores,qualify,stated,sets,direct,rounds,longer,rates,own,grown,shares,choosing"
-    )
+    run.add_argument("--stages", default=",".join(STAGES))
     run.add_argument("--rate", type=float, help="found on another task of the same model; default: tuned here")
     run.add_argument("--threads", type=int, default=1)
     judging = commands.add_parser("judge")
