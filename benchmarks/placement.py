@@ -34,6 +34,7 @@ from benchlib.verdicts import (
     DIRECT_SEEDS,
     GROWN,
     HALF,
+    SAME_PARAMETERS,
     agreement,
     judge,
     picture,
@@ -71,7 +72,7 @@ HEAD_RATES = (1e-5, 3e-5, 1e-4, 3e-4)  # of an output layer that is trained whol
 # In the order in which they tell the most; each is a method of the study.
 STAGES = (
     "scores", "qualify", "stated", "direct", "sets", "rounds", "longer", "rates", "own", "grown", "shares", "quarter",
-    "choosing",
+    "choosing", "equal",
 )  # fmt: skip
 SETS = 60
 SHARES = (0.3, 0.7, 0.85)  # of what LoRA on all keeps for backward, beside half
@@ -79,6 +80,7 @@ FEW = 0.03  # of all adapters, where pruning in rounds is tried
 # Compared directly: the rule that was the default, and the one that told random sets apart best by its sum.
 RULES = ("credit", "weight times gradient (GoRA)")
 QUARTER_RULES = ("whitened gradient", *reversed(RULES))
+EQUAL_RULES = ("integrated gates", "whitened gradient")
 TUNE_SEEDS = (100, 101)
 SET_SEED = 1  # of initial values and rows, in every trial of a random set
 SCORE_SEED = 1000  # scores are measured on other batches than sets are trained on
@@ -248,6 +250,19 @@ class Study:
             for label, chosen in sets.items():
                 self.trial(label, chosen, seed, rate)
 
+    def _equal(self, rate: float) -> None:
+        """What other scores choose with the parameters of credit's quarter, and the half by integrated gates."""
+        n, scores, costs = len(self.blocks), self.data["scores"][str(SCORE_SEED)], self.ground.placement_costs()
+        room = sum(scores["parameters"][i] for i in self._best(RULES[0], n // 4))
+        sets = {f"{SAME_PARAMETERS}, {rule}": self._filled(scores[rule], room) for rule in EQUAL_RULES}
+        half = costs.total(range(n)) // 2
+        sets[f"half kept, {EQUAL_RULES[0]}"] = list(place(scores[EQUAL_RULES[0]], costs, half).chosen)
+        for seed in DECIDING_SEEDS:
+            draw = random.Random(CONTROL_SEED + seed)
+            sets[f"{SAME_PARAMETERS}, chance"] = self._filled([draw.random() for _ in range(n)], room)
+            for label, chosen in sets.items():
+                self.trial(label, chosen, seed, rate)
+
     def _choosing(self, rate: float) -> None:
         """Whether held-out training rows would have chosen the same rate of LoRA on all."""
         self.ground, own = Ground(self.settings, self.data_dir, choosing=True), self.ground
@@ -331,6 +346,15 @@ class Study:
         """The k adapters that a score puts highest, in model order."""
         scores = self.data["scores"][str(SCORE_SEED)][rule]
         return sorted(sorted(range(len(self.blocks)), key=lambda i: -scores[i])[:k])
+
+    def _filled(self, scores: Sequence[float], room: float) -> list[int]:
+        """The adapters that a score puts highest, each if it still fits into so many parameters, in model order."""
+        size, found = self.data["scores"][str(SCORE_SEED)]["parameters"], []
+        for i in sorted(range(len(scores)), key=lambda i: -scores[i]):
+            if size[i] <= room:
+                found.append(i)
+                room -= size[i]
+        return sorted(found)
 
     def _widest_above(self, block: int) -> list[int]:
         """The adapter with the most parameters in each block from `block` up; of equal ones the first."""

@@ -26,6 +26,13 @@ DECIDING = ((HALF, "half kept, all upper"), (HALF, "half kept, chance"), (HALF, 
 GROWN = (f"{HALF}, grown", "all")
 # Stated when random sets had been judged by scores: a quarter of the adapters by the one that told them apart best.
 QUARTER = tuple(("quarter, whitened gradient", f"quarter, {other}") for other in ("matched chance", "chance", "credit"))
+# Stated when the quarter was known: other scores with as many parameters as credit's quarter has.
+SAME_PARAMETERS = "parameters of credit's quarter"
+EQUAL = (
+    (f"{SAME_PARAMETERS}, integrated gates", "quarter, credit"),
+    (f"{SAME_PARAMETERS}, whitened gradient", "quarter, credit"),
+    (f"{SAME_PARAMETERS}, integrated gates", f"{SAME_PARAMETERS}, chance"),
+)
 DIRECT_SEEDS = (1, 2, 3)
 DECIDING_SEEDS = (*DIRECT_SEEDS, 4, 5)  # the last two were added when the first three had been looked at
 LOST = 0.5  # nats above the median of random sets
@@ -132,8 +139,9 @@ def show(found: dict[str, Any], data: dict[str, Any]) -> None:
             f" {nats:.4f} | {gap:+.4f} ± {half:.4f} | {right:.3f} |"
         )
     _show_differences([(f"{a} minus {b}", *paired(data, a, b)) for a, b in DECIDING])
-    if QUARTER[0][0] in labels:
-        _show_differences([(f"{a} minus {b}", *paired(data, a, b)) for a, b in QUARTER])
+    for stated in (QUARTER, EQUAL):
+        if stated[0][0] in labels:
+            _show_differences([(f"{a} minus {b}", *paired(data, a, b)) for a, b in stated])
     rates = data.get("own rates", {})
     if rates.get(HALF, data["rate"]) != data["rate"]:
         print(f"\nAgain, with the halves at their own best rate, {rates[HALF]}:")
