@@ -35,6 +35,7 @@ EQUAL = (
 )
 DIRECT_SEEDS = (1, 2, 3)
 DECIDING_SEEDS = (*DIRECT_SEEDS, 4, 5)  # the last two were added when the first three had been looked at
+LEVEL = 0.05  # of the stated comparisons together
 LOST = 0.5  # nats above the median of random sets
 FAR = 0.3  # nats above the best: a run that lost its way
 
@@ -159,11 +160,17 @@ def show_grown(grounds: Sequence[dict[str, Any]]) -> None:
 
 
 def _show_differences(gaps: Sequence[tuple[str, float, float, int]]) -> None:
-    """What was stated before: name, difference, half of its interval, seeds; the most certain first."""
+    """What was stated before, as a table: the most certain first, in bold what is decided."""
+    print("\n| stated before | difference, nats | p | by Holm |\n|---|---|---|---|")
     values = sorted((_p_value(gap, half, count), name, gap, half) for name, gap, half, count in gaps if count > 1)
     for rank, (p, name, gap, half) in enumerate(values):
         holm = min(1.0, max((len(values) - i) * values[i][0] for i in range(rank + 1)))
-        print(f"\n{name}: {gap:+.4f} ± {half:.4f} nats, p = {p:.3f}, {holm:.3f} by Holm")
+        difference = f"{gap:+.4f} ± {half:.4f}"
+        print(f"| {name} | {f'**{difference}**' if holm < LEVEL else difference} | {_said(p)} | {_said(holm)} |")
+
+
+def _said(p: float) -> str:
+    return "< 0.001" if p < 0.0005 else f"{p:.3f}" if p < 0.0995 else f"{p:.2f}"
 
 
 def _show_scores(found: dict[str, Any], data: dict[str, Any]) -> None:
