@@ -22,8 +22,9 @@ SECONDS = 240
 
 def python_packages(name: str, *pins: str) -> Path:
     """A folder for ``PYTHONPATH`` with exactly these packages; what they need beside, the environment must have."""
-    pip = [sys.executable, "-m", "pip", "--disable-pip-version-check", "install", "-q", "--no-deps", "--target"]
-    return _installed(name, pins, [*pip, "."])
+    # Python compiles the few modules that are imported: pip would compile all, which takes as long as the rest.
+    pip = ["-m", "pip", "--disable-pip-version-check", "install", "-q", "--no-deps", "--no-compile", "--target", "."]
+    return _installed(name, [sys.implementation.cache_tag, *pins], [sys.executable, *pip, *pins])
 
 
 def node_packages(name: str, *pins: str) -> Path:
@@ -31,11 +32,12 @@ def node_packages(name: str, *pins: str) -> Path:
     if shutil.which("node") is None or shutil.which("npm") is None:
         pytest.skip(f"NO {name.upper()}: node and npm are not installed here")
     npm = ["npm", "install", "--ignore-scripts", "--omit=optional", "--no-audit", "--no-fund", "--no-save"]
-    return _installed(name, pins, npm)
+    return _installed(name, pins, [*npm, *pins])
 
 
-def _installed(name: str, pins: Sequence[str], command: Sequence[str]) -> Path:
-    mark = hashlib.sha256("\n".join([*command, *pins]).encode()).hexdigest()[:12]
+def _installed(name: str, of: Sequence[str], command: Sequence[str]) -> Path:
+    """What a command installs into an empty folder, found again by what it is `of`, from any checkout."""
+    mark = hashlib.sha256("\n".join(of).encode()).hexdigest()[:12]
     folder = cache_folder() / "tests" / f"{name}-{mark}"
     folder.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(folder.with_name(f".{folder.name}.lock")):
@@ -43,7 +45,7 @@ def _installed(name: str, pins: Sequence[str], command: Sequence[str]) -> Path:
             with new_folder(folder) as made:
                 try:
                     done = subprocess.run(
-                        [*command, *pins], cwd=made, capture_output=True, text=True, timeout=SECONDS, check=False
+                        command, cwd=made, capture_output=True, text=True, timeout=SECONDS, check=False
                     )
                 except (OSError, subprocess.TimeoutExpired) as error:
                     pytest.skip(f"NO {name.upper()}: {error}")
