@@ -168,7 +168,7 @@ class _Recorder:
             self.index[key] = len(self.sizes)
             self.sizes.append(0 if key in self.parameters else tensor.untyped_storage().nbytes())
             self.modules.append(self.stack[-1] if self.stack else "")
-            self.alive.append(tensor.detach())
+            self.alive.append(tensor.untyped_storage())
         return self.index[key]
 
     def _pack(self, tensor: Tensor) -> _Event:
@@ -176,9 +176,11 @@ class _Recorder:
         return self.held.add(_Event(tensor, self._storage(tensor), owner, self.unit))
 
     def let_go(self) -> None:
-        """Free the graph."""
+        """Free the graph. Nobody can go back through tensors without data, so that none of them is kept."""
         self.opened = []
-        self.held.let_go()
+        nothing = torch.empty(0)
+        for event in self.held:
+            event.tensor = nothing
 
     def _unpack(self, event: _Event) -> Tensor:
         self.opened.append(event)
