@@ -224,6 +224,8 @@ def plain(value: object) -> object:
     >>> plain({"k": [3, 0.5], "rest": torch.int8})
     {'k': [3, 0.5], 'rest': torch.int8}
     """
+    if value is None or type(value) in (str, bool, int, float):  # nearly always: asking for an abstract type takes long
+        return value
     if isinstance(value, Mapping):
         return {key: plain(held) for key, held in value.items()}
     if isinstance(value, list | tuple):

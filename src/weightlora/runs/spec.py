@@ -6,7 +6,8 @@ import difflib
 import json
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, fields, replace
+from copy import deepcopy
+from dataclasses import dataclass, field, fields, replace
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -208,8 +209,8 @@ class RunSpec:
 
     def values(self) -> dict[str, Any]:
         """All fields by their names among all; the same as an overlay of :meth:`of`."""
-        plain_parts = asdict(self)
-        return {name: plain_parts[part][field_name] for name, (part, field_name) in _homes().items()}
+        found = {name: getattr(getattr(self, part), own) for name, (part, own) in _homes().items()}
+        return {name: deepcopy(value) if isinstance(value, dict) else value for name, value in found.items()}
 
     def to_dict(self) -> dict[str, object]:
         """Plain data."""

@@ -12,7 +12,9 @@ import time
 import traceback
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import cache
 from pathlib import Path
+from typing import Any
 
 from weightlora.errors import ConfigError, WeightLoRAError
 from weightlora.files import write_text
@@ -44,11 +46,17 @@ def run_name(spec: RunSpec) -> str:
     >>> run_name(RunSpec.of({"method": "lora"}))
     'docstrings-lora-seed0-e9881fb148d2'
     """
-    default, values = RunSpec().values(), spec.values()
+    default, values = _defaults(), spec.values()
     own = {name: value for name, value in values.items() if value != default[name]}
     digest = hashlib.sha256(json.dumps(own, sort_keys=True).encode()).hexdigest()
     task = re.sub(r"[^\w.+-]", "_", Path(spec.task.name).name)  # a task may be a path
     return f"{task}-{spec.method.name}-seed{spec.training.seed}-{digest[:12]}"
+
+
+@cache
+def _defaults() -> dict[str, Any]:
+    """The values of a run of which nothing is said."""
+    return RunSpec().values()
 
 
 def execute(
