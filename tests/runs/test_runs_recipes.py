@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from pathlib import Path
 from typing import Any
 
@@ -21,9 +22,10 @@ each_recipe = pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.ste
 each_table = pytest.mark.parametrize("table", TABLES)
 
 
-def grid(path: Path, **given: Any) -> Grid:
-    """The grid of a recipe, as `sweep` reads it."""
-    return make_grid(read_recipe(path)[0], given)
+@functools.cache
+def grid(path: Path) -> Grid:
+    """The grid of a recipe, as `sweep` reads it; nothing of it can be changed."""
+    return make_grid(read_recipe(path)[0], {})
 
 
 def test_there_is_a_recipe_for_every_experiment_and_the_root_shows_them() -> None:
