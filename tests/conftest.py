@@ -19,6 +19,7 @@ gc.disable()  # until the first test begins: a quarter of what all imports take;
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("HF_DATASETS_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")  # more would be processes that import torch anew
 
 ROOT = Path(__file__).resolve().parents[1]
 
