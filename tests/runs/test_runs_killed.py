@@ -75,15 +75,15 @@ def killed_in_turn(events: list[str], points: list[int]) -> list[Kill]:
     return kills
 
 
+# Chosen by omega, and by credit with growth after it.
 METHODS = {
-    "weightlora": ["--method", "weightlora", "--k", "3", "--select-after", "4"],
     "paper": ["--method", "weightlora", "--preset", "paper", "--k", "3", "--select-after", "4"],
     "weightlora+": ["--method", "weightlora+", "--k", "0.25", "--select-after", "4"],
 }
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("name", "share"), [("weightlora", 0.5), ("paper", 0.3), ("weightlora+", 0.5)])
+@pytest.mark.parametrize(("name", "share"), [("paper", 0.3), ("weightlora+", 0.5)])
 def test_killed_at_any_event_it_ends_with_the_same_adapter(
     killer: Killer, undisturbed: Undisturbed, flags: list[str], tmp_path: Path, name: str, share: float
 ) -> None:
@@ -109,12 +109,11 @@ def test_killed_at_any_event_it_ends_with_the_same_adapter(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["paper", "weightlora+"])
 def test_killed_again_and_again_in_the_middle_of_things(
-    killer: Killer, undisturbed: Undisturbed, flags: list[str], tmp_path: Path, name: str
+    killer: Killer, undisturbed: Undisturbed, flags: list[str], tmp_path: Path
 ) -> None:
     """Several deaths in one run, milliseconds after an event: in a backward pass, or in a file while it is written."""
-    flags = [*flags, *METHODS[name]]
+    flags = [*flags, *METHODS["weightlora+"]]
     kills: list[Kill] = [
         ("step", 3, 0.004),
         ("open checkpoints/checkpoint-4", 1, 0.006),
