@@ -16,10 +16,10 @@ from tests.runs.killer import SAVED, STATE, Kill, Killer, differences, outcome, 
 from weightlora.training.identity import IN_USE
 
 STEPS = 8
-# Methods whose own schedules need more: 8 batches to look at, 8 rounds, 9 rounds of growth, 4 rounds of 4 clients.
-LONGER = {"gradient": 10, "alora": 16, "increlora": 16, "flexlora": 16}
-# One of each kind: no adapters, PEFT's own tuner, ranks that fall and grow, rows held out, rounds, gates to the end.
-OF_EVERY_KIND = ("full", "dora", "adalora", "increlora", "flexora", "flexlora", "official")
+# Methods whose own schedules need more: 9 rounds of growth.
+LONGER = {"increlora": 16}
+# One of each kind: no adapters, ranks that fall by PEFT's own tuner, ranks that grow, rows held out, gates to the end.
+OF_EVERY_KIND = ("full", "adalora", "increlora", "flexora", "official")
 
 
 @pytest.fixture
@@ -148,12 +148,7 @@ def test_a_method_of_every_other_kind_resumes_too(killer: Killer, flags: list[st
     tries = killer.life(tmp_path / "killed", flags, kills)
     assert len(tries) == len(kills) + 1
     assert tries[-1]["events"].count("step") == 0, "all steps were done and stored"
-    killed, whole = outcome(tmp_path / "killed"), outcome(tmp_path / "whole")
-    if name == "dora":
-        # PEFT's own DoRA leaves parts of a graph behind, not always the same ones; see docs/log.md.
-        for phase in (*killed["phases"], *whole["phases"]):
-            assert phase.pop("kept_activation_bytes") > 0
-    assert differences(killed, whole) == []
+    assert differences(outcome(tmp_path / "killed"), outcome(tmp_path / "whole")) == []
 
 
 @pytest.mark.slow
