@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Generic, TypeVar
 
 from torch import Tensor
@@ -43,8 +43,12 @@ class Held(Generic[S]):
     def __iter__(self) -> Iterator[S]:
         return iter(list(self._alive))
 
-    def let_go(self) -> None:
+    def let_go(self, leave: Callable[[Tensor], Tensor] = Tensor.detach) -> None:
         """Cut what is held off the graph that made it: a node that saved its own output holds itself, and what the
-        hooks know, in a circle through C++ that no collector sees. Whoever still goes back through it finds it all."""
+        hooks know, in a circle through C++ that no collector sees.
+
+        ``leave``: what stays in the place of a tensor; by default whoever still goes back through the graph finds it
+        all.
+        """
         for saved in self:
-            saved.tensor = saved.tensor.detach()
+            saved.tensor = leave(saved.tensor)

@@ -179,8 +179,7 @@ class _Recorder:
         """Free the graph. Nobody can go back through tensors without data, so that none of them is kept."""
         self.opened = []
         nothing = torch.empty(0)
-        for event in self.held:
-            event.tensor = nothing
+        self.held.let_go(lambda _: nothing)
 
     def _unpack(self, event: _Event) -> Tensor:
         self.opened.append(event)
