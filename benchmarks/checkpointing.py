@@ -46,15 +46,15 @@ def chosen(name: str, names: Sequence[str]) -> dict[str, list[str]]:
     return sets | {"upper half": list(names[len(names) // 2 :])}
 
 
-def rows(name: str, shape: Shape, args: argparse.Namespace) -> Iterator[dict[str, Any]]:
-    """The sets of one model, one after the other."""
+def rows(name: str, shape: Shape, args: argparse.Namespace) -> list[dict[str, Any]]:
+    """One for each set of one model, with and without checkpointing."""
     traced, _ = predicted(shape, argparse.Namespace(**vars(args) | {"device": "cuda"}))  # its kernels
     with FakeTensorMode():
-        yield from counted(name, shape, args, traced)
+        return list(counted(name, shape, args, traced))
 
 
 def counted(name: str, shape: Shape, args: argparse.Namespace, traced: Traced) -> Iterator[dict[str, Any]]:
-    """One row for each set, with and without checkpointing; to be called where tensors are fake."""
+    """The rows of :func:`rows`; to be called where tensors are fake."""
     bench = Bench(replace(shape, dtype=torch.float32), args)  # fake tensors cannot change their dtype
     # Their values would be asked for: by attention, and by the loss of DeBERTa's head.
     asked = {"attention_mask"} | ({"labels"} if shape.model.endswith("Classification") else set())

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 import re
 from pathlib import Path
@@ -11,7 +10,8 @@ import pytest
 
 from adapter_path import Bench
 from benchlib.shapes import SHAPES
-from checkpointing import RESULTS, chosen, rows, settings, shares
+from benchlib.verdicts import HALF
+from checkpointing import RESULTS, STUDIES, chosen, rows, settings, shares
 from weightlora.cost.measure import step_cost
 from weightlora.graft.depth import checkpoint_blocks, end_backward_at_lowest
 
@@ -21,7 +21,7 @@ PAGE = Path(__file__).parents[1] / "docs" / "evidence.md"
 def test_operations_of_fake_tensors_are_those_of_real_ones() -> None:
     args = settings(rank=4)
     found = {(row["set"], row["checkpointing"]): row for row in rows("tiny", SHAPES["tiny"], args)}
-    bench = Bench(SHAPES["tiny"], argparse.Namespace(**vars(args)))
+    bench = Bench(SHAPES["tiny"], args)
     for again in (False, True):
         if again:
             checkpoint_blocks(bench.root)  # type: ignore[arg-type]
@@ -47,14 +47,10 @@ def test_the_page_says_what_was_counted() -> None:
     assert len(told) == 20
 
 
-@pytest.mark.parametrize("name", ["smollm2", "minilm"])
+@pytest.mark.parametrize("name", STUDIES)
 def test_the_sets_are_those_of_the_study(name: str) -> None:
     stored = json.loads((RESULTS / "checkpointing.json").read_text())["rows"]
+    study = json.loads((RESULTS / STUDIES[name]).read_text())
     counts = {row["set"]: row["adapters"] for row in stored if row["shape"] == name}
-    assert (
-        counts
-        == {
-            "smollm2": {"all": 210, "credit": 89, "upper half": 105},
-            "minilm": {"all": 36, "credit": 17, "upper half": 18},
-        }[name]
-    )
+    half = next(trial["set"] for trial in study["trials"] if trial["label"] == HALF)
+    assert (counts["all"], counts["credit"]) == (len(study["adapters"]), len(half))
