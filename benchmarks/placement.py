@@ -41,6 +41,7 @@ from benchlib.verdicts import (
     show,
     show_grown,
 )
+from weightlora.core.budget import affordable
 from weightlora.core.importance import coverage
 from weightlora.core.placement import place
 from weightlora.core.published import proportional_ranks
@@ -253,13 +254,14 @@ class Study:
     def _equal(self, rate: float) -> None:
         """What other scores choose with the parameters of credit's quarter, and the half by integrated gates."""
         n, scores, costs = len(self.blocks), self.data["scores"][str(SCORE_SEED)], self.ground.placement_costs()
-        room = sum(scores["parameters"][i] for i in self._best(RULES[0], n // 4))
-        sets = {f"{SAME_PARAMETERS}, {rule}": self._filled(scores[rule], room) for rule in EQUAL_RULES}
+        size = [int(parameters) for parameters in scores["parameters"]]
+        room = sum(size[i] for i in self._best(RULES[0], n // 4))
+        sets = {f"{SAME_PARAMETERS}, {rule}": affordable(_ranked(scores[rule]), size, room) for rule in EQUAL_RULES}
         half = costs.total(range(n)) // 2
         sets[f"half kept, {EQUAL_RULES[0]}"] = list(place(scores[EQUAL_RULES[0]], costs, half).chosen)
         for seed in DECIDING_SEEDS:
             draw = random.Random(CONTROL_SEED + seed)
-            sets[f"{SAME_PARAMETERS}, chance"] = self._filled([draw.random() for _ in range(n)], room)
+            sets[f"{SAME_PARAMETERS}, chance"] = affordable(_ranked([draw.random() for _ in range(n)]), size, room)
             for label, chosen in sets.items():
                 self.trial(label, chosen, seed, rate)
 
@@ -344,17 +346,7 @@ class Study:
 
     def _best(self, rule: str, k: int) -> list[int]:
         """The k adapters that a score puts highest, in model order."""
-        scores = self.data["scores"][str(SCORE_SEED)][rule]
-        return sorted(sorted(range(len(self.blocks)), key=lambda i: -scores[i])[:k])
-
-    def _filled(self, scores: Sequence[float], room: float) -> list[int]:
-        """The adapters that a score puts highest, each if it still fits into so many parameters, in model order."""
-        size, found = self.data["scores"][str(SCORE_SEED)]["parameters"], []
-        for i in sorted(range(len(scores)), key=lambda i: -scores[i]):
-            if size[i] <= room:
-                found.append(i)
-                room -= size[i]
-        return sorted(found)
+        return sorted(_ranked(self.data["scores"][str(SCORE_SEED)][rule])[:k])
 
     def _widest_above(self, block: int) -> list[int]:
         """The adapter with the most parameters in each block from `block` up; of equal ones the first."""
@@ -371,6 +363,11 @@ class Study:
             same = [i for i, other in enumerate(alike) if other == one]
             found += draw.sample(same, sum(alike[i] == one for i in chosen))
         return sorted(found)
+
+
+def _ranked(scores: Sequence[float]) -> list[int]:
+    """Indices, the highest score first."""
+    return sorted(range(len(scores)), key=lambda i: -scores[i])
 
 
 def judge_all(results: Path) -> None:
