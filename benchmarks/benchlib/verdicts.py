@@ -190,14 +190,16 @@ def _show_scores(found: dict[str, Any], data: dict[str, Any]) -> None:
 def picture(data: dict[str, Any], path: Path) -> None:
     """Held-out loss of every set against what it keeps for backward: random sets, and by number what was compared
     directly."""
-    figure, (axes, side) = pyplot.subplots(1, 2, figsize=(9, 4.5), layout="constrained", width_ratios=(3, 1))
+    figure, (axes, side) = pyplot.subplots(1, 2, figsize=(10, 4.5), layout="constrained", width_ratios=(3, 1.4))
     whole = _whole(data)
     lowest = [min(data["adapters"][i]["block"] for i in t["set"]) for t in _random(data)]
     spots = axes.scatter(
         [t["kept"] / whole for t in _random(data)], [t["nats"] for t in _random(data)], c=lowest, cmap="viridis", s=24
     )
     figure.colorbar(spots, ax=axes, label="lowest block with an adapter")
-    labels = dict.fromkeys(t["label"] for t in data["trials"] if t["seed"] in DIRECT_SEEDS and t["set"])
+    # Whatever trained longer is compared with nothing here.
+    direct = [t for t in data["trials"] if t["seed"] in DIRECT_SEEDS and t["set"] and "steps" not in t]
+    labels = dict.fromkeys(t["label"] for t in direct)
     names: list[str] = []
     placed: list[tuple[float, float]] = []
     for number, label in enumerate((one for one in labels if not one.startswith("random ")), 1):
@@ -212,7 +214,7 @@ def picture(data: dict[str, Any], path: Path) -> None:
         names.append(f"{number:2}  {label}")
     side.axis("off")
     side.text(0, 1, "\n".join(names), va="top", fontsize=8, linespacing=1.5, transform=side.transAxes)
-    top = min(t["nats"] for t in data["trials"]) + FAR
+    top = min(t["nats"] for t in direct) + FAR
     above = sum(t["nats"] > top for t in _random(data))
     note = f"; {above} random sets lie above" if above else ""
     axes.set(xlabel="kept for backward, over LoRA on all", ylabel=f"held-out nats{note}", ylim=(None, top))
