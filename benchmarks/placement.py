@@ -64,8 +64,15 @@ GROUNDS = {
     "smollm2-gsm8k": Settings(
         model="smollm2", task="gsm8k", steps=64, batch=4, judged_rows=105, max_length=512, longest=112
     ),
+    # For processors that have no instructions for bfloat16: nine times as fast there.
+    "smollm2-gsm8k-float32": Settings(
+        model="smollm2", task="gsm8k", steps=64, batch=4, judged_rows=105, max_length=512, longest=112, dtype="float32"
+    ),
     "minilm-docstrings": Settings(
         model="minilm", task="docstrings", steps=150, batch=16, judged_rows=436, max_length=48
+    ),
+    "minilm-docstrings-long": Settings(
+        model="minilm", task="docstrings", steps=300, batch=16, judged_rows=436, max_length=48
     ),
 }
 RATES = (5e-4, 1e-3, 2e-3, 4e-3)
@@ -255,8 +262,9 @@ class Study:
         """What other scores choose with the parameters of credit's quarter, and the half by integrated gates."""
         n, scores, costs = len(self.blocks), self.data["scores"][str(SCORE_SEED)], self.ground.placement_costs()
         size = [int(parameters) for parameters in scores["parameters"]]
-        room = sum(size[i] for i in self._best(RULES[0], n // 4))
-        sets = {f"{SAME_PARAMETERS}, {rule}": affordable(_ranked(scores[rule]), size, room) for rule in EQUAL_RULES}
+        quarter = self._best(RULES[0], n // 4)
+        room, sets = sum(size[i] for i in quarter), {f"quarter, {RULES[0]}": quarter}
+        sets |= {f"{SAME_PARAMETERS}, {rule}": affordable(_ranked(scores[rule]), size, room) for rule in EQUAL_RULES}
         half = costs.total(range(n)) // 2
         sets[f"half kept, {EQUAL_RULES[0]}"] = list(place(scores[EQUAL_RULES[0]], costs, half).chosen)
         for seed in DECIDING_SEEDS:

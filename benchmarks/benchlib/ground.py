@@ -41,6 +41,7 @@ class Settings:
     max_length: int = 96
     words: str = ""  # that stand for the classes, each of one token, where their names are longer
     longest: int = 0  # rows of more tokens are left out, where whole texts are learned
+    dtype: str = "bfloat16"  # of a language model's frozen weights, and of autocast; others compute in float32
 
 
 @dataclass(frozen=True)
@@ -141,7 +142,8 @@ class Ground:
         self.language = task.head == "causal-lm"
         # The tokens that can answer; whole texts have none.
         self.answers = getattr(prepared.preprocess_logits, "tokens", None)
-        self.model: Any = loaded.model.to(torch.bfloat16) if self.language else loaded.model
+        self.dtype: torch.dtype = getattr(torch, settings.dtype) if self.language else torch.float32
+        self.model: Any = loaded.model.to(torch.bfloat16).to(self.dtype) if self.language else loaded.model
         self.names: list[str] = list(loaded.linear_targets)
         self.heads = list(loaded.heads)
         self.collate = prepared.collator
@@ -220,9 +222,12 @@ class Ground:
         self.reset()
         return costs
 
+    def _autocast(self) -> torch.autocast:
+        return torch.autocast("cpu", torch.bfloat16, enabled=self.dtype == torch.bfloat16)
+
     def _score(self, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
         """The mean loss, and which rows are right."""
-        with torch.autocast("cpu", torch.bfloat16, enabled=self.language):
+        with self._autocast():
             if not self.language:
                 out = self.model(**batch)
                 return out.loss, out.logits.argmax(-1) == batch["labels"]
@@ -307,7 +312,7 @@ class Ground:
             self.collate([self.judged_rows[i] for i in range(at, min(at + size, len(self.judged_rows)))])
             for at in range(0, len(self.judged_rows), size)
         ]
-        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        with torch.no_grad(), self._autocast():
             known, new = (self._features(rows) for rows in (self.batches(seed, self.settings.steps), judged))
         cut = len(known[1]) * 2 // 3
         part, rest = (known[0][:cut], known[1][:cut]), (known[0][cut:], known[1][cut:])
@@ -330,7 +335,7 @@ class Ground:
         schedule = get_linear_schedule_with_warmup(optimizer, math.ceil(0.06 * total), total)
         for batch in self.batches(seed, total):
             where = batch["labels"][:, 1:] != IGNORED
-            with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+            with torch.no_grad(), self._autocast():
                 hidden = self._hidden(batch)[:, :-1][where].float()
             nn.functional.cross_entropy(layer(hidden), batch["labels"][:, 1:][where]).backward()
             nn.utils.clip_grad_norm_(layer.parameters(), 1.0)
