@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from tests.runs.commands import TINY, read, read_rows, run_folders, spec, weightlora, write_rows
 
+from one_budget import gathered
 from weightlora.methods import METHODS
 from weightlora.study.grid import Cell, Grid
 from weightlora.study.jobs import execute
@@ -130,7 +131,7 @@ def tuning(out: Path, method: str) -> dict[float, dict[str, Any]]:
 @pytest.mark.slow
 def test_tuning_takes_the_best_rate_on_held_out_training_rows(small_data: Path, tmp_path: Path) -> None:
     """Rates are multiples of each method's default. Poison in the validation rows changes no tuning score."""
-    rates = ("--methods", "top,full", "--seeds", "1", "--tune", "0.1,300", "--max-steps", "8")
+    rates = ("--methods", "top,full", "--seeds", "1", "--tune", "0.1,300", "--metric", "eval_loss", "--max-steps", "8")
     clean, bad = tmp_path / "clean", tmp_path / "bad"
     assert compare(small_data, clean, *rates) == 0
     assert compare(poisoned(small_data, tmp_path / "data"), bad, *rates) == 0
@@ -141,8 +142,7 @@ def test_tuning_takes_the_best_rate_on_held_out_training_rows(small_data: Path, 
         assert {rate: record["metrics"] for rate, record in tried.items()} == {
             rate: record["metrics"] for rate, record in tuning(bad, label).items()
         }
-        best = max(record["metrics"]["accuracy"] for record in tried.values())
-        winner = min(rate for rate, record in tried.items() if record["metrics"]["accuracy"] == best)
+        winner = min(tried, key=lambda rate: tried[rate]["metrics"]["eval_loss"])
         for out in (clean, bad):
             (run,) = run_folders(out, method=label)
             final = read(run / "record.json")
@@ -152,6 +152,8 @@ def test_tuning_takes_the_best_rate_on_held_out_training_rows(small_data: Path, 
             read(run / "record.json")["metrics"] for out in (bad, clean) for run in run_folders(out, method=label)
         )
         assert there != here, "the poison is where the final judgement looks"
+        (row,) = (row for row in gathered([clean])["rows"] if row["method"] == label)
+        assert (row["learning_rate"], row["eval_loss"], row["tuned"]) == (winner, here["eval_loss"], True)
 
 
 @pytest.mark.slow
