@@ -80,7 +80,7 @@ HEAD_RATES = (1e-5, 3e-5, 1e-4, 3e-4)  # of an output layer that is trained whol
 # In the order in which they tell the most; each is a method of the study.
 STAGES = (
     "scores", "qualify", "stated", "direct", "sets", "rounds", "longer", "rates", "own", "grown", "shares", "quarter",
-    "choosing", "equal",
+    "choosing", "equal", "even",
 )  # fmt: skip
 SETS = 60
 SHARES = (0.3, 0.7, 0.85)  # of what LoRA on all keeps for backward, beside half
@@ -272,6 +272,16 @@ class Study:
             sets[f"{SAME_PARAMETERS}, chance"] = affordable(_ranked([draw.random() for _ in range(n)]), size, room)
             for label, chosen in sets.items():
                 self.trial(label, chosen, seed, rate)
+
+    def _even(self, rate: float) -> None:
+        """What needs no score: with the parameters of credit's quarter, the widest adapter of each block, then of each
+        once more."""
+        n, size = len(self.blocks), [int(one) for one in self.data["scores"][str(SCORE_SEED)]["parameters"]]
+        room = sum(size[i] for i in self._best(RULES[0], n // 4))
+        growing = (coverage(size, self.blocks, k) for k in range(n, 0, -1))
+        even = next(chosen for chosen in growing if sum(size[i] for i in chosen) <= room)
+        for seed in DECIDING_SEEDS:
+            self.trial(f"{SAME_PARAMETERS}, even", even, seed, rate)
 
     def _choosing(self, rate: float) -> None:
         """Whether held-out training rows would have chosen the same rate of LoRA on all."""

@@ -32,6 +32,7 @@ EQUAL = (
     (f"{SAME_PARAMETERS}, integrated gates", "quarter, credit"),
     (f"{SAME_PARAMETERS}, whitened gradient", "quarter, credit"),
     (f"{SAME_PARAMETERS}, integrated gates", f"{SAME_PARAMETERS}, chance"),
+    (f"{SAME_PARAMETERS}, even", f"{SAME_PARAMETERS}, chance"),  # on SmolLM2's GSM8K, in place of the second
 )
 DIRECT_SEEDS = (1, 2, 3)
 DECIDING_SEEDS = (*DIRECT_SEEDS, 4, 5)  # the last two were added when the first three had been looked at
