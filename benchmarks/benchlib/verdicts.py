@@ -61,21 +61,25 @@ def judge(path: Path, draws: int = 2000) -> dict[str, Any]:
 def _against_sets(
     sets: Sequence[Mapping[str, Any]], scores: Mapping[str, Sequence[float]], blocks: Sequence[int], draws: int
 ) -> dict[str, Any]:
+    """By partial rank correlation: given parameters, count and lowest block, and given evenness over blocks too."""
     loss = np.array([one["nats"] for one in sets], dtype=float)
     known = np.array(
         [[one["params"], len(one["set"]), min(blocks[i] for i in one["set"])] for one in sets], dtype=float
     )
     names = ("parameters", "count", "lowest block")
-    verdicts: dict[str, Any] = {}
+    even = [value(scores["parameters"], one["set"], blocks, spread=True) for one in sets]
+    more = np.column_stack([known, even])
+    verdicts: dict[str, dict[str, Any]] = {"partial": {}, "beyond evenness": {}}
     for name, values in scores.items():
         for spread in (False, True):
             of_sets = np.array([value(values, one["set"], blocks, spread=spread) for one in sets])
             if np.ptp(of_sets) > 0:
-                verdicts[name + (", spread" if spread else "")] = dataclasses.asdict(
-                    partial(loss, of_sets, known, draws=draws)
-                )
+                for key, facts in (("partial", known), ("beyond evenness", more)):
+                    verdicts[key][name + (", spread" if spread else "")] = dataclasses.asdict(
+                        partial(loss, of_sets, facts, draws=draws)
+                    )
     alone = {n: float(stats.spearmanr(known[:, i], loss)[0]) for i, n in enumerate(names)}
-    return {"spearman with loss": alone, "partial": verdicts}
+    return {"spearman with loss": alone, **verdicts}
 
 
 def paired(data: dict[str, Any], label: str, against: str, *, own: bool = False) -> tuple[float, float, int]:
@@ -178,14 +182,16 @@ def _show_scores(found: dict[str, Any], data: dict[str, Any]) -> None:
     of_sets, of_seeds = noise(data)
     print(f"Standard deviation of sets {of_sets:.3f}, of seeds {of_seeds:.3f}: {of_seeds**2 / of_sets**2:.0%} is noise")
     print("Spearman with the loss:", {k: round(v, 2) for k, v in found["spearman with loss"].items()}, "\n")
-    print("| score, summed | partial correlation | 95% | spread over blocks | 95% |\n|---|---|---|---|---|")
-    verdicts = found["partial"]
+    print("| score, summed | partial correlation | spread over blocks | summed, beyond evenness |\n|---|---|---|---|")
+    verdicts, beyond = found["partial"], found["beyond evenness"]
     for name in sorted((n for n in verdicts if not n.endswith(", spread")), key=lambda n: verdicts[n]["correlation"]):
-        cells = [name]
-        for key in (name, f"{name}, spread"):
-            v = verdicts.get(key)
-            cells += ["-", "-"] if v is None else [f"{v['correlation']:+.2f}", f"{v['low']:+.2f} to {v['high']:+.2f}"]
-        print("| " + " | ".join(cells) + " |")
+        three = (verdicts[name], verdicts.get(f"{name}, spread"), beyond[name])
+        print(f"| {name} | {' | '.join('-' if one is None else said(one) for one in three)} |")
+
+
+def said(verdict: Mapping[str, float]) -> str:
+    """A correlation with its interval, as in the tables."""
+    return f"{verdict['correlation']:+.2f} ({verdict['low']:+.2f} to {verdict['high']:+.2f})"
 
 
 def picture(data: dict[str, Any], path: Path) -> None:
