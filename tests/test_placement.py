@@ -9,14 +9,16 @@ from typing import Any
 
 import numpy as np
 import pytest
+from scipy import stats
 
 from benchlib.judging import load, partial, value
-from benchlib.verdicts import GROWN, judge, noise, paired, show, show_grown
+from benchlib.verdicts import GROWN, SAME_PARAMETERS, judge, noise, paired, said, show, show_grown
 from placement import random_sets
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
-GROUNDS = ("smollm2-sst2", "minilm-sst2", "minilm-sst2-long", "minilm-docstrings", "smollm2-gsm8k")
+TABLES = ("smollm2-sst2", "smollm2-gsm8k-float32", "minilm-sst2", "minilm-docstrings")  # with random sets
+GROUNDS = (*TABLES, "minilm-sst2-long", "smollm2-gsm8k")
 
 # A difference with its interval, its p and that by Holm, which end a row.
 DIFFERENCE = re.compile(r" \| \**[+-][\d.]+ ± [\d.]+\** \| (< )?[\d.]+ \| (< )?[\d.]+ \|$")
@@ -52,16 +54,17 @@ def test_a_spread_value_is_the_sum_of_roots_over_blocks() -> None:
     assert value([4.0, 5.0, 9.0, -1.0], [0, 1, 2, 3], [0, 0, 1, 2], spread=True) == pytest.approx(6)
 
 
-def test_the_stored_table_can_be_loaded() -> None:
-    path = RESULTS / "placement-smollm2-sst2.json"
-    sets, scores, adapters = load(str(path))
+@pytest.mark.parametrize("ground", TABLES)
+def test_the_stored_tables_can_be_loaded(ground: str) -> None:
+    sets, scores, adapters = load(str(RESULTS / f"placement-{ground}.json"))
+    count = 210 if ground.startswith("smollm2") else 36
     assert len(sets) == 60
-    assert {len(values) for values in scores.values()} == {len(adapters)} == {210}
+    assert {len(values) for values in scores.values()} == {len(adapters)} == {count}
     names = {a["name"]: i for i, a in enumerate(adapters)}
-    assert [names[a["name"]] for a in adapters] == list(range(210))
+    assert [names[a["name"]] for a in adapters] == list(range(count))
     blocks, kinds = [a["block"] for a in adapters], [a["kind"] for a in adapters]
     assert [one["set"] for one in sets] == random_sets(blocks, kinds, 60)
-    assert json.loads(path.read_text())["rate"] == 1e-3
+    assert {(one["seed"], one["rate"]) for one in sets} == {(1, results(ground)["rate"])}
 
 
 def results(ground: str, judged: str = "") -> dict[str, Any]:
@@ -73,10 +76,10 @@ def results(ground: str, judged: str = "") -> dict[str, Any]:
 def test_the_verdicts_are_those_of_the_trials(ground: str) -> None:
     """All but the intervals, whose bootstrap takes minutes."""
     found, stored = judge(RESULTS / f"placement-{ground}.json", draws=2), results(ground, "judged-")
-    here, there = (
-        {name: one["correlation"] for name, one in verdict.pop("partial", {}).items()} for verdict in (found, stored)
-    )
-    assert here == pytest.approx(there, abs=1e-9)
+    for key in ("partial", "beyond evenness"):
+        here, there = ({name: v["correlation"] for name, v in one.pop(key, {}).items()} for one in (found, stored))
+        assert here == pytest.approx(there, abs=1e-9)
+        assert len(here) > 25 or ground not in TABLES
     assert found == stored
 
 
@@ -87,8 +90,8 @@ def test_the_evidence_says_what_the_results_say(capsys: pytest.CaptureFixture[st
     for ground in GROUNDS:
         judged = results(ground, "judged-")
         show(judged, results(ground))
-        for one in judged.get("partial", {}).values():
-            scores.add(f"{one['correlation']:+.2f} ({one['low']:+.2f} to {one['high']:+.2f})")
+        for key in ("partial", "beyond evenness"):
+            scores |= {said(one) for one in judged.get(key, {}).values()}
     data = [results(ground) for ground in GROUNDS]
     show_grown(data)
     printed = capsys.readouterr().out
@@ -138,7 +141,7 @@ def test_the_readme_says_what_the_results_say(row: str) -> None:
 
 def test_the_evidence_says_how_much_of_each_table_is_noise() -> None:
     page = (ROOT / "docs" / "evidence.md").read_text(encoding="utf-8")
-    found = [noise(results(ground)) for ground in ("smollm2-sst2", "minilm-sst2", "minilm-docstrings")]
+    found = [noise(results(ground)) for ground in TABLES]
     assert f"random sets | {' | '.join(f'{of_sets:.3f}' for of_sets, _ in found)} |" in page
     assert f"three or more | {' | '.join(f'{of_seeds:.3f}' for _, of_seeds in found)} |" in page
     shares = [f"{of_seeds**2 / of_sets**2:.0%}" for of_sets, of_seeds in found]
@@ -159,3 +162,29 @@ def test_the_evidence_says_what_growth_came_to() -> None:
     gaps = [loss["weightlora+", seed] - loss["weightlora", seed] for seed in range(1, 6)]
     assert max(gaps) < 0
     assert f"`weightlora+` minus `weightlora`: {np.mean(gaps):+.4f} ± " in page
+
+
+def test_scores_agree_between_the_two_precisions_of_gsm8k() -> None:
+    coarse, fine = (load(str(RESULTS / f"placement-{g}.json"))[1] for g in ("smollm2-gsm8k", "smollm2-gsm8k-float32"))
+    assert min(float(stats.spearmanr(coarse[name], fine[name])[0]) for name in fine) == pytest.approx(0.95, abs=0.005)
+
+
+# A row of GSM8K's table at equal parameters.
+EQUAL_ROWS = {
+    "credit's 52": "quarter, credit",
+    "integrated gates, as many parameters": f"{SAME_PARAMETERS}, integrated gates",
+    "chance, as many parameters": f"{SAME_PARAMETERS}, chance",
+    "even, as many parameters": f"{SAME_PARAMETERS}, even",
+}
+
+
+@pytest.mark.parametrize("row", EQUAL_ROWS)
+def test_the_evidence_says_what_each_seed_came_to_at_equal_parameters(row: str) -> None:
+    data = results("smollm2-gsm8k-float32")
+    mine = sorted((t for t in data["trials"] if t["label"] == EQUAL_ROWS[row]), key=lambda t: int(t["seed"]))
+    assert [t["seed"] for t in mine] == [1, 2, 3, 4, 5]
+    nats, right = (np.mean([t[key] for t in mine]) for key in ("nats", "accuracy"))
+    each = " ".join(f"{t['nats']:.4f}"[1:] for t in mine)
+    page = (ROOT / "docs" / "evidence.md").read_text(encoding="utf-8")
+    lines = [line for line in page.splitlines() if line.startswith(f"| {row} | 5 |")]
+    assert [line.endswith(f"| {nats:.4f} | {right:.3f} | {each} |") for line in lines].count(True) == 1
