@@ -18,9 +18,9 @@ from pathlib import Path
 from typing import Any
 
 from adapter_path import write
+from weightlora.report.runfiles import RECORD, TUNING
 
 RESULT = Path(__file__).parent / "results" / "methods-tuned-100-steps-docstrings.json"
-RATE = 1e-3  # where a run has no rate of its own
 
 
 def run_of(path: Path) -> dict[str, Any]:
@@ -29,15 +29,16 @@ def run_of(path: Path) -> dict[str, Any]:
     if record["status"] != "ok":
         raise SystemExit(f"{path}: the run did not end well: {record['error']}")
     found = {"method": record["method"], "preset": record["preset"].split(",")[0]}
-    found["learning_rate"] = record["config"]["training"].get("learning_rate", RATE)
+    found["learning_rate"] = record["config"]["training"]["learning_rate"]
     return found | {key: record["metrics"][key] for key in ("accuracy", "eval_loss")} | {"record": record}
 
 
 def gathered(folders: Sequence[Path]) -> dict[str, Any]:
     """All methods, the least held-out loss first, and every rate that was tried."""
-    paths = sorted(path for folder in folders for path in folder.rglob("record.json"))
-    tuning = [run_of(path) for path in paths if "tune" in path.parts]
-    finals = [run_of(path) for path in paths if "tune" not in path.parts]
+    found = sorted((path, folder) for folder in folders for path in folder.rglob(RECORD))
+    trials = {path: TUNING in path.relative_to(folder).parts for path, folder in found}
+    tuning = [run_of(path) for path, trial in trials.items() if trial]
+    finals = [run_of(path) for path, trial in trials.items() if not trial]
     best: dict[tuple[str, str], dict[str, Any]] = {}
     for one in sorted(tuning, key=lambda one: -float(one["eval_loss"])):
         best[one["method"], one["preset"]] = one
