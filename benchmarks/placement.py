@@ -218,6 +218,7 @@ class Study:
                 self.trial(label, chosen, seed, rate, **more)
 
     def _sets(self, rate: float) -> None:
+        self.trial("all", range(len(self.blocks)), SET_SEED, rate)  # what the others' memory is measured by
         for number, chosen in enumerate(random_sets(self.blocks, self.kinds, SETS)):
             self.trial(f"random {number}", chosen, SET_SEED, rate)
 
@@ -261,9 +262,8 @@ class Study:
     def _equal(self, rate: float) -> None:
         """What other scores choose with the parameters of credit's quarter, and the half by integrated gates."""
         n, scores, costs = len(self.blocks), self.data["scores"][str(SCORE_SEED)], self.ground.placement_costs()
-        size = [int(parameters) for parameters in scores["parameters"]]
-        quarter = self._best(RULES[0], n // 4)
-        room, sets = sum(size[i] for i in quarter), {f"quarter, {RULES[0]}": quarter}
+        quarter, size, room = self._quarter_of_credit()
+        sets = {f"quarter, {RULES[0]}": quarter}
         sets |= {f"{SAME_PARAMETERS}, {rule}": affordable(_ranked(scores[rule]), size, room) for rule in EQUAL_RULES}
         half = costs.total(range(n)) // 2
         sets[f"half kept, {EQUAL_RULES[0]}"] = list(place(scores[EQUAL_RULES[0]], costs, half).chosen)
@@ -276,12 +276,17 @@ class Study:
     def _even(self, rate: float) -> None:
         """What needs no score: with the parameters of credit's quarter, the widest adapter of each block, then of each
         once more."""
-        n, size = len(self.blocks), [int(one) for one in self.data["scores"][str(SCORE_SEED)]["parameters"]]
-        room = sum(size[i] for i in self._best(RULES[0], n // 4))
-        growing = (coverage(size, self.blocks, k) for k in range(n, 0, -1))
-        even = next(chosen for chosen in growing if sum(size[i] for i in chosen) <= room)
+        _, size, room = self._quarter_of_credit()
+        fewer = (coverage(size, self.blocks, k) for k in range(len(size), 0, -1))
+        even = next(chosen for chosen in fewer if sum(size[i] for i in chosen) <= room)
         for seed in DECIDING_SEEDS:
             self.trial(f"{SAME_PARAMETERS}, even", even, seed, rate)
+
+    def _quarter_of_credit(self) -> tuple[list[int], list[int], int]:
+        """A quarter of the adapters by credit, the parameters of each of all, and those of the quarter."""
+        size = [int(one) for one in self.data["scores"][str(SCORE_SEED)]["parameters"]]
+        quarter = self._best(RULES[0], len(size) // 4)
+        return quarter, size, sum(size[i] for i in quarter)
 
     def _choosing(self, rate: float) -> None:
         """Whether held-out training rows would have chosen the same rate of LoRA on all."""

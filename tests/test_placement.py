@@ -139,6 +139,14 @@ def test_the_readme_says_what_the_results_say(row: str) -> None:
     assert counts is None or [*map(int, counts.groups())] == [len(chosen), len(data["adapters"])]
 
 
+def test_a_table_of_sets_alone_is_shown(capsys: pytest.CaptureFixture[str]) -> None:
+    """As it is after the first stages, when nothing has been trained with several seeds."""
+    data = results("minilm-docstrings")
+    data["trials"] = [t for t in data["trials"] if t["seed"] == 1 and t["label"].startswith(("random ", "all"))]
+    show(results("minilm-docstrings", "judged-"), data)
+    assert "of seeds nan" in capsys.readouterr().out
+
+
 def test_the_evidence_says_how_much_of_each_table_is_noise() -> None:
     page = (ROOT / "docs" / "evidence.md").read_text(encoding="utf-8")
     found = [noise(results(ground)) for ground in TABLES]
@@ -166,7 +174,9 @@ def test_the_evidence_says_what_growth_came_to() -> None:
 
 def test_scores_agree_between_the_two_precisions_of_gsm8k() -> None:
     coarse, fine = (load(str(RESULTS / f"placement-{g}.json"))[1] for g in ("smollm2-gsm8k", "smollm2-gsm8k-float32"))
-    assert min(float(stats.spearmanr(coarse[name], fine[name])[0]) for name in fine) == pytest.approx(0.95, abs=0.005)
+    found = [float(stats.spearmanr(coarse[name], fine[name])[0]) for name in fine]
+    page = (ROOT / "docs" / "evidence.md").read_text(encoding="utf-8")
+    assert f"scores agree between them (Spearman {min(found):.2f} to {max(found):.2f})" in page
 
 
 # A row of GSM8K's table at equal parameters.

@@ -105,7 +105,7 @@ def paired(data: dict[str, Any], label: str, against: str, *, own: bool = False)
 def noise(data: Mapping[str, Any]) -> tuple[float, float]:
     """Standard deviations of held-out nats: of random sets, and of seeds, pooled over sets with three or more.
 
-    Random sets more than :data:`LOST` above the median are left out.
+    Random sets more than :data:`LOST` above the median are left out. Not a number: no set has three seeds yet.
     """
     nats = [t["nats"] for t in _random(data)]
     of_sets = float(np.std([one for one in nats if one < np.median(nats) + LOST], ddof=1))
@@ -116,7 +116,7 @@ def noise(data: Mapping[str, Any]) -> tuple[float, float]:
             same[t["seed"]] = t["nats"]  # one set may have two labels
     several = [list(one.values()) for one in by_set.values() if len(one) >= 3]
     squares = sum(float(np.var(one, ddof=1)) * (len(one) - 1) for one in several)
-    return of_sets, math.sqrt(squares / sum(len(one) - 1 for one in several))
+    return of_sets, math.sqrt(squares / sum(len(one) - 1 for one in several)) if several else math.nan
 
 
 def _is(trial: dict[str, Any], label: str, data: dict[str, Any], own: bool = False) -> bool:
