@@ -143,6 +143,7 @@ class Ground:
         # The tokens that can answer; whole texts have none.
         self.answers = getattr(prepared.preprocess_logits, "tokens", None)
         self.dtype: torch.dtype = getattr(torch, settings.dtype) if self.language else torch.float32
+        # By way of bfloat16, so that the frozen weights are the same numbers in either precision.
         self.model: Any = loaded.model.to(torch.bfloat16).to(self.dtype) if self.language else loaded.model
         self.names: list[str] = list(loaded.linear_targets)
         self.heads = list(loaded.heads)
