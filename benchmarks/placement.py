@@ -35,6 +35,7 @@ from benchlib.verdicts import (
     GROWN,
     HALF,
     SAME_PARAMETERS,
+    SAME_WORK,
     agreement,
     judge,
     picture,
@@ -80,7 +81,7 @@ HEAD_RATES = (1e-5, 3e-5, 1e-4, 3e-4)  # of an output layer that is trained whol
 # In the order in which they tell the most; each is a method of the study.
 STAGES = (
     "scores", "qualify", "stated", "direct", "sets", "rounds", "longer", "rates", "own", "grown", "shares", "quarter",
-    "choosing", "equal", "even",
+    "choosing", "equal", "even", "work",
 )  # fmt: skip
 SETS = 60
 SHARES = (0.3, 0.7, 0.85)  # of what LoRA on all keeps for backward, beside half
@@ -237,10 +238,12 @@ class Study:
             self.trial(f"K={k}, matched chance", self._matched(once, draw), seed, rate)
 
     def _longer(self, rate: float) -> None:
-        """Whether training was long enough for LoRA on all."""
+        """Whether training was long enough for LoRA on all, and what half of the memory costs with more of it."""
+        chosen, steps = self._halves()[HALF], self.settings.steps * 3 // 2
         for seed in DIRECT_SEEDS:
-            steps = self.settings.steps * 3 // 2
             self.trial("all, half as many steps more", range(len(self.blocks)), seed, rate, steps=steps)
+            raised = self._raised(chosen)
+            self.trial(f"{GROWN[0]}, half as many steps more", chosen, seed, rate, steps=steps, **raised)
 
     def _rates(self, rate: float) -> None:
         """Whether a smaller set wants another rate than all."""
@@ -281,6 +284,18 @@ class Study:
         even = next(chosen for chosen in fewer if sum(size[i] for i in chosen) <= room)
         for seed in DECIDING_SEEDS:
             self.trial(f"{SAME_PARAMETERS}, even", even, seed, rate)
+
+    def _work(self, rate: float) -> None:
+        """The half by credit with ranks raised, trained for the operations of LoRA on all, at its rate."""
+        every, chosen = list(range(len(self.blocks))), self._halves()[HALF]
+        raised = self._raised(chosen)
+        counts = {"all": self.ground.operations(every), GROWN[0]: self.ground.operations(chosen, **raised)}
+        self.data["operations"] = counts
+        steps = self.settings.steps * counts["all"] // counts[GROWN[0]]
+        for seed in DECIDING_SEEDS:
+            self.trial("all", every, seed, rate)
+            self.trial(GROWN[0], chosen, seed, rate, **raised)
+            self.trial(SAME_WORK[0], chosen, seed, rate, steps=steps, **raised)
 
     def _quarter_of_credit(self) -> tuple[list[int], list[int], int]:
         """A quarter of the adapters by credit, the parameters of each of all, and those of the quarter."""

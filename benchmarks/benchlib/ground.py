@@ -15,6 +15,7 @@ from typing import Any
 import peft
 import torch
 from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
 from transformers import get_linear_schedule_with_warmup
 
 from weightlora.core.placement import PlacementCosts
@@ -222,6 +223,17 @@ class Ground:
         costs = placement_costs(trace(wrapped, lambda: self.loss(fixed), stock=True))
         self.reset()
         return costs
+
+    def operations(self, indices: Sequence[int], ranks: int | None = None) -> int:
+        """Those of one step's forward and backward pass, frozen layers with them, on the rows of placement costs."""
+        self.reset()
+        Trained(self, indices, seed=0, ranks=ranks)
+        fixed = self.collate([self.train_rows[i] for i in range(self.settings.batch)])
+        with FlopCounterMode(display=False) as counter:
+            self.loss(fixed).backward()
+        self.reset()
+        self.model.zero_grad()
+        return int(counter.get_total_flops())
 
     def _autocast(self) -> torch.autocast:
         return torch.autocast("cpu", torch.bfloat16, enabled=self.dtype == torch.bfloat16)

@@ -24,6 +24,8 @@ HALF = "half kept, credit"
 DECIDING = ((HALF, "half kept, all upper"), (HALF, "half kept, chance"), (HALF, "all"))
 # Stated later than those, before it was run: whether ranks raised to LoRA's parameters close what is left.
 GROWN = (f"{HALF}, grown", "all")
+# Stated when half of the memory was known to cost something: what it costs where as many operations are spent.
+SAME_WORK = (f"{GROWN[0]}, operations of all", "all")
 # Stated when random sets had been judged by scores: a quarter of the adapters by the one that told them apart best.
 QUARTER = tuple(("quarter, whitened gradient", f"quarter, {other}") for other in ("matched chance", "chance", "credit"))
 # Stated when the quarter was known: other scores with as many parameters as credit's quarter has.
