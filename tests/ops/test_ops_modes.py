@@ -253,8 +253,8 @@ def gradients(model: nn.Module, run: nn.Module, x: Tensor) -> list[Tensor]:
 
 
 @pytest.mark.usefixtures("compiler")
-@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
-@pytest.mark.parametrize("gated", [True, False])
+# The code that inductor writes is its own matter; it takes long, and one graph shows that it takes ours.
+@pytest.mark.parametrize(("backend", "gated"), [("aot_eager", True), ("aot_eager", False), ("inductor", True)])
 def test_compiled_numbers_are_the_same(backend: str, gated: bool) -> None:
     model = adapted()
     gates = Gates(model, value=0.7) if gated else None
