@@ -40,7 +40,7 @@ from benchlib.verdicts import (
     judge,
     picture,
     show,
-    show_grown,
+    show_over_grounds,
 )
 from weightlora.core.budget import affordable
 from weightlora.core.importance import coverage
@@ -418,7 +418,7 @@ def judge_all(results: Path) -> None:
         if verdicts[name]["sets"]:
             picture(grounds[name], path.with_suffix(".png"))
         write(results / f"placement-judged-{name}.json", verdicts[name])
-    show_grown(list(grounds.values()))
+    show_over_grounds(list(grounds.values()))
     if {"smollm2-sst2", "minilm-sst2"} <= verdicts.keys():
         agreement(verdicts["smollm2-sst2"], verdicts["minilm-sst2"], results / "placement-scores.png")
 

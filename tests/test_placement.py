@@ -12,13 +12,13 @@ import pytest
 from scipy import stats
 
 from benchlib.judging import load, partial, value
-from benchlib.verdicts import GROWN, SAME_PARAMETERS, judge, noise, paired, said, show, show_grown
+from benchlib.verdicts import GROWN, SAME_PARAMETERS, judge, noise, paired, said, show, show_over_grounds
 from placement import random_sets
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 TABLES = ("smollm2-sst2", "smollm2-gsm8k-float32", "minilm-sst2", "minilm-docstrings")  # with random sets
-GROUNDS = (*TABLES, "minilm-sst2-long", "smollm2-gsm8k")
+GROUNDS = (*TABLES, "minilm-sst2-long", "minilm-docstrings-long", "smollm2-gsm8k")
 
 # A difference with its interval, its p and that by Holm, which end a row.
 DIFFERENCE = re.compile(r" \| \**[+-][\d.]+ ± [\d.]+\** \| (< )?[\d.]+ \| (< )?[\d.]+ \|$")
@@ -93,7 +93,7 @@ def test_the_evidence_says_what_the_results_say(capsys: pytest.CaptureFixture[st
         for key in ("partial", "beyond evenness"):
             scores |= {said(one) for one in judged.get(key, {}).values()}
     data = [results(ground) for ground in GROUNDS]
-    show_grown(data)
+    show_over_grounds(data)
     printed = capsys.readouterr().out
     in_tables = [line for line in page.splitlines() if line.startswith("|")]
     found = [cell for line in in_tables for cell in re.findall(r"[+-]\d\.\d\d \([^)]* to [^)]*\)", line)]

@@ -25,6 +25,7 @@ from weightlora.tasks import load_model, read_task
 
 LENGTHS_SORTED_IN = 8  # batches whose rows are sorted by length together, so that little is padding
 IGNORED = -100
+JUDGED = -1  # in place of a seed, of the rows that judge
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -279,6 +280,9 @@ class Ground:
             hook.remove()
         for name, layer in adapted.items():
             self._put(name, layer)
+        # Gigabytes for each seed: those of all but the judged rows, this seed and the one before it go.
+        seeds = [*dict.fromkeys(seed for seed, _ in self._seen if seed not in (JUDGED, key[0]))]
+        self._seen = {of: states for of, states in self._seen.items() if of[0] not in seeds[:-1]}
         self._seen[key] = found
 
     def _put(self, name: str, layer: nn.Module) -> None:
@@ -304,7 +308,7 @@ class Ground:
         nats, right = 0.0, 0.0
         for start in range(0, len(order), size):
             rows = order[start : start + size]
-            batch = self.collate([self.judged_rows[i] for i in rows]) | self._key(-1, start)
+            batch = self.collate([self.judged_rows[i] for i in rows]) | self._key(JUDGED, start)
             loss, found = self._score(batch)
             nats += float(loss) * len(rows)
             right += float(found.float().mean()) * len(rows)

@@ -158,12 +158,19 @@ def show(found: dict[str, Any], data: dict[str, Any]) -> None:
     print()
 
 
-def show_grown(grounds: Sequence[dict[str, Any]]) -> None:
-    """One comparison of each ground, at own rates, corrected over grounds."""
-    with_it = [data for data in grounds if GROWN[0] in data.get("own rates", {})]
-    labels = [f"{data['settings']['model']}, {data['settings']['task']}" for data in with_it]
-    print("## Ranks raised to the parameters of LoRA on all, minus LoRA on all")
-    _show_differences([(name, *paired(data, *GROWN, own=True)) for name, data in zip(labels, with_it, strict=True)])
+def show_over_grounds(grounds: Sequence[dict[str, Any]]) -> None:
+    """Comparisons of which each ground has one, corrected over grounds."""
+    grown = [data for data in grounds if GROWN[0] in data.get("own rates", {})]
+    _show_over("Ranks raised to the parameters of LoRA on all, minus LoRA on all", GROWN, grown, own=True)
+    worked = [data for data in grounds if any(t["label"] == SAME_WORK[0] for t in data["trials"])]
+    _show_over("The same for the operations of LoRA on all, minus LoRA on all", SAME_WORK, worked)
+
+
+def _show_over(title: str, pair: tuple[str, str], grounds: Sequence[dict[str, Any]], *, own: bool = False) -> None:
+    print(f"## {title}")
+    settings = [data["settings"] for data in grounds]
+    labels = [f"{one['model']}, {one['task']}, {one['steps']} steps" for one in settings]
+    _show_differences([(name, *paired(data, *pair, own=own)) for name, data in zip(labels, grounds, strict=True)])
 
 
 def _show_differences(gaps: Sequence[tuple[str, float, float, int]]) -> None:
