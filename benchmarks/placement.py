@@ -51,6 +51,7 @@ from weightlora.runs.record import collect_versions, machine
 RESULTS = Path(__file__).parent / "results"
 GROUNDS = {
     "smollm2-sst2": Settings(model="smollm2", task="sst2", steps=64, batch=8, judged_rows=218),
+    "smollm2-sst2-float32": Settings(model="smollm2", task="sst2", steps=64, batch=8, judged_rows=218, dtype="float32"),
     "minilm-sst2": Settings(model="minilm", task="sst2", steps=150, batch=16, judged_rows=436),
     "minilm-sst2-long": Settings(model="minilm", task="sst2", steps=225, batch=16, judged_rows=436),
     "smollm2-docstrings": Settings(
