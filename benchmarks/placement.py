@@ -413,11 +413,13 @@ def judge_all(results: Path) -> None:
     """Print the tables of all grounds, and write their verdicts and pictures beside them."""
     verdicts, grounds = {}, {}
     for path in sorted(p for p in results.glob("placement-*.json") if "judged" not in p.name):
-        name = path.stem.removeprefix("placement-")
-        verdicts[name], grounds[name] = judge(path), json.loads(path.read_text())
-        show(verdicts[name], grounds[name])
+        name, data = path.stem.removeprefix("placement-"), json.loads(path.read_text())
+        if not data["scores"]:
+            continue  # where rates alone were tried
+        verdicts[name], grounds[name] = judge(path), data
+        show(verdicts[name], data)
         if verdicts[name]["sets"]:
-            picture(grounds[name], path.with_suffix(".png"))
+            picture(data, path.with_suffix(".png"))
         write(results / f"placement-judged-{name}.json", verdicts[name])
     show_over_grounds(list(grounds.values()))
     if {"smollm2-sst2", "minilm-sst2"} <= verdicts.keys():

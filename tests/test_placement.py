@@ -12,7 +12,7 @@ import pytest
 from scipy import stats
 
 from benchlib.judging import load, partial, value
-from benchlib.verdicts import GROWN, SAME_PARAMETERS, judge, noise, paired, said, show, show_over_grounds
+from benchlib.verdicts import GROWN, SAME_PARAMETERS, SAME_WORK, judge, noise, paired, said, show, show_over_grounds
 from placement import random_sets
 
 ROOT = Path(__file__).parents[1]
@@ -115,6 +115,8 @@ HEADLINE = {
     "SmolLM2-135M, SST-2: 76 of 210": ("smollm2-sst2", "half kept, credit"),
     "SmolLM2-135M, GSM8K: 89 of 210": ("smollm2-gsm8k", "half kept, credit"),
     "the same, GSM8K, with LoRA's parameters": ("smollm2-gsm8k", GROWN[0]),
+    "the same, GSM8K, ranks raised, for as many operations": ("smollm2-gsm8k-float32", SAME_WORK[0]),
+    "the same, docstrings, ranks raised, for as many operations": ("minilm-docstrings-long", SAME_WORK[0]),
     "MiniLM, SST-2: 17 of 36": ("minilm-sst2", "half kept, credit"),
     "the same, SST-2, trained half": ("minilm-sst2-long", "half kept, credit"),
     "MiniLM, docstrings: 17 of 36": ("minilm-docstrings", "half kept, credit"),
@@ -198,3 +200,29 @@ def test_the_evidence_says_what_each_seed_came_to_at_equal_parameters(row: str) 
     page = (ROOT / "docs" / "evidence.md").read_text(encoding="utf-8")
     lines = [line for line in page.splitlines() if line.startswith(f"| {row} | 5 |")]
     assert [line.endswith(f"| {nats:.4f} | {right:.3f} | {each} |") for line in lines].count(True) == 1
+
+
+# The columns of seeds in the table at the operations of LoRA on all.
+WORK = {
+    "MiniLM, docstrings": "minilm-docstrings-long",
+    "MiniLM, SST-2": "minilm-sst2-long",
+    "SmolLM2, GSM8K, float32": "smollm2-gsm8k-float32",
+}
+
+
+@pytest.mark.parametrize("row", WORK)
+def test_the_evidence_says_what_each_seed_came_to_at_equal_operations(row: str) -> None:
+    data = results(WORK[row])
+    counts, steps = data["operations"], data["settings"]["steps"]
+    longer = steps * counts["all"] // counts[GROWN[0]]
+    columns = []
+    for label in ("all", GROWN[0], SAME_WORK[0]):
+        mine = {t["seed"]: t for t in data["trials"] if t["label"] == label and t["rate"] == data["rate"]}
+        assert {t.get("steps", steps) for t in mine.values()} == {longer if label == SAME_WORK[0] else steps}
+        columns.append(" ".join(f"{mine[seed]['nats']:.4f}"[1:] for seed in (1, 2, 3, 4, 5)))
+    gap, half, count = paired(data, *GROWN)
+    assert count == 5
+    page = (ROOT / "docs" / "evidence.md").read_text(encoding="utf-8")
+    share = f"{counts[GROWN[0]] / counts['all']:.2f}x"
+    cells = (row, share, f"{steps}, {longer}", *columns, f"{gap:+.4f} ± {half:.4f}")
+    assert f"| {' | '.join(cells)} |" in page
