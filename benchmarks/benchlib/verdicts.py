@@ -206,7 +206,7 @@ def said(verdict: Mapping[str, float]) -> str:
 def picture(data: dict[str, Any], path: Path) -> None:
     """Held-out loss of every set against what it keeps for backward: random sets, and by number what was compared
     directly."""
-    figure, (axes, side) = pyplot.subplots(1, 2, figsize=(10, 4.5), layout="constrained", width_ratios=(3, 1.4))
+    figure, (axes, side) = pyplot.subplots(1, 2, figsize=(10.5, 4.5), layout="constrained", width_ratios=(3, 1.6))
     whole = _whole(data)
     lowest = [min(data["adapters"][i]["block"] for i in t["set"]) for t in _random(data)]
     spots = axes.scatter(
@@ -216,26 +216,41 @@ def picture(data: dict[str, Any], path: Path) -> None:
     # Whatever trained longer is compared with nothing here.
     direct = [t for t in data["trials"] if t["seed"] in DIRECT_SEEDS and t["set"] and "steps" not in t]
     labels = dict.fromkeys(t["label"] for t in direct)
-    names: list[str] = []
-    placed: list[tuple[float, float]] = []
-    for number, label in enumerate((one for one in labels if not one.startswith("random ")), 1):
+    points = []
+    for label in (one for one in labels if not one.startswith("random ")):
         mine = [t for t in data["trials"] if _is(t, label, data)]
         kept, nats = (sum(t[key] for t in mine) / len(mine) for key in ("kept", "nats"))
-        at = kept / whole, nats
-        axes.plot(*at, "^", color="black", markersize=5)
-        near = sum(abs(at[0] - x) < 0.03 and abs(at[1] - y) < 0.02 for x, y in placed)
-        offset = ((0, 6), (11, -3), (-11, -3), (0, -13), (11, 6), (-11, 6), (11, -13))[min(near, 6)]
-        axes.annotate(str(number), at, xytext=offset, textcoords="offset points", fontsize=8, ha="center")
-        placed.append(at)
-        names.append(f"{number:2}  {label}")
+        points.append((label, kept / whole, nats))
+    axes.plot([x for _, x, _ in points], [y for _, _, y in points], "^", color="black", markersize=5)
     side.axis("off")
+    names = [f"{number:2}  {label}" for number, (label, _, _) in enumerate(points, 1)]
     side.text(0, 1, "\n".join(names), va="top", fontsize=8, linespacing=1.5, transform=side.transAxes)
     top = min(t["nats"] for t in direct) + FAR
     above = sum(t["nats"] > top for t in _random(data))
     note = f"; {above} random sets lie above" if above else ""
     axes.set(xlabel="kept for backward, over LoRA on all", ylabel=f"held-out nats{note}", ylim=(None, top))
+    figure.canvas.draw()  # from here on it is known where points lie
+    drawn = [(x, y) for _, x, y in points] + [(t["kept"] / whole, t["nats"]) for t in _random(data)]
+    taken = [tuple(spot) for spot in axes.transData.transform(drawn) * 72 / figure.dpi]
+    for number, (x, y) in enumerate(taken[: len(points)], 1):
+        offset = _beside((x, y), taken)
+        taken.append((x + offset[0], y + offset[1]))
+        axes.annotate(
+            str(number), points[number - 1][1:], xytext=offset, textcoords="offset points", fontsize=8, ha="center",
+            va="center",
+        )  # fmt: skip
     figure.savefig(path, dpi=150)
     pyplot.close(figure)
+
+
+def _beside(at: tuple[float, float], taken: Sequence[tuple[float, ...]]) -> tuple[float, float]:
+    """Where a number goes, in points from its mark: the nearest place with nothing near, or the emptiest."""
+    around = [
+        (radius * math.cos(angle * math.pi / 4), radius * math.sin(angle * math.pi / 4))
+        for radius in (9, 13, 17, 21)
+        for angle in (2, 0, 4, 6, 1, 3, 7, 5)
+    ]
+    return max(around, key=lambda o: min(9.0, *(math.dist((at[0] + o[0], at[1] + o[1]), spot) for spot in taken)))
 
 
 def agreement(below: dict[str, Any], above: dict[str, Any], path: Path) -> None:
