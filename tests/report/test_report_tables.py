@@ -94,6 +94,16 @@ def test_without_lora_there_is_no_relative_time(make: Make) -> None:
     assert column(table, "time vs lora") == ["-", "-"]
 
 
+@pytest.mark.parametrize(("flops", "line"), [(70, "can take 117 steps in place of 100"), (98, ""), (None, "")])
+def test_fewer_operations_are_said_in_steps(make: Make, flops: int | None, line: str) -> None:
+    """Half of the steps as dear as LoRA's, half of them of 0.7 of it: 1 / 0.85 times as many."""
+    (final,) = run(make, "lora", 0, 0.9).phases
+    lora = (dataclasses.replace(final, steps=100, flops_per_step=100),)
+    ours = tuple(dataclasses.replace(final, steps=n, flops_per_step=f) for n, f in ((50, 100), (50, flops)))
+    table = comparison_table([run(make, "lora", 0, 0.9, phases=lora), run(make, "top", 0, 0.9, phases=ours)])
+    assert [note.rpartition("top ")[2] for note in table.notes if "as many FLOPs" in note] == [line][: bool(line)]
+
+
 def test_times_of_different_machines_are_not_compared(make: Make) -> None:
     records = [run(make, "lora", 0, 0.9), run(make, "weightlora", 0, 0.9, machine={"cores": 64})]
     table = comparison_table(records)

@@ -16,6 +16,7 @@ from weightlora.report.units import BYTES, COUNT, FLOPS, MISSING, SECONDS, Scale
 from weightlora.runs.record import EVAL_LOSS, PhaseResult, Record, metric_words
 
 BASELINE = "lora"
+MORE_STEPS = 1.05  # times as many are worth a line
 _BREAK = "~"  # where a heading's word may be broken when columns are side by side
 _TITLES = {
     "method": "method",
@@ -224,6 +225,8 @@ def _row(label: str, group: Sequence[Record]) -> dict[str, Any]:
         "n_adapters": max((record.n_adapters for record in done), default=None),
         "trainable_params": mean_and_spread([record.trainable_params["final"] for record in done])[0],
         **{key: _final(done, key) for key in _SCALES if key != "trainable_params"},
+        "steps": mean_and_spread([sum(phase.steps for phase in record.phases) for record in done])[0],
+        "flops": _all_flops(done),
     }
 
 
@@ -232,6 +235,13 @@ def _final(records: Sequence[Record], key: str) -> float | None:
     found = [getattr(record.final_phase, key, None) for record in records]
     known = [value for value in found if value is not None]
     return mean_and_spread(known)[0] if len(known) == len(found) else None
+
+
+def _all_flops(records: Sequence[Record]) -> float | None:
+    """The mean of the operations of whole runs; None unless every phase of every run has them."""
+    phases = [phase for record in records for phase in record.phases]
+    known = [phase.steps * phase.flops_per_step for phase in phases if phase.flops_per_step is not None]
+    return sum(known) / len(records) if known and len(known) == len(phases) else None
 
 
 def _baseline(rows: Sequence[dict[str, Any]], preset: str) -> float | None:
@@ -310,7 +320,15 @@ def _beside_lora(rows: Sequence[dict[str, Any]], metric: str) -> tuple[str, ...]
     ]
     costs = [(_TITLES[key].replace(_BREAK, ""), ratio(lora[key], other[key])) for key in _SCALES]
     said = [*dict.fromkeys(differences), *(f"{name} {change}" for name, change in costs if change != MISSING)]
-    return (f"{other['label']} beside {BASELINE}: {', '.join(said)}",) if said else ()
+    notes = [f"{other['label']} beside {BASELINE}: {', '.join(said)}"] if said else []
+    if lora["steps"] == other["steps"] and None not in (lora["flops"], other["flops"]):
+        steps = int(other["steps"] * lora["flops"] / other["flops"]) if other["flops"] else 0
+        if steps >= other["steps"] * MORE_STEPS:
+            notes.append(
+                f"for as many FLOPs as {BASELINE} took, {other['label']} can take {steps} steps in place of "
+                f"{other['steps']:.0f}"
+            )
+    return tuple(notes)
 
 
 def run_summary(record: Record) -> str:
