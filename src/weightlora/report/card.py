@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from weightlora.report.tables import Table, phase_rows
+from weightlora.report.summary import phase_rows
+from weightlora.report.tables import Table
 from weightlora.runs.record import Record
 
 

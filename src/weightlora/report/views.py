@@ -12,7 +12,8 @@ from weightlora.report.layout import layout
 from weightlora.report.picture import Picture
 from weightlora.report.runfiles import RunFiles
 from weightlora.report.stability import Stability, stability
-from weightlora.report.tables import PHASE_NUMBERS, Table, comparison_table, phase_rows
+from weightlora.report.summary import phase_rows
+from weightlora.report.tables import PHASE_NUMBERS, Table, comparison_table
 from weightlora.report.units import BYTES, COUNT, MISSING, Unit, human, ratio
 from weightlora.runs.record import Record, metric_words
 
