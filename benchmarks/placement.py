@@ -241,9 +241,9 @@ class Study:
     def _longer(self, rate: float) -> None:
         """Whether training was long enough for LoRA on all, and what half of the memory costs with more of it."""
         chosen, steps = self._halves()[HALF], self.settings.steps * 3 // 2
+        raised = self._raised(chosen)
         for seed in DIRECT_SEEDS:
             self.trial("all, half as many steps more", range(len(self.blocks)), seed, rate, steps=steps)
-            raised = self._raised(chosen)
             self.trial(f"{GROWN[0]}, half as many steps more", chosen, seed, rate, steps=steps, **raised)
 
     def _rates(self, rate: float) -> None:

@@ -15,11 +15,10 @@ from typing import Any
 import peft
 import torch
 from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode
 from transformers import get_linear_schedule_with_warmup
 
 from weightlora.core.placement import PlacementCosts
-from weightlora.cost import kept_bytes, placement_costs, trace
+from weightlora.cost import kept_bytes, placement_costs, step_cost, trace
 from weightlora.runs.spec import RunSpec
 from weightlora.tasks import load_model, read_task
 
@@ -220,7 +219,7 @@ class Ground:
         self.lowest = 0
         config = peft.LoraConfig(r=self.settings.rank, target_modules=self.names)
         wrapped = peft.get_peft_model(self.model, config)
-        fixed = self.collate([self.train_rows[i] for i in range(self.settings.batch)])
+        fixed = self._fixed()
         costs = placement_costs(trace(wrapped, lambda: self.loss(fixed), stock=True))
         self.reset()
         return costs
@@ -229,12 +228,15 @@ class Ground:
         """Those of one step's forward and backward pass, frozen layers with them, on the rows of placement costs."""
         self.reset()
         Trained(self, indices, seed=0, ranks=ranks)
-        fixed = self.collate([self.train_rows[i] for i in range(self.settings.batch)])
-        with FlopCounterMode(display=False) as counter:
-            self.loss(fixed).backward()
+        fixed = self._fixed()
+        flops = step_cost(self.model, lambda: self.loss(fixed)).flops
         self.reset()
-        self.model.zero_grad()
-        return int(counter.get_total_flops())
+        return flops
+
+    def _fixed(self) -> dict[str, Tensor]:
+        """The batch that costs are counted on."""
+        batch: dict[str, Tensor] = self.collate([self.train_rows[i] for i in range(self.settings.batch)])
+        return batch
 
     def _autocast(self) -> torch.autocast:
         return torch.autocast("cpu", torch.bfloat16, enabled=self.dtype == torch.bfloat16)
@@ -406,7 +408,7 @@ class Ground:
         trained, began = Trained(self, indices, seed, ranks), time.perf_counter()
         total = steps or self.settings.steps
         learns = [p for p in (*trained.flat(), *self.head())]
-        fixed = self.collate([self.train_rows[i] for i in range(self.settings.batch)])
+        fixed = self._fixed()
         self.model.eval()  # masks of dropout are left out, whatever the model did before
         kept = kept_bytes(self.model, lambda: self.loss(fixed)) if learns else 0
         if learns:
