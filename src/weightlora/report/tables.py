@@ -320,8 +320,8 @@ def _beside_lora(rows: Sequence[dict[str, Any]], metric: str) -> tuple[str, ...]
     costs = [(_TITLES[key].replace(_BREAK, ""), ratio(lora[key], other[key])) for key in _SCALES]
     said = [*dict.fromkeys(differences), *(f"{name} {change}" for name, change in costs if change != MISSING)]
     notes = [f"{other['label']} beside {BASELINE}: {', '.join(said)}"] if said else []
-    if lora["steps"] == other["steps"] and None not in (lora["flops"], other["flops"]):
-        steps = int(other["steps"] * lora["flops"] / other["flops"]) if other["flops"] else 0
+    if lora["flops"] and other["flops"] and lora["steps"] == other["steps"]:
+        steps = int(other["steps"] * lora["flops"] / other["flops"])
         if steps >= other["steps"] * MORE_STEPS:
             notes.append(
                 f"for as many FLOPs as {BASELINE} took, {other['label']} can take {steps} steps in place of "
