@@ -226,3 +226,26 @@ def test_the_evidence_says_what_each_seed_came_to_at_equal_operations(row: str) 
     share = f"{counts[GROWN[0]] / counts['all']:.2f}x"
     cells = (row, share, f"{steps}, {longer}", *columns, f"{gap:+.4f} ± {half:.4f}")
     assert f"| {' | '.join(cells)} |" in page
+
+
+@pytest.mark.parametrize(
+    ("ground", "sentence"),
+    [
+        ("minilm-docstrings-long", "by {change:+.3f} after 300 steps (seeds: {seeds:.3f})"),
+        ("minilm-docstrings", "by {change:+.3f} after 150 ({seeds:.3f})"),
+        (
+            "minilm-sst2-long",
+            "by {change:+.3f} nats on MiniLM's SST-2 (225 steps), where its seeds differ by a standard deviation of "
+            "{seeds:.3f}",
+        ),
+        ("smollm2-sst2", "by {change:+.3f} on SmolLM2's, where they differ by {seeds:.3f}"),
+        ("smollm2-gsm8k-float32", "by {change:+.3f} in the one seed that was tried, where seeds differ by {seeds:.3f}"),
+    ],
+)
+def test_the_evidence_says_how_much_more_training_changes(ground: str, sentence: str) -> None:
+    data = results(ground)
+    change, _, _ = paired(data, "all, half as many steps more", "all")
+    usual = {t["seed"]: t["nats"] for t in data["trials"] if (t["label"], t["rate"]) == ("all", data["rate"])}
+    seeds = np.std([usual[seed] for seed in (1, 2, 3, 4, 5)], ddof=1)
+    page = (ROOT / "docs" / "evidence.md").read_text(encoding="utf-8")
+    assert sentence.format(change=change, seeds=seeds) in " ".join(page.split())
