@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import itertools
 import zlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
@@ -150,6 +151,20 @@ def pairs(*values: Sequence[Any]) -> list[tuple[Any, ...]]:
         missing.difference_update(itertools.combinations(best, 2))
         chosen.append(tuple(each[index] for each, (_, index) in zip(values, best, strict=True)))
     return chosen
+
+
+def long(*cases: Any) -> list[Any]:
+    """Cases of a test that are left out for time, see ``pytest --long``. The others go through the same code."""
+    return [pytest.param(*(case if isinstance(case, tuple) else (case,)), marks=pytest.mark.long) for case in cases]
+
+
+def a_third(cases: Iterable[Any], first: int) -> list[Any]:
+    """Every third case from this one on; the others are long.
+
+    Tests that go through the same cases begin at different ones, so that each case is in the suite somewhere.
+    """
+    listed = list(cases)
+    return [case if number % 3 == first else long(case)[0] for number, case in enumerate(listed)]
 
 
 def recomputing(**settings: Any) -> dict[str, Any]:

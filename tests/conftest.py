@@ -24,8 +24,16 @@ os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")  # more would be pro
 ROOT = Path(__file__).resolve().parents[1]
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Tests of killed commands come first: then one test process alone starts the program that they share."""
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--long", action="store_true", help="run the tests marked `long`, too")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Leave out what is long. Tests of killed commands come first: one process then starts the program they share."""
+    if not config.getoption("long"):
+        long = [item for item in items if item.get_closest_marker("long")]
+        config.hook.pytest_deselected(items=long)
+        items[:] = [item for item in items if not item.get_closest_marker("long")]
     items.sort(key=lambda item: "killer" not in getattr(item, "fixturenames", ()))
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 
 import pytest
-from tests.builders import pairs
+from tests.builders import a_third, pairs
 
 
 @pytest.mark.parametrize(
@@ -18,3 +18,13 @@ def test_any_two_values_meet_in_few_combinations(sizes: tuple[int, ...], count: 
         assert {(case[one], case[other]) for case in chosen} == set(itertools.product(values[one], values[other]))
     assert len(chosen) == len(set(chosen)) == count
     assert chosen == pairs(*values)
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 26, 32])
+def test_each_case_is_in_the_suite_of_one_test_in_three(count: int) -> None:
+    cases = [(number, str(number)) for number in range(count)]
+    thirds = [a_third(cases, first) for first in range(3)]
+    for number, case in enumerate(cases):
+        (run,) = [third[number] for third in thirds if third[number] == case]
+        left = [third[number] for third in thirds if third[number] is not run]
+        assert [(each.values, [mark.name for mark in each.marks]) for each in left] == [(case, ["long"])] * 2

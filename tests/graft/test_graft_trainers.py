@@ -103,7 +103,7 @@ def read_by(trainer: str, packages: Path, folder: Path, *blocks: str, **settings
     return [{name: tuple(each) for name, each in one.items()} for one in found]
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_axolotl_reads_its_file(tmp_path: Path) -> None:
     packages = python_packages("axolotl", *AXOLOTL)
     blocks = [chosen.to("axolotl", lora_dropout=0.1, task_type="CAUSAL_LM") for chosen in (DIFFERENT, ONE)]
@@ -111,7 +111,7 @@ def test_axolotl_reads_its_file(tmp_path: Path) -> None:
     assert found == [wanted(DIFFERENT, 0.1), wanted(ONE, 0.1)]
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_llama_factory_reads_its_file(tmp_path: Path) -> None:
     packages = python_packages("llama-factory", *LLAMA_FACTORY)
     blocks = [chosen.to("llama-factory", lora_dropout=0.1, task_type="CAUSAL_LM") for chosen in (SAME, ONE)]

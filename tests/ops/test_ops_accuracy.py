@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
-from tests.builders import pairs
+from tests.builders import a_third, pairs
 from torch import Tensor, nn
 
 from weightlora.graft.adapters import factors, lora_layers
@@ -114,7 +114,7 @@ def errors(case: Case, shape: Sizes, omega: float, engine: str | None) -> dict[s
     return {key: (wrong[key] / size[key]) ** 0.5 for key in wrong}
 
 
-@pytest.mark.parametrize(("name", "shape", "omega"), pairs(list(CASES), SHAPES, [0.7, -1.3]), ids=str)
+@pytest.mark.parametrize(("name", "shape", "omega"), a_third(pairs(list(CASES), SHAPES, [0.7, -1.3]), first=1), ids=str)
 def test_our_error_is_not_larger_than_stock_pefts(name: str, shape: Sizes, omega: float) -> None:
     case = CASES[name]
     stock = errors(case, shape, omega, None)

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
+from tests.builders import long
 from torch import Tensor, nn
 
 from adapter_path import Bench, count, floor_bytes, main, parse, shape_of
@@ -50,6 +51,7 @@ def test_deberta_all_on() -> None:
     assert ours.flops <= stock.flops
 
 
+@pytest.mark.long
 def test_llama_is_within_three_percent_of_the_floor() -> None:
     """A row of 256 tokens of eight layers in bfloat16, of which two are computed: some processors take long."""
     one, two = (floor_bytes(bench("llama-512", "--batch", "1", "--layers", str(number))) for number in (1, 2))
@@ -61,7 +63,7 @@ def test_llama_is_within_three_percent_of_the_floor() -> None:
     assert ours.flops <= stock.flops
 
 
-@pytest.mark.parametrize(("shape", "more"), [("deberta-v3-base", ()), ("llama-512", ("--batch", "1"))])
+@pytest.mark.parametrize(("shape", "more"), [("deberta-v3-base", ()), *long(("llama-512", ("--batch", "1")))])
 def test_gates_are_nearly_free(shape: str, more: tuple[str, ...]) -> None:
     """In two layers: what a gate costs is the same in each."""
     plain, gated = (cost(shape, row, *more, "--layers", "2") for row in ("ours", "ours-gated"))

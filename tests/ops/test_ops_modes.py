@@ -11,6 +11,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from peft import LoraConfig, get_peft_model
+from tests.builders import long
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -254,7 +255,7 @@ def gradients(model: nn.Module, run: nn.Module, x: Tensor) -> list[Tensor]:
 
 @pytest.mark.usefixtures("compiler")
 # The code that inductor writes is its own matter; it takes long, and one graph shows that it takes ours.
-@pytest.mark.parametrize(("backend", "gated"), [("aot_eager", True), ("aot_eager", False), ("inductor", True)])
+@pytest.mark.parametrize(("backend", "gated"), [("aot_eager", True), ("aot_eager", False), *long(("inductor", True))])
 def test_compiled_numbers_are_the_same(backend: str, gated: bool) -> None:
     model = adapted()
     gates = Gates(model, value=0.7) if gated else None

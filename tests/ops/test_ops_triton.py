@@ -35,8 +35,10 @@ def run(*command: str, interpret: bool) -> str:
 
 @needs_triton
 @pytest.mark.slow
-def test_kernels_in_the_interpreter() -> None:
-    out = run("-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/ops/triton_interpreted.py", interpret=True)
+def test_kernels_in_the_interpreter(request: pytest.FixtureRequest) -> None:
+    more = ["--long"] if request.config.getoption("long") else []
+    file = "tests/ops/triton_interpreted.py"
+    out = run("-m", "pytest", "-q", "-p", "no:cacheprovider", *more, file, interpret=True)
     assert "passed" in out
     assert "skipped" not in out
 

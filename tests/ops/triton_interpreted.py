@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
 import math
 from pathlib import Path
 
 import pytest
 import torch
+from tests.builders import a_third
 from tests.ops.test_on_gpu import rehearsal
 from tests.ops.test_ops_engines import GATES, NAMES, formula, inputs, upstream
 from torch import Tensor, nn
@@ -20,20 +22,14 @@ from weightlora.ops.triton_path import TritonProducts, adapter_path
 KERNELS = TritonProducts()
 # One rounding to the dtype, and the interpreter rounds to bfloat16 by cutting off: a whole unit in the last place.
 UNIT = {torch.float32: 2e-6, torch.bfloat16: 2**-7, torch.float16: 2**-10}
-dtypes = pytest.mark.parametrize(
-    ("x_dtype", "dtype"),
-    [
-        (torch.float32, torch.float32),
-        (torch.bfloat16, torch.float32),
-        (torch.bfloat16, torch.bfloat16),
-        (torch.float32, torch.bfloat16),
-        (torch.float16, torch.float16),
-    ],
-)
-sizes = pytest.mark.parametrize(
-    ("tokens", "width", "rank"), [(1, 1, 1), (45, 70, 5), (64, 128, 16), (33, 65, 17), (20, 30, 64)]
-)
-shares = pytest.mark.parametrize("p", [0.0, 0.3])
+DTYPES = [
+    (torch.float32, torch.float32),
+    (torch.bfloat16, torch.float32),
+    (torch.bfloat16, torch.bfloat16),
+    (torch.float32, torch.bfloat16),
+    (torch.float16, torch.float16),
+]
+SIZES = [(1, 1, 1), (45, 70, 5), (64, 128, 16), (33, 65, 17), (20, 30, 64)]
 
 
 def mask(tokens: int, width: int, p: float, seed: int) -> Tensor:
@@ -55,10 +51,9 @@ def random(*shape: int, dtype: torch.dtype, seed: int) -> Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
 
 
-@dtypes
-@sizes
-@shares
-def test_products(x_dtype: torch.dtype, dtype: torch.dtype, tokens: int, width: int, rank: int, p: float) -> None:
+@pytest.mark.parametrize(("dtypes", "sizes", "p"), a_third(itertools.product(DTYPES, SIZES, [0.0, 0.3]), first=0))
+def test_products(dtypes: tuple[torch.dtype, torch.dtype], sizes: tuple[int, int, int], p: float) -> None:
+    (x_dtype, dtype), (tokens, width, rank) = dtypes, sizes
     x, A = random(tokens, width, dtype=x_dtype, seed=0), random(rank, width, dtype=dtype, seed=1)
     u, kept = random(tokens, rank, dtype=dtype, seed=2), mask(tokens, width, p, seed=77)
     dropped = x.double() * kept
@@ -214,5 +209,6 @@ def test_interpreting() -> None:
     assert triton_path.INTERPRETED
 
 
+@pytest.mark.long
 def test_the_visit_to_a_gpu(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     rehearsal(tmp_path, lambda: capsys.readouterr().out)

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 from peft import PeftModel
+from tests.builders import long
 from tests.runs.commands import TINY, read, run_folders, weightlora
 
 from weightlora.methods import METHODS, PlainMethod, TunerMethod
@@ -18,7 +19,7 @@ FLAGS = ("--params", "8k", "--max-steps", "16", "--select-after", "4", "--save-s
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("task", "first"), [("sst2", 0), ("stsb", 1)])
+@pytest.mark.parametrize(("task", "first"), [*long(("sst2", 0)), ("stsb", 1)])
 def test_every_method_runs_within_one_budget(task: str, first: int, small_data: Path, tmp_path: Path) -> None:
     """Every second method on classes, the others on numbers."""
     out = tmp_path / "all"

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from tests.builders import long
 from tests.runs.commands import TINY, read, weightlora
 from tests.runs.killer import SAVED, STATE, Kill, Killer, differences, outcome, saved_before
 
@@ -20,7 +21,7 @@ STEPS = 8
 # Those that are not killed here are killed by benchmarks/kills.py.
 LONGER = {"gradient": 10, "domlora": 10, "alora": 16, "increlora": 16, "flexlora": 16}
 # One of each kind: no adapters, ranks that fall by PEFT's own tuner, ranks that grow, rows held out, gates to the end.
-OF_EVERY_KIND = ("full", "adalora", "increlora", "flexora", "official")
+OF_EVERY_KIND = (*long("full"), "adalora", *long("increlora", "flexora"), "official")
 
 
 @pytest.fixture
@@ -84,7 +85,7 @@ METHODS = {
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("name", "share"), [("paper", 0.3), ("weightlora+", 0.5)])
+@pytest.mark.parametrize(("name", "share"), [*long(("paper", 0.3)), ("weightlora+", 0.5)])
 def test_killed_at_any_event_it_ends_with_the_same_adapter(
     killer: Killer, undisturbed: Undisturbed, flags: list[str], tmp_path: Path, name: str, share: float
 ) -> None:
@@ -152,7 +153,7 @@ def test_a_method_of_every_other_kind_resumes_too(killer: Killer, flags: list[st
     assert differences(outcome(tmp_path / "killed"), outcome(tmp_path / "whole")) == []
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_minilm_is_trained_killed_resumed_and_exported(killer: Killer, small_data: Path, tmp_path: Path) -> None:
     """The pretrained model, the whole way: train, die, resume, export, and open the export with stock PEFT."""
     flags = ["--task", "sst2", "--data-dir", str(small_data), "--model", "minilm", "--max-length", "16", "--k", "9"]

@@ -100,7 +100,7 @@ def test_no_words_no_zero_shot(small_data: Path, tmp_path: Path, capsys: pytest.
     assert "zero-shot" in all_methods(spec(model="smollm2", **settings)), "a pretrained decoder answers unasked"
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.usefixtures("smollm2")
 def test_the_pretrained_decoder_by_name(small_data: Path, tmp_path: Path) -> None:
     """The command of the manual, in little: SST-2 by answer tokens."""

@@ -68,7 +68,7 @@ def times(folders: list[Path]) -> dict[str, int]:
     return {str(path): path.stat().st_mtime_ns for folder in folders for path in folder.rglob("*") if path.is_file()}
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.skipif(not Path("/proc/self/fd").is_dir(), reason="NO /proc: a worker cannot be found by its lock")
 def test_a_node_is_killed_and_nothing_is_lost_or_run_twice(killer: Killer, tmp_path: Path) -> None:
     rows = str(labelled(tmp_path / "rows.jsonl"))

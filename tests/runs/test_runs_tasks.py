@@ -13,6 +13,7 @@ import torch
 from peft import PeftModel
 from rouge_score import rouge_scorer
 from safetensors.torch import load_file
+from tests.builders import long
 from tests.runs.commands import copy_data, read, read_rows, tree, weightlora, write_rows
 from tests.runs.killer import Killer, differences, outcome, saved_before
 from tests.tasks.test_tasks_completions import CHATML
@@ -106,7 +107,7 @@ def test_squad_runs_and_its_numbers_are_true(text_data: Path, tmp_path: Path, ta
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("task", ["xsum", "cnn_dailymail"])
+@pytest.mark.parametrize("task", ["xsum", *long("cnn_dailymail")])
 def test_summaries_are_generated_and_judged(text_data: Path, tmp_path: Path, task: str) -> None:
     text, summary = {"xsum": ("document", "summary"), "cnn_dailymail": ("article", "highlights")}[task]
     (tmp_path / task).mkdir()
@@ -244,7 +245,10 @@ def test_a_file_of_chats_runs_and_its_perplexity_is_true(text_data: Path, tmp_pa
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("task", "shape", "step"),
-    [("squad_v2", "bert-tiny-shape", 3), ("xsum", "bart-small-shape", 2), ("gsm8k", "llama-small-shape", 5)],
+    [
+        *long(("squad_v2", "bert-tiny-shape", 3), ("xsum", "bart-small-shape", 2)),
+        ("gsm8k", "llama-small-shape", 5),
+    ],
 )
 def test_killed_before_at_and_after_the_seam_it_ends_the_same(
     killer: Killer, text_data: Path, tmp_path: Path, task: str, shape: str, step: int

@@ -15,6 +15,7 @@ from peft import PeftModel
 from safetensors.torch import load_file
 from scipy.stats import pearsonr
 from sklearn.metrics import f1_score
+from tests.builders import long
 from tests.runs.commands import TINY, read, read_rows, weightlora
 from torch import Tensor
 from transformers import AutoModelForSequenceClassification, set_seed
@@ -39,14 +40,16 @@ RUNS = [
     ("bert-tiny", "weightlora", "recommended", "all-linear", "sst2", "0.25"),
     ("bert-tiny", "weightlora+", "official", "attention", "mrpc", "3"),
     ("bert-tiny", "full", "recommended", "all-linear", "stsb", "3"),
-    ("deberta-v2-small", "weightlora+", "recommended", "attention", "mrpc", "3"),
     ("deberta-v2-small", "top", "recommended", "all-linear", "sst2", "0.25"),
-    ("deberta-v3-small", "weightlora", "paper", "attention", "stsb", "3"),
     ("deberta-v3-small", "gradient", "recommended", "all-linear", "mrpc", "0.25"),
     ("deberta-v3-small", "lora", "recommended", "attention", "sst2", "3"),
     ("bart-small", "weightlora+", "paper", "all-linear", "stsb", "0.25"),
     ("bart-small", "random", "recommended", "attention", "sst2", "3"),
     ("llama-small", "weightlora", "official", "all-linear", "mrpc", "3"),
+]
+MORE = [
+    ("deberta-v2-small", "weightlora+", "recommended", "attention", "mrpc", "3"),
+    ("deberta-v3-small", "weightlora", "paper", "attention", "stsb", "3"),
     ("llama-small", "top", "recommended", "attention", "stsb", "3"),
     ("llama-small", "lora", "recommended", "all-linear", "sst2", "0.25"),
 ]
@@ -56,9 +59,10 @@ def test_every_method_and_shape_is_covered() -> None:
     # Those that keep a number of adapters, and the two references; test_runs_budget.py runs every method there is.
     with_k = {name for name, kind in METHODS.items() if "k" in {field.name for field in dataclasses.fields(kind)}}
     with_k -= {"domlora", "kappatune"}  # in tests/methods/test_placements.py
-    assert {run[1] for run in RUNS} == with_k | {"lora", "full"}
-    assert {run[0] for run in RUNS} == set(LINEARS)
-    assert {(run[0], run[3]) for run in RUNS} == {(m, t) for m in LINEARS for t in ("all-linear", "attention")}
+    every = [*RUNS, *MORE]
+    assert {run[1] for run in every} == with_k | {"lora", "full"}
+    assert {run[0] for run in every} == set(LINEARS)
+    assert {(run[0], run[3]) for run in every} == {(m, t) for m in LINEARS for t in ("all-linear", "attention")}
 
 
 def fresh_base(model: str, task: str, **settings: Any) -> LoadedModel:
@@ -115,7 +119,7 @@ def train(out: Path, data: Path, model: str, task: str, *flags: str) -> dict[str
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("shape", "method", "preset", "targets", "task", "k"), RUNS)
+@pytest.mark.parametrize(("shape", "method", "preset", "targets", "task", "k"), [*RUNS, *long(*MORE)])
 def test_train_leaves_a_true_record_and_a_stock_adapter(
     small_data: Path, tmp_path: Path, shape: str, method: str, preset: str, targets: str, task: str, k: str
 ) -> None:

@@ -67,7 +67,7 @@ def test_chats_go_through_its_template(loaded: LoadedModel, tmp_path: Path) -> N
     assert shown.endswith("<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n")
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_plan_says_what_is_counted(smollm2: Path, loaded: LoadedModel) -> None:
     """The planner sees no weights; the bytes are those that autograd holds on the real model."""
     config = PlanConfig(model="smollm2", length=16, batch=2, device="cpu", k=21, gated=False)

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from peft import PeftModel
+from tests.builders import long
 from tests.runs.commands import TINY, read, weightlora, write_rows
 from torch import Tensor, nn
 from transformers import AutoModelForSequenceClassification, EvalPrediction
@@ -52,7 +53,7 @@ def answers(model: nn.Module) -> Tensor:
         return model.eval()(**inputs).logits.squeeze(-1).double()
 
 
-@pytest.mark.parametrize("method", ["lora", "weightlora", "full", "vera"])
+@pytest.mark.parametrize("method", [*long("lora"), "weightlora", "full", *long("vera")])
 def test_a_saved_model_answers_in_the_units_of_its_file(method: str, tmp_path: Path) -> None:
     """The same texts with targets that are shifted and scaled: the same answers up to that shift and scale."""
     flags = ["--method", method, *(["--k", "2", "--select-after", "2"] if method == "weightlora" else [])]

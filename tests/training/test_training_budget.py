@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from tests.builders import adapter_state, lora, max_difference, recomputing, trainer
+from tests.builders import adapter_state, long, lora, max_difference, recomputing, trainer
 from transformers import Trainer, TrainerCallback
 
 from weightlora.errors import BudgetError, ConfigError, ScheduleError
@@ -21,9 +21,6 @@ from weightlora.training.budget import allow
 LAYERS = {"bert": 4, "bart": 2}  # of each of its two towers
 BATCH, STEPS = 8, 8
 RAGGED = [5, 8, 3, 8, 6, 7, 4, 8]
-
-
-SLOW = [("bert", WeightLoRAPlus), ("bart", WeightLoRA)]
 
 
 def ragged() -> list[dict[str, Any]]:
@@ -98,7 +95,7 @@ def spent(result: FitResult, ledger: Ledger) -> tuple[int, int]:
 
 @pytest.mark.parametrize(
     ("family", "method"),
-    [("bert", WeightLoRA), *(pytest.param(f, m, marks=pytest.mark.slow) for f, m in SLOW)],
+    [("bert", WeightLoRA), *long(("bert", WeightLoRAPlus), ("bart", WeightLoRA))],
 )
 def test_both_phases_stay_within_the_budget(family: str, method: Any, tmp_path: Path) -> None:
     most, least = whole(family)
@@ -183,7 +180,7 @@ def test_a_share_of_time_that_cannot_be_met_is_refused(tmp_path: Path) -> None:
         fit(trainer(tmp_path, lora(layers=LAYERS["bert"])), WeightLoRA(step_time="0.1x", select_after=4))
 
 
-@pytest.mark.parametrize("stop", [2, pytest.param(4, marks=pytest.mark.slow), 6])
+@pytest.mark.parametrize("stop", [2, *long(4), 6])
 def test_a_killed_run_goes_on_to_the_same_end(stop: int, tmp_path: Path) -> None:
     most, least = whole()
     method = WeightLoRA(memory=(most + least) // 2, select_after=4)

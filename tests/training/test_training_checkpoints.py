@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from tests.builders import adapter_state, lora, max_difference, pairs, trainer
+from tests.builders import a_third, adapter_state, long, lora, max_difference, pairs, trainer
 from torch import nn
 from transformers import Trainer
 
@@ -63,7 +63,7 @@ def same(a: tuple[Trainer, FitResult], b: tuple[Trainer, FitResult]) -> None:
     assert max_difference(adapter_state(a[0].model), adapter_state(b[0].model)) == 0.0
 
 
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("name", a_third(METHODS, first=0))
 def test_resume_from_every_checkpoint(name: str, tmp_path: Path) -> None:
     method = METHODS[name]
     done = run(tmp_path / "whole", method, steps=10)
@@ -86,7 +86,7 @@ def telling(found: list[str]) -> list[str]:
     return [*dict.fromkeys([in_order[0], *({at_the_seam} & set(in_order)), seam, in_order[-1]])]
 
 
-@pytest.mark.parametrize("name", ["weightlora-paper", "weightlora+"])
+@pytest.mark.parametrize("name", [*long("weightlora-paper"), "weightlora+"])
 @pytest.mark.parametrize("arguments", [
     {"eval_strategy": "epoch"},
     {"gradient_accumulation_steps": 2},
@@ -160,7 +160,7 @@ def test_saving_strategies(arguments: dict[str, Any], left: set[str], tmp_path: 
 BEST: dict[str, Any] = {"metric_for_best_model": "loss"}
 
 
-@pytest.mark.parametrize("seam", [4, 5, 8])
+@pytest.mark.parametrize("seam", [*long(4), 5, *long(8)])
 @pytest.mark.parametrize("better_later", [True, False])
 def test_saving_the_best(seam: int, better_later: bool, tmp_path: Path) -> None:
     method = WeightLoRA(k=2, select_after=seam)

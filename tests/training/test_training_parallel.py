@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
-from tests.builders import lora, max_difference, trainer
+from tests.builders import a_third, long, lora, max_difference, trainer
 from tests.forks import ROOT, Forks
 from tests.runs.commands import labelled
 from torch import Tensor
@@ -113,15 +113,15 @@ def test_two_processes_decide_and_train_as_one(one: Path, two: Path) -> None:
     assert {choice.rank for choice in selection(two).kept} == {12}  # grown
 
 
-@pytest.mark.slow
 # Placements by hand find no part of theirs on q, k and v; they are `top` by other names. The others look by the code of
 # those that are here; `kappatune` (it reads weights) and `eva` (PEFT's own) have ways of their own.
 @pytest.mark.parametrize(
     "name",
-    [
-        name for name, kind in METHODS.items()
-        if kind.learns and not issubclass(kind, PartPlacement) and name not in ("domlora", "plop", "aletheia")
-    ],
+    a_third(
+        [name for name, kind in METHODS.items()
+         if kind.learns and not issubclass(kind, PartPlacement) and name not in ("domlora", "plop", "aletheia")],
+        first=0,
+    ),
 )  # fmt: skip
 def test_every_method(together: Together, tmp_path: Path, name: str) -> None:
     """One process is two: with the base in parts where the method can, whole otherwise."""
@@ -140,8 +140,7 @@ def test_every_method(together: Together, tmp_path: Path, name: str) -> None:
         assert ("run it without FSDP" if issubclass(METHODS[name], AdapterMethod) else "or by torchrun (DDP)") in told
 
 
-@pytest.mark.parametrize("kind", ["4bit", "8bit"])
-@pytest.mark.parametrize("sharded", [False, True], ids=["ddp", "fsdp2"])
+@pytest.mark.parametrize(("kind", "sharded"), [("4bit", True), ("8bit", False), *long(("4bit", False), ("8bit", True))])
 def test_a_quantised_base(together: Together, tmp_path: Path, kind: str, sharded: bool) -> None:
     pytest.importorskip("bitsandbytes", reason="NO BITSANDBYTES: it is not tested with several processes")
     alone = together.do(tmp_path / "one", 1, base=kind, arguments=WHOLE)
@@ -376,7 +375,7 @@ ACCELERATE = (
 )  # fmt: skip
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_the_launchers_themselves(tmp_path: Path) -> None:
     """Nothing forked: as a user starts it.
 

@@ -9,7 +9,20 @@ from typing import Any
 import pytest
 import torch
 from peft import get_peft_model
-from tests.builders import FAMILIES, Spy, adapter_state, base, lora, max_difference, pairs, recomputing, trainer, warm
+from tests.builders import (
+    FAMILIES,
+    Spy,
+    a_third,
+    adapter_state,
+    base,
+    long,
+    lora,
+    max_difference,
+    pairs,
+    recomputing,
+    trainer,
+    warm,
+)
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import Trainer, TrainerCallback
@@ -65,7 +78,9 @@ def test_the_optimizer_holds_exactly_survivors_and_head(made: Method, tmp_path: 
 METHODS = {made.name: made for made in (PAPER, WeightLoRAPlus(k=2, select_after=5), DeepestAdapters(k=2))}
 
 
-@pytest.mark.parametrize(("family", "name", "path"), pairs(FAMILIES, list(METHODS), ["stock", "auto"]))
+@pytest.mark.parametrize(
+    ("family", "name", "path"), a_third(pairs(FAMILIES, list(METHODS), ["stock", "auto"]), first=0)
+)
 def test_a_step_costs_what_stock_peft_on_the_survivors_costs(family: str, name: str, path: Any, tmp_path: Path) -> None:
     each = trainer(tmp_path, lora(family, layers=4))
     whole = measure_step(each)
@@ -203,10 +218,11 @@ CHECKPOINTING = {
     "non-reentrant": recomputing(use_reentrant=False),
     "reentrant": recomputing(use_reentrant=True),
 }
+EACH_WAY = ["off", *long("default"), "non-reentrant", "reentrant"]
 
 
 @pytest.mark.parametrize("made", [DeepestAdapters(k=2), WeightLoRA(k=2, select_after=5)], ids=lambda m: m.name)
-@pytest.mark.parametrize("kind", CHECKPOINTING)
+@pytest.mark.parametrize("kind", EACH_WAY)
 def test_gradient_checkpointing_ends_where_it_must(made: Method, kind: str, tmp_path: Path) -> None:
     plain = trainer(tmp_path / "plain", lora(layers=4))
     wanted = fit(plain, made, measure=False)
@@ -231,7 +247,7 @@ def test_gradient_checkpointing_ends_where_it_must(made: Method, kind: str, tmp_
     assert max_difference(adapter_state(again), adapter_state(plain.model)) == 0.0
 
 
-@pytest.mark.parametrize("kind", CHECKPOINTING)
+@pytest.mark.parametrize("kind", EACH_WAY)
 def test_the_cost_measured_is_that_of_the_step_that_runs(kind: str, tmp_path: Path) -> None:
     """Counted again in the run itself: the FLOPs of forward, recomputation and backward of one step of each phase."""
     made = WeightLoRA(k=1, select_after=3)
