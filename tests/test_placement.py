@@ -13,7 +13,7 @@ from scipy import stats
 
 from benchlib.judging import load, partial, value
 from benchlib.verdicts import GROWN, SAME_PARAMETERS, SAME_WORK, judge, noise, paired, said, show, show_over_grounds
-from placement import random_sets
+from placement import RATES, random_sets
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
@@ -226,6 +226,29 @@ def test_the_evidence_says_what_each_seed_came_to_at_equal_operations(row: str) 
     share = f"{counts[GROWN[0]] / counts['all']:.2f}x"
     cells = (row, share, f"{steps}, {longer}", *columns, f"{gap:+.4f} ± {half:.4f}")
     assert f"| {' | '.join(cells)} |" in page
+
+
+# Rows of the table of rates.
+BY_TRAINING_ROWS = {
+    "MiniLM, docstrings": "minilm-docstrings",
+    "MiniLM, SST-2": "minilm-sst2",
+    "SmolLM2, SST-2, in float32": "smollm2-sst2-float32",
+    "SmolLM2, GSM8K, in float32": "smollm2-gsm8k-float32",
+}
+
+
+@pytest.mark.parametrize("row", BY_TRAINING_ROWS)
+def test_the_evidence_says_what_held_out_training_rows_choose(row: str) -> None:
+    data = results(BY_TRAINING_ROWS[row])
+    tried = [t for t in data["trials"] if t["label"] == "all, judged on training rows"]
+    cells = []
+    for rate in RATES:
+        nats = [t["nats"] for t in sorted(tried, key=lambda t: int(t["seed"])) if t["rate"] == rate]
+        said = " ".join(f"{each:.3f}"[1:] for each in nats)
+        cells.append(f"**{said}**" if rate == data["rate by training rows"] else said)
+    page = (ROOT / "docs" / "evidence.md").read_text(encoding="utf-8")
+    assert f"| {row}, judged on training rows | {' | '.join(cells)} |" in page
+    assert data["rate by training rows"] == data["rate"], "the rate that the judged rows chose"
 
 
 @pytest.mark.parametrize(
