@@ -21,7 +21,7 @@ STEPS = 8
 # Those that are not killed here are killed by benchmarks/kills.py.
 LONGER = {"gradient": 10, "domlora": 10, "alora": 16, "increlora": 16, "flexlora": 16}
 # One of each kind: no adapters, ranks that fall by PEFT's own tuner, ranks that grow, rows held out, gates to the end.
-OF_EVERY_KIND = (*long("full"), "adalora", *long("increlora", "flexora"), "official")
+OF_EVERY_KIND = (*long("full"), "adalora", *long("increlora", "flexora", "official"))
 
 
 @pytest.fixture

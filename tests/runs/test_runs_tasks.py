@@ -90,7 +90,7 @@ def answer(model: Any, loaded: LoadedModel, row: dict[str, Any], length: int, st
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("task", "shape"), [("squad", "bert-tiny-shape"), ("squad_v2", "deberta-v3-small-shape")])
+@pytest.mark.parametrize(("task", "shape"), [("squad_v2", "bert-tiny-shape"), *long(("squad", "deberta-v3-small-shape"))])
 def test_squad_runs_and_its_numbers_are_true(text_data: Path, tmp_path: Path, task: str, shape: str) -> None:
     window = ("--max-length", "96", "--doc-stride", "24")
     flags = ("--task", task, "--data-dir", text_data, "--model", shape, *window, *SEAM, *COMMON)
@@ -160,7 +160,7 @@ def test_a_summarizers_adapter_is_plain_and_portable(
     assert weightlora("export", tmp_path / "run", "--profile", "portable", "--out", tmp_path / "served") == 0
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_gsm8k_is_learned_where_it_can_be_and_judged_by_generation(text_data: Path, tmp_path: Path) -> None:
     """Every question has the same answer but in one of four validation rows: all weights learn it, 3 of 4 are right."""
     rows = read_rows(text_data / "gsm8k" / "train.jsonl")
