@@ -90,7 +90,9 @@ def answer(model: Any, loaded: LoadedModel, row: dict[str, Any], length: int, st
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("task", "shape"), [("squad_v2", "bert-tiny-shape"), *long(("squad", "deberta-v3-small-shape"))])
+@pytest.mark.parametrize(
+    ("task", "shape"), [("squad_v2", "bert-tiny-shape"), *long(("squad", "deberta-v3-small-shape"))]
+)
 def test_squad_runs_and_its_numbers_are_true(text_data: Path, tmp_path: Path, task: str, shape: str) -> None:
     window = ("--max-length", "96", "--doc-stride", "24")
     flags = ("--task", task, "--data-dir", text_data, "--model", shape, *window, *SEAM, *COMMON)
