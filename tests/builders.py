@@ -161,7 +161,7 @@ def long(*cases: Any) -> list[Any]:
 def a_third(cases: Iterable[Any], first: int) -> list[Any]:
     """Every third case from this one on; the others are long.
 
-    Tests that go through the same cases begin at different ones, so that each case is in the suite somewhere.
+    Tests that go through the same cases begin at different ones: a case that is long in one is in the suite in another.
     """
     listed = list(cases)
     return [case if number % 3 == first else long(case)[0] for number, case in enumerate(listed)]
