@@ -110,7 +110,7 @@ def test_killed_at_any_event_it_ends_with_the_same_adapter(
     assert any(label.partition(" ")[2].startswith(".") for label in died), "in the final files"
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_killed_again_and_again_in_the_middle_of_things(
     killer: Killer, undisturbed: Undisturbed, flags: list[str], tmp_path: Path
 ) -> None:

@@ -176,7 +176,7 @@ def test_gsm8k_is_learned_where_it_can_be_and_judged_by_generation(text_data: Pa
     assert (record["metric"], record["metrics"]["exact_match"]) == ("exact_match", 0.75)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_gsm8k_runs_on_real_rows_with_a_seam(text_data: Path, tmp_path: Path) -> None:
     flags = ("--task", "gsm8k", "--data-dir", text_data, "--model", "llama-small-shape", "--max-target-length", "8")
     record = train(tmp_path / "run", *flags, *SEAM, *COMMON, "--max-length", "128", "--max-eval-samples", "4")

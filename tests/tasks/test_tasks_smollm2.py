@@ -44,6 +44,7 @@ def test_it_is_a_plain_pretrained_llama(smollm2: Path, loaded: LoadedModel) -> N
 
 
 @pytest.mark.usefixtures("smollm2")
+@pytest.mark.long
 def test_it_knows_sentiment_before_any_training(data_dir: Path, tmp_path: Path) -> None:
     """.747 and 2.73 nats on all 872 rows; on the first few within what so few can say."""
     loaded = load_model("smollm2", head="causal-lm", dtype=torch.float32)

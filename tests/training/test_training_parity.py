@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from tests.builders import FAMILIES, Spy, adapter_state, examples, lora, max_difference, trainer, warm
+from tests.builders import FAMILIES, Spy, adapter_state, examples, long, lora, max_difference, trainer, warm
 from torch import Tensor, nn
 from transformers import Trainer
 
@@ -18,7 +18,7 @@ from weightlora.ops import why_no_triton
 from weightlora.training import fit
 
 # 32 examples in batches of 4 are eight steps an epoch: a seam inside the first, at its end, and in the second.
-SEAMS = pytest.mark.parametrize("seam", [1, 5, 8, 11])
+SEAMS = pytest.mark.parametrize("seam", [1, *long(5), 8, *long(11)])
 
 
 def stock(out: Path, model: nn.Module | None = None, **arguments: Any) -> Trainer:
